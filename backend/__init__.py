@@ -1,0 +1,1 @@
+"""From Tile IR to a proven, running program."""

@@ -1,0 +1,25 @@
+"""The passes, in the order in which they run. A pass is a file, a name and a pure function."""
+
+from collections.abc import Callable
+
+from tilelink.backend.passes.bind_resources import bind_resources
+from tilelink.backend.passes.choose_channels import choose_channels
+from tilelink.backend.passes.common import UnsupportedProgram
+from tilelink.backend.passes.lay_out_memory import lay_out_memory
+from tilelink.backend.passes.order_tiles import order_tiles
+from tilelink.backend.passes.place_notifies import place_notifies
+from tilelink.backend.passes.place_waits import place_waits
+from tilelink.backend.passes.plan_buffers import plan_buffers
+from tilelink.ir import Op
+
+PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
+    ("order-tiles", order_tiles),
+    ("choose-channels", choose_channels),
+    ("place-waits", place_waits),
+    ("place-notifies", place_notifies),
+    ("plan-buffers", plan_buffers),
+    ("bind-resources", bind_resources),
+    ("lay-out-memory", lay_out_memory),
+)
+
+__all__ = ["PASSES", "UnsupportedProgram"]

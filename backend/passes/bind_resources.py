@@ -1,0 +1,294 @@
+"""``bind-resources``: the agents that move the bytes: streams, worker stages, collectives."""
+
+from __future__ import annotations
+
+from tilelink.backend.passes.common import (
+    MOVED,
+    RANK,
+    WORLD,
+    Moved,
+    accesses,
+    add_declarations,
+    moved,
+    schedule_of,
+    tensors_of,
+)
+from tilelink.ir import (
+    INDEX,
+    TILE,
+    All,
+    At,
+    Block,
+    Expr,
+    Index,
+    Op,
+    Range,
+    Ref,
+    Value,
+    make,
+    minimum,
+)
+
+
+def bind_resources(program: Op) -> Op:
+    """Add what carries each moved tensor, by the resource that its schedule names.
+
+    Before::
+
+        launch @f {after = ["head"]} do {…}
+
+    After, for a gather by copy engine::
+
+        stream @A.copy {after = ["head"]} do {
+          for_range {lo = 1, hi = WORLD} do (%s: int32) {
+            transfer @A[:, :] {to = @A.all[RANK * 1024..RANK * 1024 + 1024, :], peer = (RANK + s) % WORLD}
+            notify @A.ready[RANK, 0] {peer = (RANK + s) % WORLD}
+
+    ``sm:N`` adds a stage run by the first N workers, ``none`` a collective. Invariant: an agent that a
+    spinning kernel waits for is enqueued before it, or needs no CTA slot.
+    """
+    for name, tensor in tensors_of(program).items():
+        if tensor["move"] not in MOVED:
+            continue
+        info = moved(program, name)
+        if info.resource == "copy_engine":
+            program = _by_copy_engine(program, info)
+        elif info.resource.startswith("sm:"):
+            program = _by_workers(program, info)
+        elif info.resource == "none":
+            program = _by_collective(program, info)
+    return program
+
+
+def _insert(program: Op, name: str, *, before: bool, new: Op) -> Op:
+    """``new`` put before the first or behind the last agent named ``name``."""
+    places = [i for i, op in enumerate(program.body) if op.name == name]
+    at = places[0] if before else places[-1] + 1
+    return program.with_ops((*program.body[:at], new, *program.body[at:]))
+
+
+def _rank_count(program: Op, info: Moved) -> int:
+    return len(program.declared(info.name)["dims"])
+
+
+def _index(program: Op, info: Moved, element: Index) -> tuple[Index, ...]:
+    """An index of the tensor with ``element`` on the moved axis and everything else whole."""
+    return tuple(
+        element if axis == info.axis else All() for axis in range(_rank_count(program, info))
+    )
+
+
+def _shift(base: Expr, part: Range) -> Range:
+    return Range(base + part.lo, base + part.hi)
+
+
+def _channel(info: Moved, number: Expr) -> Range:
+    """The local elements of channel ``number``."""
+    lo = number * info.channel_rows
+    hi = lo + info.channel_rows
+    return Range(lo, hi if info.shard % info.channel_rows == 0 else minimum(hi, info.shard))
+
+
+def _loop(variable: Value, lo: int, hi: Expr | int, body: tuple[Op, ...]) -> Op:
+    return make("for_range", lo=lo, hi=hi, blocks=(Block((variable,), body),))
+
+
+def _each_channel(info: Moved, body: object) -> tuple[Op, ...]:
+    """``body(channel)`` once, or in a loop over channels."""
+    assert callable(body)
+    if info.channels == 1:
+        return tuple(body(Expr.const(0)))
+    variable = Value(f"{info.name}.c", INDEX)
+    return (_loop(variable, 0, info.channels, tuple(body(Expr.name(variable.name)))),)
+
+
+def _by_copy_engine(program: Op, info: Moved) -> Op:
+    step = Value(f"{info.name}.s", INDEX)
+    peer = (RANK + Expr.name(step.name)) % WORLD
+    span = program.declared(info.name).span
+
+    def send(channel: Expr) -> tuple[Op, ...]:
+        local = _channel(info, channel)
+        if info.kind == "gather":
+            source = Ref(info.name, _index(program, info, local))
+            target = Ref(
+                f"{info.name}.all", _index(program, info, _shift(RANK * info.shard, local))
+            )
+        else:
+            base = peer * info.shard if info.kind == "scatter" else Expr.const(0)
+            source = Ref(f"{info.name}.partial", _index(program, info, _shift(base, local)))
+            target = Ref(f"{info.name}.parts", (RANK, *_index(program, info, local)))
+        return (
+            make("transfer", ref=source, to=target, peer=peer, span=span),
+            make("notify", ref=Ref(f"{info.name}.ready", (RANK, channel)), peer=peer, span=span),
+        )
+
+    def finished(channel: Expr) -> Op:
+        index = (peer, channel) if info.kind == "scatter" else (channel,)
+        count = info.tasks_of(channel)
+        return make("wait", ref=Ref(f"{info.name}.done", index), count=count, span=span)
+
+    if info.kind == "gather":
+        first = 1 if info.in_place else 0
+        body: tuple[Op, ...] = (_loop(step, first, WORLD, _each_channel(info, send)),)
+    elif info.kind == "scatter":
+        body = (_loop(step, 1, WORLD, _each_channel(info, lambda c: (finished(c), *send(c)))),)
+    else:
+        body = _each_channel(info, lambda c: (finished(c), _loop(step, 1, WORLD, send(c))))
+    stream = make(
+        "stream", ref=Ref(f"{info.name}.copy"), after=("head",), blocks=(Block((), body),)
+    )
+    # A copy that waits for the kernel stands behind it: with one hardware queue it would block it.
+    return _insert(program, "launch", before=info.kind == "gather", new=stream)
+
+
+def _by_workers(program: Op, info: Moved) -> Op:
+    """A stage of transfers run by the first N workers, which then join the rest."""
+    move = schedule_of(program).move(info.name)
+    step, tile = Value(f"{info.name}.s", INDEX), Value(f"{info.name}.t", TILE)
+    skip = 0 if info.kind == "gather" and not info.in_place else 1
+    peer = (RANK + Expr.name(step.name) + skip) % WORLD
+    start = Expr.name(f"{tile.name}.start")
+    span = program.declared(info.name).span
+    channel = info.channel_of(start)
+    body: list[Op] = []
+    if info.kind == "gather":
+        source = Ref(info.name, _index(program, info, tile))
+        target = Ref(f"{info.name}.all", _index(program, info, At(tile, RANK * info.shard + start)))
+    else:
+        index = (peer, channel) if info.kind == "scatter" else (channel,)
+        count = info.tasks_of(channel)
+        body.append(make("wait", ref=Ref(f"{info.name}.done", index), count=count, span=span))
+        base = peer * info.shard + start if info.kind == "scatter" else start
+        moved_tile: Index = At(tile, base) if info.kind == "scatter" else tile
+        source = Ref(f"{info.name}.partial", _index(program, info, moved_tile))
+        target = Ref(f"{info.name}.parts", (RANK, *_index(program, info, tile)))
+    body.append(make("transfer", ref=source, to=target, peer=peer, span=span))
+    arrivals = info.tiles_of(channel)
+    body.append(
+        make(
+            "notify",
+            ref=Ref(f"{info.name}.ready", (RANK, channel)),
+            peer=peer,
+            count=None if arrivals == 1 else arrivals,
+            through=None if arrivals == 1 else Ref(f"{info.name}.arrived", (peer, channel)),
+            span=span,
+        )
+    )
+    ranks, rows = (WORLD - skip, step), (Expr.const(info.shard), tile)
+    order = (rows, ranks) if info.kind == "reduce" else (ranks, rows)
+    stage = make(
+        "stage",
+        ref=Ref(f"{info.name}.push"),
+        extent=tuple(extent for extent, _ in order),
+        tile=tuple(info.tile if value is tile else 1 for _, value in order),
+        workers=(0, move.sm_workers),
+        blocks=(Block(tuple(value for _, value in order), tuple(body)),),
+        span=span,
+    )
+    ops: list[Op] = []
+    counters: list[Op] = []
+    for op in program.body:
+        if op.name == "launch":
+            op, new = _join(op, info, stage, move.sm_workers)
+            counters += new
+        ops.append(op)
+    return add_declarations(program.with_ops(tuple(ops)), *counters)
+
+
+def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op]]:
+    """Put the transfers where their data is ready, and give the other work to those who are free."""
+    stages = list(launch.body)
+    if info.kind == "gather":
+        users = [
+            i
+            for i, s in enumerate(stages)
+            if any(True for _ in accesses(s, f"{info.name}.all", "load"))
+        ]
+        counters = []
+        for i in users:
+            queue = f"{stages[i].symbol}.queue"
+            if stages[i].get("queue") is None:
+                stages[i] = stages[i].with_attrs(queue="dynamic", counter=Ref(queue))
+                counters.append(make("counter", ref=Ref(queue), dims=(1,)))
+        return launch.with_ops((stage, *stages)), counters
+    at = max(
+        (
+            i
+            for i, s in enumerate(stages)
+            if any(True for _ in accesses(s, f"{info.name}.partial", "store"))
+        ),
+        default=None,
+    )
+    if at is None:
+        return launch, []
+    total = int(launch["workers"])
+    stages[at] = stages[at].with_attrs(workers=(workers, total))
+    stages.insert(at + 1, stage)
+    return launch.with_ops(tuple(stages)), []
+
+
+def _by_collective(program: Op, info: Moved) -> Op:
+    """The library's collective between launches."""
+    if info.kind == "gather":
+        collective = make(
+            "collective",
+            ref=Ref(info.name),
+            op="all_gather",
+            to=Ref(f"{info.name}.all"),
+            span=program.declared(info.name).span,
+        )
+        return _insert(_depend(program, info.name), "launch", before=True, new=collective)
+    total = any(op.name == "buffer" and op.symbol == f"{info.name}.total" for op in program.body)
+    collective = make(
+        "collective",
+        ref=Ref(f"{info.name}.partial"),
+        op="reduce_scatter" if info.kind == "scatter" else "all_reduce",
+        to=Ref(f"{info.name}.total" if total else info.name),
+        span=program.declared(info.name).span,
+    )
+    ops: list[Op] = []
+    for op in program.body:
+        if op.name == "launch" and any(True for _ in accesses(op, f"{info.name}.partial", "store")):
+            ops += _split(op, info, collective, total)
+        else:
+            ops.append(op)
+    return program.with_ops(tuple(ops))
+
+
+def _depend(program: Op, agent: str) -> Op:
+    """Let the first launch wait for ``agent``."""
+    first = next(op for op in program.body if op.name == "launch")
+    new = first.with_attrs(after=(*first.get("after", ()), agent))
+    return program.with_ops(tuple(new if op is first else op for op in program.body))
+
+
+def _split(launch: Op, info: Moved, collective: Op, total: bool) -> list[Op]:
+    """The launch up to the last contribution, the collective, and the rest as a second launch."""
+    stages = launch.body
+    last = max(
+        i
+        for i, s in enumerate(stages)
+        if any(True for _ in accesses(s, f"{info.name}.partial", "store"))
+    )
+    rest = stages[last + 1 :]
+    if not total:
+        rest = tuple(s for s in rest if s.ref != Ref(f"{info.name}.sum"))
+    collective = collective.with_attrs(after=(launch.symbol,))
+    compute = [s for s in rest if s.name == "stage"]
+    if not compute:
+        return [launch.with_ops((*stages[: last + 1], *rest)), collective]
+    after = (*launch.get("after", ()), collective.symbol)
+    number = int(launch.get("part", 1)) + 1
+    name = launch.symbol.rsplit(".part", 1)[0] + f".part{number}"
+    second = make(
+        "launch",
+        ref=Ref(name),
+        workers=launch["workers"],
+        warps=launch["warps"],
+        stages=launch["stages"],
+        after=after,
+        part=number,
+        blocks=(Block((), rest),),
+    )
+    return [launch.with_ops(stages[: last + 1]), collective, second]

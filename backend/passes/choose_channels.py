@@ -1,0 +1,217 @@
+"""``choose-channels``: communication tiles, the flags that announce them, and who moves the bytes."""
+
+from __future__ import annotations
+
+from tilelink.backend.passes.common import (
+    MOVED,
+    Moved,
+    UnsupportedProgram,
+    accesses,
+    add_declarations,
+    dims_of,
+    extents_of,
+    moved,
+    replace_declaration,
+    schedule_of,
+    stages_of,
+    storing_stage,
+    tasks_across,
+    tensors_of,
+)
+from tilelink.ir import DTYPES, Expr, Op, Ref, make
+from tilelink.ir import layout as arena
+from tilelink.schedules import Move, ScheduleError
+
+# Bytes that one worker moves between two signals: long enough to fill a link, short enough to spread.
+SM_TILE_BYTES = 128 * 1024
+# Channels of one source where stores or workers signal as they go.
+FINE_CHANNELS = 8
+
+
+def choose_channels(program: Op) -> Op:
+    """Record on each moved tensor its communication tile and channels; declare its flags.
+
+    Before::
+
+        tensor @A {dims = [M, K], move = "gather", over = 0, …}
+
+    After::
+
+        tensor @A {…, resource = "copy_engine", comm_tile = 1024, channel_rows = 1024, in_place = true}
+        flag @ack {dims = [WORLD]}
+        flag @A.ready {dims = [WORLD, 1]}
+
+    Invariant: a channel holds whole communication tiles and, of a stored tensor, whole compute tiles.
+    """
+    flags: list[Op] = []
+    counters: list[Op] = []
+    for name, tensor in tensors_of(program).items():
+        if tensor["move"] not in MOVED:
+            if tensor["role"] == "temp" or _read_after_store(program, name):
+                counters.append(make("counter", ref=Ref(f"{name}.done"), dims=(1,)))
+            continue
+        program = _choose(program, name, tensor)
+        info = moved(program, name)
+        world = Expr.name("WORLD")
+        if info.kind != "gather" and info.resource not in ("epilogue", "none"):
+            sources: tuple[object, ...] = (
+                (world, info.channels) if info.kind == "scatter" else (info.channels,)
+            )
+            counters.append(make("counter", ref=Ref(f"{name}.done"), dims=sources))
+        if info.resource != "none":
+            flags.append(make("flag", ref=Ref(f"{name}.ready"), dims=(world, info.channels)))
+        if info.resource == "epilogue" or (
+            info.resource.startswith("sm:") and info.channel_rows > 0
+        ):
+            counters.append(
+                make("counter", ref=Ref(f"{name}.arrived"), dims=(world, info.channels))
+            )
+    if flags:
+        ack = make(
+            "flag", ref=Ref("ack"), dims=(Expr.name("WORLD"),), offset=arena.ACK * arena.WORD
+        )
+        flags.insert(0, ack)
+    return add_declarations(program, *flags, *counters)
+
+
+def _read_after_store(program: Op, name: str) -> bool:
+    stored = [
+        i
+        for i, stage in enumerate(stages_of(program))
+        if any(True for _ in accesses(stage, name, "store"))
+    ]
+    read = [
+        i
+        for i, stage in enumerate(stages_of(program))
+        if any(True for _ in accesses(stage, name, "load"))
+    ]
+    return bool(stored and read and max(read) > min(stored))
+
+
+def _choose(program: Op, name: str, tensor: Op) -> Op:
+    move = schedule_of(program).move(name)
+    info = moved(program, name)
+    if info.kind == "gather" and move.resource == "epilogue":
+        raise ScheduleError(
+            tensor.span,
+            field=f"moves.{name}.resource",
+            detail=f"`{name}` is an input: no epilogue computes its tiles",
+            help="use copy_engine, sm:N or none",
+        )
+    if info.kind == "gather":
+        tile, rows = _input_channels(program, tensor, info, move)
+    else:
+        program = _count_tasks(program, name)
+        info = moved(program, name)
+        tile, rows = _output_channels(program, tensor, info, move)
+    return replace_declaration(
+        program,
+        program.declared(name).with_attrs(
+            resource=move.resource,
+            comm_tile=tile,
+            channel_rows=rows,
+            in_place=info.kind == "gather" and move.resource != "none" and _in_place(program, info),
+        ),
+    )
+
+
+def _count_tasks(program: Op, name: str) -> Op:
+    """Record how the tasks of the storing stage tile the tensor."""
+    stage, variable = storing_stage(program, name)
+    if variable is None:
+        raise UnsupportedProgram(
+            stage.span,
+            detail=f"`{name}` is stored over an axis that is not a tile of the outer loops",
+            help="index it with a tile of the outermost loop",
+        )
+    rows, across = int(stage["tile"][variable]), tasks_across(program, stage, variable)
+    tensor = program.declared(name).with_attrs(task_rows=rows, tasks_across=across)
+    return replace_declaration(program, tensor)
+
+
+def _row_bytes(program: Op, tensor: Op, info: Moved) -> int:
+    size = DTYPES[tensor["dtype"]]
+    for axis, length in enumerate(dims_of(tensor, extents_of(program))):
+        size *= 1 if axis == info.axis else length
+    return size
+
+
+def _input_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[int, int]:
+    """Communication tile and channel length of a gathered tensor, in elements of the moved axis."""
+    asked = move.tile or _asked_tile(program, tensor, info)
+    if asked is None:
+        asked = info.shard
+        if move.channels is not None:
+            asked = -(-info.shard // move.channels)
+        elif move.sm_workers:
+            asked = max(1, SM_TILE_BYTES // _row_bytes(program, tensor, info))
+    tile = min(asked, info.shard)
+    count = -(-info.shard // tile)
+    per = _per_channel(program, tensor, count)
+    if move.channels is not None:
+        per = -(-count // move.channels)
+    elif per is None:
+        per = -(-count // FINE_CHANNELS) if move.sm_workers else 1
+    return tile, min(tile * per, info.shard)
+
+
+def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[int, int]:
+    """The same of a stored tensor; a channel holds whole rows of compute tiles."""
+    rows = info.task_rows
+    unit = rows if info.block == info.shard else info.block
+    units = -(-info.shard // unit)
+    asked = move.tile or _asked_tile(program, tensor, info)
+    per = None
+    if asked is not None:
+        per = _per_channel(program, tensor, -(-info.shard // min(asked, info.shard)))
+    channels = move.channels
+    if channels is None:
+        channels = 1 if move.resource in ("copy_engine", "none") else FINE_CHANNELS
+    wanted = unit * -(-units // min(channels, units))
+    if asked is not None and move.channels is None:
+        wanted = -(-asked * (per or 1) // unit) * unit
+    channel_rows = min(wanted, info.shard)
+    tile = channel_rows
+    if move.sm_workers:
+        tile = max(1, min(channel_rows, SM_TILE_BYTES // _row_bytes(program, tensor, info)))
+        tile = next(t for t in range(tile, 0, -1) if channel_rows % t == 0)
+    return tile, channel_rows
+
+
+def _asked_tile(program: Op, tensor: Op, info: Moved) -> int | None:
+    shape = tensor.get("tile")
+    if shape is None:
+        return None
+    length = shape[info.axis]
+    return int(length if isinstance(length, int) else length.evaluate(extents_of(program)))
+
+
+def _per_channel(program: Op, tensor: Op, count: int) -> int | None:
+    """Communication tiles a channel that the mapping's ``signal`` map asks for."""
+    signal = tensor.get("signal")
+    if signal is None:
+        return None
+    names = extents_of(program)
+    found = [
+        signal if isinstance(signal, int) else int(signal.evaluate({**names, "t": t}))
+        for t in range(count)
+    ]
+    per = next((p for p in range(1, count + 1) if found == [t // p for t in range(count)]), None)
+    if per is None:
+        raise UnsupportedProgram(
+            tensor.span,
+            detail=f"the signal map `{signal}` of `{tensor.symbol}` does not share flags evenly among neighbours",
+            help="write `signal t / n`",
+        )
+    return per
+
+
+def _in_place(program: Op, info: Moved) -> bool:
+    """Whether every read is by a tile of one owner, so that own rows are read where the user left them."""
+    for stage in stages_of(program):
+        tiles = {arg for op in stage.walk() for arg in op.args if op.get("segment") is not None}
+        for load in accesses(stage, info.name, "load"):
+            assert load.ref is not None
+            if not load.ref.index or load.ref.index[info.axis] not in tiles:
+                return False
+    return True

@@ -1,0 +1,325 @@
+"""What several passes ask of a program: extents, moved tensors and their closed-form index maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from tilelink.errors import TilelinkError
+from tilelink.ir import All, At, Block, Expr, Index, Op, Range, Ref, Type, Value, minimum
+from tilelink.schedules import Schedule
+
+RANK = Expr.name("RANK")
+WORLD = Expr.name("WORLD")
+MOVED = ("gather", "scatter", "reduce")
+
+
+class UnsupportedProgram(TilelinkError):
+    """A kernel that has a meaning but that the passes cannot fuse."""
+
+    code: ClassVar[str] = "cannot-fuse"
+    message: ClassVar[str] = "{detail}"
+    hint: ClassVar[str] = "{help}"
+
+
+def schedule_of(program: Op) -> Schedule:
+    """The schedule that the program carries."""
+    return Schedule.from_json(program["schedule"])
+
+
+def extents_of(program: Op) -> dict[str, int]:
+    """Extents by name, and WORLD."""
+    return {op.symbol: int(op["value"]) for op in program.find("extent")} | {
+        "WORLD": int(program["world"])
+    }
+
+
+def dims_of(declaration: Op, names: dict[str, int]) -> tuple[int, ...]:
+    """The dimensions of a tensor or buffer as numbers."""
+    return tuple(d if isinstance(d, int) else int(d.evaluate(names)) for d in declaration["dims"])
+
+
+def tensors_of(program: Op) -> dict[str, Op]:
+    """Declared tensors by name."""
+    return {op.symbol: op for op in program.find("tensor")}
+
+
+def replace_declaration(program: Op, new: Op) -> Op:
+    """The program with the declaration of the same symbol replaced."""
+    ops = tuple(new if op.name == new.name and op.ref == new.ref else op for op in program.body)
+    return program.with_ops(ops)
+
+
+def add_declarations(program: Op, *new: Op) -> Op:
+    """The program with declarations put behind the existing ones."""
+    kinds = ("extent", "tensor", "scalar", "buffer", "flag", "counter")
+    ops = program.body
+    last = max((i for i, op in enumerate(ops) if op.name in kinds), default=-1) + 1
+    return program.with_ops((*ops[:last], *new, *ops[last:]))
+
+
+def stages_of(program: Op) -> tuple[Op, ...]:
+    """Every compute stage, in program order."""
+    return tuple(stage for launch in program.find("launch") for stage in launch.find("stage"))
+
+
+def accesses(op: Op, symbol: str, name: str) -> Iterator[Op]:
+    """Every op ``name`` (load, store) on ``symbol`` inside ``op``."""
+    for inner in op.walk():
+        if inner.name == name and inner.ref is not None and inner.ref.symbol == symbol:
+            yield inner
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A tensor that is spread over the ranks, with its owner map in closed form.
+
+    ``axis``: the moved axis, ``extent`` elements long; ``shard`` of them a rank, in blocks of
+    ``block``. A reduce tensor is not spread: its shard is the whole extent. ``channel_rows``: local
+    elements of one channel; ``tile``: of one communication tile. ``task_rows``: elements along the moved
+    axis that one task stores, ``tasks_across``: tasks beside each other over all other axes.
+    """
+
+    name: str
+    kind: str
+    axis: int
+    extent: int
+    world: int
+    block: int
+    owner: Expr | None
+    resource: str = "copy_engine"
+    tile: int = 0
+    channel_rows: int = 0
+    in_place: bool = True
+    task_rows: int = 1
+    tasks_across: int = 1
+
+    @property
+    def shard(self) -> int:
+        """Elements of the moved axis that one rank holds."""
+        return self.extent if self.kind == "reduce" else self.extent // self.world
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of one owner."""
+        return self.shard // self.block
+
+    @property
+    def channels(self) -> int:
+        """Channels of one source."""
+        return -(-self.shard // self.channel_rows)
+
+    def owner_of(self, start: Expr) -> Expr:
+        """The rank that owns the block of element ``start``."""
+        if self.owner is None:
+            return RANK
+        if self.block == self.shard:
+            return start // self.shard
+        return self.owner.substitute({"e": start})
+
+    def local_of(self, start: Expr) -> Expr:
+        """The place of element ``start`` in its owner's shard."""
+        if self.kind == "reduce":
+            return start
+        if self.block == self.shard:
+            return start % self.shard
+        return start // (self.block * self.world) * self.block + start % self.block
+
+    def landing_of(self, start: Expr) -> Expr:
+        """The place of element ``start`` where shards lie one behind the other in rank order."""
+        if self.kind == "reduce" or self.block == self.shard:
+            return start
+        return self.owner_of(start) * self.shard + self.local_of(start)
+
+    def block_of(self, owner: Expr, number: Expr) -> Expr | None:
+        """The block (counted over the whole axis) that is ``owner``'s ``number``-th; None if not closed-form."""
+        if self.block == self.shard:
+            return owner
+        w, o, j = self.world, Expr.name("o"), Expr.name("j")
+        cyclic = j * w + o
+        zigzag = j * w + o + j % 2 * (w - 1 - o * 2)
+        for form in (cyclic, zigzag):
+            if self._inverts(form):
+                return form.substitute({"o": owner, "j": number})
+        return None
+
+    def _inverts(self, form: Expr) -> bool:
+        """Whether ``form`` (in ``o`` and ``j``) undoes ``owner_of`` and ``local_of`` on every block."""
+        owners = np.arange(self.world).repeat(self.blocks)
+        numbers = np.tile(np.arange(self.blocks), self.world)
+        start = form.evaluate({"o": owners, "j": numbers}) * self.block
+        e = Expr.name("e")
+        owner = self.owner_of(e).evaluate({"e": start})
+        local = self.local_of(e).evaluate({"e": start})
+        return bool(np.all(owner == owners) and np.all(local == numbers * self.block))
+
+    def channel_of(self, local: Expr) -> Expr:
+        """The channel of local element ``local``."""
+        return Expr.const(0) if self.channels == 1 else local // self.channel_rows
+
+    def rows_of(self, channel: Expr) -> Expr | int:
+        """Local elements of ``channel``; the last channel may be shorter."""
+        if self.channels == 1:
+            return self.shard
+        if self.shard % self.channel_rows == 0:
+            return self.channel_rows
+        return (
+            minimum(channel * self.channel_rows + self.channel_rows, self.shard)
+            - channel * self.channel_rows
+        )
+
+    def tasks_of(self, channel: Expr) -> Expr | int:
+        """Tasks that store one channel of one owner."""
+        if self.channel_rows == self.task_rows and self.block == self.shard:
+            return self.tasks_across
+        rows = self.rows_of(channel)
+        if self.block != self.shard:
+            return rows // self.block * (-(-self.block // self.task_rows) * self.tasks_across)
+        return (rows + (self.task_rows - 1)) // self.task_rows * self.tasks_across
+
+    def tiles_of(self, channel: Expr) -> Expr | int:
+        """Communication tiles of one channel of one source."""
+        if self.channel_rows == self.tile:
+            return 1
+        return (self.rows_of(channel) + (self.tile - 1)) // self.tile
+
+    def channel_range(self, start: Expr, stop: Expr, tile: int) -> tuple[Expr, Expr]:
+        """Channels lo..hi (half open) that a tile, ``tile`` long at most, of one block lies in."""
+        if self.channels == 1:
+            return Expr.const(0), Expr.const(1)
+        local = self.local_of(start)
+        if self.channel_rows % tile == 0:
+            return self.channel_of(local), self.channel_of(local) + 1
+        return local // self.channel_rows, (local + (stop - start) - 1) // self.channel_rows + 1
+
+
+def moved(program: Op, name: str) -> Moved:
+    """The :class:`Moved` of tensor ``name`` as far as the passes have decided it."""
+    op = program.declared(name)
+    names = extents_of(program)
+    dims = dims_of(op, names)
+    axis = int(op.get("over", 0))
+    owner = op.get("owner")
+    world = names["WORLD"]
+    kind = op["move"]
+    extent = dims[axis]
+    shard = extent if kind == "reduce" else extent // world
+    concrete = owner.substitute(dict(names)) if isinstance(owner, Expr) else None
+    return Moved(
+        name=name,
+        kind=kind,
+        axis=axis,
+        extent=extent,
+        world=world,
+        block=int(op.get("block", shard)),
+        owner=concrete,
+        resource=op.get("resource", "copy_engine"),
+        tile=int(op.get("comm_tile", shard)),
+        channel_rows=int(op.get("channel_rows", shard)),
+        in_place=bool(op.get("in_place", True)),
+        task_rows=int(op.get("task_rows", 1)),
+        tasks_across=int(op.get("tasks_across", 1)),
+    )
+
+
+def start_of(value: Value) -> Expr:
+    """The first index of a tile variable."""
+    return Expr.name(f"{value.name}.start")
+
+
+def stop_of(value: Value) -> Expr:
+    """One past the last index of a tile variable."""
+    return Expr.name(f"{value.name}.stop")
+
+
+def substitute(op: Op, values: dict[str, Value]) -> Op:
+    """``op`` with values renamed everywhere: operands, indices, expressions, types, results, arguments."""
+    exprs = {
+        f"{old}{suffix}": Expr.name(f"{new.name}{suffix}")
+        for old, new in values.items()
+        for suffix in ("", ".start", ".stop", ".tile")
+    }
+    dims = {old: new.name for old, new in values.items()}
+
+    def value(v: Value) -> Value:
+        shape = tuple(dims.get(d, d) for d in v.type.shape)
+        known = values.get(v.name)
+        return Value(known.name if known else v.name, Type(v.type.dtype, shape))
+
+    def index(i: Index) -> Index:
+        if isinstance(i, Value):
+            return value(i)
+        if isinstance(i, At):
+            return At(value(i.value), i.start.substitute(exprs))
+        if isinstance(i, Expr):
+            return i.substitute(exprs)
+        if isinstance(i, Range):
+            return Range(i.lo.substitute(exprs), i.hi.substitute(exprs))
+        return i
+
+    def ref(r: Ref) -> Ref:
+        return Ref(r.symbol, tuple(index(i) for i in r.index))
+
+    def attr(a: object) -> object:
+        if isinstance(a, Ref):
+            return ref(a)
+        if isinstance(a, Expr):
+            return a.substitute(exprs)
+        return tuple(map(attr, a)) if isinstance(a, tuple) else a
+
+    return replace(
+        op,
+        results=tuple(map(value, op.results)),
+        ref=ref(op.ref) if op.ref else None,
+        operands=tuple(map(value, op.operands)),
+        attrs=tuple((k, attr(v)) for k, v in op.attrs),
+        blocks=tuple(
+            Block(tuple(map(value, b.args)), tuple(substitute(o, values) for o in b.ops))
+            for b in op.blocks
+        ),
+    )
+
+
+def is_whole(index: object) -> bool:
+    """Whether an index element takes the whole axis."""
+    return isinstance(index, All)
+
+
+def storing_stage(program: Op, name: str) -> tuple[Op, int | None]:
+    """The stage whose tasks store ``name``, and which of its variables walks the moved axis (None: no tile does)."""
+    axis = int(program.declared(name).get("over", 0))
+    for stage in stages_of(program):
+        for store in accesses(stage, name, "store"):
+            if not store.get("final"):
+                assert store.ref is not None
+                element = store.ref.index[axis]
+                return stage, stage.args.index(element) if element in stage.args else None
+    raise UnsupportedProgram(
+        detail=f"`{name}` is never stored", help="store it, or drop it from the mapping"
+    )
+
+
+def tasks_across(program: Op, stage: Op, skip: int | None) -> int:
+    """Tasks of ``stage`` over all its variables but number ``skip``."""
+    names = extents_of(program)
+    count = 1
+    for number, (extent, tile) in enumerate(zip(stage["extent"], stage["tile"], strict=True)):
+        if number != skip:
+            length = extent if isinstance(extent, int) else int(extent.evaluate(names))
+            count *= -(-length // tile)
+    return count
+
+
+def tasks_of_stage(program: Op, stage: Op) -> int:
+    """All tasks of ``stage`` on one rank."""
+    segment = stage.get("segment")
+    if segment is None:
+        return tasks_across(program, stage, None)
+    axis = int(stage.get("axis", 0))
+    extent = stage["extent"][axis]
+    length = extent if isinstance(extent, int) else int(extent.evaluate(extents_of(program)))
+    segments = int(stage.get("segments", length // segment))
+    return tasks_across(program, stage, axis) * segments * -(-segment // int(stage["tile"][axis]))

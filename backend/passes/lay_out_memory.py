@@ -1,0 +1,70 @@
+"""``lay-out-memory``: byte offsets of flags, counters and buffers in the arena."""
+
+from __future__ import annotations
+
+import math
+
+from tilelink.backend.passes.common import UnsupportedProgram, dims_of, extents_of
+from tilelink.ir import DTYPES, Op, Ref
+from tilelink.ir import layout as arena
+
+
+def lay_out_memory(program: Op) -> Op:
+    """Give every flag, counter and buffer its place; drop what nothing uses.
+
+    Before::
+
+        buffer @A.all {dims = [M, K], dtype = "bf16", space = "symmetric"}
+
+    After::
+
+        buffer @A.all {dims = [M, K], dtype = "bf16", offset = 262144, space = "symmetric"}
+
+    The program's ``bytes`` attribute is the arena that it needs. Invariant: places do not overlap and
+    each kind stays in its area.
+    """
+    names = extents_of(program)
+    used = _used(program)
+    flags, counters, data = arena.FLAGS, arena.COUNTERS, arena.DATA
+    ops: list[Op] = []
+    for op in program.body:
+        if op.name == "tensor" and op["role"] == "temp":
+            continue
+        if op.name in ("flag", "counter", "buffer"):
+            if op.symbol not in used:
+                continue
+            size = math.prod(dims_of(op, names)) * (
+                DTYPES[op["dtype"]] if op.name == "buffer" else arena.WORD
+            )
+            if op.name == "flag" and op.get("offset") is None:
+                op, flags = op.with_attrs(offset=flags), flags + _round(size, 64)
+            elif op.name == "counter":
+                op, counters = op.with_attrs(offset=counters), counters + _round(size, 64)
+            elif op.name == "buffer":
+                op, data = op.with_attrs(offset=data), data + _round(size, arena.ALIGN)
+        ops.append(op)
+    if flags > arena.FLAGS + arena.FLAG_BYTES or counters > arena.COUNTERS + arena.COUNTER_BYTES:
+        raise UnsupportedProgram(
+            detail="the program needs more flags than an arena has",
+            help="use fewer channels in the schedule",
+        )
+    program = program.with_ops(tuple(ops)).with_attrs(bytes=data)
+    return program
+
+
+def _round(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def _used(program: Op) -> set[str]:
+    """Symbols that some op outside the declarations refers to."""
+    declarations = ("extent", "tensor", "scalar", "buffer", "flag", "counter")
+    found: set[str] = set()
+    for top in program.body:
+        if top.name in declarations:
+            continue
+        for op in top.walk():
+            if op.ref is not None:
+                found.add(op.ref.symbol)
+            found |= {value.symbol for _, value in op.attrs if isinstance(value, Ref)}
+    return found

@@ -1,0 +1,345 @@
+"""``order-tiles``: loop nests become stages of one persistent launch, in a chosen order of tiles."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from tilelink.backend.passes.common import (
+    RANK,
+    WORLD,
+    Moved,
+    UnsupportedProgram,
+    accesses,
+    dims_of,
+    extents_of,
+    moved,
+    replace_declaration,
+    schedule_of,
+    substitute,
+    tensors_of,
+)
+from tilelink.frontend.owners import uniform_block
+from tilelink.ir import TILE, All, Block, Expr, Op, Ref, Type, Value, make
+from tilelink.schedules import Schedule
+
+# Elements of a tile that a stage without a matrix product keeps in registers.
+ELEMENTWISE_TILE = 8192
+DECLARATIONS = ("extent", "tensor", "scalar")
+
+
+def order_tiles(program: Op) -> Op:
+    """Turn every top-level loop nest into a ``stage``; add the stage that sums a stored scatter or reduce.
+
+    Before::
+
+        for_tiles {extent = [M, N]} do (%m: tile, %n: tile) {
+          %acc = for_tiles (%z) {extent = [K]} do (%k: tile, …) {…}
+
+    After::
+
+        launch @f {…} do {
+          stage @f {extent = [M, N], tile = [128, 256], segment = 1024, visit = (RANK + WORLD - i) % WORLD}
+              do (%m: tile, %n: tile) {
+            %acc = for_tiles (%z) {extent = [K], tile = [64]} do (%k: tile, …) {…}
+
+    Invariant: a stage visits every tile once; no tile crosses the boundary of two owners' blocks.
+    """
+    program = _localise(program) if program["world"] == 1 else _measure_blocks(program)
+    schedule = schedule_of(program)
+    declarations = tuple(op for op in program.body if op.name in DECLARATIONS)
+    prelude = tuple(op for op in program.body if op.name not in DECLARATIONS and not op.blocks)
+    nests = tuple(op for op in program.body if op.blocks)
+    stages: list[Op] = []
+    for number, nest in enumerate(nests):
+        if nest.name not in ("for_tiles", "for_range") or nest.results:
+            raise UnsupportedProgram(
+                nest.span,
+                detail="a loop that carries values stands outermost",
+                help="put it inside a loop over output tiles, which can run in parallel",
+            )
+        stages.append(_stage(program, schedule, nest, prelude, number))
+    for name, tensor in tensors_of(program).items():
+        if tensor["move"] in ("scatter", "reduce") and tensor["role"] != "temp":
+            stages.append(_sum_stage(program, schedule, name))
+    launch = make(
+        "launch",
+        ref=Ref(program.symbol),
+        workers=schedule.workers,
+        warps=schedule.warps,
+        stages=schedule.stages,
+        blocks=(Block((), tuple(stages)),),
+    )
+    return program.with_ops((*declarations, launch))
+
+
+def _localise(program: Op) -> Op:
+    """On one rank nothing moves."""
+    for tensor in program.find("tensor"):
+        if tensor["move"] in ("gather", "scatter", "reduce", "shard"):
+            local = tensor.with_attrs(move="local", owner=None, over=None)
+            program = replace_declaration(program, local)
+    return program
+
+
+def _measure_blocks(program: Op) -> Op:
+    """Record the block length of every owner map."""
+    names = extents_of(program)
+    for tensor in program.find("tensor"):
+        if tensor["move"] not in ("gather", "scatter", "shard"):
+            if tensor["move"] not in ("local", "reduce"):
+                raise UnsupportedProgram(
+                    tensor.span,
+                    detail=f"`{tensor.symbol}` moves by `{tensor['move']}`, which only the reference runs",
+                    help='use .on("reference", world=…), or gather, scatter, reduce and shard',
+                )
+            continue
+        extent = dims_of(tensor, names)[tensor["over"]]
+        block = uniform_block(tensor["owner"], extent, names["WORLD"], names)
+        program = replace_declaration(program, tensor.with_attrs(block=block))
+        if moved(program, tensor.symbol).block_of(Expr.name("o"), Expr.name("j")) is None:
+            raise UnsupportedProgram(
+                tensor.span,
+                detail=f"the owner map `{tensor['owner']}` of `{tensor.symbol}` has no closed form",
+                help="block, cyclic and zigzag owner maps can be fused",
+            )
+    return program
+
+
+def _stage(program: Op, schedule: Schedule, nest: Op, prelude: tuple[Op, ...], number: int) -> Op:
+    variables: list[Value] = []
+    extents: list[Expr | int] = []
+    own = False
+    body: tuple[Op, ...] = (nest,)
+    while len(body) == 1 and _parallel(body[0]):
+        loop = body[0]
+        own |= loop.get("part") == "own"
+        variables += loop.args
+        extents += loop["extent"] if loop.name == "for_tiles" else [loop["hi"]]
+        body = loop.body
+    names = extents_of(program)
+    body = (*_copies(prelude, number), *(_tile_inner(program, schedule, op) for op in body))
+    probe = Op("stage", blocks=(Block(tuple(variables), body),))
+    tiles = _tile_sizes(schedule, variables, extents, probe, names)
+    attrs = _segments(program, probe, variables, own, schedule)
+    label = _label(probe, program.symbol, number)
+    group = 1 if schedule.order == "row" or len(variables) != 2 else schedule.group
+    if schedule.flatten and any(op.name == "dot" for op in probe.walk()):
+        attrs["flatten"] = True
+    return make(
+        "stage",
+        ref=Ref(label),
+        extent=extents,
+        tile=tiles,
+        group=None if group == 1 else group,
+        blocks=probe.blocks,
+        span=nest.span,
+    ).with_attrs(**attrs)
+
+
+def _parallel(loop: Op) -> bool:
+    """Whether a loop's iterations are independent tasks of a queue: nothing carried, plain extents."""
+    if loop.name == "for_range":
+        return not loop.results and loop.get("lo", 0) == 0
+    return loop.name == "for_tiles" and not loop.results and loop.get("extent") is not None
+
+
+def _label(probe: Op, kernel: str, number: int) -> str:
+    stored = [op.symbol for op in probe.walk() if op.name == "store"]
+    kind = "gemm" if any(op.name == "dot" for op in probe.walk()) else "tiles"
+    return f"{stored[-1] if stored else kernel}.{kind}" + (f".{number}" if number else "")
+
+
+def _copies(prelude: tuple[Op, ...], number: int) -> tuple[Op, ...]:
+    """The top-level scalar ops, again for this stage under names of its own."""
+    if number == 0:
+        return prelude
+    renamed = {
+        result.name: Value(f"{result.name}.s{number}", result.type)
+        for op in prelude
+        for result in op.results
+    }
+    return tuple(substitute(op, renamed) for op in prelude)
+
+
+def _tile_inner(program: Op, schedule: Schedule, op: Op) -> Op:
+    """Give every loop inside a body its tile length, and segments where it walks a gathered axis."""
+    blocks = tuple(
+        replace(block, ops=tuple(_tile_inner(program, schedule, inner) for inner in block.ops))
+        for block in op.blocks
+    )
+    op = replace(op, blocks=blocks)
+    if op.name != "for_tiles":
+        return op
+    if op.get("extent") is None:
+        return op.with_attrs(tile=(64,))
+    names = extents_of(program)
+    tiles = tuple(_clip(schedule.tile(str(e), 64), e, names) for e in op["extent"])
+    op = op.with_attrs(tile=tiles)
+    if len(op["extent"]) == 1 and program["world"] > 1:
+        walked = [
+            m
+            for m, axis in _moved_accesses(program, op, list(op.args[:1]))
+            if m.kind in ("gather", "shard")
+        ]
+        if walked:
+            owner = min(walked, key=lambda m: m.block)
+            op = op.with_attrs(segment=owner.block, visit=_arrival(owner))
+    return op
+
+
+def _clip(size: int, extent: Expr | int, names: dict[str, int]) -> int:
+    length = extent if isinstance(extent, int) else int(extent.evaluate(names))
+    return min(size, max(16, 1 << max(0, length - 1).bit_length()))
+
+
+def _tile_sizes(
+    schedule: Schedule,
+    variables: list[Value],
+    extents: list[Expr | int],
+    probe: Op,
+    names: dict[str, int],
+) -> tuple[int, ...]:
+    tiles = [
+        _clip(schedule.tile(str(e), 128), e, names) if v.type.is_tile else 1
+        for v, e in zip(variables, extents, strict=True)
+    ]
+    if any(op.name == "dot" for op in probe.walk()):
+        return tuple(tiles)
+    # No matrix product: as many rows as fit the registers beside the longest whole axis.
+    widest = max((_width(op, {v.name for v in variables}, names) for op in probe.walk()), default=1)
+    columns = math.prod(tiles[1:]) * widest
+    tiles[0] = max(1, min(tiles[0], ELEMENTWISE_TILE // max(1, columns)))
+    return tuple(tiles)
+
+
+def _width(op: Op, variables: set[str], names: dict[str, int]) -> int:
+    """Elements of the largest result of ``op`` along dimensions that no tile variable cuts."""
+    size = 1
+    for result in op.results:
+        whole = [
+            d
+            for d in result.type.shape
+            if d not in variables and not d.endswith((".start", ".stop"))
+        ]
+        size = max(size, math.prod(int(d) if d.isdigit() else names.get(d, 1) for d in whole))
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class _Demand:
+    axis: int
+    moved: Moved
+    order: str
+
+
+def _moved_accesses(program: Op, body: Op, variables: list[Value]) -> list[tuple[Moved, int]]:
+    found: list[tuple[Moved, int]] = []
+    for name, tensor in tensors_of(program).items():
+        if tensor["move"] in ("gather", "scatter", "shard"):
+            info = moved(program, name)
+            for kind in ("load", "store"):
+                for access in accesses(body, name, kind):
+                    assert access.ref is not None
+                    element = access.ref.index[info.axis] if access.ref.index else All()
+                    if element in variables:
+                        found.append((info, variables.index(element)))
+    return found
+
+
+def _segments(
+    program: Op, probe: Op, variables: list[Value], own: bool, schedule: Schedule
+) -> dict[str, object]:
+    """The stage attributes that cut tiles at owners' blocks and say in which order to visit them."""
+    demands: list[_Demand] = []
+    for info, axis in _moved_accesses(program, probe, variables):
+        stored = any(True for _ in accesses(probe, info.name, "store"))
+        read = any(True for _ in accesses(probe, info.name, "load"))
+        order = "arrival" if info.kind == "gather" else "departure"
+        if info.kind == "shard" or (info.kind == "scatter" and read and not stored):
+            order = "own"
+        demands.append(_Demand(axis, info, order))
+    if not demands:
+        return {}
+    axes = sorted({d.axis for d in demands})
+    if len(axes) > 1:
+        raise UnsupportedProgram(
+            probe.span,
+            detail="tensors moved over two different loop axes meet in one loop nest",
+            help="split the nest in two",
+        )
+    demands.sort(key=lambda d: (("own", "arrival", "departure").index(d.order), d.moved.block))
+    first = demands[0]
+    segment = math.gcd(*(d.moved.block for d in demands))
+    if segment != first.moved.block:
+        raise UnsupportedProgram(
+            probe.span,
+            detail="two tensors of one loop nest have different owner blocks",
+            help="give them the same owner map",
+        )
+    info = first.moved
+    attrs: dict[str, object] = {"segment": segment, "axis": first.axis or None}
+    if own or first.order == "own":
+        attrs["segments"] = info.blocks
+        attrs["visit"] = info.block_of(RANK, Expr.name("i"))
+    elif schedule.order in ("auto", "arrival", "departure"):
+        order = first.order if schedule.order == "auto" else schedule.order
+        attrs["visit"] = _arrival(info) if order == "arrival" else _departure(info)
+    return attrs
+
+
+def _arrival(info: Moved) -> Expr:
+    """Own blocks first, then those of the rank before, as a ring of pushes to the next rank brings them."""
+    i = Expr.name("i")
+    form = info.block_of((RANK + WORLD - i // info.blocks) % WORLD, i % info.blocks)
+    assert form is not None
+    return form
+
+
+def _departure(info: Moved) -> Expr:
+    """The next rank's blocks first, the own last."""
+    i = Expr.name("i")
+    form = info.block_of((RANK + 1 + i // info.blocks) % WORLD, i % info.blocks)
+    assert form is not None
+    return form
+
+
+def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
+    """The stage that brings the sum of an output into the user's tensor."""
+    tensor = program.declared(name)
+    names = extents_of(program)
+    letters = [
+        f"{str(d).lower() if not isinstance(d, int) else 'd'}.{name}.{i}"
+        for i, d in enumerate(tensor["dims"])
+    ]
+    variables = [Value(letter, TILE) for letter in letters]
+    result = Value(f"{name}.sum", Type(tensor["dtype"], tuple(letters)))
+    body = (
+        make("load", results=(result,), ref=Ref(name, tuple(variables)), span=tensor.span),
+        make(
+            "store",
+            ref=Ref(name, tuple(variables)),
+            operands=(result,),
+            final=True,
+            span=tensor.span,
+        ),
+    )
+    probe = Op("stage", blocks=(Block(tuple(variables), body),))
+    tiles = _tile_sizes(schedule, variables, list(tensor["dims"]), probe, names)
+    attrs: dict[str, object] = {}
+    if tensor["move"] == "scatter":
+        info = moved(program, name)
+        attrs = {
+            "segment": info.block,
+            "segments": info.blocks,
+            "visit": info.block_of(RANK, Expr.name("i")),
+            "axis": info.axis or None,
+        }
+    return make(
+        "stage",
+        ref=Ref(f"{name}.sum"),
+        extent=tensor["dims"],
+        tile=tiles,
+        blocks=probe.blocks,
+        span=tensor.span,
+    ).with_attrs(**attrs)

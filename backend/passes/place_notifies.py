@@ -1,0 +1,139 @@
+"""``place-notifies``: a notify behind the last write of every channel, and the acknowledgement of a call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tilelink.backend.passes.common import (
+    MOVED,
+    RANK,
+    WORLD,
+    Moved,
+    moved,
+    start_of,
+    tensors_of,
+)
+from tilelink.ir import INDEX, Block, Expr, Op, Range, Ref, Value, make
+
+
+def place_notifies(program: Op) -> Op:
+    """Announce stored tiles, and the end of a call's reads.
+
+    Before::
+
+        stage … do (%m: tile, %n: tile) {
+          store @C[%m, %n] (%c)
+
+    After, where the bytes leave later::
+
+          store @C[%m, %n] (%c)
+          notify @C.done[m.start / 1024, 0]
+
+    and where the store itself goes to the peer::
+
+          notify @C.ready[RANK, 0] {peer = m.start / 1024, count = 32, through = @C.arrived[m.start / 1024, 0]}
+
+    The head of a call waits until every rank has acknowledged the call before, and the last worker
+    acknowledges this one. Invariant: one notify a task and channel, behind the task's last write.
+    """
+    acked = bool(program.find("flag"))
+    ops: list[Op] = []
+    for op in program.body:
+        if op.name == "launch":
+            stages = tuple(_announce(program, stage) for stage in op.body)
+            op = op.with_ops((*stages, _finish()) if acked else stages)
+            if acked or program.find("counter"):
+                ops.append(_head(acked))
+                op = op.with_attrs(after=("head",))
+        ops.append(op)
+    return program.with_ops(tuple(ops))
+
+
+def _head(acked: bool) -> Op:
+    """The acknowledgements of the call before come first: landing buffers are written again after them."""
+    everyone = Range(Expr.const(0), WORLD)
+    waits = (make("wait", ref=Ref("ack", (everyone,)), epoch=-1),) if acked else ()
+    return make("head", blocks=(Block((), waits),))
+
+
+def _finish() -> Op:
+    peer = Value("ack.p", INDEX)
+    ack = make("notify", ref=Ref("ack", (RANK,)), peer=Expr.name("ack.p"))
+    loop = make("for_range", lo=0, hi=WORLD, blocks=(Block((peer,), (ack,)),))
+    return make("finish", blocks=(Block((), (loop,)),))
+
+
+def _announce(program: Op, stage: Op) -> Op:
+    counters = {op.symbol for op in program.find("counter")}
+    body: list[Op] = []
+    for op in stage.body:
+        body.append(op)
+        for name, tensor in tensors_of(program).items():
+            stores = [
+                s
+                for s in op.walk()
+                if s.name == "store" and s.symbol == name and not s.get("final")
+            ]
+            if not stores:
+                continue
+            if tensor["move"] not in MOVED:
+                if f"{name}.done" in counters:
+                    body.append(
+                        make(
+                            "notify",
+                            ref=Ref(f"{name}.done", (Expr.const(0),)),
+                            span=stores[-1].span,
+                        )
+                    )
+                continue
+            info = moved(program, name)
+            if info.resource == "epilogue":
+                body[-1:] = _to_peers(info, op)
+            elif info.resource != "none":
+                body.append(_locally(info, stores[-1]))
+    return stage.with_ops(tuple(body))
+
+
+def _place(info: Moved, store: Op) -> tuple[Expr, Expr]:
+    """Owner and channel of the tile that ``store`` writes."""
+    assert store.ref is not None
+    element = store.ref.index[info.axis]
+    assert isinstance(element, Value)
+    start = start_of(element)
+    return info.owner_of(start), info.channel_of(info.local_of(start))
+
+
+def _locally(info: Moved, store: Op) -> Op:
+    owner, channel = _place(info, store)
+    index = (owner, channel) if info.kind == "scatter" else (channel,)
+    return make("notify", ref=Ref(f"{info.name}.done", index), span=store.span)
+
+
+def _to_peers(info: Moved, op: Op) -> tuple[Op, ...]:
+    """The store of a tile followed by its notify: to the owner, or for a reduce to every rank."""
+    store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
+    owner, channel = _place(info, store)
+    variable = Value(f"{info.name}.d", INDEX)
+    peer = owner if info.kind == "scatter" else Expr.name(variable.name)
+    count = info.tasks_of(channel)
+    notify = make(
+        "notify",
+        ref=Ref(f"{info.name}.ready", (RANK, channel)),
+        peer=peer,
+        count=None if count == 1 else count,
+        through=None if count == 1 else Ref(f"{info.name}.arrived", (peer, channel)),
+        span=store.span,
+    )
+    sent = (_with_peer(op, info.name, peer), notify)
+    if info.kind == "scatter":
+        return sent
+    return (make("for_range", lo=0, hi=WORLD, blocks=(Block((variable,), sent),), span=store.span),)
+
+
+def _with_peer(op: Op, name: str, peer: Expr) -> Op:
+    if op.name == "store" and op.symbol == name:
+        return op.with_attrs(peer=peer)
+    blocks = tuple(
+        replace(b, ops=tuple(_with_peer(o, name, peer) for o in b.ops)) for b in op.blocks
+    )
+    return replace(op, blocks=blocks)

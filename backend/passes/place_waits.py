@@ -1,0 +1,168 @@
+"""``place-waits``: a wait in front of every read of something that another rank or worker makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tilelink.backend.passes.common import (
+    MOVED,
+    RANK,
+    WORLD,
+    Moved,
+    UnsupportedProgram,
+    accesses,
+    moved,
+    start_of,
+    stop_of,
+    storing_stage,
+    tasks_of_stage,
+    tensors_of,
+)
+from tilelink.ir import All, Expr, Op, Range, Ref, Value, binary, make
+
+
+def place_waits(program: Op) -> Op:
+    """Put waits at the outermost point where the channels are constant, before the first read.
+
+    Before::
+
+        stage … do (%m: tile, %n: tile) {
+          %a = load @A[%m, %k]
+
+    After::
+
+        stage … do (%m: tile, %n: tile) {
+          wait @A.ready[m.start / 1024, 0] {if = m.start / 1024 != RANK}
+          %a = load @A[%m, %k]
+
+    A read of a sum waits for every source. Invariant: every read of a moved or intermediate tensor is
+    dominated by waits on all channels that its region meets.
+    """
+    launches = tuple(_launch(program, op) if op.name == "launch" else op for op in program.body)
+    return program.with_ops(launches)
+
+
+def _launch(program: Op, launch: Op) -> Op:
+    stored: set[str] = set()
+    stages: list[Op] = []
+    for stage in launch.body:
+        stages.append(_guard(program, stage, stored))
+        stored |= {op.symbol for op in stage.walk() if op.name == "store"}
+    return launch.with_ops(tuple(stages))
+
+
+def _guard(program: Op, loop: Op, stored: set[str]) -> Op:
+    """Waits for the tiles that ``loop`` itself defines, then those of the loops inside it."""
+    waits: list[Op] = []
+    for name, tensor in tensors_of(program).items():
+        loads = [
+            op for op in _reads(loop, name, program) if name in stored or tensor["move"] == "gather"
+        ]
+        for load in loads:
+            for wait in _waits(program, tensor, load, loop):
+                if wait not in waits:
+                    waits.append(wait)
+    body = tuple(_guard_inner(program, op, stored) for op in loop.body)
+    return loop.with_ops((*waits, *body))
+
+
+def _guard_inner(program: Op, op: Op, stored: set[str]) -> Op:
+    """Inner loops over a gathered axis wait tile by tile."""
+    if op.name == "for_tiles" and op.get("segment") is not None:
+        return _guard(program, op, stored)
+    if not op.blocks:
+        return op
+    blocks = tuple(
+        replace(b, ops=tuple(_guard_inner(program, o, stored) for o in b.ops)) for b in op.blocks
+    )
+    return replace(op, blocks=blocks)
+
+
+def _reads(loop: Op, name: str, program: Op) -> list[Op]:
+    """Loads of ``name`` that belong to ``loop``: indexed by its tile, or (at a stage) by no segmented tile."""
+    tensor = program.declared(name)
+    axis = int(tensor.get("over", 0)) if tensor["move"] in MOVED else 0
+    inner = {
+        arg
+        for op in loop.walk()
+        if op is not loop and op.name == "for_tiles" and op.get("segment") is not None
+        for arg in op.args[:1]
+    }
+    found = []
+    for load in accesses(loop, name, "load"):
+        assert load.ref is not None
+        element = load.ref.index[axis] if load.ref.index else All()
+        if element in loop.args or (loop.name == "stage" and element not in inner):
+            found.append(load)
+    return found
+
+
+def _waits(program: Op, tensor: Op, load: Op, loop: Op) -> list[Op]:
+    name = tensor.symbol
+    if tensor["move"] not in MOVED:
+        return [
+            make(
+                "wait",
+                ref=Ref(f"{name}.done", (Expr.const(0),)),
+                count=tasks_of_stage(program, storing_stage(program, name)[0]),
+                span=load.span,
+            )
+        ]
+    info = moved(program, name)
+    if info.resource == "none":
+        return []
+    assert load.ref is not None
+    element = load.ref.index[info.axis] if load.ref.index else All()
+    tile = (
+        element
+        if isinstance(element, Value) and element in loop.args and element.type.is_tile
+        else None
+    )
+    if info.kind == "gather":
+        return _gather_waits(info, tile, load, loop)
+    return _sum_waits(program, info, tile, load, loop)
+
+
+def _gather_waits(info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op]:
+    if not info.in_place or tile is None:
+        everything = (Range(Expr.const(0), WORLD), Range(Expr.const(0), Expr.const(info.channels)))
+        return [make("wait", ref=Ref(f"{info.name}.ready", everything), span=load.span)]
+    owner = info.owner_of(start_of(tile))
+    index = (owner, _span(*info.channel_range(start_of(tile), stop_of(tile), _length(loop, tile))))
+    remote = binary("!=", owner, RANK)
+    return [make("wait", ref=Ref(f"{info.name}.ready", index), span=load.span).with_attrs(**{"if": remote})]
+
+
+def _sum_waits(program: Op, info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op]:
+    lo, hi = Expr.const(0), Expr.const(info.channels)
+    if tile is not None:
+        lo, hi = info.channel_range(start_of(tile), stop_of(tile), _length(loop, tile))
+    ready = f"{info.name}.ready"
+    if info.resource == "epilogue":
+        index = (Range(Expr.const(0), WORLD), _span(lo, hi))
+        return [make("wait", ref=Ref(ready, index), span=load.span)]
+    here = (RANK, _span(lo, hi)) if info.kind == "scatter" else (_span(lo, hi),)
+    if isinstance(here[-1], Range):
+        # Channels of unequal size have unequal counts: one wait a channel.
+        raise UnsupportedProgram(
+            load.span,
+            detail=f"a tile of the sum of `{info.name}` spans several channels",
+            help="give it one channel, or a smaller tile after the sum",
+        )
+    channel = here[-1]
+    return [
+        make(
+            "wait", ref=Ref(f"{info.name}.done", here), count=info.tasks_of(channel), span=load.span
+        ),
+        make("wait", ref=Ref(ready, (Range(Expr.const(0), RANK), channel)), span=load.span),
+        make("wait", ref=Ref(ready, (Range(RANK + 1, WORLD), channel)), span=load.span),
+    ]
+
+
+def _length(loop: Op, tile: Value) -> int:
+    return int(loop["tile"][loop.args.index(tile)])
+
+
+def _span(lo: Expr, hi: Expr) -> Expr | Range:
+    """One element where ``lo..hi`` holds a single one for certain."""
+    return lo if binary("+", lo, 1) == hi else Range(lo, hi)

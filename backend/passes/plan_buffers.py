@@ -1,0 +1,162 @@
+"""``plan-buffers``: where tiles land and wait, and every access turned to it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tilelink.backend.passes.common import (
+    RANK,
+    Moved,
+    accesses,
+    add_declarations,
+    moved,
+    stages_of,
+    start_of,
+    tensors_of,
+)
+from tilelink.ir import All, At, Expr, Op, Ref, Value, binary, make
+
+
+def plan_buffers(program: Op) -> Op:
+    """Declare landing and staging buffers and rewrite loads and stores of moved tensors.
+
+    Before::
+
+        %a = load @A[%m, %k]
+        store @C[%m, %n] (%c)
+        %s = load @C[%m, %n]
+
+    After::
+
+        %a = load @A.all[%m, %k] {own = @A[%m at m.start % 1024, %k], when = m.start / 1024 == RANK}
+        store @C.partial[%m, %n] (%c)
+        %s = load_sum @C.parts[:, %m at m.start % 1024, %n] {own = @C.partial[%m, %n]}
+
+    Shards lie one behind the other in rank order in a landing buffer. Invariant: no access names a
+    tensor at an index that this rank does not hold.
+    """
+    buffers: list[Op] = []
+    for name, tensor in tensors_of(program).items():
+        kind = tensor["move"]
+        if kind in ("gather", "scatter", "reduce"):
+            buffers += _buffers(program, tensor, moved(program, name))
+        elif tensor["role"] == "temp":
+            buffers.append(
+                make(
+                    "buffer",
+                    ref=Ref(name),
+                    dims=tensor["dims"],
+                    dtype=tensor["dtype"],
+                    space="local",
+                )
+            )
+            program = program.with_ops(tuple(op for op in program.body if op is not tensor))
+    infos = {
+        name: moved(program, name)
+        for name, tensor in tensors_of(program).items()
+        if tensor["move"] in ("gather", "scatter", "reduce", "shard")
+    }
+    program = program.with_ops(tuple(_rewrite(op, infos) for op in program.body))
+    return add_declarations(program, *buffers)
+
+
+def _buffers(program: Op, tensor: Op, info: Moved) -> list[Op]:
+    def buffer(suffix: str, dims: tuple[object, ...], space: str) -> Op:
+        return make(
+            "buffer",
+            ref=Ref(f"{info.name}.{suffix}"),
+            dims=dims,
+            dtype=tensor["dtype"],
+            space=space,
+        )
+
+    dims = tuple(tensor["dims"])
+    if info.kind == "gather":
+        return [buffer("all", dims, "local" if info.resource == "none" else "symmetric")]
+    held = tuple(info.shard if axis == info.axis else d for axis, d in enumerate(dims))
+    if info.resource == "none":
+        read = any(
+            not _final_pair(stage, info.name)
+            for stage in stages_of(program)
+            if _reads(stage, info.name)
+        )
+        return [
+            buffer("partial", dims, "local"),
+            *([buffer("total", held, "local")] if read else []),
+        ]
+    parts = buffer("parts", (Expr.name("WORLD"), *held), "symmetric")
+    return [parts] if info.resource == "epilogue" else [buffer("partial", dims, "local"), parts]
+
+
+def _reads(stage: Op, name: str) -> bool:
+    return any(True for _ in accesses(stage, name, "load"))
+
+
+def _final_pair(stage: Op, name: str) -> bool:
+    """Whether ``stage`` does nothing but bring the sum of ``name`` into the user's tensor."""
+    return any(op.get("final") for op in accesses(stage, name, "store"))
+
+
+def _rewrite(op: Op, infos: dict[str, Moved]) -> Op:
+    blocks = tuple(replace(b, ops=tuple(_rewrite(o, infos) for o in b.ops)) for b in op.blocks)
+    op = replace(op, blocks=blocks)
+    if op.name not in ("load", "store") or op.ref is None or op.ref.symbol not in infos:
+        return op
+    info = infos[op.ref.symbol]
+    if op.name == "load":
+        return {"gather": _gathered, "scatter": _sum, "reduce": _sum, "shard": _held}[info.kind](
+            op, info
+        )
+    if info.kind == "shard" or op.get("final"):
+        return _held(op, info).with_attrs(final=None)
+    return _contribution(op, info)
+
+
+def _at(info: Moved, index: tuple[object, ...], place: str) -> tuple[object, ...]:
+    """``index`` with the moved axis placed by ``local_of`` or ``landing_of``."""
+    element = index[info.axis]
+    if isinstance(element, Value) and element.type.is_tile:
+        start = start_of(element)
+        moved_to = info.local_of(start) if place == "local" else info.landing_of(start)
+        element = element if moved_to == start else At(element, moved_to)
+    elif isinstance(element, Expr):
+        element = info.local_of(element) if place == "local" else info.landing_of(element)
+    return tuple(element if axis == info.axis else i for axis, i in enumerate(index))
+
+
+def _gathered(op: Op, info: Moved) -> Op:
+    assert op.ref is not None
+    index = op.ref.index
+    whole = Ref(f"{info.name}.all", _at(info, index, "landing"))  # type: ignore[arg-type]
+    element = index[info.axis] if index else All()
+    if not info.in_place or not isinstance(element, Value):
+        return replace(op, ref=whole)
+    own = Ref(info.name, _at(info, index, "local"))  # type: ignore[arg-type]
+    here = binary("==", info.owner_of(start_of(element)), RANK)
+    return replace(op, ref=whole).with_attrs(own=own, when=here)
+
+
+def _sum(op: Op, info: Moved) -> Op:
+    assert op.ref is not None
+    index = op.ref.index
+    local = _at(info, index, "local")
+    if info.resource == "none":
+        return replace(op, ref=Ref(f"{info.name}.total", local))  # type: ignore[arg-type]
+    own = None
+    if info.resource != "epilogue":
+        own = Ref(f"{info.name}.partial", _at(info, index, "landing"))  # type: ignore[arg-type]
+    parts = Ref(f"{info.name}.parts", (All(), *local))  # type: ignore[arg-type]
+    return replace(op, name="load_sum", ref=parts).with_attrs(own=own)
+
+
+def _held(op: Op, info: Moved) -> Op:
+    assert op.ref is not None
+    return replace(op, ref=Ref(info.name, _at(info, op.ref.index, "local")))  # type: ignore[arg-type]
+
+
+def _contribution(op: Op, info: Moved) -> Op:
+    assert op.ref is not None
+    if info.resource == "epilogue":
+        local = _at(info, op.ref.index, "local")
+        return replace(op, ref=Ref(f"{info.name}.parts", (RANK, *local)))  # type: ignore[arg-type]
+    return replace(op, ref=Ref(f"{info.name}.partial", _at(info, op.ref.index, "landing")))  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+"""A sensible schedule for a kernel that nobody has tuned."""
+
+from __future__ import annotations
+
+from tilelink.ir import DTYPES, Op
+from tilelink.schedules.schedule import Move, Schedule
+
+
+def default_schedule(kernel: Op) -> Schedule:
+    """The schedule to use for ``kernel`` (Tile IR) where neither the user nor a table gives one.
+
+    Moved tensors travel by copy engine, which costs the computation nothing; a sum that is small
+    enough for one exchange (a reduce of at most 1 MiB) is stored straight into every rank.
+    """
+    extents = {op.symbol: int(op["value"]) for op in kernel.find("extent")}
+    wide = any(op.get("dtype") == "fp32" for op in kernel.find("tensor"))
+    rows, columns, depth = _roles(kernel)
+    tiles: dict[str, int] = {}
+    for name in extents:
+        tiles[name] = 64 if wide else 128
+    for name in sorted(columns):
+        tiles[name] = 64 if wide else 256
+    for name in sorted(depth):
+        tiles[name] = 32 if wide else 64
+    for name in sorted(rows):
+        tiles[name] = 64 if wide else 128
+    tiles = {name: min(size, _power(extents[name])) for name, size in tiles.items()}
+    moves: dict[str, Move] = {}
+    for tensor in kernel.find("tensor"):
+        if tensor["move"] in ("gather", "scatter", "reduce"):
+            moves[tensor.symbol] = Move(resource=_resource(tensor, extents))
+    return Schedule(tiles=tuple(sorted(tiles.items())), moves=tuple(sorted(moves.items())))
+
+
+def _resource(tensor: Op, extents: dict[str, int]) -> str:
+    size = DTYPES[tensor["dtype"]]
+    for dim in tensor["dims"]:
+        size *= dim if isinstance(dim, int) else int(dim.evaluate(extents))
+    return "epilogue" if tensor["move"] == "reduce" and size <= 1 << 20 else "copy_engine"
+
+
+def _roles(kernel: Op) -> tuple[set[str], set[str], set[str]]:
+    """Extents that are rows, columns and depth of some matrix product."""
+    rows: set[str] = set()
+    columns: set[str] = set()
+    depth: set[str] = set()
+    loops = {
+        arg.name: str(extent)
+        for op in kernel.walk()
+        if op.name == "for_tiles" and op.get("extent") is not None
+        for arg, extent in zip(op.args, op["extent"], strict=False)
+    }
+    for op in kernel.walk():
+        if op.name == "dot":
+            (m, k), (_, n) = op.operands[0].type.shape[-2:], op.operands[1].type.shape[-2:]
+            for target, dim in ((rows, m), (columns, n), (depth, k)):
+                if dim in loops:
+                    target.add(loops[dim])
+    return rows, columns - rows, depth - rows - columns
+
+
+def _power(extent: int) -> int:
+    """The smallest power of two that holds ``extent``, at least 16."""
+    return max(16, 1 << max(0, extent - 1).bit_length())

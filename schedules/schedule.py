@@ -1,0 +1,185 @@
+"""The schedule: how a kernel is run, never what it means. Frozen data with a JSON round trip."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
+
+from tilelink.errors import TilelinkError
+
+ORDERS = ("auto", "row", "grouped", "arrival", "departure")
+_RESOURCE = re.compile(r"copy_engine|epilogue|none|sm:[1-9]\d*")
+
+
+class ScheduleError(TilelinkError):
+    """A schedule with a field that is unknown, of the wrong kind or out of range."""
+
+    code: ClassVar[str] = "schedule"
+    message: ClassVar[str] = "schedule field `{field}`: {detail}"
+    hint: ClassVar[str] = "{help}"
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """How one moved tensor travels.
+
+    ``resource``: ``copy_engine``, ``sm:N`` (N workers of the launch), ``epilogue`` (the stores of the
+    compute tile) or ``none`` (the library's collective, not overlapped). ``tile``: elements along the
+    moved axis of one communication tile; None lets the compiler choose. ``channels``: flags a source
+    rank, None lets the compiler choose; more of them release the consumer earlier and cost more signals.
+    """
+
+    resource: str = "copy_engine"
+    tile: int | None = None
+    channels: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.resource, str) or not _RESOURCE.fullmatch(self.resource):
+            raise ScheduleError(
+                field="resource",
+                detail=f"`{self.resource}` is not a resource",
+                help="use copy_engine, sm:N, epilogue or none",
+            )
+        if self.tile is not None:
+            _positive("tile", self.tile)
+        if self.channels is not None:
+            _positive("channels", self.channels)
+
+    @property
+    def sm_workers(self) -> int:
+        """The N of ``sm:N``, else 0."""
+        return int(self.resource[3:]) if self.resource.startswith("sm:") else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a kernel is run.
+
+    ``tiles``: tile length of each extent by name. ``order``: order of the tiles; ``auto`` starts with
+    what is here for a gather and ends with the own slice for a scatter. ``group``: rows of tiles
+    walked together for the L2 cache. ``workers``: persistent CTAs. ``warps``, ``stages``: of the
+    Triton kernel. ``flatten``: one loop over tiles and steps of the main loop. ``moves``: a
+    :class:`Move` for each moved tensor by name.
+    """
+
+    tiles: tuple[tuple[str, int], ...] = ()
+    order: str = "auto"
+    group: int = 8
+    workers: int = 132
+    warps: int = 8
+    stages: int = 3
+    emitter: str = "triton"
+    flatten: bool = False
+    moves: tuple[tuple[str, Move], ...] = ()
+
+    def __post_init__(self) -> None:
+        for extent, size in self.tiles:
+            _positive(f"tiles.{extent}", size)
+            if size & (size - 1):
+                raise ScheduleError(
+                    field=f"tiles.{extent}",
+                    detail=f"{size} is no power of two",
+                    help="Triton's tiles are powers of two",
+                )
+        for name in ("group", "workers", "warps", "stages"):
+            _positive(name, getattr(self, name))
+        if self.warps & (self.warps - 1) or self.warps > 32:
+            raise ScheduleError(
+                field="warps", detail=f"{self.warps} warps", help="use 1, 2, 4, 8, 16 or 32"
+            )
+        if self.order not in ORDERS:
+            raise ScheduleError(
+                field="order", detail=f"`{self.order}`", help="use one of " + ", ".join(ORDERS)
+            )
+        if self.emitter != "triton":
+            raise ScheduleError(field="emitter", detail=f"`{self.emitter}`", help="use triton")
+        for name, move in self.moves:
+            if move.sm_workers >= self.workers:
+                raise ScheduleError(
+                    field=f"moves.{name}.resource",
+                    detail=f"{move.resource} leaves none of {self.workers} workers to compute",
+                    help="use fewer communication workers",
+                )
+
+    def tile(self, extent: str, default: int) -> int:
+        """The tile length of ``extent``."""
+        return dict(self.tiles).get(extent, default)
+
+    def move(self, tensor: str) -> Move:
+        """The move of ``tensor``."""
+        return dict(self.moves).get(tensor, Move())
+
+    def with_tiles(self, **tiles: int) -> Schedule:
+        """A copy with tile lengths set."""
+        return replace(self, tiles=tuple(sorted({**dict(self.tiles), **tiles}.items())))
+
+    def with_resource(self, resource: str) -> Schedule:
+        """A copy in which every moved tensor uses ``resource``."""
+        return replace(self, moves=tuple((n, replace(m, resource=resource)) for n, m in self.moves))
+
+    def to_json(self) -> str:
+        """One line of JSON that :meth:`from_json` reads back."""
+        data = asdict(self)
+        data["tiles"] = dict(self.tiles)
+        data["moves"] = {name: asdict(move) for name, move in self.moves}
+        return json.dumps(data, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Schedule:
+        """The schedule that ``text`` holds; ScheduleError if it holds none."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ScheduleError(
+                field="(all)", detail=f"not JSON: {error}", help="write one JSON object"
+            ) from None
+        data = _checked(data, Schedule, "")
+        tiles, moves = data.pop("tiles", {}), data.pop("moves", {})
+        for name, value in (("tiles", tiles), ("moves", moves)):
+            if not isinstance(value, dict):
+                raise ScheduleError(field=name, detail="not an object", help='write {"NAME": …}')
+        made = {n: Move(**_checked(m, Move, f"moves.{n}.")) for n, m in moves.items()}
+        return Schedule(
+            tiles=tuple(sorted(tiles.items())), moves=tuple(sorted(made.items())), **data
+        )
+
+
+_KINDS: dict[str, type] = {
+    "order": str,
+    "group": int,
+    "workers": int,
+    "warps": int,
+    "stages": int,
+    "emitter": str,
+    "flatten": bool,
+}
+
+
+def _checked(data: object, cls: type[Any], prefix: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ScheduleError(
+            field=prefix or "(all)", detail="not an object", help="write one JSON object"
+        )
+    known = [f.name for f in fields(cls)]
+    for key, value in data.items():
+        if key not in known:
+            raise ScheduleError(
+                field=f"{prefix}{key}",
+                detail="there is no such field",
+                help="known fields: " + ", ".join(known),
+            )
+        kind = _KINDS.get(key)
+        if kind is not None and (
+            not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+        ):
+            raise ScheduleError(
+                field=f"{prefix}{key}", detail=f"{value!r}", help=f"give a {kind.__name__}"
+            )
+    return dict(data)
+
+
+def _positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ScheduleError(field=name, detail=f"{value!r}", help="give a positive integer")

@@ -1,0 +1,153 @@
+"""The tree against ``pyproject.toml``, and imports against the order of the pipeline."""
+
+import ast
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LINKED = ("frontend", "backend", "schedules")
+
+# A module imports from its own row and the rows above. It belongs to the row with the longest
+# prefix of its name, so `tilelink` and `tilelink.backend` take whatever no other row names.
+LAYERS = (
+    ("tilelink.device",),
+    ("tilelink.errors", "tilelink.knobs"),
+    ("tilelink.ir",),
+    ("tilelink.language",),
+    ("tilelink.frontend",),
+    ("tilelink.schedules",),
+    ("tilelink.backend.passes", "tilelink.backend.expand", "tilelink.backend.reference"),
+    ("tilelink.backend.verify",),
+    ("tilelink.backend.simulate", "tilelink.backend.emit"),
+    ("tilelink.backend.runtime",),
+    ("tilelink.backend",),
+    ("tilelink.kernel", "tilelink.kernels"),
+    ("tilelink",),
+    ("tilelink.cli",),
+    ("tilelink.__main__",),
+)
+ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
+
+
+def walk_sources() -> Iterator[tuple[Path, list[str]]]:
+    """Each folder of the package, through the links, with its Python files."""
+    for folder, _, files in os.walk(ROOT / "tilelink", followlinks=True):
+        sources = sorted(name for name in files if name.endswith(".py"))
+        if sources:
+            yield Path(folder).relative_to(ROOT), sources
+
+
+def read_modules() -> dict[str, str]:
+    """The source of every module by its dotted name; a package goes by ``name.__init__``."""
+    return {
+        ".".join((*folder.parts, name.removesuffix(".py"))): (ROOT / folder / name).read_text()
+        for folder, names in walk_sources()
+        for name in names
+    }
+
+
+def row_of(module: str) -> int:
+    """The row of ``LAYERS`` that ``module`` belongs to."""
+    prefix = module
+    while prefix not in ROW:
+        prefix = prefix.rpartition(".")[0]
+    return ROW[prefix]
+
+
+def executed_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node below ``tree`` except the bodies of ``if TYPE_CHECKING:``."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for node in child.orelse:
+                yield node
+                yield from executed_nodes(node)
+        else:
+            yield child
+            yield from executed_nodes(child)
+
+
+def imported_names(module: str, source: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of each thing of ``tilelink`` that ``module`` imports."""
+    for node in executed_nodes(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: -node.level] if node.level else []
+            origin = ".".join([*parents, *([node.module] if node.module else [])])
+            names = [f"{origin}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "tilelink":
+                yield node.lineno, name
+
+
+def find_upward_imports(modules: Mapping[str, str]) -> list[str]:
+    """Imports of what comes later in the pipeline, as ``module:line imports name``."""
+    return [
+        f"{module}:{line} imports {name}"
+        for module, source in sorted(modules.items())
+        for line, name in imported_names(module, source)
+        if row_of(name) > row_of(module.removesuffix(".__init__"))
+    ]
+
+
+def test_packages_are_the_folders_of_the_tree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = project["tool"]["setuptools"]["packages"]
+    found = [".".join(folder.parts) for folder, _ in walk_sources()]
+    assert sorted(listed) == sorted(found)
+
+
+def test_every_package_has_an_init_file() -> None:
+    assert [folder for folder, names in walk_sources() if "__init__.py" not in names] == []
+
+
+def test_links_and_package_dir_name_the_same_folders() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    links = {
+        f"tilelink.{path.name}": os.readlink(path)
+        for path in (ROOT / "tilelink").iterdir()
+        if path.is_symlink()
+    }
+    assert links == {f"tilelink.{name}": f"../{name}" for name in LINKED}
+    folders = {name: target.removeprefix("../") for name, target in links.items()}
+    assert project["tool"]["setuptools"]["package-dir"] == {"tilelink": "tilelink", **folders}
+
+
+def test_modules_import_only_from_earlier_stages() -> None:
+    assert find_upward_imports(read_modules()) == []
+
+
+def test_scan_sees_every_form_of_import() -> None:
+    modules = {
+        "tilelink.ir.node": "def f():\n    from tilelink.cli.main import main",
+        "tilelink.frontend.__init__": "from .. import kernel, errors",
+        "tilelink.backend.passes.waits": "import tilelink.backend.verify.cover as cover",
+        "tilelink.backend.verify.cover": "from ..simulate import clock\nfrom . import match",
+        "tilelink.device.wait": "from tilelink import errors\nfrom .notify import peer",
+        "tilelink.errors": "from tilelink import Kernel",
+    }
+    assert find_upward_imports(modules) == [
+        "tilelink.backend.passes.waits:1 imports tilelink.backend.verify.cover",
+        "tilelink.backend.verify.cover:1 imports tilelink.backend.simulate.clock",
+        "tilelink.device.wait:1 imports tilelink.errors",
+        "tilelink.errors:1 imports tilelink.Kernel",
+        "tilelink.frontend.__init__:1 imports tilelink.kernel",
+        "tilelink.ir.node:2 imports tilelink.cli.main.main",
+    ]
+
+
+def test_scan_skips_imports_for_type_checkers_only() -> None:
+    guarded = "if TYPE_CHECKING:\n    import tilelink.cli\nelse:\n    import tilelink.kernel"
+    assert find_upward_imports({"tilelink.ir.node": guarded}) == [
+        "tilelink.ir.node:4 imports tilelink.kernel"
+    ]
+
+
+def test_unlisted_modules_fall_to_the_enclosing_row() -> None:
+    assert row_of("tilelink.backend.pipeline") == ROW["tilelink.backend"]
+    assert row_of("tilelink.kernels.ag_gemm") == ROW["tilelink.kernels"]
+    assert row_of("tilelink.torch") == ROW["tilelink"]

@@ -1,0 +1,24 @@
+"""The fixed part of an arena: where control words, flags, counters and buffers start (bytes)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+WORD: Final = 4
+
+# Control words, by word number. Every rank's arena has them at the same place.
+EPOCH: Final = 0  # calls made on this arena, advanced by head
+ABORT: Final = 1  # sticky: nonzero once a wait ran out here or on a peer
+EXITED: Final = 2  # workers of the running launch that have left; back to 0 by the last
+RECORD: Final = 16  # error record, RECORD_WORDS words; the first is nonzero once it is written
+RECORD_WORDS: Final = 16
+ARRIVED: Final = 64  # [MAX_WORLD] epochs: rank r has started its call number so-and-so
+ACK: Final = 128  # [MAX_WORLD] epochs: rank r has read all of its call number so-and-so
+MAX_WORLD: Final = 64
+
+FLAGS: Final = 4 * 1024  # byte offset of the flag area
+FLAG_BYTES: Final = 124 * 1024
+COUNTERS: Final = 128 * 1024  # byte offset of the counter area
+COUNTER_BYTES: Final = 128 * 1024
+DATA: Final = 256 * 1024  # byte offset of buffers
+ALIGN: Final = 1024  # alignment of each buffer
