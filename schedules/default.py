@@ -18,8 +18,10 @@ def default_schedule(kernel: Op) -> Schedule:
     tiles: dict[str, int] = {}
     for name in extents:
         tiles[name] = 64 if wide else 128
+    # Accumulators of all products of one loop share the registers of 256 threads.
+    dots = max((sum(o.name == "dot" for o in op.body) for op in kernel.walk()), default=1)
     for name in sorted(columns):
-        tiles[name] = 64 if wide else 256
+        tiles[name] = 64 if wide else max(64, 256 // max(1, dots))
     for name in sorted(depth):
         tiles[name] = 32 if wide else 64
     for name in sorted(rows):

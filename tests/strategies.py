@@ -84,10 +84,7 @@ def cases(
 ) -> Case:
     """A case of ``kernel``; tile lengths often do not divide the shape."""
     world = draw(st.sampled_from(worlds))
-    if kernel == "gemm_ar":
-        m = draw(st.integers(1, 8 * size))
-    else:
-        m = world * draw(st.integers(1, 4 * size))
+    m = draw(st.integers(1, 8 * size)) if kernel == "gemm_ar" else world * draw(st.integers(1, 4 * size))
     return Case(
         kernel=kernel,
         world=world,

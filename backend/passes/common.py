@@ -191,7 +191,7 @@ class Moved:
         if self.channels == 1:
             return Expr.const(0), Expr.const(1)
         local = self.local_of(start)
-        if self.channel_rows % tile == 0:
+        if self.channel_rows % tile == 0 or self.channel_rows % self.block == 0:
             return self.channel_of(local), self.channel_of(local) + 1
         return local // self.channel_rows, (local + (stop - start) - 1) // self.channel_rows + 1
 
@@ -289,7 +289,7 @@ def is_whole(index: object) -> bool:
 
 
 def storing_stage(program: Op, name: str) -> tuple[Op, int | None]:
-    """The stage whose tasks store ``name``, and which of its variables walks the moved axis (None: no tile does)."""
+    """The stage whose tasks store ``name``, and its variable that walks the moved axis (None: none does)."""
     axis = int(program.declared(name).get("over", 0))
     for stage in stages_of(program):
         for store in accesses(stage, name, "store"):
