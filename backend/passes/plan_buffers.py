@@ -7,6 +7,7 @@ from dataclasses import replace
 from tilelink.backend.passes.common import (
     RANK,
     Moved,
+    UnsupportedProgram,
     accesses,
     add_declarations,
     moved,
@@ -127,6 +128,13 @@ def _at(info: Moved, index: tuple[object, ...], place: str) -> tuple[object, ...
 def _gathered(op: Op, info: Moved) -> Op:
     assert op.ref is not None
     index = op.ref.index
+    placed = index[info.axis] if index else All()
+    if isinstance(placed, Value) and not info.in_place and info.block != info.shard:
+        raise UnsupportedProgram(
+            op.span,
+            detail=f"`{info.name}` is read by a tile that may cross the blocks of its owner map",
+            help="read it by a tile of its whole extent, or let each rank own one block",
+        )
     whole = Ref(f"{info.name}.all", _at(info, index, "landing"))  # type: ignore[arg-type]
     element = index[info.axis] if index else All()
     if not info.in_place or not isinstance(element, Value):

@@ -1,0 +1,1 @@
+"""Source of kernels and host programs from fused programs."""

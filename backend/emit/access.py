@@ -1,0 +1,626 @@
+"""Loads, stores and copies of tiles: TMA where it fits, else masked pointers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tilelink.backend.emit.scope import TL_DTYPE, Dim, Scope, item_bytes, refuse
+from tilelink.backend.emit.text import condition
+from tilelink.ir import All, At, Broadcast, Expr, Index, Op, Range, Ref, Type, Value
+
+_INT32_ELEMENTS = 1 << 31
+_TMA_BLOCK = 256  # elements of a TMA box along one axis, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of an access: where it starts, and the tile dimension that runs along it, if any."""
+
+    start: str
+    dim: Dim | None = None
+    name: str = ""  # the dimension's name in types
+    vector: str = ""  # index vector, where the tile is not a range
+    own_start: bool = True  # starts where the loop tile does
+    stride: int | Expr = 1
+
+
+def strides(scope: Scope, symbol: str) -> list[int | Expr]:
+    """Element strides of a contiguous symbol."""
+    found: list[int | Expr] = []
+    step: int | Expr = 1
+    for dim in reversed(scope.program.shape(symbol)):
+        found.append(step)
+        value = scope.program.constant(dim)
+        factor: int | Expr = dim if value is None else value
+        step = _product(step, factor)
+    return found[::-1]
+
+
+def _product(left: int | Expr, right: int | Expr) -> int | Expr:
+    if isinstance(left, int) and isinstance(right, int):
+        return left * right
+    return Expr.of(left) * right
+
+
+def axes(scope: Scope, op: Op, ref: Ref) -> list[Axis | None]:
+    """The axes of ``ref`` in order; None stands for a new axis of length one."""
+    shape = scope.program.shape(ref.symbol)
+    steps = strides(scope, ref.symbol)
+    index: tuple[Index, ...] = ref.index or tuple(All() for _ in shape)
+    found: list[Axis | None] = []
+    axis = 0
+    for item in index:
+        if isinstance(item, Broadcast):
+            found.append(None)
+            continue
+        step, whole = steps[axis], shape[axis]
+        axis += 1
+        found.append(_axis(scope, op, item, whole, step))
+    return found
+
+
+def _axis(scope: Scope, op: Op, item: Index, whole: Expr | int, step: int | Expr) -> Axis:
+    if isinstance(item, At):
+        name = item.value.name
+        return Axis(scope.expr(item.start), scope.dims[name], name, "", False, step)
+    if isinstance(item, Value) and item.type.is_tile:
+        return Axis(scope.dims[item.name].start, scope.dims[item.name], item.name, "", True, step)
+    if isinstance(item, Value):
+        text = scope.names[item.name]
+        if not item.type.shape:
+            return Axis(text, stride=step)
+        if len(item.type.shape) != 1:
+            raise refuse(op, "an index of more than one axis")
+        name = item.type.shape[0]
+        return Axis("0", scope.dim(name), name, text, False, step)
+    if isinstance(item, Expr):
+        return Axis(scope.expr(item), stride=step)
+    if isinstance(item, Range):
+        length = scope.program.length(item.lo, item.hi)
+        if length is None:
+            raise refuse(op, f"a range `{item}` of a length known only at run time")
+        return Axis(scope.expr(item.lo), scope.dim(str(length)), str(length), "", False, step)
+    name = str(whole)
+    return Axis("0", scope.dim(name), name, "", True, step)
+
+
+def _times(start: str, stride: str) -> str:
+    if start == "0" or stride == "0":
+        return "0"
+    if stride == "1":
+        return start
+    if start == "1":
+        return stride
+    simple = start.replace("_", "").replace(".", "").isalnum() or start.endswith("]")
+    simple = simple or (start.startswith("tl.cast(") and start.endswith(", tl.int64)"))
+    return f"{start if simple else f'({start})'} * {stride}"
+
+
+def _plus(*terms: str) -> str:
+    return " + ".join(t for t in terms if t not in ("", "0")) or "0"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tile in memory: text of its pointers and of its mask (empty: none)."""
+
+    pointers: str
+    mask: str
+
+
+def place(
+    scope: Scope,
+    op: Op,
+    label: str,
+    base: str,
+    ref: Ref,
+    token: str = "",
+    choice: Choice | None = None,
+) -> Place:
+    """Index vectors and mask of a tile at ``base``, written out under names that begin with ``label``.
+
+    Scalar axes move the base pointer. ``choice`` gives starts of its own.
+    """
+    found = axes(scope, op, ref)
+    if choice is not None:
+        found = [
+            replace(a, start=choice.starts[n], own_start=False)
+            if a is not None and n in choice.starts
+            else a
+            for n, a in enumerate(found)
+        ]
+    rank = sum(1 for a in found if a is None or a.dim is not None)
+    big = scope.program.numel(ref.symbol) >= _INT32_ELEMENTS
+    names = ("rows", "cols") if rank == 2 else tuple(f"x{i}" for i in range(rank))
+    vectors: list[str] = []
+    masks: list[str] = []
+    scalars: list[str] = []
+    position = 0
+    for axis in found:
+        if axis is None:
+            position += 1
+            continue
+        stride = scope.expr(axis.stride, 5)
+        if axis.dim is None:
+            wide = f"tl.cast({axis.start}, tl.int64)" if big else axis.start
+            scalars.append(_times(wide, stride))
+            continue
+        start = _plus(axis.start, token)
+        token = ""
+        text = axis.vector or f"tl.arange(0, {axis.dim.block})"
+        if start != "0":
+            text = f"{start} + {text}"
+        if big and not axis.vector:
+            text = f"tl.cast({text}, tl.int64)"
+        name = f"{label}_{names[position]}"
+        scope.used.add(name)
+        scope.writer.let(name, text)
+        lift = _lift(position, rank)
+        vectors.append(f"{name}{lift}" if stride == "1" else f"{name}{lift} * {stride}")
+        if not axis.dim.exact:
+            if axis.vector:
+                mask = f"tl.arange(0, {axis.dim.block}) < {axis.dim.length}"
+            elif axis.own_start and axis.dim.stop:
+                mask = f"{name} < {axis.dim.stop}"
+            else:
+                mask = f"{name} < {_plus(axis.start, axis.dim.length)}"
+            masks.append(f"({mask}){lift}" if lift else mask)
+        position += 1
+    pointer = base
+    if token:
+        scalars.append(token)
+    shift = _plus(*scalars)
+    if shift != "0":
+        pointer = scope.writer.let(f"{label}_base", f"{base} + {shift}")
+        scope.used.add(pointer)
+    pointers = f"{pointer} + ({' + '.join(vectors)})" if vectors else pointer
+    if len(vectors) == 1 and "*" not in vectors[0]:
+        pointers = f"{pointer} + {vectors[0]}"
+    if len(pointers) > 48 and " + (" in pointers:
+        offsets = scope.writer.let(f"{label}_offsets", " + ".join(vectors))
+        scope.used.add(offsets)
+        pointers = f"{pointer} + {offsets}"
+    return Place(pointers, _mask(scope, label, masks))
+
+
+def _mask(scope: Scope, label: str, masks: list[str]) -> str:
+    """The text of the conjunction of ``masks``, named where it is long; empty where there is none."""
+    if len(masks) > 1:
+        for number, text in enumerate(masks):
+            masks[number] = scope.writer.let(f"{label}_mask{number}", text)
+            scope.used.add(masks[number])
+    mask = " & ".join(masks)
+    if len(mask) > 30:
+        mask = scope.writer.let(f"{label}_mask", mask)
+        scope.used.add(mask)
+    return mask
+
+
+def _lift(position: int, rank: int) -> str:
+    if rank <= 1:
+        return ""
+    return f"[{', '.join(':' if i == position else 'None' for i in range(rank))}]"
+
+
+def base(scope: Scope, symbol: str, peer: str | None = None) -> str:
+    """The text of a pointer to the start of a tensor or of a buffer, on this rank or on ``peer``."""
+    decl = scope.program.symbols[symbol]
+    if decl.name == "tensor":
+        return scope.pointers.setdefault(symbol, _parameter(scope, symbol, "_ptr"))
+    if peer is not None:
+        return f"device.peer_pointer(peers, {peer}, {decl['offset']}, {TL_DTYPE[decl['dtype']]})"
+    return scope.buffers.setdefault(symbol, _parameter(scope, symbol, ""))
+
+
+def _parameter(scope: Scope, symbol: str, suffix: str) -> str:
+    return scope.fresh(symbol + suffix)
+
+
+def _tma(scope: Scope, op: Op, ref: Ref, block: tuple[int, ...]) -> list[Axis] | None:
+    """The two axes of an access that TMA can make with ``block``, else None."""
+    decl = scope.program.symbols[ref.symbol]
+    size = item_bytes(decl["dtype"])
+    found = axes(scope, op, ref)
+    plain = [a for a in found if a is not None and a.dim is not None and not a.vector]
+    if len(plain) != 2 or len(found) != 2 or decl["dtype"] not in ("bf16", "fp16", "fp32"):
+        return None
+    inner = scope.program.constant(scope.program.shape(ref.symbol)[1])
+    if inner is None or inner * size % 16 or block[1] * size < 16 or max(block) > _TMA_BLOCK:
+        return None
+    return plain
+
+
+def descriptor(scope: Scope, symbol: str, block: tuple[int, ...]) -> str:
+    """The parameter that holds the TMA descriptor of a symbol with this block."""
+    key = (symbol, block)
+    if key not in scope.descriptors:
+        scope.descriptors[key] = scope.fresh(f"{symbol}_{'x'.join(map(str, block))}")
+    return scope.descriptors[key]
+
+
+def load(scope: Scope, op: Op) -> None:
+    """``load``: a tile in registers, zero past its length where the index is masked."""
+    value = op.results[0]
+    name = scope.define(value)
+    assert op.ref is not None
+    if op.get("own") is not None and id(op) not in scope.chosen:
+        choose(scope, op)
+    _load(scope, op, name, value.type, scope.chosen.pop(id(op), None))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where a load that may read the local shard takes its tile from, settled before its loop."""
+
+    source: str
+    starts: dict[int, str]  # axis number to the text of its start
+
+
+def choose(scope: Scope, op: Op) -> None:
+    """Write the choice between the buffer and the local shard of a ``load {own, when}``.
+
+    Both have the same strides, so a source and the starts that differ say all.
+    """
+    ref, own = op.ref, op["own"]
+    assert ref is not None
+    label = scope.names.get(op.results[0].name) or scope.define(op.results[0])
+    if strides(scope, ref.symbol) != strides(scope, own.symbol):
+        raise refuse(op, "a local shard whose rows are not as long as the buffer's")
+    token = _token(scope, ref.symbol)
+    block = scope.blocks(op.results[0].type)
+    tma = _tma(scope, op, ref, block) is not None and _tma(scope, op, own, block) is not None
+    there, here = axes(scope, op, ref), axes(scope, op, own)
+    source = f"{label}_from"
+    starts: dict[int, tuple[str, str]] = {}
+    for number, (far, near) in enumerate(zip(there, here, strict=True)):
+        if far is None or near is None:
+            continue
+        moved = _plus(far.start, token if number == 0 else "")
+        if moved != near.start:
+            starts[number] = (near.start, moved)
+    names = {n: f"{label}_{'row' if n == 0 else f'at{n}'}" for n in starts}
+    scope.used.update((source, *names.values()))
+    sides = (own.symbol, ref.symbol)
+    texts = [descriptor(scope, symbol, block) if tma else base(scope, symbol) for symbol in sides]
+    scope.fence = scope.fence or tma
+    test = condition(_fold(scope, op["when"]), scope.lookup)
+    for number, head in enumerate((f"if {test}:", "else:")):
+        with scope.writer.block(head):
+            scope.writer.line(f"{source} = {texts[number]}")
+            for axis, pair in sorted(starts.items()):
+                scope.writer.line(f"{names[axis]} = {pair[number]}")
+    scope.chosen[id(op)] = Choice(source, names)
+
+
+def _token(scope: Scope, symbol: str) -> str:
+    """The token of the waits so far, for what is read from a buffer."""
+    return "token" if scope.tokens and scope.program.symbols[symbol].name == "buffer" else ""
+
+
+def _fold(scope: Scope, expr: Expr | int) -> Expr | int:
+    return expr if isinstance(expr, int) else expr.substitute(scope.program.env)
+
+
+def _load(scope: Scope, op: Op, name: str, type_: Type, choice: Choice | None) -> None:
+    ref = op.ref
+    assert ref is not None
+    decl = scope.program.symbols[ref.symbol]
+    token = "" if choice is not None else _token(scope, ref.symbol)
+    block = scope.blocks(type_)
+    convert = "" if decl["dtype"] == type_.dtype else f".to({TL_DTYPE[type_.dtype]})"
+    pair = _tma(scope, op, ref, block)
+    if choice is not None and _tma(scope, op, op["own"], block) is None:
+        pair = None
+    dirty: set[str] = set()
+    if pair is not None:
+        rows, cols = pair
+        first, second = _plus(rows.start, token), cols.start
+        if choice is not None:
+            first, second = choice.starts.get(0, first), choice.starts.get(1, second)
+        source = choice.source if choice is not None else descriptor(scope, ref.symbol, block)
+        scope.writer.line(f"{name} = {source}.load([{first}, {second}]){convert}")
+        for axis in pair:
+            assert axis.dim is not None
+            whole = axis.dim.ends and axis.own_start and choice is None
+            if not axis.dim.exact and not whole:
+                dirty.add(axis.name)
+        scope.fence = scope.fence or decl.name == "buffer"
+    else:
+        start = choice.source if choice is not None else base(scope, ref.symbol)
+        at = place(scope, op, name, start, ref, token, choice=choice)
+        args = [at.pointers]
+        if at.mask:
+            args += [f"mask={at.mask}", "other=0"]
+        scope.writer.call(f"{name} = tl.load(", args, f"){convert}")
+    scope.dirty[op.results[0].name] = frozenset(dirty)
+
+
+def store(scope: Scope, op: Op) -> None:
+    """``store``: a tile to memory of this rank or of a peer, rounded to the tensor's dtype.
+
+    A TMA store is used only where the tile is whole and nothing signals it: stock Triton waits for its
+    reads, not for its writes. A wide tile leaves in two halves, which frees registers early.
+    """
+    value, ref = op.operands[0], op.ref
+    assert ref is not None
+    decl = scope.program.symbols[ref.symbol]
+    text = scope.names[value.name]
+    peer = op.get("peer")
+    where = ""
+    if peer is not None:
+        far = base(scope, ref.symbol, scope.expr(peer))
+        where = scope.writer.let(f"{identifier_of(ref.symbol)}_peer", far)
+        scope.used.add(where)
+    block = scope.blocks(value.type)
+    if decl["dtype"] != value.type.dtype and value.name not in scope.literals:
+        text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
+    if not value.type.shape:
+        where = where or base(scope, ref.symbol)
+        at = place(scope, op, f"{identifier_of(ref.symbol)}_at", where, ref)
+        scope.writer.call("tl.store(", [at.pointers, text])
+        return
+    found = [a for a in axes(scope, op, ref) if a is not None and a.dim is not None]
+    halves = len(block) == 2 and block[1] >= 256 and block[0] >= 64 and not found[1].vector
+    if not halves:
+        _store(scope, op, ref, where, text, block, peer is None, 0, found)
+        return
+    label = scope.names[value.name]
+    shaped = f"tl.reshape({text}, ({block[0]}, 2, {block[1] // 2}))"
+    low, high = f"{label}_low", f"{label}_high"
+    scope.used.update((low, high))
+    scope.writer.call(f"{low}, {high} = tl.split(", [f"tl.permute({shaped}, (0, 2, 1))"])
+    half = (block[0], block[1] // 2)
+    _store(scope, op, ref, where, low, half, peer is None, 0, found)
+    _store(scope, op, ref, where, high, half, peer is None, half[1], found)
+
+
+def identifier_of(symbol: str) -> str:
+    """The Python name that begins the names of a symbol's temporaries."""
+    return symbol.replace(".", "_")
+
+
+def _store(
+    scope: Scope,
+    op: Op,
+    ref: Ref,
+    where: str,
+    text: str,
+    block: tuple[int, ...],
+    local: bool,
+    shift: int,
+    found: list[Axis],
+) -> None:
+    whole = all(a.dim is not None and a.dim.exact for a in found)
+    pair = _tma(scope, op, ref, block) if local and whole and not scope.notified else None
+    if pair is not None:
+        rows, cols = pair
+        target = descriptor(scope, ref.symbol, block)
+        at_column = _plus(cols.start, str(shift))
+        scope.writer.line(f"{target}.store([{rows.start}, {at_column}], {text})")
+        return
+    where = where or base(scope, ref.symbol)
+    label = f"{identifier_of(ref.symbol)}_{'high' if shift else 'to'}"
+    if len(found) == 2 and block[1] != (found[1].dim.block if found[1].dim else 0):
+        at = _half(scope, op, label, where, ref, block, shift, found[1])
+    else:
+        at = place(scope, op, label, where, ref)
+    args = [at.pointers, text]
+    if at.mask:
+        args.append(f"mask={at.mask}")
+    scope.writer.call("tl.store(", args)
+
+
+def _half(
+    scope: Scope,
+    op: Op,
+    label: str,
+    where: str,
+    ref: Ref,
+    block: tuple[int, ...],
+    shift: int,
+    cols: Axis,
+) -> Place:
+    """The place of the left or right half of a tile: its columns stand in for a narrower dimension."""
+    assert cols.dim is not None
+    part = scope.fresh(f"{cols.name}_part")
+    stop = cols.dim.stop if cols.own_start else _plus(cols.start, cols.dim.length)
+    scope.dims[part] = replace(
+        cols.dim, block=block[1], start=_plus(cols.start, str(shift)), stop=stop or cols.dim.length
+    )
+    tile = Value(part, Type("tile"))
+    index = list(ref.index or tuple(All() for _ in scope.program.shape(ref.symbol)))
+    index[-1] = tile
+    return place(scope, op, label, where, Ref(ref.symbol, tuple(index)))
+
+
+def load_sum(scope: Scope, op: Op) -> None:
+    """``load_sum``: parts added in rank order in fp32, this rank's own read where it lies."""
+    value, ref, own = op.results[0], op.ref, op.get("own")
+    assert ref is not None
+    name = scope.define(value)
+    steps = strides(scope, ref.symbol)
+    count = scope.program.constant(scope.program.shape(ref.symbol)[0])
+    if count is None:
+        raise refuse(op, "a sum over a number of parts known only at run time")
+    if own is not None and strides(scope, own.symbol) != steps[1:]:
+        raise refuse(op, "a part of this rank that is laid out otherwise than the others")
+    found = [a for a in axes(scope, op, ref)[1:] if a is not None]
+    offsets, mask = _relative(scope, name, found)
+    far = _corner(scope, base(scope, ref.symbol), found, _token(scope, ref.symbol))
+    size = item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))
+    aligned = _aligned(scope, found, steps[0], size)
+    total, source, part, there, here, chosen = (
+        f"{name}_{s}" for s in ("total", "source", "part", "parts", "own", "from")
+    )
+    scope.used.update((total, source, part, there, here, chosen))
+    scope.writer.line(f"{there} = {far[0]}")
+    for term in far[1:]:
+        scope.writer.line(f"{there} += {term}")
+    if own is not None:
+        near = [a for a in axes(scope, op, own) if a is not None]
+        token = _token(scope, own.symbol)
+        local = _corner(scope, base(scope, own.symbol), near, token)
+        scope.writer.line(f"{here} = {local[0]}")
+        for term in local[1:]:
+            scope.writer.line(f"{here} += {term}")
+        aligned = aligned and _aligned(scope, near, 0, size)
+    shape = ", ".join(map(str, scope.blocks(value.type)))
+    comma = "," if len(value.type.shape) == 1 else ""
+    scope.writer.line(f"{total} = tl.zeros(({shape}{comma}), tl.float32)")
+    with scope.writer.block(f"for {source} in tl.static_range({count}):"):
+        scope.writer.line(
+            f"{chosen} = {there} + tl.cast({source}, tl.int64) * {scope.expr(steps[0], 5)}"
+        )
+        if own is not None:
+            scope.writer.line(f"{chosen} = tl.where({source} == rank, {here}, {chosen})")
+        if aligned:
+            scope.writer.line(f"{chosen} = tl.multiple_of({chosen}, 16)")
+        masked = [f"mask={mask}", "other=0"] if mask else []
+        scope.writer.call(f"{part} = tl.load(", [f"{chosen} + {offsets}", *masked])
+        scope.writer.line(f"{total} += {part}.to(tl.float32)")
+    dtype = value.type.dtype
+    scope.writer.line(f"{name} = {total}" + (f".to({TL_DTYPE[dtype]})" if dtype != "fp32" else ""))
+
+
+def _corner(scope: Scope, pointer: str, found: list[Axis], token: str) -> list[str]:
+    """The terms of a pointer to the first element of a tile."""
+    terms = [
+        _times(f"tl.cast({_plus(axis.start)}, tl.int64)", scope.expr(axis.stride, 5))
+        if axis.start != "0"
+        else "0"
+        for axis in found
+    ]
+    return [t for t in (pointer, *terms, token) if t not in ("", "0")]
+
+
+def _aligned(scope: Scope, found: list[Axis], step: int | Expr, size: int) -> bool:
+    """Whether the first element of a tile always lies at a multiple of 16 bytes.
+
+    The start of a loop tile along the innermost axis is a multiple of the tile, which is its block
+    where it is exact; along the others the stride decides.
+    """
+    if not isinstance(step, int) or step * size % 16:
+        return False
+    for axis in found:
+        if axis.start == "0":
+            continue
+        if not isinstance(axis.stride, int):
+            return False
+        whole = axis.dim is not None and axis.dim.exact and axis.own_start
+        unit = axis.dim.block if whole and axis.dim is not None else 1
+        if axis.stride * unit * size % 16:
+            return False
+    return True
+
+
+def _relative(scope: Scope, label: str, found: list[Axis]) -> tuple[str, str]:
+    """Offsets of a tile's elements from its first, and the mask (empty: none)."""
+    live = [a for a in found if a.dim is not None]
+    vectors: list[str] = []
+    masks: list[str] = []
+    for position, axis in enumerate(live):
+        assert axis.dim is not None
+        lanes = f"tl.arange(0, {axis.dim.block})"
+        lift = _lift(position, len(live))
+        vectors.append(_times(f"{lanes}{lift}", scope.expr(axis.stride, 5)))
+        if not axis.dim.exact:
+            masks.append(f"({lanes} < {axis.dim.length}){lift}")
+    offsets = scope.writer.let(f"{label}_offsets", _plus(*vectors))
+    scope.used.add(offsets)
+    return offsets, _mask(scope, label, masks)
+
+
+def transfer(scope: Scope, op: Op) -> None:
+    """``transfer`` by one CTA: rows copied to the peer in 8-byte words where everything is even."""
+    ref, to = op.ref, op["to"]
+    assert ref is not None
+    source, target = _region(scope, op, ref), _region(scope, op, to)
+    dtype = str(scope.program.symbols[ref.symbol]["dtype"])
+    if (source.rows, source.columns) != (target.rows, target.columns):
+        raise refuse(op, "a transfer between regions that split differently into rows")
+    here = base(scope, ref.symbol)
+    there = base(scope, to.symbol, scope.expr(op["peer"]))
+    if scope.program.symbols[to.symbol].name == "tensor":
+        raise refuse(op, "a transfer into a tensor of a peer; only buffers are shared")
+    size = item_bytes(dtype)
+    lengths = (source.columns, source.stride, target.stride, *source.shifts, *target.shifts)
+    words = all(isinstance(v, int) and v * size % 16 == 0 for v in lengths)
+    numbers: tuple[int | Expr, ...] = (source.columns, source.stride, target.stride)
+    if words:
+        numbers = tuple(int(v) * size // 8 for v in numbers if isinstance(v, int))
+    cast = ".to(tl.pointer_type(tl.int64), bitcast=True)" if words else ""
+    label = f"{identifier_of(to.symbol)}_push"
+    pair = (f"{label}_from", f"{label}_to")
+    scope.used.update(pair)
+    for name, pointer, region in zip(pair, (here, there), (source, target), strict=True):
+        scope.writer.line(f"{name} = {pointer}")
+        for start in region.starts:
+            scope.writer.line(f"{name} += {start}")
+        if words:
+            scope.writer.call(f"{name} = tl.multiple_of(", [f"{name}{cast}", "16"])
+    texts = [scope.expr(n) for n in numbers]
+    scope.writer.call("device.tile_push_data(", [*pair, source.rows, *texts])
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    starts: tuple[str, ...]
+    rows: str
+    columns: int | Expr
+    stride: int | Expr
+    shifts: tuple[int | Expr, ...]  # steps in elements of everything that moves the start
+
+
+def _region(scope: Scope, op: Op, ref: Ref) -> _Region:
+    """A region as rows of equally many contiguous elements."""
+    shape = scope.program.shape(ref.symbol)
+    steps = strides(scope, ref.symbol)
+    index: tuple[Index, ...] = ref.index or tuple(All() for _ in shape)
+    starts: list[str] = []
+    shifts: list[int | Expr] = []
+    lengths: list[tuple[str, int | Expr | None, int | Expr, bool]] = []
+    for item, whole, step in zip(index, shape, steps, strict=True):
+        start, length, number = "0", scope.expr(whole), scope.program.constant(whole)
+        full = isinstance(item, All)
+        if isinstance(item, At | Value):
+            value = item.value if isinstance(item, At) else item
+            dim = scope.dims.get(value.name)
+            start = scope.expr(item.start) if isinstance(item, At) else ""
+            start = start or (dim.start if dim else scope.names[value.name])
+            length, number = (dim.length, None) if dim else ("1", 1)
+            if dim and dim.exact:
+                number = dim.block
+        elif isinstance(item, Range):
+            start = scope.expr(item.lo)
+            number = scope.program.length(item.lo, item.hi)
+            length = str(number) if number is not None else scope.expr(item.hi - item.lo)
+        elif isinstance(item, Expr):
+            start, length, number = scope.expr(item), "1", 1
+        if start != "0":
+            constant = start.isdigit()
+            shifts.append(int(start) * step if constant and isinstance(step, int) else step)
+            wide = f"tl.cast({start}, tl.int64)"
+            starts.append(_times(start if constant else wide, scope.expr(step, 5)))
+        lengths.append((length, number, step, full))
+    # The longest run of whole axes at the end, with the axis before it, is contiguous.
+    live = [entry for entry in lengths if entry[1] != 1] or lengths[-1:]
+    inner = len(live) - 1
+    while inner > 0 and live[inner][3]:
+        inner -= 1
+    rows: list[str] = []
+    columns: int | Expr = 1
+    for extent, count, _, _ in live[inner:]:
+        if count is None:
+            rows.append(extent)
+        else:
+            columns = _product(columns, count)
+    if rows:  # a tile of run-time length: its rows one by one
+        if live[inner][1] is not None or len(rows) > 1:
+            raise refuse(op, "a transfer of this region")
+        return _Region(tuple(starts), rows[0], columns, live[inner][2], tuple(shifts))
+    outer = live[:inner]
+    if not outer:
+        return _Region(tuple(starts), "1", columns, columns, tuple(shifts))
+    if len(outer) > 1:
+        raise refuse(op, "a transfer of a region with more than one stride")
+    return _Region(tuple(starts), outer[0][0], columns, outer[0][2], tuple(shifts))

@@ -1,0 +1,487 @@
+"""The ops of tile bodies: arithmetic, loops with carried values, waits and notifies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tilelink.backend.emit import access
+from tilelink.backend.emit.loops import Walk, announce, enter_tiles
+from tilelink.backend.emit.scope import TL_DTYPE, Scope, origin, refuse
+from tilelink.backend.emit.text import condition, one_call
+from tilelink.ir import All, At, Expr, Op, Range, Value
+
+_INFIX = {
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "div": "/",
+    "floordiv": "//",
+    "mod": "%",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "eq": "==",
+    "ne": "!=",
+    "and": "&",
+    "or": "|",
+}
+_CALLS = {
+    "abs": "tl.abs({})",
+    "exp": "tl.exp({})",
+    "exp2": "tl.exp2({})",
+    "log": "tl.log({})",
+    "log2": "tl.log2({})",
+    "sqrt": "tl.sqrt({})",
+    "rsqrt": "tl.rsqrt({})",
+    "sin": "tl.sin({})",
+    "cos": "tl.cos({})",
+    "erf": "tl.erf({})",
+    "tanh": "device.tanh({})",
+    "sigmoid": "tl.sigmoid({})",
+    "silu": "{0} * tl.sigmoid({0})",
+    "gelu": "0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476))",
+    "neg": "-{}",
+}
+_NEUTRAL = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
+_SYNC = frozenset({"wait", "notify", "transfer"})
+
+
+def ops(scope: Scope, body: tuple[Op, ...], system: frozenset[str]) -> None:
+    """The ops of one block; ``system`` names the counters that a stream waits for."""
+    for op in body:
+        _OPS.get(op.name, _elementwise)(scope, op, system)
+
+
+def _assign(scope: Scope, op: Op, text: str, dirty: frozenset[str] | None = None) -> None:
+    value = op.results[0]
+    name = scope.define(value)
+    scope.writer.assign(name, text, origin(op.span))
+    scope.dirty[value.name] = scope.loose(value.type) if dirty is None else dirty
+
+
+def _operand_dirt(scope: Scope, op: Op) -> frozenset[str]:
+    return frozenset[str]().union(*(scope.stray(v) for v in op.operands))
+
+
+def _elementwise(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    if len(op.results) != 1:
+        raise refuse(op, f"the op `{op.name}`")
+    type_ = op.results[0].type
+    narrow = type_.dtype in ("bf16", "fp16")
+    if op.name in ("maximum", "minimum", "pow") or op.name in _INFIX:
+        if len(op.operands) != 2:
+            raise refuse(op, f"`{op.name}` of {len(op.operands)} operands")
+        left, right = (scope.wide(v) for v in op.operands)
+        if op.name == "div" and type_.dtype in ("bf16", "fp16", "fp32"):
+            left, right = (_floating(v, t) for v, t in zip(op.operands, (left, right), strict=True))
+        if op.name in _INFIX:
+            text = f"{left} {_INFIX[op.name]} {right}"
+        else:
+            name = "device.power" if op.name == "pow" else f"tl.{op.name}"
+            text = f"{name}({left}, {right})"
+    elif op.name in _CALLS:
+        text = _CALLS[op.name].format(scope.wide(op.operands[0]))
+    elif op.name == "not":
+        text = f"{scope.names[op.operands[0].name]} == 0"
+    elif op.name == "where":
+        chosen, *sides = op.operands
+        left, right = (scope.wide(v) for v in sides)
+        text = f"tl.where({scope.names[chosen.name]}, {left}, {right})"
+    else:
+        raise refuse(op, f"the op `{op.name}`")
+    if narrow:
+        text = f"{text if text.endswith(')') and one_call(text) else f'({text})'}"
+        text += f".to({TL_DTYPE[type_.dtype]})"
+    _assign(scope, op, text)
+
+
+def _floating(value: Value, text: str) -> str:
+    return text if value.type.dtype in ("bf16", "fp16", "fp32") else f"tl.cast({text}, tl.float32)"
+
+
+def _cast(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    source, target = op.operands[0], op.results[0].type.dtype
+    name = scope.names[source.name]
+    text = name if source.type.dtype == target else f"tl.cast({name}, {TL_DTYPE[target]})"
+    if source.type.shape and source.type.dtype != target:
+        text = f"{name}.to({TL_DTYPE[target]})"
+    _assign(scope, op, text, scope.stray(source))
+
+
+def _fill(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    type_ = op.results[0].type
+    dtype = TL_DTYPE[type_.dtype]
+    value = op.get("value", 0)
+    blocks = scope.blocks(type_)
+    shape = f"({', '.join(map(str, blocks))}{',' * (len(blocks) == 1)})"
+    if op.name == "zeros":
+        _assign(scope, op, f"tl.zeros({shape}, {dtype})", frozenset())
+    else:
+        dirty = None if value else frozenset[str]()
+        _assign(scope, op, f"tl.full({shape}, {_number(value)}, {dtype})", dirty)
+
+
+def _number(value: object) -> str:
+    text = repr(value).replace("e+", "e")
+    return f'float("{text}")' if text in ("inf", "-inf", "nan") else text
+
+
+def _constant(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    scope.names[op.results[0].name] = _number(op["value"])
+    scope.literals.add(op.results[0].name)
+
+
+def _param(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    assert op.ref is not None
+    text = scope.scalars.setdefault(op.ref.symbol, op.ref.symbol)
+    scope.names[op.results[0].name] = text
+    scope.literals.add(op.results[0].name)
+
+
+def _index(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    dim = scope.dims[op.operands[0].name]
+    start = "" if dim.start == "0" else f"{dim.start} + "
+    _assign(scope, op, f"{start}tl.arange(0, {dim.block})")
+
+
+def _bound(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    dim = scope.dims[op.operands[0].name]
+    _assign(scope, op, dim.start if op["which"] == "start" else dim.stop)
+
+
+def _clean(scope: Scope, value: Value, axis: int, neutral: str = "0.0") -> str:
+    """The name of ``value`` with stray elements along ``axis`` replaced by ``neutral``."""
+    name = scope.names[value.name]
+    dim = scope.dim(value.type.shape[axis])
+    rank = len(value.type.shape)
+    lift = ", ".join(":" if i == axis else "None" for i in range(rank))
+    mask = f"tl.arange(0, {dim.block}) < {dim.length}"
+    lifted = f"({mask})[{lift}]" if rank > 1 else mask
+    if value.type.dtype in ("int32", "int64"):
+        neutral = {"0.0": "0", 'float("-inf")': "-2147483648"}.get(neutral, "2147483647")
+    inside = scope.writer.let(f"{name}_inside{axis}", lifted)
+    clean = f"{name}_whole"
+    scope.used.update((inside, clean))
+    convert = f".to({TL_DTYPE[value.type.dtype]})" if value.type.dtype in ("bf16", "fp16") else ""
+    scope.writer.line(f"{clean} = tl.where({inside}, {name}, {neutral}){convert}")
+    return clean
+
+
+def _dot(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    left, right = op.operands[:2]
+    result = op.results[0].type
+    texts = [scope.names[left.name], scope.names[right.name]]
+    for number, (value, axis) in enumerate(((left, -1), (right, -2))):
+        where = axis % len(value.type.shape)
+        if value.type.shape[where] in scope.stray(value):
+            texts[number] = _clean(scope, value, where)
+    if len(op.operands) == 3:
+        texts.append(scope.names[op.operands[2].name])
+    if "fp32" in (left.type.dtype, right.type.dtype):
+        texts.append('input_precision="ieee"')
+    inner = frozenset({left.type.shape[-1]})
+    dirty = _operand_dirt(scope, op) - inner
+    text = f"tl.dot({', '.join(texts)})"
+    if result.dtype != "fp32":
+        text += f".to({TL_DTYPE[result.dtype]})"
+    _assign(scope, op, text, dirty)
+
+
+def _transpose(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    _assign(scope, op, f"tl.trans({scope.names[op.operands[0].name]})", _operand_dirt(scope, op))
+
+
+def _expand(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    rank = len(op.results[0].type.shape)
+    axis = int(op["axis"]) % rank
+    lift = ", ".join("None" if i == axis else ":" for i in range(rank))
+    _assign(scope, op, f"{scope.names[op.operands[0].name]}[{lift}]", _operand_dirt(scope, op))
+
+
+def _reshape(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    value, type_ = op.operands[0], op.results[0].type
+    if scope.loose(value.type) or scope.loose(type_):
+        raise refuse(op, "a reshape of a tile that may be short")
+    shape = ", ".join(map(str, scope.blocks(type_)))
+    _assign(scope, op, f"tl.reshape({scope.names[value.name]}, ({shape},))", frozenset())
+
+
+def _reduce(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    value, type_ = op.operands[0], op.results[0].type
+    axis = int(op["axis"]) % len(value.type.shape)
+    name = value.type.shape[axis]
+    text = scope.wide(value)
+    short = not scope.dim(name).exact
+    if short and (op.name != "sum" or name in scope.stray(value)):
+        text = _clean(scope, value, axis, _NEUTRAL[op.name])
+        text += ".to(tl.float32)" if value.type.dtype in ("bf16", "fp16") else ""
+    keep = ", keep_dims=True" if op.get("keep") else ""
+    text = f"tl.{op.name}({text}, axis={axis}{keep})"
+    if type_.dtype in ("bf16", "fp16"):
+        text += f".to({TL_DTYPE[type_.dtype]})"
+    _assign(scope, op, text)
+
+
+def _guarded(scope: Scope, op: Op, write: Callable[[], None]) -> None:
+    guard = op.get("if")
+    if guard is None:
+        write()
+        return
+    if isinstance(guard, Expr):
+        guard = guard.substitute(scope.program.env)
+    with scope.writer.block(f"if {condition(guard, scope.lookup)}:"):
+        write()
+
+
+def word(scope: Scope, op: Op, symbol: str, index: tuple[Expr, ...]) -> str:
+    """The text of the arena word of one element of a flag or counter."""
+    decl = scope.program.symbols[symbol]
+    text: Expr = Expr.of(int(decl["offset"]) // 4)
+    for item, step in zip(index, access.strides(scope, symbol), strict=True):
+        text = text + item * step
+    return scope.expr(text)
+
+
+def element(op: Op, index: tuple[object, ...]) -> tuple[Expr, ...]:
+    """An index all of whose parts are expressions."""
+    found: list[Expr] = []
+    for item in index:
+        if isinstance(item, Value) and not item.type.shape:
+            found.append(Expr.name(item.name))
+        elif isinstance(item, Expr):
+            found.append(item)
+        else:
+            raise refuse(op, "a flag index that is not one element")
+    return tuple(found)
+
+
+def _wait(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    assert op.ref is not None
+    symbol = op.ref.symbol
+    decl = scope.program.symbols[symbol]
+    shape = scope.program.shape(symbol)
+
+    def write() -> None:
+        assert op.ref is not None
+        index: list[Expr] = []
+        opened = 0
+        for item, whole in zip(op.ref.index or tuple(All() for _ in shape), shape, strict=True):
+            if isinstance(item, All):
+                item = Range(Expr.const(0), Expr.of(whole))
+            if isinstance(item, Range):
+                name = scope.fresh("source" if not index else "part")
+                scope.names[name] = name
+                low, high = scope.expr(item.lo), scope.expr(item.hi)
+                scope.writer.line(f"for {name} in range({low}, {high}):")
+                scope.writer.depth += 1
+                opened += 1
+                index.append(Expr.name(name))
+            else:
+                index.extend(element(op, (item,)))
+        where = word(scope, op, symbol, tuple(index))
+        fence = ["True"] if scope.fenced else []
+        ident = scope.program.wait_id(op)
+        if decl.name == "counter":
+            count = scope.expr(op["count"])
+            args = ["ctx", where, count, scope.tile, str(ident)]
+            scope.writer.call("token += device.consumer_tile_wait(", [*args, *fence])
+        else:
+            shift = op.get("epoch", 0)
+            epoch = "ctx.epoch" if shift == 0 else f"ctx.epoch + {scope.expr(shift, 5)}"
+            from_rank = scope.program.constant(shape[0]) == scope.program.world
+            producer = scope.expr(index[0]) if from_rank else "rank"
+            args = ["ctx", where, epoch, producer, scope.tile, str(ident)]
+            scope.writer.call("token += device.peer_tile_wait(", [*args, *fence])
+        scope.writer.depth -= opened
+
+    _guarded(scope, op, write)
+
+
+def _notify(scope: Scope, op: Op, system: frozenset[str]) -> None:
+    assert op.ref is not None
+    symbol = op.ref.symbol
+    where = word(scope, op, symbol, element(op, op.ref.index))
+
+    def write() -> None:
+        if scope.program.symbols[symbol].name == "counter":
+            args = ["ctx", where] + (["True"] if symbol in system else [])
+            scope.writer.call("device.producer_tile_notify(", args)
+            return
+        peer = scope.expr(op["peer"])
+        count = op.get("count", 1)
+        if count == 1:
+            scope.writer.call("device.peer_tile_notify(", ["ctx", where, peer])
+            return
+        through = op["through"]
+        counter = word(scope, op, through.symbol, element(op, through.index))
+        args = ["ctx", where, peer, counter, scope.expr(count)]
+        scope.writer.call("device.counted_tile_notify(", args)
+
+    _guarded(scope, op, write)
+
+
+def _transfer(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    _guarded(scope, op, lambda: access.transfer(scope, op))
+
+
+def _for_range(scope: Scope, op: Op, system: frozenset[str]) -> None:
+    variable, *_ = op.args
+    name = scope.define(variable)
+    _carry_in(scope, op, 0)
+    low, high = scope.expr(op["lo"]), scope.expr(op["hi"])
+    with scope.writer.block(f"for {name} in range({low}, {high}):"):
+        _loop_body(scope, op, system)
+
+
+def _for_tiles(scope: Scope, op: Op, system: frozenset[str]) -> None:
+    _carry_in(scope, op, 2 if op.get("bounds") else 0)
+    for load in op.walk():
+        own = load.get("own") if load.name == "load" else None
+        if own is not None and id(load) not in scope.chosen and _early(scope, load):
+            ahead = announce(scope, op)
+            access.choose(scope, load)
+            for name in ahead:
+                del scope.dims[name]
+    _tile_loop(scope, op, system)
+
+
+def _early(scope: Scope, load: Op) -> bool:
+    """Whether a load's choice between buffer and local shard can be made where its loop begins."""
+    own = load["own"]
+    if load.ref is None or not _settled(scope, load["when"]):
+        return False
+    for far, near in zip(load.ref.index, own.index, strict=True):
+        if far == near:
+            continue
+        for item in (far, near):
+            names = (
+                [item.value] if isinstance(item, At) else [item] if isinstance(item, Value) else []
+            )
+            if any(v.type.is_tile and v.name not in scope.dims for v in names):
+                return False
+            if isinstance(item, At) and not _settled(scope, item.start):
+                return False
+            if isinstance(item, Expr) and not _settled(scope, item):
+                return False
+    return True
+
+
+def _settled(scope: Scope, when: Expr | int) -> bool:
+    """Whether a condition depends only on what is known where the loop begins."""
+    if isinstance(when, int):
+        return True
+    for name in when.names:
+        known = name in scope.names or name in scope.program.env or name == "RANK"
+        if not known and name.rpartition(".")[0] not in scope.dims:
+            return False
+    return True
+
+
+def _tile_loop(scope: Scope, op: Op, system: frozenset[str]) -> None:
+    multiplies = any(o.name == "dot" for o in op.walk())
+    signals = any(o.name in _SYNC for o in op.walk())
+    loops = any(o is not op and o.name in ("for_tiles", "for_range") for o in op.walk())
+    stages = scope.stages if multiplies and not signals and not loops else 1
+    tiles = tuple(a for a in op.args if a.type.is_tile or not _is_carried(op, a))
+    bounds = None
+    if op.get("bounds"):
+        bounds = (scope.names[op.operands[0].name], scope.names[op.operands[1].name])
+    suffix = f", num_stages={stages}" if multiplies or stages > 1 else ""
+    before = (scope.tile, list(scope.tokens))
+    known = set(scope.dims)
+    with enter_tiles(scope, op, tiles, Walk.of(op), suffix, bounds):
+        _loop_body(scope, op, system)
+    scope.tile, scope.tokens = before
+    for name in [d for d in scope.dims if d not in known]:
+        del scope.dims[name]
+
+
+def _is_carried(op: Op, arg: Value) -> bool:
+    return arg in op.args[len(op.args) - len(op.results) :] if op.results else False
+
+
+def _carry_in(scope: Scope, op: Op, skip: int) -> None:
+    inits = op.operands[skip:]
+    carried = op.args[len(op.args) - len(inits) :] if inits else ()
+    for init, arg, result in zip(inits, carried, op.results, strict=True):
+        source = scope.names[init.name]
+        lone = init.name not in scope.literals and _uses(scope, init) == 1
+        name = source if lone else scope.fresh(result.name)
+        if not lone:
+            text = source
+            if init.name in scope.literals:
+                text = f"tl.full((), {source}, {TL_DTYPE[arg.type.dtype]})"
+            scope.writer.line(f"{name} = {text}")
+        scope.names[arg.name] = scope.names[result.name] = name
+        dirty = scope.loose(arg.type) if op.name == "for_range" else scope.stray(init)
+        scope.dirty[arg.name] = scope.dirty[result.name] = dirty | scope.loose(arg.type)
+
+
+def _uses(scope: Scope, value: Value) -> int:
+    return sum(v.name == value.name for op in scope.program.op.walk() for v in op.operands)
+
+
+def _loop_body(scope: Scope, op: Op, system: frozenset[str]) -> None:
+    carried = op.args[len(op.args) - len(op.results) :] if op.results else ()
+    body = op.body
+    last = body[-1] if body and body[-1].name == "yield" else None
+    if last is None or not carried:
+        ops(scope, body, system)
+        return
+    # The value yielded by the op right before takes the carried name at once.
+    if len(carried) == 1 and len(body) > 1 and body[-2].results == last.operands:
+        made = body[-2].results[0]
+        if _uses(scope, made) == 1:
+            scope.names[made.name] = scope.names[carried[0].name]
+    ops(scope, body[:-1], system)
+    pairs = [
+        (scope.names[arg.name], scope.names[value.name])
+        for arg, value in zip(carried, last.operands, strict=True)
+    ]
+    moves = [(target, source) for target, source in pairs if target != source]
+    swapped = {target for target, _ in moves} & {source for _, source in moves}
+    if swapped:
+        targets, sources = (", ".join(side) for side in zip(*moves, strict=True))
+        scope.writer.line(f"{targets} = {sources}")
+    else:
+        for target, source in moves:
+            scope.writer.line(f"{target} = {source}")
+
+
+def _load(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    access.load(scope, op)
+
+
+def _store(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    access.store(scope, op)
+
+
+def _load_sum(scope: Scope, op: Op, _: frozenset[str]) -> None:
+    access.load_sum(scope, op)
+
+
+_OPS: dict[str, Callable[[Scope, Op, frozenset[str]], None]] = {
+    "load": _load,
+    "store": _store,
+    "load_sum": _load_sum,
+    "transfer": _transfer,
+    "wait": _wait,
+    "notify": _notify,
+    "for_tiles": _for_tiles,
+    "for_range": _for_range,
+    "cast": _cast,
+    "zeros": _fill,
+    "full": _fill,
+    "constant": _constant,
+    "param": _param,
+    "index": _index,
+    "bound": _bound,
+    "dot": _dot,
+    "transpose": _transpose,
+    "expand": _expand,
+    "reshape": _reshape,
+    "sum": _reduce,
+    "max": _reduce,
+    "min": _reduce,
+}

@@ -1,0 +1,58 @@
+"""Compiles one kernel of an emitted module: the subprocess of :mod:`tilelink.backend.emit.offline`.
+
+Reads a JSON request on standard input: ``module``, ``kernel``, ``signature``, ``warps``, ``stages``,
+``out``. Writes each form of the kernel, and ``metadata.json``, into the folder ``out``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SIXTEEN = [["tt.divisibility", 16]]
+
+
+def main() -> None:
+    """Compile what standard input asks for."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    request: dict[str, Any] = json.load(sys.stdin)
+    spec = importlib.util.spec_from_file_location("emitted", request["module"])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["emitted"] = module
+    spec.loader.exec_module(module)
+    types: dict[str, str] = request["signature"]
+    # Torch allocates at multiples of 16 bytes and more: without saying so this is other code.
+    aligned = {(n,): SIXTEEN for n, type_ in enumerate(types.values()) if type_.startswith("*")}
+    source = ASTSource(getattr(module, request["kernel"]), types, {}, aligned)
+    options = {"num_warps": request["warps"], "num_stages": request["stages"]}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    out = Path(request["out"])
+    out.mkdir()
+    for form in ("ttir", "ttgir", "llir", "ptx"):
+        (out / form).write_text(str(compiled.asm[form]))
+    (out / "cubin").write_bytes(compiled.asm["cubin"])
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    (out / "sass").write_text(_output(tools / "nvdisasm", "-c", str(out / "cubin")))
+    usage = _output(tools / "cuobjdump", "--dump-resource-usage", str(out / "cubin"))
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    facts = {"shared": compiled.metadata.shared, "usage": numbers}
+    (out / "metadata.json").write_text(json.dumps(facts))
+
+
+def _output(*command: object) -> str:
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=True
+    ).stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The host program: agents in the order in which they are enqueued, as a Python function."""
+
+from __future__ import annotations
+
+from tilelink.backend.emit.kernel import Kernel
+from tilelink.backend.emit.scope import Program, refuse
+from tilelink.backend.emit.text import Writer, condition, render, span
+from tilelink.ir import All, Expr, Op, Range, Ref
+
+
+class Host:
+    """Writes ``def host(call)``."""
+
+    def __init__(self, program: Program, kernels: dict[int, Kernel]) -> None:
+        self.program = program
+        self.kernels = kernels
+        self.writer = Writer()
+        self.variables: dict[str, str] = {}
+
+    def text(self) -> str:
+        """The whole function."""
+        writer = self.writer
+        with writer.block("def host(call):"):
+            writer.line('"""Enqueue one call: every agent, in program order."""')
+            writer.let("rank", "call.rank")
+            for op in self.program.op.body:
+                self.agent(op)
+        writer.prune()
+        return writer.text()
+
+    def lookup(self, name: str) -> str:
+        """The Python text of a name."""
+        if name == "RANK":
+            return "rank"
+        if name in self.variables:
+            return self.variables[name]
+        if name in self.program.dynamic:
+            return f'call.extent("{name}")'
+        raise KeyError(name)
+
+    def expr(self, value: Expr | int) -> str:
+        """An expression as Python."""
+        if isinstance(value, Expr):
+            value = value.substitute(
+                {k: v for k, v in self.program.env.items() if k in value.names}
+            )
+        return (
+            render(value, self.lookup).replace("tl.minimum(", "min(").replace("tl.maximum(", "max(")
+        )
+
+    def agent(self, op: Op) -> None:
+        """One agent; declarations are skipped."""
+        after = f"after={_names(op.get('after', ()))}"
+        if op.name == "head":
+            waits = any(o.name == "wait" for o in op.walk())
+            self.writer.line(f"call.head(ack_wait={waits})")
+        elif op.name == "stream":
+            with self.writer.block(f'with call.stream("{op.symbol}", {after}):'):
+                self.ops(op.body)
+        elif op.name == "launch":
+            self.launch(self.kernels[id(op)], after)
+        elif op.name == "collective":
+            assert op.ref is not None
+            args = [f'"{op["op"]}"', self.view(op, op.ref), self.view(op, op["to"]), after]
+            self.writer.call("call.collective(", args)
+
+    def launch(self, kernel: Kernel, after: str) -> None:
+        """The launch of a kernel with its arguments."""
+        args: list[str] = []
+        for parameter in kernel.parameters:
+            if parameter.kind == "context":
+                args.append("rank" if parameter.name == "rank" else f"call.{parameter.name}")
+            elif parameter.kind == "scalar":
+                args.append(f'call.scalar("{parameter.symbol}")')
+            elif parameter.kind == "extent":
+                args.append(f'call.extent("{parameter.symbol}")')
+            else:
+                whole = self.whole(parameter.symbol)
+                block = ", ".join(map(str, parameter.block))
+                args.append(f"call.descriptor({whole}, ({block}))" if parameter.block else whole)
+        writer = self.writer
+        writer.line("args = (")
+        with writer.indent():
+            for arg in args:
+                writer.line(f"{arg},")
+        writer.line(")")
+        tail = [
+            kernel.name,
+            str(kernel.workers),
+            "args",
+            f"num_warps={kernel.warps}",
+            f"num_stages={kernel.stages}",
+            after,
+        ]
+        writer.call("call.launch(", tail)
+
+    def whole(self, symbol: str, peer: str = "") -> str:
+        """The torch view of a tensor, or of a buffer here or on a peer."""
+        if self.program.symbols[symbol].name == "tensor":
+            return f'call.tensor("{symbol}")'
+        return f'call.buffer("{symbol}"{f", peer={peer}" if peer else ""})'
+
+    def view(self, op: Op, ref: Ref) -> str:
+        """The torch view of a region of this rank."""
+        whole, parts = self.region(op, ref)
+        return f"{whole}[{', '.join(parts)}]" if parts else whole
+
+    def region(self, op: Op, ref: Ref, peer: str = "") -> tuple[str, list[str]]:
+        """The torch view of all of a tensor or buffer, and the index of a region in it."""
+        whole = self.whole(ref.symbol, peer)
+        parts: list[str] = []
+        for item in ref.index:
+            if isinstance(item, All):
+                parts.append(":")
+            elif isinstance(item, Range):
+                parts.append(span(self.expr(item.lo), self.expr(item.hi)))
+            elif isinstance(item, Expr):
+                parts.append(self.expr(item))
+            else:
+                raise refuse(op, "a tile in a stream")
+        while parts and parts[-1] == ":":
+            parts.pop()
+        return whole, parts
+
+    def ops(self, body: tuple[Op, ...]) -> None:
+        """The ops of a stream."""
+        for op in body:
+            guard = op.get("if")
+            if guard is not None:
+                if isinstance(guard, Expr):
+                    guard = guard.substitute(self.program.env)
+                with self.writer.block(f"if {condition(guard, self.lookup)}:"):
+                    self.op(op)
+            else:
+                self.op(op)
+
+    def op(self, op: Op) -> None:
+        """One op of a stream."""
+        writer = self.writer
+        if op.name == "for_range":
+            name = op.args[0].name
+            self.variables[name] = name.replace(".", "_")
+            low, high = self.expr(op["lo"]), self.expr(op["hi"])
+            bounds = high if low == "0" else f"{low}, {high}"
+            with writer.block(f"for {self.variables[name]} in range({bounds}):"):
+                self.ops(op.body)
+            return
+        assert op.ref is not None
+        if op.name == "wait":
+            kind = self.program.symbols[op.symbol].name
+            if kind != "counter":
+                raise refuse(op, "a stream that waits for a flag between ranks")
+            args = [f'"{op.symbol}"', self.index(op), self.expr(op["count"])]
+            writer.call("call.wait_counter(", args)
+        elif op.name == "notify":
+            peer = self.expr(op["peer"])
+            writer.call("call.notify(", [f'"{op.symbol}"', self.index(op), peer])
+        elif op.name == "transfer":
+            peer = self.expr(op["peer"])
+            for name, ref, where in (("source", op.ref, ""), ("target", op["to"], peer)):
+                whole, parts = self.region(op, ref, where)
+                if parts:
+                    writer.call(f"{name} = {whole}[", parts, "]")
+                else:
+                    writer.line(f"{name} = {whole}")
+            writer.line("call.transfer(source, target)")
+        else:
+            raise refuse(op, f"the op `{op.name}` in a stream")
+
+    def index(self, op: Op) -> str:
+        """The element of a flag or counter, as a tuple."""
+        assert op.ref is not None
+        parts: list[str] = []
+        for item in op.ref.index:
+            if not isinstance(item, Expr):
+                raise refuse(op, "a flag index that is not one element")
+            parts.append(self.expr(item))
+        return f"({', '.join(parts)}{',' * (len(parts) == 1)})"
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return f"({', '.join(repr(str(n)).replace(chr(39), chr(34)) for n in names)}{',' * (len(names) == 1)})"

@@ -1,0 +1,220 @@
+"""One ``launch`` as a persistent Triton kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilelink.backend.emit import body
+from tilelink.backend.emit.loops import Walk, decode, total
+from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
+from tilelink.backend.emit.text import Writer, identifier
+from tilelink.ir import Op
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A kernel parameter and where the host gets its value.
+
+    ``kind`` is ``pointer``, ``descriptor``, ``extent``, ``scalar``, or ``context`` for the five that
+    every kernel ends with; ``block`` is a descriptor's.
+    """
+
+    name: str
+    kind: str
+    symbol: str
+    block: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel's text and what it is launched with."""
+
+    name: str
+    source: str
+    parameters: tuple[Parameter, ...]
+    workers: int
+    warps: int
+    stages: int
+
+
+CONTEXT = ("arena", "peers", "rank", "progress_ns", "arrival_ns")
+
+
+def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str]) -> Kernel:
+    """The kernel of ``launch``, named ``name``; ``system`` names the counters streams wait for."""
+    scope = _write(program, launch, system, fenced=False)
+    if scope.fence:
+        scope = _write(program, launch, system, fenced=True)
+    parameters = _parameters(scope)
+    head = Writer()
+    runtime = [p.name for p in parameters if p.kind == "extent"] + ["rank"]
+    names = ", ".join(f'"{n}"' for n in (*runtime, "progress_ns", "arrival_ns"))
+    head.line(f"@triton.jit(do_not_specialize=[{names}])")
+    head.call(f"def {name}(", [_declare(scope, p) for p in parameters], "):")
+    head.depth += 1
+    head.call("ctx = device.context(", ["arena", "peers", "rank", str(program.world), *CONTEXT[3:]])
+    for symbol, pointer in sorted(scope.buffers.items()):
+        decl = program.symbols[symbol]
+        text = f"device.pointer(arena, {decl['offset']}, {TL_DTYPE[decl['dtype']]})"
+        head.line(f"{pointer} = {text}")
+    head.lines += scope.writer.lines
+    if not any("ctx" in line for line in scope.writer.lines):
+        head.lines = [line for line in head.lines if not line.strip().startswith("ctx = ")]
+    return Kernel(
+        name,
+        head.text(),
+        parameters,
+        int(launch.get("workers", 1)),
+        int(launch.get("warps", 4)),
+        int(launch.get("stages", 3)),
+    )
+
+
+def _declare(scope: Scope, parameter: Parameter) -> str:
+    if parameter.kind == "extent" or parameter.name == "rank":
+        return f"{parameter.name}: tl.int32"
+    if parameter.name.endswith("_ns"):
+        return f"{parameter.name}: tl.int64"
+    if parameter.kind == "scalar":
+        dtype = str(scope.program.symbols[parameter.symbol]["dtype"])
+        wide = "fp32" if dtype in ("bf16", "fp16") else dtype
+        return f"{parameter.name}: {TL_DTYPE[wide]}"
+    return parameter.name
+
+
+def _parameters(scope: Scope) -> tuple[Parameter, ...]:
+    order = {symbol: number for number, symbol in enumerate(scope.program.symbols)}
+    found = [
+        *(((order[s], 0, ()), Parameter(n, "pointer", s)) for s, n in scope.pointers.items()),
+        *(
+            ((order[s], 1, block), Parameter(n, "descriptor", s, block))
+            for (s, block), n in scope.descriptors.items()
+        ),
+    ]
+    data = [p for _, p in sorted(found, key=lambda item: item[0])]
+    extents = [Parameter(n, "extent", s) for s, n in sorted(scope.extents.items())]
+    scalars = [Parameter(n, "scalar", s) for s, n in sorted(scope.scalars.items())]
+    return (*data, *extents, *scalars, *(Parameter(n, "context", n) for n in CONTEXT))
+
+
+def _write(program: Program, launch: Op, system: frozenset[str], fenced: bool) -> Scope:
+    scope = Scope(program, Writer(), stages=int(launch.get("stages", 3)), fenced=fenced)
+    scope.used |= {"ctx", *CONTEXT, "token", "q", "last"}
+    scope.writer.depth = 1
+    for op in launch.body:
+        if op.name == "stage":
+            _stage(scope, launch, op, system)
+    _leave(scope, program, launch, system)
+    scope.writer.prune()
+    return scope
+
+
+def _stage(scope: Scope, launch: Op, stage: Op, system: frozenset[str]) -> None:
+    writer = scope.writer
+    title = stage.symbol if stage.ref is not None else "stage"
+    writer.line()
+    writer.line(f"# Stage {title}.{origin(stage.span).replace('  # ', ' ')}")
+    walk, tiles = Walk.of(stage), stage.args
+    scope.notified = any(op.name == "notify" for op in stage.walk())
+    count = total(scope, stage, tiles, walk)
+    workers = int(launch.get("workers", 1))
+    low, high = stage.get("workers") or (0, workers)
+    low, high = int(low), int(high)
+    if stage.get("queue", "static") == "dynamic":
+        _dynamic(scope, stage, count, system)
+        return
+    if (low, high) == (0, workers):
+        head = f"for q in tl.range(tl.program_id(0), {count}, tl.num_programs(0), num_stages=1):"
+        with writer.block(head):
+            _task(scope, stage, "q", system)
+        return
+    worker = "tl.program_id(0)" if low == 0 else f"tl.program_id(0) - {low}"
+    inside = f"tl.program_id(0) < {high}"
+    if low and high == workers:
+        inside = f"tl.program_id(0) >= {low}"
+    elif low:
+        inside = f"(tl.program_id(0) >= {low}) & ({inside})"
+    loop = f"for q in tl.range({worker}, {count}, {high - low}, num_stages=1):"
+    with writer.block(f"if {inside}:"), writer.block(loop):
+        _task(scope, stage, "q", system)
+
+
+def _dynamic(scope: Scope, stage: Op, count: str, system: frozenset[str]) -> None:
+    counter = stage.get("counter")
+    if counter is None:
+        raise refuse(stage, "a dynamic queue without a `counter`")
+    where = body.word(scope, stage, counter.symbol, body.element(stage, counter.index))
+    taken = scope.fresh("taken")
+    scope.writer.line(f"{taken} = device.queue_next(ctx, {where})")
+    with scope.writer.block(f"while {taken} < {count}:"):
+        _task(scope, stage, taken, system)
+        scope.writer.line(f"{taken} = device.queue_next(ctx, {where})")
+
+
+def _task(scope: Scope, stage: Op, q: str, system: frozenset[str]) -> None:
+    scope.tokens.clear()
+    scope.tile = q
+    decode(scope, stage, stage.args, Walk.of(stage), q)
+    if any(op.name == "wait" for op in stage.walk()):
+        scope.writer.line("token = 0")
+        scope.tokens.append("token")
+    body.ops(scope, stage.body, system)
+    scope.tokens.clear()
+    scope.tile = "0"
+
+
+def _leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) -> None:
+    """The way out: the last CTA runs `finish` and, after an abort, frees streams that wait."""
+    finish = launch.find("finish")
+    raised = {
+        op.symbol for op in launch.walk() if op.name == "notify" and op.ref and op.symbol in system
+    }
+    if not finish and not raised:
+        return
+    scope.writer.line()
+    scope.writer.line("# The last worker to leave sees the work of all.")
+    with scope.writer.block("if device.finish_arrive(ctx):"):
+        for symbol in sorted(raised):
+            decl = program.symbols[symbol]
+            first = int(decl["offset"]) // 4
+            last = first + program.numel(symbol)
+            scope.writer.line(f"device.finish_leave(ctx, {first}, {last})")
+        for op in finish:
+            _finish(scope, op, system)
+
+
+def _finish(scope: Scope, finish: Op, system: frozenset[str]) -> None:
+    flags = acknowledged(finish, scope.program)
+    if flags is not None:
+        scope.writer.line(f"device.rank_notify(ctx, {flags})")
+    else:
+        if any(op.name == "wait" for op in finish.walk()):
+            scope.writer.line("token = 0")
+        body.ops(scope, finish.body, system)
+
+
+def acknowledged(finish: Op, program: Program) -> int | None:
+    """The first word of flag array F if ``finish`` only notifies F[RANK] of every peer, else None."""
+    if len(finish.body) != 1 or finish.body[0].name != "for_range":
+        return None
+    loop = finish.body[0]
+    if len(loop.body) != 1 or loop.body[0].name != "notify" or loop.body[0].ref is None:
+        return None
+    notify = loop.body[0]
+    whole = (program.constant(loop["lo"]), program.constant(loop["hi"])) == (0, program.world)
+    index = [str(i) for i in notify.ref.index]  # type: ignore[union-attr]
+    plain = str(notify.get("peer")) == loop.args[0].name and not notify.get("count", 0)
+    if whole and index == ["RANK"] and plain and notify.get("if") is None:
+        return int(program.symbols[notify.symbol]["offset"]) // 4
+    return None
+
+
+def kernel_name(launch: Op, taken: set[str]) -> str:
+    """A function name for a launch, unique in its module."""
+    base = identifier(launch.symbol if launch.ref is not None else "kernel")
+    name, number = base, 1
+    while name in taken:
+        number += 1
+        name = f"{base}_{number}"
+    taken.add(name)
+    return name

@@ -1,0 +1,228 @@
+"""Compilation for sm_90 with no GPU, and a lint of what came out.
+
+Kernels are compiled in a subprocess, because MLIR ends the process where it finds a fault.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tilelink.backend.emit.kernel import Kernel
+from tilelink.backend.emit.scope import Program
+from tilelink.backend.emit.triton import kernels_of
+from tilelink.errors import TilelinkError
+from tilelink.ir import Op
+
+SHARED_LIMIT = 232_448  # bytes of shared memory a CTA of sm_90 can have
+_POINTER = {
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "fp32": "fp32",
+    "int32": "i32",
+    "int64": "i64",
+    "bool": "i1",
+}
+
+
+class CompileFailed(TilelinkError):
+    """Triton refused an emitted kernel."""
+
+    code = "compile-failed"
+    message = "Triton could not compile the kernel `{kernel}`"
+    hint = "this is a fault of tilelink, not of your program; please report it with the program"
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One compiled kernel.
+
+    ``stages`` maps ``ttir``, ``ttgir``, ``llir``, ``ptx`` and ``sass`` to text; ``shared`` is in bytes
+    a CTA, ``spills`` and ``registers`` a thread. ``dots`` says for each 16-bit matrix product of the
+    program how many rows its tile has, ``waits`` whether the kernel has waits.
+    """
+
+    name: str
+    stages: dict[str, str]
+    cubin: bytes
+    shared: int
+    warps: int
+    registers: int
+    spills: int
+    dots: tuple[int, ...]
+    waits: bool
+
+
+def signature(program: Op, kernel: Kernel) -> dict[str, str]:
+    """The Triton signature of a kernel's parameters."""
+    facts = Program(program)
+    found: dict[str, str] = {}
+    for parameter in kernel.parameters:
+        if parameter.kind == "context":
+            found[parameter.name] = {"arena": "*i32", "peers": "*i64", "rank": "i32"}.get(
+                parameter.name, "i64"
+            )
+            continue
+        if parameter.kind == "extent":
+            found[parameter.name] = "i32"
+            continue
+        dtype = _POINTER[str(facts.symbols[parameter.symbol]["dtype"])]
+        if parameter.kind == "descriptor":
+            block = ",".join(map(str, parameter.block))
+            found[parameter.name] = f"tensordesc<{dtype}[{block}]>"
+        elif parameter.kind == "scalar":
+            found[parameter.name] = "fp32" if dtype in ("bf16", "fp16", "fp32") else dtype
+        else:
+            found[parameter.name] = f"*{dtype}"
+    return found
+
+
+def compile_offline(source: str, program: Op) -> list[Compiled]:
+    """Every kernel of the emitted module ``source`` of ``program``, compiled for sm_90.
+
+    Raises :class:`CompileFailed` with the last lines of Triton's message.
+    """
+    done: list[Compiled] = []
+    with tempfile.TemporaryDirectory() as folder:
+        module = Path(folder) / "emitted.py"
+        # The host part needs a GPU runtime; kernels need Triton and the device library only.
+        module.write_text(
+            source.replace("from tilelink.backend import runtime\n", "runtime = None\n")
+        )
+        for identity, kernel in kernels_of(program):
+            launch = next(op for op in program.body if id(op) == identity)
+            request = {
+                "module": str(module),
+                "kernel": kernel.name,
+                "signature": signature(program, kernel),
+                "warps": kernel.warps,
+                "stages": kernel.stages,
+                "out": str(Path(folder) / kernel.name),
+            }
+            result = subprocess.run(
+                [sys.executable, "-m", "tilelink.backend.emit.compile_worker"],
+                input=json.dumps(request),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if result.returncode != 0:
+                notes = tuple(result.stderr.strip().splitlines()[-12:])
+                raise CompileFailed(launch.span, kernel=kernel.name, notes=notes)
+            done.append(_read(Path(folder) / kernel.name, kernel, launch))
+    return done
+
+
+def _read(out: Path, kernel: Kernel, launch: Op) -> Compiled:
+    facts: dict[str, Any] = json.loads((out / "metadata.json").read_text())
+    stages = {
+        name: (out / name).read_text()
+        for name in ("ttir", "ttgir", "llir", "ptx", "sass")
+        if (out / name).exists()
+    }
+    usage = facts["usage"]
+    return Compiled(
+        kernel.name,
+        stages,
+        (out / "cubin").read_bytes(),
+        int(facts["shared"]),
+        kernel.warps,
+        int(usage.get("REG", 0)),
+        int(usage.get("STACK", 0)) + int(usage.get("LOCAL", 0)),
+        _dot_rows(launch),
+        any(op.name == "wait" for op in launch.walk()),
+    )
+
+
+def _dot_rows(launch: Op) -> tuple[int, ...]:
+    """Rows of the tile of each 16-bit matrix product, where its loop says."""
+    tiles: dict[str, int] = {}
+    for op in launch.walk():
+        sizes = op.get("tile")
+        if sizes is not None:
+            variables = [a for a in op.args if a.type.is_tile]
+            tiles |= {a.name: int(s) for a, s in zip(variables, sizes, strict=False)}
+    return tuple(
+        tiles.get(op.operands[0].type.shape[0], 0)
+        for op in launch.walk()
+        if op.name == "dot" and op.operands[0].type.dtype in ("bf16", "fp16")
+    )
+
+
+def lint(compiled: Compiled) -> list[str]:
+    """What is wrong with a compiled kernel, a sentence each; empty if nothing is."""
+    problems: list[str] = []
+    ptx, sass, ttgir = (compiled.stages.get(s, "") for s in ("ptx", "sass", "ttgir"))
+    local = re.findall(r"\b(?:LDL|STL)(?:\.\w+)*\b", sass)
+    if compiled.spills or local:
+        problems.append(f"spills: {compiled.spills} bytes a thread, {len(local)} local accesses")
+    if any(rows >= 64 for rows in compiled.dots) and "HGMMA" not in sass:
+        problems.append("a 16-bit matrix product without HGMMA")
+    if any(compiled.dots) and not re.search(r"\b(?:HGMMA|HMMA)", sass):
+        problems.append("a 16-bit matrix product without tensor cores")
+    if compiled.shared > SHARED_LIMIT:
+        problems.append(f"{compiled.shared} bytes of shared memory, {SHARED_LIMIT} are there")
+    if "multimem" in ptx or "MULTIMEM" in sass:
+        problems.append("a multimem instruction")
+    if compiled.waits:
+        problems += _wait_order(ttgir, ptx)
+    problems += _release_order(ttgir)
+    return problems
+
+
+_READ = re.compile(r"async_tma_copy_global_to_local|ttg\.async_copy_global_to_local|\btt\.load\b")
+_ACQUIRE = re.compile(r"tt\.atomic_rmw .*acquire, sys|tt\.atomic_rmw .*acquire, gpu")
+_TILE = re.compile(
+    r"(?:async_tma_copy_global_to_local|async_copy_global_to_local|tt\.load .*tensor<)"
+)
+
+
+def _wait_order(ttgir: str, ptx: str) -> list[str]:
+    """Tile loads above the first acquire of a loop that waits."""
+    if not re.search(r"acquire\.sys|sys\.acquire", ptx):
+        return ["a wait without an acquire at system scope"]
+    problems: list[str] = []
+    for body in _loops(ttgir):
+        acquires = [n for n, text in enumerate(body) if _ACQUIRE.search(text)]
+        loads = [n for n, text in enumerate(body) if _TILE.search(text)]
+        if acquires and loads and loads[0] < acquires[0]:
+            problems.append("a tile is loaded above the wait of its loop")
+    return problems
+
+
+def _loops(ttgir: str) -> list[list[str]]:
+    """Lines of every outermost `scf.for` or `scf.while` of a module."""
+    found: list[list[str]] = []
+    depth = 0
+    current: list[str] | None = None
+    for text in ttgir.splitlines():
+        opens = text.count("{") - text.count("}")
+        if current is None and re.search(r"\bscf\.(?:for|while)\b", text):
+            current, depth = [], 0
+        if current is not None:
+            current.append(text)
+            depth += opens
+            if depth <= 0 and len(current) > 1:
+                found.append(current)
+                current = None
+    return found
+
+
+def _release_order(ttgir: str) -> list[str]:
+    """Releases without a CTA barrier, or without the end of TMA stores, before them."""
+    problems: list[str] = []
+    barrier = False
+    for text in ttgir.splitlines():
+        if re.search(r"\bgpu\.barrier\b|ttg\.barrier\b", text):
+            barrier = True
+        elif re.search(r"\btt\.store\b|tma_copy_local_to_global", text):
+            barrier = False
+        elif re.search(r"tt\.atomic_rmw .*(?:release|acq_rel), (?:sys|gpu)", text) and not barrier:
+            problems.append("a release that no CTA barrier precedes since the last store")
+    return problems

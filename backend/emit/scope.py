@@ -1,0 +1,256 @@
+"""What the emitter knows while it writes one kernel: names, dimensions, parameters, tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tilelink.backend.emit.text import Writer, identifier, render
+from tilelink.errors import Span, TilelinkError
+from tilelink.ir import DTYPES, Expr, Op, Type, Value
+
+TL_DTYPE = {
+    "bf16": "tl.bfloat16",
+    "fp16": "tl.float16",
+    "fp32": "tl.float32",
+    "int32": "tl.int32",
+    "int64": "tl.int64",
+    "bool": "tl.int1",
+}
+
+
+class CannotEmit(TilelinkError):
+    """A fused program that the Triton emitter has no code for."""
+
+    code = "cannot-emit"
+    message = "no Triton code for this: {detail}"
+    hint = "another schedule may avoid it; `tilelink simulate` runs every program"
+
+
+def refuse(op: Op, detail: str) -> CannotEmit:
+    """The error for ``op``."""
+    return CannotEmit(op.span, detail=detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """A dimension of a tile: ``block`` elements (a power of two), of which the first ``length`` are real.
+
+    ``exact`` says that all are; ``ends`` that what lies past them lies past the axis too, where TMA
+    reads zeros. ``start`` is the text of the first index of a loop tile, ``stop`` one past its last.
+    """
+
+    block: int
+    length: str
+    exact: bool
+    start: str = "0"
+    stop: str = ""
+    ends: bool = False
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not below ``value``."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+class Program:
+    """Read-only facts of a fused program: extents, symbols, waits."""
+
+    def __init__(self, program: Op) -> None:
+        self.op = program
+        self.world = int(program["world"])
+        self.dynamic = {d.symbol for d in program.find("extent") if d.get("dynamic")}
+        self.env: dict[str, int] = {"WORLD": self.world}
+        for extent in program.find("extent"):
+            if extent.symbol not in self.dynamic:
+                self.env[extent.symbol] = int(extent["value"])
+        self.symbols = {
+            d.symbol: d
+            for d in program.body
+            if d.name in ("tensor", "scalar", "buffer", "flag", "counter")
+        }
+        self.waits = tuple(op for op in program.walk() if op.name == "wait")
+        self._wait_ids = {id(op): number for number, op in enumerate(self.waits)}
+        # Dimensions that a matrix product touches are at least 16 long.
+        self.dotted = {
+            dim
+            for op in program.walk()
+            if op.name == "dot"
+            for operand in op.operands
+            for dim in operand.type.shape
+        }
+
+    def wait_id(self, op: Op) -> int:
+        """The number of a wait, in program order."""
+        return self._wait_ids[id(op)]
+
+    def constant(self, expr: Expr | int | str) -> int | None:
+        """The value of an expression over fixed extents and WORLD, else None."""
+        if isinstance(expr, int):
+            return expr
+        if isinstance(expr, str):
+            expr = parse_dimension(expr)
+        return int(expr.evaluate(self.env)) if expr.names <= self.env.keys() else None
+
+    def length(self, low: Expr, high: Expr) -> int | None:
+        """``high - low`` where it is the same for every rank and variable, else None."""
+        terms = linear((high - low).substitute(self.env))
+        constant = terms.pop("", 0)
+        return None if any(terms.values()) else constant
+
+    def shape(self, symbol: str) -> tuple[Expr | int, ...]:
+        """The dimensions a rank holds of a tensor, buffer, flag or counter."""
+        op = self.symbols[symbol]
+        dims = [d if isinstance(d, Expr | int) else parse_dimension(d) for d in op["dims"]]
+        if op.name == "tensor" and op.get("over") is not None and op["role"] != "temp":
+            axis = int(op["over"])
+            dims[axis] = Expr.of(dims[axis]) // Expr.name("WORLD")
+        return tuple(dims)
+
+    def numel(self, symbol: str) -> int:
+        """The greatest number of elements of a symbol."""
+        env = dict(self.env)
+        for extent in self.op.find("extent"):
+            env[extent.symbol] = int(extent["value"])
+        count = 1
+        for dim in self.shape(symbol):
+            count *= dim if isinstance(dim, int) else int(dim.evaluate(env))
+        return count
+
+
+def linear(expr: Expr) -> dict[str, int]:
+    """Coefficients of the atoms of a sum, by their text; the constant under the empty text."""
+    if expr.op == "const":
+        return {"": int(expr.args[0])}
+    if expr.op in ("+", "-"):
+        left, right = (linear(side) for side in expr.args)
+        sign = 1 if expr.op == "+" else -1
+        return {k: left.get(k, 0) + sign * right.get(k, 0) for k in left | right}
+    if expr.op == "*":
+        for side, other in (expr.args, expr.args[::-1]):
+            if side.value is not None:
+                return {k: v * side.value for k, v in linear(other).items()}
+    return {str(expr): 1}
+
+
+def parse_dimension(text: str) -> Expr:
+    """The expression of a type's dimension, which is text."""
+    from tilelink.ir import parse_ir
+
+    return Expr.of(dict(parse_ir(f"x {{d = {text}}}").attrs)["d"])
+
+
+@dataclass
+class Scope:
+    """State of one kernel while it is written."""
+
+    program: Program
+    writer: Writer
+    names: dict[str, str] = field(default_factory=dict)  # values and scalars, by IR name
+    dims: dict[str, Dim] = field(default_factory=dict)  # tile variables, by IR name
+    dirty: dict[str, frozenset[str]] = field(
+        default_factory=dict
+    )  # values: dims with stray elements
+    literals: set[str] = field(default_factory=set)  # values that are Python numbers
+    pointers: dict[str, str] = field(default_factory=dict)  # parameters: symbol to name
+    descriptors: dict[tuple[str, tuple[int, ...]], str] = field(default_factory=dict)
+    buffers: dict[str, str] = field(default_factory=dict)  # arena pointers: symbol to name
+    scalars: dict[str, str] = field(default_factory=dict)
+    extents: dict[str, str] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    tokens: list[str] = field(default_factory=list)
+    tile: str = "0"  # text of the tile number, for error records
+    stages: int = 3
+    fence: bool = False  # TMA reads what peers or other CTAs wrote
+    fenced: bool = False  # so waits carry a proxy fence
+    chosen: dict[int, Any] = field(default_factory=dict)  # loads: where they read, settled before
+    notified: bool = False  # the stage signals: its stores must have completed by then
+
+    def fresh(self, name: str) -> str:
+        """A Python name not used in this kernel, from ``name``."""
+        base = identifier(name)
+        text, number = base, 1
+        while text in self.used:
+            number += 1
+            text = f"{base}_{number}"
+        self.used.add(text)
+        return text
+
+    def define(self, value: Value, prefer: str | None = None) -> str:
+        """The Python name of a new value."""
+        if value.name not in self.names:
+            self.names[value.name] = prefer or self.fresh(value.name)
+        return self.names[value.name]
+
+    def lookup(self, name: str) -> str:
+        """The Python text of a name in an expression."""
+        if name == "RANK":
+            return "rank"
+        if name.endswith("[]"):
+            raise CannotEmit(None, detail=f"the table `{name[:-2]}` inside an expression")
+        if name in self.names:
+            return self.names[name]
+        if name in self.program.env:
+            return str(self.program.env[name])
+        if name in self.program.dynamic:
+            return self.extents.setdefault(name, name)
+        base, _, part = name.rpartition(".")
+        if base in self.dims:
+            dim = self.dims[base]
+            return {"start": dim.start, "stop": dim.stop}.get(part) or self.names[f"{base}.tile"]
+        raise CannotEmit(None, detail=f"the unknown name `{name}`")
+
+    def expr(self, value: Expr | int | str, outer: int = 0) -> str:
+        """An expression as Python text, folded over fixed extents."""
+        if isinstance(value, str):
+            value = parse_dimension(value)
+        if isinstance(value, Expr):
+            value = value.substitute(
+                {k: v for k, v in self.program.env.items() if k in value.names}
+            )
+        return render(value, self.lookup, outer)
+
+    def dim(self, text: str) -> Dim:
+        """The dimension that a type names."""
+        least = 16 if text in self.program.dotted else 1
+        if text in self.dims:
+            return self.dims[text]
+        value = self.program.constant(text)
+        if value is None:
+            raise CannotEmit(None, detail=f"a value as long as the run-time extent `{text}`")
+        block = max(least, power_of_two(value))
+        return Dim(block, str(value), block == value)
+
+    def blocks(self, type_: Type) -> tuple[int, ...]:
+        """The block shape of a type."""
+        return tuple(self.dim(d).block for d in type_.shape)
+
+    def stray(self, value: Value) -> frozenset[str]:
+        """Dimensions of a value past whose length elements may not be zero."""
+        return self.dirty.get(value.name, frozenset())
+
+    def loose(self, type_: Type) -> frozenset[str]:
+        """Dimensions of a type that are longer in registers than in fact."""
+        return frozenset(d for d in type_.shape if not self.dim(d).exact)
+
+    def wide(self, value: Value) -> str:
+        """The text of a value, 16-bit floats converted to fp32."""
+        name = self.names[value.name]
+        if value.type.dtype in ("bf16", "fp16") and value.name not in self.literals:
+            return f"{name}.to(tl.float32)"
+        return name
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one element."""
+    return DTYPES[dtype]
+
+
+def origin(span: Span | None) -> str:
+    """The origin comment ``  # ag_gemm.py:9`` of a span in Python source, or nothing.
+
+    A span into IR text says nothing to the reader of a kernel.
+    """
+    if span is None or not span.source.name.endswith(".py"):
+        return ""
+    return f"  # {span.source.name.rsplit('/', 1)[-1]}:{span.line}"

@@ -1,0 +1,85 @@
+"""``emit``: a fused program as a Python module that runs on stock Triton and PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import metadata
+
+from tilelink.backend.emit.host import Host
+from tilelink.backend.emit.kernel import Kernel, emit_kernel, kernel_name
+from tilelink.backend.emit.scope import Program
+from tilelink.ir import Op, print_ir
+
+_FOOT = '''
+
+def run(*tensors, group=None):
+    """Run on this rank; tensors in the order of the kernel's parameters."""
+    return runtime.run_module(TEXT, host, tensors, group)
+
+
+if __name__ == "__main__":
+    runtime.main(TEXT, host)
+'''
+
+
+def emit(program: Op) -> str:
+    """The Python source of ``program``, a fused program; the same text for the same program, always.
+
+    The module has the program's text (``TEXT``), a Triton kernel for every launch, ``host(call)``,
+    which enqueues one call, and ``run``. Raises :class:`~tilelink.backend.emit.scope.CannotEmit` where
+    there is no code for an op.
+    """
+    text = print_ir(program)
+    kernels = kernels_of(program)
+    host = Host(Program(program), dict(kernels)).text()
+    uses_device = any("device." in kernel.source for _, kernel in kernels)
+    parts = [_header(program, text)]
+    if kernels:
+        parts.append("import triton\nimport triton.language as tl\n")
+    imports = ["from tilelink import device\n"] if uses_device else []
+    parts[-1] += "".join([*imports, "from tilelink.backend import runtime\n"])
+    parts.append(f'TEXT = r"""\n{text}"""\n')
+    sections = "\n".join(parts)
+    for _, kernel in kernels:
+        sections += f"\n\n{kernel.source}"
+    return f"{sections}\n\n{host}{_FOOT}"
+
+
+def kernels_of(program: Op) -> list[tuple[int, Kernel]]:
+    """The kernels of a program in order, each with the identity of its launch."""
+    facts = Program(program)
+    system = frozenset(
+        op.symbol
+        for stream in program.find("stream")
+        for op in stream.walk()
+        if op.name == "wait" and op.ref is not None
+    )
+    taken = {"TEXT", "host", "run", *facts.symbols}
+    return [
+        (id(launch), emit_kernel(facts, launch, kernel_name(launch, taken), system))
+        for launch in program.find("launch")
+    ]
+
+
+def program_hash(text: str) -> str:
+    """The hash of a program's text, as the header shows it."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _header(program: Op, text: str) -> str:
+    schedule = str(program.get("schedule", "default")).replace("\n", " ")
+    lines = [
+        f"# Emitted by tilelink {_version()}; edit the kernel, not this file.",
+        f"# kernel: {program.get('kernel', program.symbol)}, world: {program['world']}",
+        f"# schedule: {schedule}",
+        f"# program: sha256 {program_hash(text)}",
+        "# ruff: noqa: E501",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _version() -> str:
+    try:
+        return metadata.version("tilelink")
+    except metadata.PackageNotFoundError:
+        return "(uninstalled)"

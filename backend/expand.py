@@ -1,0 +1,194 @@
+"""The concrete meaning of a fused program: extents, queue orders, sizes.
+
+Everything here is arithmetic over NumPy arrays; nothing runs. ``docs/ir.md`` ("The fused program") is
+the text that this module follows. Rows of accesses and of synchronisation are in
+:mod:`tilelink.backend.expand_rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tilelink.errors import TilelinkError
+from tilelink.ir import DTYPES, Expr, Op
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+Env: TypeAlias = Mapping[str, Any]
+
+
+class UnknownExtent(TilelinkError):
+    """An expression of a program names something that has no value at compile time."""
+
+    code: ClassVar[str] = "unknown-extent"
+    message: ClassVar[str] = "`{expr}` has no value here: `{name}` is not known"
+    hint: ClassVar[str] = "extents, WORLD, RANK and the variables of enclosing loops are known"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The values of one loop variable: first index, one past the last, and tile number; int64, any shape.
+
+    A scalar variable with value v has ``start = tile = v`` and ``stop = v + 1``.
+    """
+
+    start: Ints
+    stop: Ints
+    tile: Ints
+
+
+def environment(program: Op) -> dict[str, int]:
+    """Extents by name and ``WORLD``; a dynamic extent has its capacity."""
+    env: dict[str, int] = {"WORLD": int(program.get("world", 1))}
+    for op in program.find("extent"):
+        env[op.symbol] = int(evaluate(op["value"], env, op))
+    return env
+
+
+def evaluate(value: Expr | int, env: Env, op: Op | None = None) -> Any:
+    """An attribute or expression under ``env``: an int, or an array where a name is bound to one.
+
+    Raises UnknownExtent at ``op`` where a name is unbound.
+    """
+    if not isinstance(value, Expr):
+        return value
+    try:
+        return value.evaluate(env)
+    except KeyError as missing:
+        span = op.span if op is not None else None
+        raise UnknownExtent(span, expr=str(value), name=missing.args[0]) from None
+
+
+def dims_of(declaration: Op, env: Env) -> tuple[int, ...]:
+    """The shape in memory of a tensor, buffer, flag or counter: a tensor with ``over`` is its shard.
+
+    The same on every rank.
+    """
+    dims = [int(evaluate(d, env, declaration)) for d in declaration["dims"]]
+    over = declaration.get("over")
+    held = declaration.get("role") in ("in", "out", "inout")
+    if declaration.name == "tensor" and over is not None and held:
+        dims[over] //= int(env["WORLD"])
+    return tuple(dims)
+
+
+def bytes_of(declaration: Op, env: Env) -> int:
+    """The size in bytes of a tensor's shard, a buffer, a flag or a counter array on one rank."""
+    item = 4 if declaration.name in ("flag", "counter") else DTYPES[declaration["dtype"]]
+    return int(np.prod(dims_of(declaration, env), dtype=np.int64)) * item
+
+
+def queue(
+    extents: Sequence[int],
+    tiles: Sequence[int],
+    env: Env,
+    rows: int,
+    *,
+    axis: int = 0,
+    segment: int | None = None,
+    segments: int | None = None,
+    visit: Expr | int | None = None,
+    group: int = 1,
+) -> tuple[Tile, ...]:
+    """The order of a tile loop or stage: for each variable a Tile of arrays ``[rows, positions]``.
+
+    ``env`` binds row variables (RANK, outer loops) to arrays of length ``rows`` or to ints; only
+    ``visit`` may depend on them.
+    """
+    length = extents[axis] if segment is None else segment
+    count = (extents[axis] // length if length else 0) if segments is None else segments
+    tile = max(1, tiles[axis])
+    per = -(-length // tile)
+    others = [j for j in range(len(extents)) if j != axis]
+    shape = [-(-extents[j] // max(1, tiles[j])) for j in others]
+    nb = int(np.prod(shape, dtype=np.int64)) if shape else 1
+
+    i = np.arange(count, dtype=np.int64)
+    if isinstance(visit, Expr):
+        wide = {k: v[:, None] if isinstance(v, np.ndarray) else v for k, v in env.items()}
+        wide["i"] = i[None, :]
+        seg = np.broadcast_to(np.asarray(evaluate(visit, wide), dtype=np.int64), (rows, count))
+    else:
+        seg = np.broadcast_to(i if visit is None else np.full(count, visit), (rows, count))
+
+    r = np.arange(per * nb, dtype=np.int64)
+    width = max(1, group * nb)
+    first = r // width * group
+    deep = np.maximum(1, np.minimum(per - first, group))
+    a = first + r % width % deep
+    b = r % width // deep
+
+    n = count * per * nb
+    start = (seg[:, :, None] * length + a * tile).reshape(rows, n)
+    last = np.broadcast_to((seg[:, :, None] + 1) * length, (rows, count, per * nb)).reshape(rows, n)
+    found: list[Tile | None] = [None] * len(extents)
+    found[axis] = Tile(
+        start, np.minimum(start + tile, last), (seg[:, :, None] * per + a).reshape(rows, n)
+    )
+    for j, number in zip(reversed(others), reversed(shape), strict=True):
+        which = np.broadcast_to(b % max(1, number), (rows, count, per * nb)).reshape(rows, n)
+        b = b // max(1, number)
+        begin = which * tiles[j]
+        found[j] = Tile(begin, np.minimum(begin + tiles[j], extents[j]), which)
+    return tuple(t for t in found if t is not None)
+
+
+def tile_sizes(op: Op, env: Env) -> tuple[int, ...]:
+    """The tile size of every variable of a stage or tile loop; 1 for a scalar variable."""
+    given = [int(evaluate(t, env, op)) for t in op.get("tile", ())]
+    variables = op.args[: len(op["extent"])] if "extent" in dict(op.attrs) else op.args[:1]
+    if len(given) == len(variables):
+        return tuple(given)
+    rest = iter(given)
+    return tuple(next(rest, 1) if v.type.is_tile else 1 for v in variables)
+
+
+def loop_tiles(op: Op, env: Env, rows: int) -> tuple[Tile, ...]:
+    """The tiles of a stage or of a tile loop with constant extents: arrays ``[rows, positions]``."""
+    extents = [int(evaluate(e, env, op)) for e in op["extent"]]
+    segment = op.get("segment")
+    segments = op.get("segments")
+    return queue(
+        extents,
+        tile_sizes(op, env),
+        env,
+        rows,
+        axis=int(op.get("axis", 0)),
+        segment=None if segment is None else int(evaluate(segment, env, op)),
+        segments=None if segments is None else int(evaluate(segments, env, op)),
+        visit=op.get("visit"),
+        group=int(evaluate(op.get("group", 1), env, op)),
+    )
+
+
+def stage_tiles(stage: Op, env: Env, rank: int) -> dict[str, Tile]:
+    """The queue of ``stage`` on ``rank``: for each variable the tiles by position, arrays ``[positions]``."""
+    tiles = loop_tiles(stage, {**env, "RANK": np.array([rank], dtype=np.int64)}, 1)
+    return {
+        value.name: Tile(t.start[0], t.stop[0], t.tile[0])
+        for value, t in zip(stage.args, tiles, strict=False)
+    }
+
+
+def owner_order(tensor: Op, env: Env) -> tuple[Ints, Ints]:
+    """For every global index along ``over``: the rank that owns it, and its place in that rank's shard.
+
+    Arrays ``[extent]``. A shard is its owner's elements in increasing order.
+    """
+    extent = int(evaluate(tensor["dims"][tensor["over"]], env, tensor))
+    index = np.arange(extent, dtype=np.int64)
+    world = int(env["WORLD"])
+    rule = tensor.get("owner")
+    owner = (
+        index // max(1, extent // world) if rule is None else evaluate(rule, {**env, "e": index})
+    )
+    owner = np.broadcast_to(np.asarray(owner, dtype=np.int64), (extent,))
+    place = np.zeros(extent, dtype=np.int64)
+    for rank in range(world):
+        mine = owner == rank
+        place[mine] = np.arange(int(mine.sum()))
+    return owner, place

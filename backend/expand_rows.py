@@ -1,0 +1,145 @@
+"""Every access and every synchronisation of a fused program, as NumPy rows.
+
+A *task* is what runs in one order on one rank: one position of a stage's queue, a stream, `head` or
+`finish`. A row is one execution of one op by one task; ``seq`` orders the rows of a task.
+:func:`tilelink.backend.expand_walk.expand` makes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from tilelink.backend.expand import Ints, Tile
+from tilelink.ir import Op
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A static part of an agent whose rows form tasks: ``kind`` is head, stream, stage, finish or collective.
+
+    Tasks ``first`` .. ``first + count * WORLD`` are rank-major. ``tiles`` holds the loop variables of
+    each position, arrays ``[WORLD, count]``, for messages.
+    """
+
+    kind: str
+    agent: int
+    op: Op
+    first: int
+    count: int
+    tiles: tuple[tuple[str, Tile], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Access:
+    """The rows of one read or write: boxes ``[lo, hi)`` of ``symbol`` in the memory of rank ``home``.
+
+    ``want`` is, for each axis indexed by a loop variable (``placed``), the variable's own first index
+    there: the global coordinate the body means; elsewhere it equals ``lo``. ``exact`` says that the
+    box is precisely what is touched, not only a bound. ``pair`` ties the two sides of a transfer.
+    ``own`` marks what is read from an ``own`` reference. ``origin`` is the rank whose data a collective
+    puts there.
+    """
+
+    op: Op
+    symbol: str
+    write: bool
+    task: Ints
+    seq: Ints
+    rank: Ints
+    home: Ints
+    lo: Ints
+    hi: Ints
+    want: Ints
+    placed: tuple[bool, ...]
+    exact: bool = True
+    pair: int = -1
+    own: bool = False
+    origin: Ints | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sync:
+    """The rows of one wait or notify: one row an element, ``flat`` its number in the array at ``home``.
+
+    ``bound`` is the count of a counter wait or of a counted notify; ``epoch`` is -1 where a wait is for
+    the previous call. ``through`` is the flat element of the counting counter, or -1.
+    """
+
+    op: Op
+    symbol: str
+    wait: bool
+    task: Ints
+    seq: Ints
+    rank: Ints
+    home: Ints
+    flat: Ints
+    bound: Ints
+    epoch: int
+    through: Ints
+    inside: npt.NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class Expansion:
+    """A program's rows for its extents and world. ``task_rank`` and ``task_phase`` describe each task."""
+
+    program: Op
+    env: dict[str, int]
+    agents: tuple[Op, ...]
+    declarations: dict[str, Op]
+    dims: dict[str, tuple[int, ...]]
+    phases: list[Phase] = field(default_factory=list)
+    accesses: list[Access] = field(default_factory=list)
+    syncs: list[Sync] = field(default_factory=list)
+    task_rank: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    task_phase: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    assumptions: list[str] = field(default_factory=list)
+    owners: dict[str, tuple[Ints, Ints]] = field(default_factory=dict)
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return self.env["WORLD"]
+
+    def base(self, symbol: str) -> str:
+        """The tensor that a buffer serves (``A`` for ``A.all``), or the symbol itself."""
+        head = symbol.split(".")[0]
+        return head if head in self.declarations else symbol
+
+    def describe(self, task: int) -> str:
+        """A task in words: its stage and tile, or its agent, and its rank."""
+        phase = self.phases[int(self.task_phase[task])]
+        rank = int(self.task_rank[task])
+        position = (task - phase.first) % max(1, phase.count)
+        if phase.kind != "stage":
+            name = phase.op.ref.symbol if phase.op.ref is not None else ""
+            label = f"{phase.kind} @{name}" if name else phase.kind
+            return f"{label} on rank {rank}"
+        tile = ", ".join(
+            f"{name.split('.')[0]} = {int(t.start[rank, position])}..{int(t.stop[rank, position])}"
+            for name, t in phase.tiles
+        )
+        return f"tile {tile} of stage @{phase.op.symbol} on rank {rank} (position {position})"
+
+
+def boxes(shape: Ints) -> tuple[Ints, Ints]:
+    """All points of boxes of the given shapes ``[n, axes]``: the box of each point, and its index in it."""
+    size = np.prod(shape, axis=1, dtype=np.int64)
+    which = np.repeat(np.arange(len(shape)), size)
+    rest = ragged(size)
+    inner = np.zeros((len(which), shape.shape[1]), dtype=np.int64)
+    for axis in reversed(range(shape.shape[1])):
+        extent = shape[which, axis]
+        inner[:, axis] = rest % extent
+        rest = rest // extent
+    return which, inner
+
+
+def ragged(counts: Ints) -> Ints:
+    """``0..counts[0], 0..counts[1], …`` in one array."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) - np.repeat(ends - counts, counts)

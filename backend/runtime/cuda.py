@@ -1,0 +1,355 @@
+"""Runs fused programs on GPUs: the call path of decorated functions and of emitted modules.
+
+One process drives one GPU. What is met for the first time is checked, agreed between the ranks,
+given memory and compiled; after that a call is a lookup and a list of driver calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import triton
+
+from tilelink import knobs
+from tilelink.backend.runtime import load_module, write_module
+from tilelink.backend.runtime.arena import Arena, GroupState, state_of
+from tilelink.backend.runtime.driver import driver
+from tilelink.backend.runtime.errors import BadArgument, NotPrepared, TooManyWorkers
+from tilelink.backend.runtime.image import Image, Slot, image_of
+from tilelink.backend.runtime.plan import Plan, Recorder
+from tilelink.backend.runtime.views import TORCH_DTYPES
+from tilelink.errors import InternalError, TilelinkError
+from tilelink.ir import Op, parse_ir
+
+PLANS = 64  # recorded calls kept a program
+
+Tensors = dict[str, torch.Tensor]
+Host = Callable[[Any], None]
+
+
+class Program:
+    """A program bound to a process group and an arena, compiled on every rank."""
+
+    def __init__(self, state: GroupState, image: Image, host: Host, arena: Arena) -> None:
+        self.state, self.image, self.host, self.arena = state, image, host, arena
+        self.inputs = tuple(s for s in image.tensors.values() if s.role in ("in", "inout"))
+        self.temporary = {
+            s.name: torch.empty(s.dims, dtype=TORCH_DTYPES[s.dtype], device=state.device)
+            for s in image.tensors.values()
+            if s.role == "temp"
+        }
+        self._plans: dict[tuple[object, ...], Plan] = {}
+
+    def allocate(self, given: Mapping[str, torch.Tensor | None]) -> Tensors:
+        """The tensors of a call: those given, and fresh ones for outputs that are not."""
+        tensors = dict(self.temporary)
+        for name, slot in self.image.tensors.items():
+            value = given.get(name)
+            if value is not None:
+                tensors[name] = value
+            elif slot.role == "out":
+                tensors[name] = torch.empty(
+                    slot.dims, dtype=TORCH_DTYPES[slot.dtype], device=self.state.device
+                )
+        return tensors
+
+    def plan(self, tensors: Tensors, scalars: Mapping[str, float]) -> Plan:
+        """The recorded call for these addresses and numbers."""
+        key = (*(t.data_ptr() for t in tensors.values()), *scalars.values())
+        found = self._plans.get(key)
+        if found is None:
+            found = self._record(tensors, scalars)
+            if found.reusable:
+                if len(self._plans) >= PLANS:
+                    self._plans.pop(next(iter(self._plans)))
+                self._plans[key] = found
+        return found
+
+    def call(self, tensors: Tensors, scalars: Mapping[str, float]) -> tuple[torch.Tensor, ...]:
+        """Enqueues one call; returns the outputs in parameter order."""
+        plan = self.plan(tensors, scalars)
+        stream = torch.cuda.current_stream(self.state.device)
+        _chain(stream)
+        self.state.image, self.state.last = self.image, stream
+        plan.enqueue(stream.cuda_stream)
+        return tuple(tensors[slot.name] for slot in self.image.outputs)
+
+    def _record(self, tensors: Tensors, scalars: Mapping[str, float]) -> Plan:
+        state = self.state
+        recorder = Recorder(
+            self.image,
+            state.rank,
+            self.arena.views,
+            self.arena.peers,
+            knobs.TIMEOUT.get(),
+            knobs.ARRIVAL_TIMEOUT.get(),
+            streams=state.stream,
+            group=state.group,
+            host_record=state.host_address,
+            addresses=self.arena.addresses,
+        )
+        recorder.tensors = tensors
+        recorder.scalars = dict(scalars)
+        self.host(recorder)
+        plan = recorder.finish()
+        for name, launch in zip(self.image.launches, plan.launches, strict=True):
+            _check_resident(name, launch.compiled, launch.workers, state.device)
+        return plan
+
+
+def launch(
+    kernel: Any,
+    tensors: Mapping[str, torch.Tensor | None],
+    scalars: Mapping[str, float],
+    group: Any = None,
+    schedule: Any = None,
+) -> tuple[torch.Tensor, ...]:
+    """Runs a decorated kernel on this rank's tensors; returns its outputs in parameter order.
+
+    ``tensors``: by parameter name, None for what is to be allocated; on the current device, contiguous
+    or the transpose of a contiguous matrix, 16-byte aligned. ``group``: a process group, None for the
+    default one; without torch.distributed the kernel runs on this GPU alone. The first call with new
+    shapes is collective and slow. Nothing is launched on any rank unless every rank can.
+
+    Errors: those of ``kernel.bind`` and of the compiler, BadArgument, AgreementError, NotPrepared inside
+    a graph capture, TooManyWorkers, WaitTimeout for an earlier call that ran into one.
+    """
+    state = state_of(group)
+    state.check_usable()
+    key = (id(kernel), id(state), schedule, _shape_key(tensors), _constants(kernel, scalars))
+    known = _kernels.get(key)
+    if known is None:
+        known = _kernels[key] = _Known(
+            kernel, _meet_kernel(state, kernel, tensors, scalars, schedule)
+        )
+    program = known.program
+    given = {name: _dense(name, t, program.image) for name, t in tensors.items() if t is not None}
+    numbers = {name: scalars[name] for name in program.image.scalars}
+    return program.call(program.allocate(given), numbers)
+
+
+def run_program(
+    text: str, host: Host, tensors: Any, scalars: Mapping[str, float], group: Any = None
+) -> tuple[torch.Tensor, ...]:
+    """Runs an emitted module: its IR text and host function; see :func:`launch`.
+
+    ``tensors``: by name, or in parameter order (all of them, or those that the program reads).
+    """
+    state = state_of(group)
+    state.check_usable()
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    key = (digest, id(state))
+    program = _programs.get(key)
+    if program is None:
+        image = image_of(parse_ir(text))
+        given = _by_name(image, tensors)
+        program = _programs[key] = _meet(
+            state, image.name, lambda: (image, host, {"program": digest[:16]}), given, scalars
+        )
+    given = _by_name(program.image, tensors)
+    _check_tensors(program.image, given, state.device)
+    return program.call(program.allocate(given), scalars)
+
+
+class _Known:
+    """A program of a kernel; holds the kernel, so that its id is not used again."""
+
+    def __init__(self, kernel: Any, program: Program) -> None:
+        self.kernel, self.program = kernel, program
+
+
+_kernels: dict[tuple[object, ...], _Known] = {}
+_programs: dict[tuple[str, int], Program] = {}
+_last: dict[int, torch.cuda.Stream] = {}
+
+
+def _chain(stream: torch.cuda.Stream) -> None:
+    """Orders this call behind the last fused call of this device, whatever stream that was on.
+
+    Two fused programs that ran at once could each hold the SMs that the other one waits for. Replays of
+    captured graphs cannot be seen here; they are ordered by the stream that they are replayed on.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return
+    device = stream.device_index
+    last = _last.get(device)
+    if last is not None and last.cuda_stream != stream.cuda_stream:
+        stream.wait_stream(last)
+    _last[device] = stream
+
+
+def _shape_key(tensors: Mapping[str, torch.Tensor | None]) -> tuple[object, ...]:
+    return tuple(
+        None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16)
+        for t in tensors.values()
+    )
+
+
+def _constants(kernel: Any, scalars: Mapping[str, Any]) -> tuple[object, ...]:
+    """What of the scalars goes into the program: compile-time arguments; of others, their type."""
+    fixed = kernel.signature.constants
+    return tuple(
+        repr(v) if n in fixed or isinstance(v, bool | str) or v is None else type(v)
+        for n, v in scalars.items()
+    )
+
+
+def _dense(name: str, tensor: torch.Tensor, image: Image) -> torch.Tensor:
+    if tensor.is_contiguous():
+        return tensor
+    if image.tensors[name].role != "in":
+        raise BadArgument(
+            name=name, detail="is an output and not contiguous", help="pass a contiguous tensor"
+        )
+    return tensor.contiguous()
+
+
+def _meet_kernel(
+    state: GroupState,
+    kernel: Any,
+    tensors: Mapping[str, torch.Tensor | None],
+    scalars: Mapping[str, float],
+    schedule: Any,
+) -> Program:
+    def compile_it() -> tuple[Image, Host, dict[str, str]]:
+        bound = kernel.bind((), state.world, {**tensors, **scalars})
+        op: Op = kernel.build_for(bound)
+        # The pipeline lies above the runtime, which is its last stage, so it is looked up by name.
+        fuse = importlib.import_module("tilelink.backend.pipeline").compile_kernel
+        program: Op = fuse(op, schedule)
+        from tilelink.backend.emit.triton import emit
+
+        source = emit(program)
+        image = image_of(program)
+        module = load_module(write_module(source, image.name))
+        shapes = {n: list(s.dims) for n, s in image.tensors.items()}
+        facts = {
+            "kernel": kernel.name,
+            "shapes": ", ".join(f"{n}{dims}" for n, dims in shapes.items()),
+            "dtypes": ", ".join(f"{n}: {s.dtype}" for n, s in image.tensors.items()),
+            "schedule": str(program.get("schedule", "")),
+            "emitted source": hashlib.sha256(source.encode()).hexdigest()[:16],
+        }
+        return image, module.host, facts
+
+    given = {n: t.contiguous() for n, t in tensors.items() if t is not None}
+    return _meet(state, kernel.name, compile_it, given, scalars)
+
+
+def _meet(
+    state: GroupState,
+    name: str,
+    prepare: Callable[[], tuple[Image, Host, dict[str, str]]],
+    given: Tensors,
+    scalars: Mapping[str, float],
+) -> Program:
+    """Checks, agrees, allocates, compiles, and agrees once more that every rank has compiled."""
+    if torch.cuda.is_current_stream_capturing():
+        raise NotPrepared(kernel=name)
+    error: TilelinkError | None = None
+    facts: dict[str, str] = {}
+    try:
+        image, host, facts = prepare()
+        if image.world != state.world:
+            raise BadArgument(
+                name="group",
+                detail=f"has {state.world} ranks, the program is for {image.world}",
+                help="emit the program for this number of ranks",
+            )
+        _check_tensors(image, given, state.device)
+    except Exception as problem:
+        error = _typed(problem)
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    state.agree(name, {**facts, "versions": versions}, error)
+    if error is not None:
+        raise error
+    program = Program(state, image, host, state.arena_for(image.arena_bytes))
+    try:
+        program.plan(program.allocate(given), {n: scalars[n] for n in image.scalars})
+    except Exception as problem:
+        error = _typed(problem)
+    # All ranks were there a moment ago, but one may find in its cache what another has to compile.
+    state.agree(name, {"compiled": "yes"}, error, least=120.0)
+    if error is not None:
+        raise error
+    return program
+
+
+def _typed(problem: Exception) -> TilelinkError:
+    if isinstance(problem, TilelinkError):
+        return problem
+    error = InternalError(detail=f"{type(problem).__name__}: {problem}")
+    error.__cause__ = problem
+    return error
+
+
+def _by_name(image: Image, tensors: Any) -> Tensors:
+    if isinstance(tensors, Mapping):
+        return dict(tensors)
+    visible = [s.name for s in image.tensors.values() if s.role != "temp"]
+    read = [s.name for s in image.tensors.values() if s.role in ("in", "inout")]
+    names = visible if len(tensors) == len(visible) else read
+    if len(tensors) != len(names):
+        raise BadArgument(
+            name=image.name,
+            detail=f"{len(tensors)} tensors were given",
+            help=f"pass {', '.join(visible)}, or {', '.join(read)} alone",
+        )
+    return dict(zip(names, tensors, strict=True))
+
+
+def _check_tensors(image: Image, given: Tensors, device: torch.device) -> None:
+    """Raises BadArgument for what a kernel could not read or write as it is."""
+    for name, slot in image.tensors.items():
+        tensor = given.get(name)
+        if tensor is None:
+            if slot.role in ("in", "inout"):
+                raise BadArgument(name=name, detail="is missing", help="the program reads it")
+            continue
+        _check_tensor(slot, tensor, device)
+
+
+def _check_tensor(slot: Slot, tensor: torch.Tensor, device: torch.device) -> None:
+    def refuse(detail: str, help: str) -> BadArgument:
+        return BadArgument(name=slot.name, detail=detail, help=help)
+
+    if tensor.device != device:
+        raise refuse(
+            f"is on {tensor.device}, this rank computes on {device}",
+            "move it, or call torch.cuda.set_device first",
+        )
+    if tensor.dtype != TORCH_DTYPES[slot.dtype]:
+        raise refuse(f"is {tensor.dtype}, the program takes {slot.dtype}", "convert it")
+    if tuple(tensor.shape) != slot.dims:
+        raise refuse(
+            f"has shape {list(tensor.shape)}, the program takes {list(slot.dims)}",
+            "a tensor that is spread over the ranks is passed as this rank's shard",
+        )
+    if not tensor.is_contiguous():
+        raise refuse("is not contiguous", "pass tensor.contiguous()")
+    if tensor.data_ptr() % 16:
+        raise refuse("does not start at a multiple of 16 bytes", "pass a copy: tensor.clone()")
+
+
+def _check_resident(name: str, compiled: Any, workers: int, device: torch.device) -> None:
+    """Raises TooManyWorkers unless all CTAs of a launch are on the GPU at once.
+
+    They spin, so one that had to wait for another one's SM could wait for ever.
+    """
+    compiled.run  # noqa: B018 - loads the kernel, which fills in its function and registers
+    threads = compiled.metadata.num_warps * 32
+    per_sm = driver().resident(compiled.function, threads, compiled.metadata.shared)
+    resident = per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+    if workers > resident:
+        raise TooManyWorkers(
+            kernel=name,
+            workers=workers,
+            resident=resident,
+            registers=compiled.n_regs,
+            shared=compiled.metadata.shared,
+            warps=compiled.metadata.num_warps,
+        )

@@ -1,0 +1,118 @@
+"""The few CUDA driver calls that PyTorch does not offer, through ctypes on libcuda.
+
+All are enqueued on a stream given by its handle and may be captured into a graph; the ``_v2`` form of
+the stream wait is the one that a capture turns into a memory-operation node.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_int, c_size_t, c_uint, c_uint32, c_void_p
+
+from tilelink.backend.runtime.errors import DriverError, Unavailable
+
+_GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: (int32)(*addr - value) >= 0
+_UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED
+_CAPTURE_UNSUPPORTED = 900
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D."""
+
+    _fields_ = (
+        ("srcXInBytes", c_size_t),
+        ("srcY", c_size_t),
+        ("srcMemoryType", c_uint),
+        ("srcHost", c_void_p),
+        ("srcDevice", c_void_p),
+        ("srcArray", c_void_p),
+        ("srcPitch", c_size_t),
+        ("dstXInBytes", c_size_t),
+        ("dstY", c_size_t),
+        ("dstMemoryType", c_uint),
+        ("dstHost", c_void_p),
+        ("dstDevice", c_void_p),
+        ("dstArray", c_void_p),
+        ("dstPitch", c_size_t),
+        ("WidthInBytes", c_size_t),
+        ("Height", c_size_t),
+    )
+
+
+class Driver:
+    """libcuda with argument types set; a call that fails raises DriverError."""
+
+    def __init__(self) -> None:
+        try:
+            lib = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise Unavailable(backend="cuda", reason=str(error)) from None
+        self._lib = lib
+        self._wait = lib.cuStreamWaitValue32_v2
+        self._wait.argtypes = (c_void_p, c_void_p, c_uint32, c_uint)
+        self._copy = lib.cuMemcpyAsync
+        self._copy.argtypes = (c_void_p, c_void_p, c_size_t, c_void_p)
+        self._copy2d = lib.cuMemcpy2DAsync_v2
+        self._copy2d.argtypes = (ctypes.POINTER(_Copy2D), c_void_p)
+        self._occupancy = lib.cuOccupancyMaxActiveBlocksPerMultiprocessor
+        self._occupancy.argtypes = (ctypes.POINTER(c_int), c_void_p, c_int, c_size_t)
+
+    def wait_geq(self, stream: int, address: int, value: int) -> None:
+        """The stream goes on once the int32 at ``address`` is, cyclically, at least ``value``."""
+        code = self._wait(stream, address, value & 0xFFFFFFFF, _GEQ)
+        if code:
+            self._fail("cuStreamWaitValue32", code)
+
+    def copy(self, stream: int, target: int, source: int, size: int) -> None:
+        """Copies ``size`` bytes between addresses of this process, on any GPUs."""
+        code = self._copy(target, source, size, stream)
+        if code:
+            self._fail("cuMemcpyAsync", code)
+
+    def copy_rows(self, stream: int, rows: _Copy2D) -> None:
+        """A strided copy made by :func:`rows_of`."""
+        code = self._copy2d(ctypes.byref(rows), stream)
+        if code:
+            self._fail("cuMemcpy2DAsync", code)
+
+    def resident(self, function: int, threads: int, shared: int) -> int:
+        """CTAs of ``function`` that fit on one SM at a time."""
+        blocks = c_int()
+        code = self._occupancy(ctypes.byref(blocks), function, threads, shared)
+        if code:
+            self._fail("cuOccupancyMaxActiveBlocksPerMultiprocessor", code)
+        return blocks.value
+
+    def _fail(self, call: str, code: int) -> None:
+        text = ctypes.c_char_p()
+        self._lib.cuGetErrorString(code, ctypes.byref(text))
+        reason = (text.value or b"").decode() or "unknown error"
+        help = "the error may come from an earlier call; set CUDA_LAUNCH_BLOCKING=1 to find it"
+        if code == _CAPTURE_UNSUPPORTED:
+            help = (
+                "this driver cannot capture it into a graph: use a schedule without `copy_engine`"
+            )
+        raise DriverError(call=call, reason=f"{reason} ({code})", help=help)
+
+
+def rows_of(
+    target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int
+) -> _Copy2D:
+    """A copy of ``rows`` rows of ``width`` bytes, ``*_pitch`` bytes apart."""
+    return _Copy2D(
+        srcMemoryType=_UNIFIED,
+        srcDevice=source,
+        srcPitch=source_pitch,
+        dstMemoryType=_UNIFIED,
+        dstDevice=target,
+        dstPitch=target_pitch,
+        WidthInBytes=width,
+        Height=rows,
+    )
+
+
+@functools.cache
+def driver() -> Driver:
+    """libcuda, loaded once."""
+    return Driver()

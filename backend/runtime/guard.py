@@ -1,0 +1,38 @@
+"""The kernel that ends each call: nothing, unless a wait ran out."""
+
+# `@triton.jit` functions are Triton source: their arguments have no Python type.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tilelink.ir import layout
+
+ABORT = tl.constexpr(layout.ABORT)
+RECORD = tl.constexpr(layout.RECORD)
+RECORD_WORDS = tl.constexpr(layout.RECORD_WORDS)
+CTAS = 32
+
+
+@triton.jit(do_not_specialize=["host", "size"])
+def guard_kernel(arena, host, out, size, BLOCK: tl.constexpr, FLOAT: tl.constexpr):
+    """Where the abort word of ``arena`` is set: fills ``out`` with NaN (-1 if not ``FLOAT``), and
+    writes 1 and the error record to pinned host memory at address ``host`` (int64).
+
+    ``out`` has ``size`` elements. Launch with any number of CTAs behind everything that writes ``out``.
+    """
+    if tl.load(arena + ABORT, volatile=True) != 0:
+        value = float("nan") if FLOAT else -1
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
+            offsets = start + tl.arange(0, BLOCK)
+            filled = tl.full((BLOCK,), value, out.dtype.element_ty)
+            tl.store(out + offsets, filled, mask=offsets < size)
+        if tl.program_id(0) == 0:
+            record = host.to(tl.pointer_type(tl.int32), bitcast=True)
+            words = tl.arange(0, RECORD_WORDS)
+            tl.store(record + 1 + words, tl.load(arena + RECORD + words))
+            tl.debug_barrier()
+            tl.store(record, 1)

@@ -1,0 +1,219 @@
+"""What the runtime needs to know of a fused program: shapes, and where things lie in the arena."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tilelink.errors import Span
+from tilelink.ir import DTYPES, At, Index, Op, Ref, Value, layout
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor, or a region of the arena: dimensions, dtype name, byte offset (0 for a tensor)."""
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: str
+    offset: int = 0
+    role: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.dims) * DTYPES[self.dtype]
+
+    @property
+    def word(self) -> int:
+        """The number of its first word in the arena."""
+        return self.offset // layout.WORD
+
+    @property
+    def words(self) -> int:
+        """Its length in words."""
+        return math.prod(self.dims)
+
+    def element(self, index: tuple[int, ...]) -> int:
+        """The word number of one element of a flag or counter; IndexError if it lies outside."""
+        flat = 0
+        for i, d in zip(index, self.dims, strict=True):
+            if not 0 <= i < d:
+                raise IndexError(f"{self.name}{list(index)} of {list(self.dims)}")
+            flat = flat * d + i
+        return self.word + flat
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A ``wait`` of the program: the text of the flag waited for, and its place in the source."""
+
+    symbol: str
+    span: Span | None
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A program as the runtime sees it; dictionaries are in declaration order.
+
+    ``dynamic``: run-time extents with their capacities; ``launches`` and ``collectives``: their symbols.
+    """
+
+    name: str
+    world: int
+    tensors: dict[str, Slot]
+    scalars: dict[str, str]
+    buffers: dict[str, Slot]
+    flags: dict[str, Slot]
+    counters: dict[str, Slot]
+    waits: tuple[Wait, ...]
+    dynamic: dict[str, int]
+    launches: tuple[str, ...]
+    collectives: tuple[str, ...]
+
+    @property
+    def outputs(self) -> tuple[Slot, ...]:
+        """Tensors that the program writes and the user sees, in parameter order."""
+        return tuple(t for t in self.tensors.values() if t.role in ("out", "inout"))
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the arena that the program needs."""
+        return max((b.offset + b.bytes for b in self.buffers.values()), default=layout.DATA)
+
+    @property
+    def counter_words(self) -> tuple[int, int]:
+        """The counter words [first, last) that ``head`` clears."""
+        first = min((c.word for c in self.counters.values()), default=0)
+        return first, max((c.word + c.words for c in self.counters.values()), default=0)
+
+    @property
+    def ack_word(self) -> int:
+        """The first word of the acknowledgement flags."""
+        return self.flags["ack"].word if "ack" in self.flags else layout.ACK
+
+    def describe_word(self, word: int) -> str:
+        """The flag or counter element that word ``word`` of the arena is, as the IR writes it."""
+        for slot in (*self.flags.values(), *self.counters.values()):
+            if slot.word <= word < slot.word + slot.words:
+                flat, index = word - slot.word, []
+                for d in reversed(slot.dims):
+                    index.append(flat % d)
+                    flat //= d
+                return f"@{slot.name}[{', '.join(map(str, reversed(index)))}]"
+        return f"word {word}"
+
+    def wait_for(self, word: int) -> Wait | None:
+        """The first wait of the program on the flag or counter that holds ``word``."""
+        name = self.describe_word(word).lstrip("@").partition("[")[0]
+        return next((w for w in self.waits if w.symbol == name), None)
+
+
+def image_of(program: Op) -> Image:
+    """The :class:`Image` of a fused program."""
+    world = int(program["world"])
+    names: dict[str, int] = {op.symbol: int(op["value"]) for op in program.find("extent")}
+    names["WORLD"] = world
+
+    def dims(op: Op) -> tuple[int, ...]:
+        return tuple(d if isinstance(d, int) else int(d.evaluate(names)) for d in op["dims"])
+
+    def held(op: Op) -> tuple[int, ...]:
+        shape = list(dims(op))
+        axis = op.get("over")
+        if axis is not None and op.get("role") != "temp":
+            shape[axis] //= world
+        return tuple(shape)
+
+    def regions(kind: str) -> dict[str, Slot]:
+        return {
+            op.symbol: Slot(op.symbol, dims(op), op.get("dtype", "int32"), int(op["offset"]))
+            for op in program.find(kind)
+        }
+
+    return Image(
+        name=program.symbol,
+        world=world,
+        tensors={
+            op.symbol: Slot(op.symbol, held(op), op["dtype"], role=op.get("role", "temp"))
+            for op in program.find("tensor")
+        },
+        scalars={op.symbol: op["dtype"] for op in program.find("scalar")},
+        buffers=regions("buffer"),
+        flags=regions("flag"),
+        counters=regions("counter"),
+        waits=tuple(Wait(op.symbol, op.span) for op in program.walk() if op.name == "wait"),
+        dynamic={op.symbol: int(op["value"]) for op in program.find("extent") if op.get("dynamic")},
+        launches=tuple(op.symbol for op in program.find("launch")),
+        collectives=tuple(op.symbol for op in program.find("collective")),
+    )
+
+
+def one_worker(program: Op) -> Op:
+    """``launch {workers = 132} … stage {workers = [0, 16]}`` -> ``launch {workers = 1} … stage``.
+
+    The plan of a single worker a rank, which takes every stage in program order; what *progress*
+    proves is that it cannot hang.
+    """
+    op = _map_blocks(program, one_worker)
+    if op.name == "launch":
+        return op.with_attrs(workers=1)
+    return op.with_attrs(workers=None) if op.name == "stage" else op
+
+
+def widen(program: Op, narrow: str = "bf16", wide: str = "fp32") -> Op:
+    """Every dtype ``narrow`` -> ``wide``, buffers moved apart so that they still fit.
+
+    The distance of each buffer from the start of the data area is multiplied by the ratio of the two
+    sizes, so regions that did not overlap still do not.
+    """
+    ratio = DTYPES[wide] // DTYPES[narrow]
+
+    def value(v: Value) -> Value:
+        return replace(v, type=replace(v.type, dtype=wide)) if v.type.dtype == narrow else v
+
+    def index(i: Index) -> Index:
+        if isinstance(i, At):
+            return replace(i, value=value(i.value))
+        return value(i) if isinstance(i, Value) else i
+
+    def attribute(a: Any) -> Any:
+        return replace(a, index=tuple(map(index, a.index))) if isinstance(a, Ref) else a
+
+    def change(op: Op) -> Op:
+        op = _map_blocks(op, change)
+        attrs = {k: attribute(v) for k, v in op.attrs}
+        if attrs.get("dtype") == narrow:
+            attrs["dtype"] = wide
+        if op.name == "buffer":
+            attrs["offset"] = layout.DATA + (int(op["offset"]) - layout.DATA) * ratio
+        return replace(
+            op,
+            results=tuple(map(value, op.results)),
+            ref=attribute(op.ref),
+            operands=tuple(map(value, op.operands)),
+            attrs=tuple(sorted(attrs.items())),
+            blocks=tuple(replace(b, args=tuple(map(value, b.args))) for b in op.blocks),
+        )
+
+    return change(program)
+
+
+def uses(program: Op, dtype: str) -> bool:
+    """Whether ``dtype`` occurs in the program."""
+    return any(
+        op.get("dtype") == dtype or any(r.type.dtype == dtype for r in op.results)
+        for op in program.walk()
+    )
+
+
+def _map_blocks(op: Op, function: Callable[[Op], Op]) -> Op:
+    blocks = tuple(replace(b, ops=tuple(map(function, b.ops))) for b in op.blocks)
+    return replace(op, blocks=blocks)
+
+
+def shared_bytes(world: int, stride: int) -> int:
+    """Bytes that the ranks of the interpreter share: an arena and a scratch area a rank, and a page."""
+    return 2 * world * stride + 4096

@@ -1,0 +1,300 @@
+"""One call, recorded once and enqueued many times.
+
+An emitted ``host(call)`` only depends on the addresses of the user's tensors, on scalars and on
+run-time extents. So it is run against a :class:`Recorder`, which turns it into a flat list of driver
+calls; a later call with the same arguments enqueues that list again, on whatever stream is current,
+captured or not. A plan keeps addresses, not tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tilelink.backend.runtime.driver import driver, rows_of
+from tilelink.backend.runtime.guard import CTAS, guard_kernel
+from tilelink.backend.runtime.image import Slot
+from tilelink.backend.runtime.views import Views
+from tilelink.device import head_kernel
+from tilelink.ir import layout
+
+Command = Callable[[int], None]  # takes the handle of the main stream
+
+
+class Pointer:
+    """An address with the dtype of what lies there: a tensor as far as a kernel launch can tell."""
+
+    __slots__ = ("address", "dtype")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.address = tensor.data_ptr()
+        self.dtype = tensor.dtype
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self.address
+
+
+@dataclass(slots=True)
+class Launch:
+    """A compiled kernel with its arguments, to be run on a stream."""
+
+    compiled: Any
+    workers: int
+    arguments: tuple[Any, ...]
+
+    def run(self, stream: int) -> None:
+        """Enqueues it."""
+        kernel = self.compiled
+        kernel.run(
+            self.workers,
+            1,
+            1,
+            stream,
+            kernel.function,
+            kernel.packed_metadata,
+            None,
+            None,
+            None,
+            *self.arguments,
+        )
+
+
+def compile_launch(kernel: Any, workers: int, args: tuple[Any, ...], **options: Any) -> Launch:
+    """Compiles a kernel for these arguments without running it."""
+    compiled = kernel.warmup(*args, grid=(workers,), **options)
+    if hasattr(compiled, "result"):
+        compiled = compiled.result()
+    bound = inspect.signature(kernel.fn).bind(*args)
+    bound.apply_defaults()
+    return Launch(compiled, workers, tuple(_plain(a) for a in bound.arguments.values()))
+
+
+def _plain(argument: Any) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, TensorDescriptor):
+        plain = object.__new__(TensorDescriptor)
+        plain.__dict__.update(argument.__dict__)
+        plain.base = Pointer(argument.base)
+        return plain
+    return argument
+
+
+class Plan:
+    """What one call enqueues, in order; ``launches`` are its persistent kernels."""
+
+    def __init__(self) -> None:
+        # A command, or a list of them where events may still be asked for.
+        self._commands: list[Command | list[Command]] = []
+        self.launches: list[Launch] = []
+        # A plan that holds tensors of the user must not outlive the call.
+        self.reusable = True
+
+    def add(self, command: Command) -> None:
+        """Puts a command at the end; it is called with the handle of the main stream."""
+        self._commands.append(command)
+
+    def place(self) -> list[Command]:
+        """A place at the end that can be filled later."""
+        place: list[Command] = []
+        self._commands.append(place)
+        return place
+
+    def close(self) -> None:
+        """Makes the list flat."""
+        flat: list[Command] = []
+        for command in self._commands:
+            flat.extend(command if isinstance(command, list) else (command,))
+        self._commands = list(flat)
+
+    def enqueue(self, stream: int) -> None:
+        """Enqueues everything; ``stream`` is the handle of the main stream, which is current."""
+        for command in self._commands:
+            command(stream)  # type: ignore[operator]
+
+
+class Agent:
+    """Where an agent ends: its stream (None: the main one) and the place for its event."""
+
+    def __init__(self, stream: torch.cuda.Stream | None, place: list[Command]) -> None:
+        self.stream = stream
+        self.place = place
+        self.event: torch.cuda.Event | None = None
+
+    def completed(self) -> torch.cuda.Event:
+        """The event of its end, recorded from now on in each call."""
+        if self.event is None:
+            event, stream = torch.cuda.Event(), self.stream  # type: ignore[no-untyped-call]
+            self.event = event
+            if stream is None:
+                self.place.append(lambda _: event.record())
+            else:
+                self.place.append(lambda _: event.record(stream))
+        return self.event
+
+
+class Recorder(Views):
+    """What an emitted ``host(call)`` talks to on a GPU; ``plan`` is the result."""
+
+    def __init__(
+        self,
+        *args: Any,
+        streams: Callable[[str], torch.cuda.Stream],
+        group: Any,
+        host_record: int,
+        addresses: list[int],
+    ) -> None:
+        super().__init__(*args)
+        self.plan = Plan()
+        self._streams = streams
+        self._group = group
+        self._host_record = host_record
+        self._agents: dict[str, Agent] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._base = self.arena.data_ptr()
+        self._addresses = addresses
+
+    def head(self, ack_wait: bool = True) -> None:
+        """Begins the call: epoch, arrival, counters, and the wait for the acknowledgements."""
+        self._launch(compile_launch(head_kernel, 1, self.head_arguments(ack_wait), num_warps=4))
+        self._end("head", None)
+
+    def launch(
+        self,
+        kernel: Any,
+        workers: int,
+        args: tuple[Any, ...],
+        num_warps: int,
+        num_stages: int,
+        after: tuple[str, ...] = ("head",),
+        name: str | None = None,
+    ) -> None:
+        """A persistent kernel of ``workers`` CTAs on the main stream."""
+        self._join_main(after)
+        launch = compile_launch(kernel, workers, args, num_warps=num_warps, num_stages=num_stages)
+        self.plan.launches.append(launch)
+        self._launch(launch)
+        self._end(name or self.next_name("launch"), None)
+
+    def collective(
+        self,
+        op: str,
+        src: torch.Tensor,
+        dst: torch.Tensor,
+        after: tuple[str, ...] = ("head",),
+        name: str | None = None,
+    ) -> None:
+        """The library's collective along the first axis, on the main stream."""
+        self._join_main(after)
+        group = self._group
+        source, target = src.reshape(-1), dst.view(-1)
+        if op not in ("all_gather", "reduce_scatter", "all_reduce"):
+            raise ValueError(f"unknown collective {op}")
+
+        def collective(_: int) -> None:
+            if op == "all_gather" and self.world > 1:
+                dist.all_gather_into_tensor(target, source, group=group)
+            elif op == "reduce_scatter" and self.world > 1:
+                dist.reduce_scatter_tensor(target, source, group=group)
+            else:
+                target.copy_(source)
+                if self.world > 1:
+                    dist.all_reduce(target, group=group)
+
+        self.plan.add(collective)
+        self.plan.reusable = False
+        self._end(name or self.next_name("collective"), None)
+
+    @contextlib.contextmanager
+    def stream(self, name: str, after: tuple[str, ...] = ("head",)) -> Iterator[Recorder]:
+        """A side stream: what is called inside is enqueued there."""
+        stream = self._streams(name)
+        for other in after:
+            event = self._agents[other].completed()
+            self.plan.add(lambda _, e=event: stream.wait_event(e))  # type: ignore[misc]
+        self._stream = stream
+        yield self
+        self._stream = None
+        self._end(name, stream)
+
+    def wait_counter(self, name: str, index: tuple[int, ...], count: int) -> None:
+        """In a stream: until the local counter is at least ``count``."""
+        handle, wait = self._handle(), driver().wait_geq
+        address = self._base + self.word_of(name, index) * layout.WORD
+        self.plan.add(lambda _: wait(handle, address, count))
+
+    def transfer(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        """In a stream: copies ``src`` to ``dst``, regions of one shape and dtype, by copy engine."""
+        if src.shape != dst.shape or src.dtype != dst.dtype:
+            raise ValueError(
+                f"transfer of {src.dtype}{list(src.shape)} to {dst.dtype}{list(dst.shape)}"
+            )
+        handle, calls = self._handle(), driver()
+        if src.numel() == 0:
+            return
+        source, target, item = src.data_ptr(), dst.data_ptr(), src.element_size()
+        if src.is_contiguous() and dst.is_contiguous():
+            size = src.numel() * item
+            self.plan.add(lambda _: calls.copy(handle, target, source, size))
+            return
+        while src.dim() > 2 and src.shape[0] == 1:
+            src, dst = src[0], dst[0]
+        if src.dim() > 2:
+            for part, place in zip(src.unbind(0), dst.unbind(0), strict=True):
+                self.transfer(part, place)
+            return
+        if src.dim() != 2 or src.stride(1) != 1 or dst.stride(1) != 1:
+            raise ValueError(f"transfer between strides {src.stride()} and {dst.stride()}")
+        rows, width = src.shape[0], src.shape[1] * item
+        copy = rows_of(target, dst.stride(0) * item, source, src.stride(0) * item, width, rows)
+        self.plan.add(lambda _: calls.copy_rows(handle, copy))
+
+    def notify(self, flag: str, index: tuple[int, ...], peer: int) -> None:
+        """In a stream: the flag element of ``peer`` becomes this rank's epoch, by a four-byte copy."""
+        handle, copy = self._handle(), driver().copy
+        source = self._base + layout.EPOCH * layout.WORD
+        target = self._addresses[peer] + self.word_of(flag, index) * layout.WORD
+        self.plan.add(lambda _: copy(handle, target, source, layout.WORD))
+
+    def finish(self) -> Plan:
+        """Joins the side streams, puts the guard of every output behind them, and closes the plan."""
+        for name, agent in self._agents.items():
+            if agent.stream is not None:
+                self._join_main((name,))
+        for slot in self.image.outputs:
+            self._guard(slot)
+        self.plan.close()
+        return self.plan
+
+    def _guard(self, slot: Slot) -> None:
+        tensor = self.tensors[slot.name]
+        floating = tensor.dtype.is_floating_point
+        args = (self.arena, self._host_record, tensor, tensor.numel(), 1024, floating)
+        self._launch(compile_launch(guard_kernel, CTAS, args, num_warps=4))
+
+    def _launch(self, launch: Launch) -> None:
+        self.plan.add(launch.run)
+
+    def _join_main(self, after: tuple[str, ...]) -> None:
+        for name in after:
+            agent = self._agents[name]
+            if agent.stream is not None:
+                event = agent.completed()
+                self.plan.add(lambda _, e=event: e.wait())  # type: ignore[misc]
+
+    def _end(self, name: str, stream: torch.cuda.Stream | None) -> None:
+        self._agents[name] = Agent(stream, self.plan.place())
+
+    def _handle(self) -> int:
+        if self._stream is None:
+            raise ValueError("a transfer, notify or wait of a stream outside of one")
+        return int(self._stream.cuda_stream)

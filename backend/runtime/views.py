@@ -1,0 +1,125 @@
+"""Torch views of user tensors and arena regions: what both kinds of call hand to an emitted module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tilelink.backend.runtime.image import Image, Slot
+from tilelink.ir import layout
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}
+
+
+class Views:
+    """Names of a program resolved to tensors of this process.
+
+    ``arenas``: one 1-D uint8 tensor a rank, the arena of that rank as this process sees it.
+    ``tensors``: the user's tensors (and outputs) by name; ``scalars``: by name.
+    ``extents``: the dynamic ones.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        rank: int,
+        arenas: list[torch.Tensor],
+        peers: torch.Tensor,
+        progress: float,
+        arrival: float,
+    ) -> None:
+        self.image = image
+        self.rank = rank
+        self.world = image.world
+        self.arena = arenas[rank].view(torch.int32)
+        self.peers = peers
+        self.progress_ns = int(progress * 1e9)
+        self.arrival_ns = int(arrival * 1e9)
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.scalars: dict[str, float] = {}
+        self.extents: dict[str, int] = dict(image.dynamic)
+        self._arenas = arenas
+        self._named = {"launch": 0, "collective": 0}
+        self._buffers: dict[tuple[str, int | None], torch.Tensor] = {}
+        self._descriptors: dict[tuple[object, ...], Any] = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The user's tensor ``name``: this rank's shard where it is spread."""
+        return self.tensors[name]
+
+    def scalar(self, name: str) -> float:
+        """The scalar parameter ``name``."""
+        return self.scalars[name]
+
+    def extent(self, name: str) -> int:
+        """The value of the dynamic extent ``name`` in this call."""
+        return self.extents[name]
+
+    def next_name(self, kind: str) -> str:
+        """The symbol of the next ``launch`` or ``collective``: they come in program order."""
+        number = self._named[kind]
+        self._named[kind] = number + 1
+        return (self.image.launches if kind == "launch" else self.image.collectives)[number]
+
+    def buffer(self, name: str, peer: int | None = None) -> torch.Tensor:
+        """The buffer ``name`` in this rank's arena, or in that of ``peer``: its dims and dtype."""
+        found = self._buffers.get((name, peer))
+        if found is None:
+            slot = self.image.buffers[name]
+            arena = self._arenas[self.rank if peer is None else peer]
+            found = view_of(arena, slot)
+            self._buffers[name, peer] = found
+        return found
+
+    def descriptor(self, view: torch.Tensor, block_shape: list[int] | tuple[int, ...]) -> Any:
+        """A Triton tensor descriptor of ``view`` with blocks of ``block_shape`` elements."""
+        key = (view.data_ptr(), view.dtype, view.shape, view.stride(), tuple(block_shape))
+        found = self._descriptors.get(key)
+        if found is None:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            if len(self._descriptors) >= 256:
+                self._descriptors.clear()
+            found = TensorDescriptor.from_tensor(view, list(block_shape))
+            self._descriptors[key] = found
+        return found
+
+    def word_of(self, name: str, index: tuple[int, ...]) -> int:
+        """The word number of an element of a flag or counter."""
+        slots = self.image.flags if name in self.image.flags else self.image.counters
+        return slots[name].element(tuple(index))
+
+    def head_arguments(self, ack_wait: bool) -> tuple[object, ...]:
+        """Arguments of ``tilelink.device.head_kernel``."""
+        first, last = self.image.counter_words
+        return (
+            self.arena,
+            self.peers,
+            self.rank,
+            first,
+            last,
+            self.progress_ns,
+            self.arrival_ns,
+            self.image.ack_word,
+            self.world,
+            bool(ack_wait),
+        )
+
+
+def view_of(arena: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """The region of ``slot`` in a uint8 arena, with its dims and dtype."""
+    region = arena[slot.offset : slot.offset + slot.bytes]
+    return region.view(TORCH_DTYPES[slot.dtype]).view(slot.dims)
+
+
+def record_words(arena: torch.Tensor) -> list[int]:
+    """The error record of an int32 arena, as host integers; the first is nonzero once it is written."""
+    return [int(v) for v in arena[layout.RECORD : layout.RECORD + layout.RECORD_WORDS].tolist()]

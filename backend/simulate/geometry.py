@@ -1,0 +1,308 @@
+"""The static side of a fused program: expressions, shapes, queue order and indices, made concrete.
+
+Written from ``docs/ir.md`` alone and shared with no other stage, so that a run checks the expansion
+that the proof uses.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple, TypeAlias
+
+from tilelink.backend.simulate.errors import BoundsError
+from tilelink.ir import DTYPES, All, At, Broadcast, Expr, Op, Range, Ref, Value, parse_ir
+
+Env: TypeAlias = dict[str, Any]
+"""Names of expressions: extents, WORLD, RANK, scalars, fields of tiles (``m.start``), tables."""
+Function: TypeAlias = Callable[[Mapping[str, Any]], int]
+Box: TypeAlias = tuple[tuple[int, int], ...]
+
+AGENTS = ("head", "stream", "launch", "collective")
+SYNC = frozenset({"wait", "notify", "transfer"})
+
+
+class Tile(NamedTuple):
+    """A range of an axis and its number."""
+
+    start: int
+    stop: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decl:
+    """A tensor, buffer, flag or counter: its shape on one rank, in elements."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    op: Op
+
+
+def _source(expr: Expr) -> str:
+    if expr.op == "const":
+        return f"({expr.args[0]})"
+    if expr.op == "name":
+        return f"e[{expr.args[0]!r}]"
+    if expr.op == "table":
+        return f"int(e[{expr.args[0]!r}][{', '.join(_source(a) for a in expr.args[1:])},])"
+    left, right = (_source(a) for a in expr.args)
+    if expr.op in ("min", "max"):
+        return f"{expr.op}({left}, {right})"
+    if expr.op in ("and", "or"):
+        return f"int(bool({left}) {expr.op} bool({right}))"
+    if expr.op in ("==", "!=", "<", "<=", ">", ">="):
+        return f"int({left} {expr.op} {right})"
+    return f"({left} {'//' if expr.op == '/' else expr.op} {right})"
+
+
+class Geometry:
+    """A fused program with its extents bound; everything a rank needs to walk it."""
+
+    def __init__(self, program: Op, workers: int | None = None) -> None:
+        self.program = program
+        self.world = int(program["world"])
+        self.extents: dict[str, int] = {}
+        self.decls: dict[str, Decl] = {}
+        self._functions: dict[int, tuple[Expr, Function]] = {}
+        self._dims: dict[str, Function] = {}
+        self._queues: dict[tuple[Any, ...], list[tuple[Tile, ...]]] = {}
+        self._sync: dict[int, bool] = {}
+        for op in program.find("extent"):
+            self.extents[op.symbol] = self.value(op["value"], self.env(0))
+        env = self.env(0)
+        for op in program.body:
+            if op.name in ("tensor", "buffer", "flag", "counter"):
+                self.decls[op.symbol] = self._declare(op, env)
+        self.agents = tuple(op for op in program.body if op.name in AGENTS)
+        self.agent_names = tuple("head" if a.name == "head" else a.symbol for a in self.agents)
+        self.workers = {
+            a.symbol: int(a["workers"]) if workers is None else max(1, workers)
+            for a in self.agents
+            if a.name == "launch"
+        }
+        self._check_memory()
+
+    def env(self, rank: int) -> Env:
+        """The names that every expression on ``rank`` may use."""
+        return {**self.extents, "WORLD": self.world, "RANK": rank}
+
+    def _declare(self, op: Op, env: Env) -> Decl:
+        shape = [self.value(d, env) for d in op["dims"]]
+        if op.name == "tensor" and op.get("over") is not None and op["role"] != "temp":
+            shape[int(op["over"])] //= self.world
+        return Decl(op.name, op.symbol, tuple(shape), op.get("dtype", "int32"), op)
+
+    def _check_memory(self) -> None:
+        """BoundsError where two things of the arena share bytes."""
+        placed = sorted(
+            (int(d.op["offset"]), prod(d.shape) * DTYPES[d.dtype], d.name)
+            for d in self.decls.values()
+            if d.kind != "tensor" and d.op.get("offset") is not None
+        )
+        for (at, size, name), (other_at, _, other) in itertools.pairwise(placed):
+            if at + size > other_at:
+                detail = f"shares bytes of the arena with `{other}`"
+                raise BoundsError(self.decls[name].op.span, symbol=name, detail=detail)
+
+    def value(self, expr: Any, env: Mapping[str, Any]) -> int:
+        """The integer that an attribute, an int or an expression, has under ``env``."""
+        return expr if isinstance(expr, int) else self.function(expr)(env)
+
+    def function(self, expr: Expr) -> Function:
+        """``expr`` compiled once to a Python function of the environment."""
+        found = self._functions.get(id(expr))
+        if found is None:
+            found = (expr, eval(f"lambda e: {_source(expr)}"))
+            self._functions[id(expr)] = found
+        return found[1]
+
+    def length(self, dim: str, env: Mapping[str, Any]) -> int:
+        """The length that a dimension of a type has: a tile's, an extent expression's or a number's."""
+        start = env.get(f"{dim}.start")
+        if start is not None:
+            return int(env[f"{dim}.stop"] - start)
+        if dim.isdigit():
+            return int(dim)
+        if dim not in self._dims:
+            parsed = parse_ir(f"dim {{value = {dim}}}")["value"]
+            self._dims[dim] = self.function(Expr.of(parsed))
+        return self._dims[dim](env)
+
+    def shape(self, value: Value, env: Mapping[str, Any]) -> tuple[int, ...]:
+        """The concrete shape of ``value``."""
+        return tuple(self.length(dim, env) for dim in value.type.shape)
+
+    def has_sync(self, op: Op) -> bool:
+        """Whether a wait, notify or transfer stands inside ``op``."""
+        found = self._sync.get(id(op))
+        if found is None:
+            found = any(o.name in SYNC for o in op.walk())
+            self._sync[id(op)] = found
+        return found
+
+    def queue(self, op: Op, env: Mapping[str, Any], factor: int = 1) -> list[tuple[Tile, ...]]:
+        """The tiles of a stage or of a loop over extents, in order of positions.
+
+        ``factor`` multiplies the tile sizes. The last axes are the block's tile variables, so a loop
+        with carried values has as many as its extents.
+        """
+        key = (id(op), env["RANK"], factor)
+        if key in self._queues:
+            return self._queues[key]
+        extents = [self.value(x, env) for x in op["extent"]]
+        sizes = op.get("tile", (1,) * len(extents))
+        tiles = [
+            self.value(t, env) * factor if arg.type.is_tile else 1
+            for t, arg in zip(sizes, op.args[: len(extents)], strict=True)
+        ]
+        found = list(self._order(op, env, extents, tiles))
+        self._queues[key] = found
+        return found
+
+    def _order(
+        self, op: Op, env: Mapping[str, Any], extents: list[int], tiles: list[int]
+    ) -> Iterator[tuple[Tile, ...]]:
+        if 0 in extents:
+            return
+        axis = int(op.get("axis", 0))
+        segment = self.value(op.get("segment", extents[axis]), env)
+        segments = self.value(op.get("segments", extents[axis] // segment), env)
+        visit, group = op.get("visit"), int(op.get("group", 1))
+        per = -(-segment // tiles[axis])
+        others = [
+            [
+                Tile(lo, min(lo + size, extent), number)
+                for number, lo in enumerate(range(0, extent, size))
+            ]
+            for i, (extent, size) in enumerate(zip(extents, tiles, strict=True))
+            if i != axis
+        ]
+        combinations = list(itertools.product(*others))
+        nb = len(combinations)
+        for position in range(segments):
+            seg = position if visit is None else self.value(visit, {**env, "i": position})
+            base, end = seg * segment, (seg + 1) * segment
+            for r in range(per * nb):
+                width = group * nb
+                first = r // width * group
+                rows = min(per - first, group)
+                a = first + r % width % rows
+                b = r % width // rows
+                lo = base + a * tiles[axis]
+                mine = Tile(lo, min(lo + tiles[axis], end), seg * per + a)
+                rest = combinations[b]
+                yield (*rest[:axis], mine, *rest[axis:])
+
+    def bounded(self, op: Op, lo: int, hi: int, factor: int = 1) -> list[tuple[Tile, ...]]:
+        """The tiles of a loop between two scalars, cut at every multiple of ``segment`` if it has one."""
+        size = int(op.get("tile", (1,))[0]) * factor
+        segment = int(op.get("segment", 0))
+        found: list[tuple[Tile, ...]] = []
+        while lo < hi:
+            end = min(lo + size, hi)
+            if segment:
+                end = min(end, (lo // segment + 1) * segment)
+            found.append((Tile(lo, end, len(found)),))
+            lo = end
+        return found
+
+    def worker_range(self, launch: Op, stage: Op) -> tuple[int, int]:
+        """The workers [lo, hi) that run ``stage``, scaled where the number of workers was overridden."""
+        total, own = int(launch["workers"]), self.workers[launch.symbol]
+        lo, hi = (int(x) for x in stage.get("workers", (0, total)))
+        low = min(lo * own // total, own - 1)
+        return low, max(low + 1, -(-hi * own // total))
+
+    def elements(self, ref: Ref, env: Mapping[str, Any]) -> list[tuple[int, ...]]:
+        """The elements of a flag or counter that ``ref`` names; BoundsError outside of it."""
+        decl = self.decls[ref.symbol]
+        index = ref.index or tuple(All() for _ in decl.shape)
+        axes: list[range] = []
+        for item, size in zip(index, decl.shape, strict=True):
+            if isinstance(item, All):
+                axes.append(range(size))
+            elif isinstance(item, Range):
+                axes.append(range(self.value(item.lo, env), self.value(item.hi, env)))
+            elif isinstance(item, Expr):
+                at = self.value(item, env)
+                axes.append(range(at, at + 1))
+            else:
+                at = env[str(item)[1:]]
+                axes.append(range(at, at + 1))
+            if len(axes[-1]) and not 0 <= axes[-1][0] <= axes[-1][-1] < size:
+                detail = f"element {axes[-1][0]}..{axes[-1][-1] + 1} of an axis of length {size}"
+                raise BoundsError(decl.op.span, symbol=ref.symbol, detail=detail)
+        return list(itertools.product(*axes))
+
+    def region(
+        self, ref: Ref, env: Mapping[str, Any], values: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Box]:
+        """How to index the tensor with PyTorch, and the box of elements that covers the access.
+
+        ``values`` gives scalars and integer tiles by name. BoundsError outside of the tensor.
+        """
+        decl = self.decls[ref.symbol]
+        key: list[Any] = []
+        box: list[tuple[int, int]] = []
+        for item in ref.index or tuple(All() for _ in decl.shape):
+            if isinstance(item, Broadcast):
+                key.append(None)
+                continue
+            size = decl.shape[len(box)] if len(box) < len(decl.shape) else -1
+            lo, hi, at = self._axis(item, size, env, values)
+            if not (0 <= lo <= hi <= size):
+                detail = f"index {lo}..{hi} of axis {len(box)}, whose length is {size}"
+                raise BoundsError(decl.op.span, symbol=ref.symbol, detail=detail)
+            key.append(at)
+            box.append((lo, hi))
+        if len(box) != len(decl.shape):
+            detail = f"{len(box)} indices for {len(decl.shape)} axes"
+            raise BoundsError(decl.op.span, symbol=ref.symbol, detail=detail)
+        return tuple(key), tuple(box)
+
+    def _axis(
+        self, item: Any, size: int, env: Mapping[str, Any], values: Mapping[str, Any]
+    ) -> tuple[int, int, Any]:
+        if isinstance(item, All):
+            return 0, size, slice(None)
+        if isinstance(item, Range):
+            lo, hi = self.value(item.lo, env), self.value(item.hi, env)
+            return lo, hi, slice(lo, hi)
+        if isinstance(item, Expr):
+            lo = self.value(item, env)
+            return lo, lo + 1, lo
+        if isinstance(item, At):
+            name, lo = item.value.name, self.value(item.start, env)
+            if not item.value.type.is_tile:
+                return lo, lo + 1, lo
+            hi = lo + env[f"{name}.stop"] - env[f"{name}.start"]
+            return lo, hi, slice(lo, hi)
+        name = item.name
+        if item.type.is_tile:
+            lo, hi = env[f"{name}.start"], env[f"{name}.stop"]
+            return lo, hi, slice(lo, hi)
+        value = values[name]
+        if isinstance(value, int):
+            return value, value + 1, value
+        if value.numel() == 0:
+            return 0, 0, value.long()
+        return int(value.min()), int(value.max()) + 1, value.long()
+
+
+def bind_tile(env: Env, name: str, tile: Tile) -> None:
+    """Set the fields of the tile variable ``name``."""
+    env[f"{name}.start"], env[f"{name}.stop"], env[f"{name}.tile"] = tile
+
+
+def bind_args(args: tuple[Value, ...], tiles: tuple[Tile, ...], env: Env, values: Env) -> None:
+    """Set tile variables, and scalars that count up, from one position of a queue."""
+    for arg, tile in zip(args, tiles, strict=False):
+        if arg.type.is_tile:
+            bind_tile(env, arg.name, tile)
+        else:
+            env[arg.name] = values[arg.name] = tile.start

@@ -1,0 +1,259 @@
+"""The synchronisation of a program without its values: what each agent waits for, does and notifies.
+
+The virtual clock runs on these events, and a deadlock is explained with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeAlias
+
+from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args
+from tilelink.ir import DTYPES, Op, Ref
+
+Element: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a piece of work uses: flops by dtype of a dot, elementwise operations, bytes of memory."""
+
+    flops: float = 0.0
+    dtype: str = "bf16"
+    elementwise: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        dtype = other.dtype if other.flops else self.dtype
+        return Cost(
+            self.flops + other.flops,
+            dtype,
+            self.elementwise + other.elementwise,
+            self.bytes + other.bytes,
+        )
+
+    def times(self, factor: float) -> Cost:
+        """This work ``factor`` times."""
+        return Cost(self.flops * factor, self.dtype, self.elementwise * factor, self.bytes * factor)
+
+
+@dataclass(slots=True)
+class Work:
+    """Computing and memory traffic on this rank."""
+
+    cost: Cost
+
+
+@dataclass(slots=True)
+class Wait:
+    """Until every element of a channel on this rank is set (flag) or has reached ``count``."""
+
+    op: Op
+    symbol: str
+    elements: list[Element]
+    count: int | None
+
+
+@dataclass(slots=True)
+class Notify:
+    """Set a flag element on ``peer`` (after ``count`` of these), or add one to a local counter."""
+
+    op: Op
+    symbol: str
+    elements: list[Element]
+    peer: int
+    count: int
+    through: tuple[str, Element] | None
+
+
+@dataclass(slots=True)
+class Move:
+    """Bytes to memory of ``peer``: a transfer, or the stores of a tile (``store``)."""
+
+    op: Op
+    bytes: int
+    peer: int
+    store: bool
+
+
+Event: TypeAlias = "Work | Wait | Notify | Move"
+
+_INTEGER: dict[str, Callable[[int, int], int]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "floordiv": lambda a, b: a // b,
+    "mod": lambda a, b: a % b,
+    "minimum": min,
+    "maximum": max,
+}
+_NOTHING = Cost()
+
+
+class Walker:
+    """Walks the agents of one rank; ``tables`` gives integer tensors by name for dynamic maps."""
+
+    def __init__(self, geometry: Geometry, rank: int, tables: Env | None = None) -> None:
+        self.geometry = geometry
+        self.rank = rank
+        self.env: Env = {**geometry.env(rank), **(tables or {})}
+        self.values: dict[str, Any] = {}
+        self._costs: dict[tuple[Any, ...], Cost] = {}
+        self._names: dict[int, tuple[str, ...]] = {}
+        self._eventful: dict[int, bool] = {}
+
+    def block(self, ops: tuple[Op, ...]) -> Iterator[Event]:
+        """The events of ``ops`` in order; work between two synchronisations is one event."""
+        cost = _NOTHING
+        for op in ops:
+            name = op.name
+            if name in ("wait", "notify", "transfer"):
+                condition = op.get("if")
+                if condition is not None and not self.geometry.value(condition, self.env):
+                    continue
+                if cost is not _NOTHING:
+                    yield Work(cost)
+                    cost = _NOTHING
+                yield self._sync(op)
+            elif name in ("for_tiles", "for_range") and self._is_eventful(op):
+                if cost is not _NOTHING:
+                    yield Work(cost)
+                    cost = _NOTHING
+                for tiles in self._positions(op):
+                    bind_args(op.args[: len(tiles)], tiles, self.env, self.values)
+                    yield from self.block(op.body)
+            elif _is_remote(op):
+                if cost is not _NOTHING:
+                    yield Work(cost)
+                    cost = _NOTHING
+                assert op.ref is not None
+                size = self._bytes(op.ref)
+                yield Move(op, size, self.geometry.value(op["peer"], self.env), True)
+            else:
+                self._scalar(op)
+                cost = cost + self.cost(op)
+        if cost is not _NOTHING:
+            yield Work(cost)
+
+    def _is_eventful(self, op: Op) -> bool:
+        found = self._eventful.get(id(op))
+        if found is None:
+            found = self.geometry.has_sync(op) or any(_is_remote(o) for o in op.walk())
+            self._eventful[id(op)] = found
+        return found
+
+    def _positions(self, op: Op) -> list[tuple[Tile, ...]]:
+        if op.name == "for_range":
+            lo, hi = (self.geometry.value(op[k], self.env) for k in ("lo", "hi"))
+            return [(Tile(i, i + 1, i),) for i in range(lo, hi)]
+        if op.get("bounds"):
+            low, high = (self.values.get(v.name) for v in op.operands[:2])
+            if not (isinstance(low, int) and isinstance(high, int)):
+                return []
+            return self.geometry.bounded(op, low, high)
+        return self.geometry.queue(op, self.env)
+
+    def _scalar(self, op: Op) -> None:
+        """Keep the integers that loop bounds are made of."""
+        if not op.results or op.results[0].type.shape:
+            return
+        value: Any = None
+        if op.name == "constant":
+            value = op["value"]
+        elif op.name == "bound":
+            value = self.env[f"{op.operands[0].name}.{op['which']}"]
+        elif op.name in _INTEGER:
+            left, right = (self.values.get(v.name) for v in op.operands)
+            if isinstance(left, int) and isinstance(right, int):
+                value = _INTEGER[op.name](left, right)
+        if isinstance(value, int):
+            name = op.results[0].name
+            self.values[name] = self.env[name] = value
+        else:
+            self.values.pop(op.results[0].name, None)
+
+    def _sync(self, op: Op) -> Event:
+        assert op.ref is not None
+        geometry, env = self.geometry, self.env
+        peer = op.get("peer")
+        rank = self.rank if peer is None else geometry.value(peer, env)
+        if op.name == "transfer":
+            return Move(op, self._bytes(op["to"]), rank, False)
+        elements = geometry.elements(op.ref, env)
+        counter = geometry.decls[op.symbol].kind == "counter"
+        if op.name == "wait":
+            return Wait(op, op.symbol, elements, int(op.get("count", 1)) if counter else None)
+        count = geometry.value(op.get("count", 1), env)
+        through = op.get("through")
+        slot = None
+        if through is not None:
+            slot = (through.symbol, geometry.elements(through, env)[0])
+        return Notify(op, op.symbol, elements, rank, count, slot)
+
+    def _bytes(self, ref: Ref) -> int:
+        decl = self.geometry.decls[ref.symbol]
+        try:
+            _, box = self.geometry.region(ref, self.env, self.values)
+        except KeyError:  # an index that only values know
+            return prod(decl.shape) * DTYPES[decl.dtype]
+        return prod(hi - lo for lo, hi in box) * DTYPES[decl.dtype]
+
+    def cost(self, op: Op) -> Cost:
+        """What ``op`` and all inside it uses, at the lengths that tiles have now."""
+        names = self._names.get(id(op))
+        if names is None:
+            found = {v.name for o in op.walk() for v in o.operands if v.type.is_tile}
+            for inner in op.walk():
+                for value in (*inner.operands, *inner.results):
+                    found.update(value.type.shape)
+            bound = {v.name for o in op.walk() if o.get("bounds") for v in o.operands[:2]}
+            names = (*sorted(found), *(f"%{b}" for b in sorted(bound)))
+            self._names[id(op)] = names
+        env = self.env
+        lengths = [
+            self.values.get(n[1:])
+            if n[0] == "%"
+            else env.get(f"{n}.stop", 0) - env.get(f"{n}.start", 0)
+            for n in names
+        ]
+        key = (id(op), *lengths)
+        known = self._costs.get(key)
+        if known is None:
+            known = self._costs[key] = self._cost(op)
+        return known
+
+    def _cost(self, op: Op) -> Cost:
+        if op.name in ("for_tiles", "for_range"):
+            positions = self._positions(op)
+            if not positions:
+                return _NOTHING
+            total = _NOTHING
+            # A short last tile costs its share, so one full tile stands for all.
+            bind_args(op.args[: len(positions[0])], positions[0], self.env, self.values)
+            for inner in op.body:
+                self._scalar(inner)
+                total = total + self.cost(inner)
+            return total.times(_weight(positions))
+        if op.name in ("load", "store", "load_sum"):
+            value = op.operands[0] if op.name == "store" else op.results[0]
+            copies = self.geometry.world if op.name == "load_sum" else 1
+            size = prod(self.geometry.shape(value, self.env)) * DTYPES[value.type.dtype] * copies
+            return Cost(bytes=size, elementwise=size / 2 if copies > 1 else 0.0)
+        if op.name == "dot":
+            a, b = (self.geometry.shape(v, self.env) for v in op.operands[:2])
+            return Cost(flops=2.0 * prod(a) * b[-1], dtype=op.operands[0].type.dtype)
+        if not op.results or op.name in ("zeros", "full", "transpose", "expand", "reshape"):
+            return _NOTHING
+        return Cost(elementwise=float(prod(self.geometry.shape(op.results[0], self.env))))
+
+
+def _weight(positions: list[tuple[Tile, ...]]) -> float:
+    """How many full tiles the positions of a loop make."""
+    full = prod(t.stop - t.start for t in positions[0])
+    return sum(prod(t.stop - t.start for t in tiles) for tiles in positions) / full
+
+
+def _is_remote(op: Op) -> bool:
+    return op.name == "store" and op.get("peer") is not None

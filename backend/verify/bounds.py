@@ -1,0 +1,165 @@
+"""bounds: indices, peers, arrays and buffers fit; release/acquire: what the IR says of it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from tilelink.backend.expand import bytes_of
+from tilelink.backend.expand_rows import Access, Expansion
+from tilelink.backend.verify.errors import BoundsError, FenceError
+from tilelink.backend.verify.match import guarded
+from tilelink.backend.verify.order import ancestors
+from tilelink.ir import Op
+from tilelink.ir.layout import (
+    ACK,
+    ARRIVED,
+    COUNTER_BYTES,
+    COUNTERS,
+    DATA,
+    FLAG_BYTES,
+    FLAGS,
+    MAX_WORLD,
+    WORD,
+)
+
+
+def check_bounds(out: Expansion) -> None:
+    """Raise BoundsError for an access, an element or an area that does not fit."""
+    if not 1 <= out.world <= MAX_WORLD:
+        raise BoundsError(
+            out.program.span,
+            symbol="WORLD",
+            detail=f"{out.world} ranks; 1 to {MAX_WORLD} are allowed",
+        )
+    for access in out.accesses:
+        _access(out, access)
+    for sync in out.syncs:
+        bad = np.flatnonzero(~sync.inside | (sync.home < 0) | (sync.home >= out.world))
+        if len(bad):
+            row = int(bad[0])
+            raise BoundsError(
+                sync.op.span,
+                symbol=sync.symbol,
+                detail=f"element {int(sync.flat[row])} at rank {int(sync.home[row])} does not exist",
+                notes=(out.describe(int(sync.task[row])),),
+            )
+    _areas(out)
+
+
+def _access(out: Expansion, access: Access) -> None:
+    dims = np.array(out.dims[access.symbol], dtype=np.int64)
+    bad = np.any((access.lo < 0) | (access.hi > dims), axis=1)
+    bad |= (access.home < 0) | (access.home >= out.world)
+    declared = out.declarations[access.symbol]
+    remote = access.home != access.rank
+    detail = "it reaches past the end"
+    shared = declared.name == "buffer" and declared.get("space") == "symmetric"
+    if not bad.any() and not shared:
+        bad, detail = remote, "a peer may touch symmetric buffers only"
+    if not bad.any():
+        if access.write and access.op.name == "transfer":
+            _shapes(out, access)
+        return
+    row = int(np.flatnonzero(bad)[0])
+    region = ", ".join(
+        f"{a}..{b}" for a, b in zip(access.lo[row].tolist(), access.hi[row].tolist(), strict=True)
+    )
+    raise BoundsError(
+        access.op.span,
+        symbol=access.symbol,
+        detail=f"{detail}: [{region}] of {tuple(dims.tolist())} on rank {int(access.home[row])}",
+        notes=(out.describe(int(access.task[row])),),
+    )
+
+
+def _shapes(out: Expansion, into: Access) -> None:
+    source = next(a for a in out.accesses if a.pair == into.pair and not a.write)
+    if len(source.task) != len(into.task):
+        raise BoundsError(
+            into.op.span, symbol=into.symbol, detail="one side of the transfer is empty"
+        )
+    a, b = source.hi - source.lo, into.hi - into.lo
+    few = min(a.shape[1], b.shape[1])
+    tail = np.all(a[:, a.shape[1] - few :] == b[:, b.shape[1] - few :], axis=1)
+    lead = np.all(a[:, : a.shape[1] - few] == 1, axis=1) & np.all(
+        b[:, : b.shape[1] - few] == 1, axis=1
+    )
+    if not (tail & lead).all():
+        row = int(np.flatnonzero(~(tail & lead))[0])
+        raise BoundsError(
+            into.op.span,
+            symbol=into.symbol,
+            detail=f"a transfer of {tuple(a[row].tolist())} into {tuple(b[row].tolist())}",
+            notes=(out.describe(int(into.task[row])),),
+        )
+    first, last = out.declarations[source.symbol], out.declarations[into.symbol]
+    if first["dtype"] != last["dtype"]:
+        raise BoundsError(
+            into.op.span,
+            symbol=into.symbol,
+            detail=f"a transfer of {first['dtype']} into {last['dtype']}",
+        )
+
+
+def _areas(out: Expansion) -> None:
+    """Flags, counters and buffers lie in their areas and do not overlap."""
+    taken: list[tuple[int, int, Op]] = []
+    for op in out.declarations.values():
+        if op.name == "tensor" or op.get("offset") is None:
+            continue
+        begin, size = int(op["offset"]), bytes_of(op, out.env)
+        end = begin + size
+        if op.name == "flag":
+            areas = [
+                (FLAGS, FLAGS + FLAG_BYTES),
+                (ACK * WORD, (ACK + MAX_WORLD) * WORD),
+                (ARRIVED * WORD, (ARRIVED + MAX_WORLD) * WORD),
+            ]
+        elif op.name == "counter":
+            areas = [(COUNTERS, COUNTERS + COUNTER_BYTES)]
+        else:
+            areas = [(DATA, 1 << 62)]
+        if not any(lo <= begin and end <= hi for lo, hi in areas):
+            raise BoundsError(
+                op.span,
+                symbol=op.symbol,
+                detail=f"bytes {begin} to {end} are outside the area of a {op.name}",
+            )
+        taken.append((begin, end, op))
+    taken.sort(key=lambda t: (t[0], t[1], t[2].symbol))
+    for (_, end, before), (begin, _, after) in pairwise(taken):
+        if begin < end:
+            raise BoundsError(
+                after.span, symbol=after.symbol, detail=f"it overlaps @{before.symbol} in the arena"
+            )
+
+
+def check_fences(out: Expansion) -> None:
+    """Raise FenceError where synchronisation cannot release or acquire as it is written.
+
+    `head` advances the epoch and clears counters, so whatever uses either comes after it; a stream
+    waits for local counters only, since no host constant carries an epoch.
+    """
+    after = ancestors(out)
+    heads = [n for n, a in enumerate(out.agents) if a.name == "head"]
+    for sync in out.syncs:
+        phase = out.phases[int(out.task_phase[sync.task[0]])] if len(sync.task) else None
+        if phase is None:
+            continue
+        if phase.kind != "head" and not (after[phase.agent] & set(heads)):
+            raise FenceError(
+                guarded(out, sync),
+                symbol=sync.symbol,
+                detail="its agent is not ordered after `head`, which sets the epoch and clears counters",
+            )
+        kind = out.declarations[sync.symbol].name
+        if sync.wait and kind == "flag" and phase.kind == "stream":
+            raise FenceError(
+                guarded(out, sync), symbol=sync.symbol, detail="a stream cannot wait for an epoch"
+            )
+        if not sync.wait and phase.kind == "stream" and (sync.bound > 1).any():
+            raise FenceError(
+                guarded(out, sync), symbol=sync.symbol, detail="a stream cannot count notifies"
+            )

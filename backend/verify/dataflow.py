@@ -1,0 +1,349 @@
+"""dataflow: what is read is the tile, the version and the rank's data that the kernel means.
+
+Content of a cell is followed from where it is made. Along each axis it has a *shift*: coordinate of the
+data minus index in the buffer. The coordinate of a computed tile is its own loop variable; of a shard,
+the place in rank-major order of owners. A read states, through its loop variables, which coordinate it
+means; both must agree, and so must the rank wherever contributions of ranks differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tilelink.backend.expand import Ints
+from tilelink.backend.expand_rows import Access, Expansion
+from tilelink.backend.verify.cover import where
+from tilelink.backend.verify.errors import DataflowError
+from tilelink.backend.verify.memory import Meeting
+from tilelink.ir import Op
+
+ANY = np.int64(-(1 << 60))  # a shift or rank that nothing is known or claimed of
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What each access row of a symbol's meeting puts there: rank ``[n]``, shift ``[n, axes]``."""
+
+    rank: Ints
+    shift: Ints
+
+
+class Dataflow:
+    """Contents of all written symbols, followed through transfers and collectives."""
+
+    def __init__(self, out: Expansion, meetings: dict[str, Meeting]) -> None:
+        self.out = out
+        self.meetings = meetings
+        self.contents: dict[str, Content] = {}
+        self.resolved: dict[str, tuple[Ints, Ints]] = {}
+        self.summed = _summed(out)
+
+    def check(self) -> None:
+        """Raise DataflowError for the first access, in program order, of wrong data."""
+        for access in self.out.accesses:
+            if not access.write and access.op.name in ("load", "load_sum"):
+                self.read(access)
+            elif access.write and access.op.name == "store":
+                self.store(access)
+
+    def tensor(self, symbol: str) -> Op | None:
+        """The tensor that ``symbol`` is or serves."""
+        op = self.out.declarations.get(self.out.base(symbol))
+        return op if op is not None and op.name == "tensor" else None
+
+    def positions(self, symbol: str, index: Ints) -> Ints:
+        """Global indices along ``over`` as places in rank-major order of owners; ANY outside."""
+        owner, place = self.out.owners[symbol]
+        shard = len(owner) // self.out.world
+        inside = (index >= 0) & (index < len(owner))
+        safe = np.where(inside, index, 0)
+        return np.where(inside, owner[safe] * shard + place[safe], ANY)
+
+    # Contents ---------------------------------------------------------------------------------
+
+    def content(self, symbol: str) -> Content | None:
+        """Contents of ``symbol``, or None where nothing writes it."""
+        if symbol not in self.meetings:
+            return None
+        if symbol not in self.contents:
+            meeting = self.meetings[symbol]
+            axes = len(self.out.dims[symbol])
+            # Entered first, so that a circle of transfers ends with nothing claimed.
+            self.contents[symbol] = Content(
+                np.full(len(meeting.node), ANY), np.full((len(meeting.node), axes), ANY)
+            )
+            parts = [self.made(a) for a in meeting.accesses]
+            self.contents[symbol] = Content(
+                np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+            )
+        return self.contents[symbol]
+
+    def made(self, access: Access) -> tuple[Ints, Ints]:
+        n, axes = access.lo.shape
+        shift = np.full((n, axes), ANY)
+        rank = np.full(n, ANY)
+        if not access.write:
+            return rank, shift
+        if access.op.name == "store":
+            return access.rank, access.want - access.lo
+        source = self.source(access)
+        if source is None:
+            return rank, shift
+        if access.op.name == "collective" and access.origin is None:
+            return self.reduced(access, source)
+        start, from_rank = self.taken(source, access)
+        if access.origin is not None:
+            from_rank = np.where(from_rank == ANY, ANY, access.origin)
+        few = source.lo.shape[1]
+        drop = axes - few
+        for axis in range(axes):
+            other = axis - drop
+            if 0 <= other < few:
+                known = start[:, other] != ANY
+                shift[:, axis] = np.where(known, start[:, other] - access.lo[:, axis], ANY)
+        return from_rank, shift
+
+    def source(self, access: Access) -> Access | None:
+        same = (a for a in self.out.accesses if not a.write and a.op is access.op)
+        return next((a for a in same if access.pair < 0 or a.pair == access.pair), None)
+
+    def taken(self, source: Access, access: Access) -> tuple[Ints, Ints]:
+        """Coordinate at the start of each row's source region ``[n, axes]``, and whose data it is."""
+        tensor = self.out.declarations[source.symbol]
+        start = source.lo.copy()
+        rank = source.rank
+        if source.symbol in self.out.owners and tensor.get("role") in ("in", "inout"):
+            owner, _ = self.out.owners[source.symbol]
+            shard = len(owner) // self.out.world
+            whose = access.origin if access.origin is not None else source.rank
+            start[:, tensor["over"]] += whose * shard
+        elif source.symbol in self.meetings:
+            shift, rank = self.found(source)
+            start = np.where(shift == ANY, ANY, start + shift)
+        return start, rank
+
+    def found(self, access: Access) -> tuple[Ints, Ints]:
+        """What a read finds, if it is the same all over its region: shift ``[n, axes]``, rank ``[n]``."""
+        shift, rank, meeting = self.resolve(access.symbol)
+        number = meeting.accesses.index(access)
+        mine = meeting.source[meeting.read_row] == number
+        inner = meeting.inner[meeting.read_row[mine]]
+        n, axes = access.lo.shape
+        out = np.full((n, axes), ANY)
+        for axis in range(axes):
+            out[:, axis] = _uniform(inner, shift[mine, axis], n)
+        return out, _uniform(inner, rank[mine], n)
+
+    def reduced(self, access: Access, source: Access) -> tuple[Ints, Ints]:
+        n, axes = access.lo.shape
+        shift = np.zeros((n, axes), dtype=np.int64)
+        tensor = self.tensor(access.symbol)
+        if access.op.get("op") == "reduce_scatter" and tensor is not None:
+            over = tensor.get("over")
+            if over is not None and over < axes:
+                part = self.out.dims[source.symbol][over] // self.out.world
+                shift[:, over] = access.rank * part
+        return np.full(n, ANY), shift
+
+    def resolve(self, symbol: str) -> tuple[Ints, Ints, Meeting]:
+        """For each read incidence of ``symbol``: shift and rank of the last write before it."""
+        meeting = self.meetings[symbol]
+        content = self.content(symbol)
+        assert content is not None
+        if symbol not in self.resolved:
+            # Writes of a cell are totally ordered: the last before a read has most writes before it.
+            age = np.zeros(len(meeting.write_row), dtype=np.int64)
+            np.add.at(age, meeting.both_second[meeting.both_order == 1], 1)
+            np.add.at(age, meeting.both_first[meeting.both_order == -1], 1)
+            good = meeting.pair_order == 1
+            read, writer = meeting.pair_read[good], meeting.pair_write[good]
+            by = np.lexsort((age[writer], read))
+            read, writer = read[by], writer[by]
+            last = np.full(len(meeting.read_row), -1, dtype=np.int64)
+            last[read] = writer  # the last assignment wins, which is the youngest write
+            row = meeting.write_row[last]
+            known = last >= 0
+            shift = np.where(known[:, None], content.shift[row], ANY)
+            self.resolved[symbol] = (shift, np.where(known, content.rank[row], ANY))
+        return (*self.resolved[symbol], meeting)
+
+    # Demands ----------------------------------------------------------------------------------
+
+    def demanded(self, access: Access) -> Ints:
+        """The coordinate each row means at the start of its region ``[n, axes]``; ANY where it says none."""
+        tensor = self.tensor(access.symbol)
+        n, axes = access.lo.shape
+        need = np.full((n, axes), ANY)
+        if tensor is None:
+            return need
+        name = self.out.base(access.symbol)
+        extents = [int(d) for d in self.globals(tensor)]
+        lead = axes - len(extents)
+        for axis in range(axes):
+            which = axis - lead
+            if not 0 <= which < len(extents):
+                continue
+            same = self.out.dims[access.symbol][axis] == extents[which]
+            if not access.placed[axis] and not same:
+                continue
+            need[:, axis] = access.want[:, axis]
+            gathered = tensor.get("role") in ("in", "inout") or access.symbol == name
+            if name in self.out.owners and which == tensor["over"] and gathered:
+                first = self.positions(name, access.want[:, axis])
+                length = access.hi[:, axis] - access.lo[:, axis]
+                last = self.positions(name, access.want[:, axis] + length - 1)
+                broken = (first == ANY) | (last != first + length - 1)
+                if broken.any():
+                    self.fail(access, int(np.flatnonzero(broken)[0]), "its tile spans owners")
+                need[:, axis] = first
+        return need
+
+    def globals(self, tensor: Op) -> list[int]:
+        """The global extents of a tensor."""
+        dims = list(self.out.dims[tensor.symbol])
+        over = tensor.get("over")
+        if over is not None and tensor.get("role") in ("in", "out", "inout"):
+            dims[over] = len(self.out.owners[tensor.symbol][0])
+        return dims
+
+    def held(self, access: Access, need: Ints) -> None:
+        """A user tensor with ``over``: the index must be where this rank's shard holds the coordinate."""
+        tensor = self.out.declarations[access.symbol]
+        over = tensor["over"]
+        shard = self.out.dims[access.symbol][over]
+        wrong = need[:, over] != access.home * shard + access.lo[:, over]
+        wrong &= need[:, over] != ANY
+        if access.placed[over] and wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            detail = "this rank's shard holds another part of it there"
+            self.fail(access, row, detail)
+
+    def read(self, access: Access) -> None:
+        symbol = access.symbol
+        tensor = self.tensor(symbol)
+        if tensor is None or not access.exact:
+            return
+        user = self.out.declarations[symbol].name == "tensor"
+        moved = tensor.get("move") in ("gather", "scatter", "reduce", "ring", "shard")
+        if user and symbol in self.out.owners and tensor.get("role") != "temp":
+            self.held(access, self.demanded(access))
+            return
+        if symbol not in self.meetings or not moved or user:
+            return
+        need = self.demanded(access)
+        shift, rank, meeting = self.resolve(symbol)
+        number = meeting.accesses.index(access)
+        mine = np.flatnonzero(meeting.source[meeting.read_row] == number)
+        inner = meeting.inner[meeting.read_row[mine]]
+        have = np.where(shift[mine] == ANY, ANY, access.lo[inner] + shift[mine])
+        claim = need[inner]
+        wrong = np.any((have != claim) & (have != ANY) & (claim != ANY), axis=1)
+        self.report(access, meeting, mine, wrong, "another tile's data is there")
+        if tensor.get("move") not in ("scatter", "reduce") or symbol in self.summed:
+            return
+        if access.op.name == "load_sum" and not access.own:
+            whose = meeting.place(meeting.read_cell[mine])[:, 1]
+        else:
+            whose = access.rank[inner]
+        wrong = (rank[mine] != whose) & (rank[mine] != ANY)
+        self.report(access, meeting, mine, wrong, "another rank's contribution is there")
+
+    def store(self, access: Access) -> None:
+        declared = self.out.declarations[access.symbol]
+        if declared.name != "tensor" or not access.exact:
+            return
+        if access.symbol in self.out.owners and declared.get("role") in ("out", "inout"):
+            self.held(access, self.demanded(access))
+        kind = declared.get("move")
+        if kind == "reduce" and declared.get("role") != "temp":
+            wrong = np.any(access.want != access.lo, axis=1)
+            if wrong.any():
+                self.fail(access, int(np.flatnonzero(wrong)[0]), "the tile belongs elsewhere")
+        shared = kind in ("scatter", "reduce") and declared.get("role") in ("out", "inout")
+        if shared and self.out.world > 1 and access.symbol not in self.summed:
+            self.fail(access, 0, "one rank's contribution is stored where the sum belongs")
+
+    def report(
+        self, access: Access, meeting: Meeting, mine: Ints, wrong: np.ndarray, detail: str
+    ) -> None:
+        if not wrong.any():
+            return
+        number = int(mine[np.flatnonzero(wrong)[0]])
+        pairs = np.flatnonzero((meeting.pair_read == number) & (meeting.pair_order == 1))
+        notes = [where(self.out, meeting, int(meeting.read_row[number]))]
+        notes += [
+            where(self.out, meeting, int(meeting.write_row[meeting.pair_write[p]]))
+            for p in pairs[:1]
+        ]
+        raise DataflowError(access.op.span, symbol=access.symbol, detail=detail, notes=tuple(notes))
+
+    def fail(self, access: Access, row: int, detail: str) -> None:
+        region = ", ".join(
+            f"{a}..{b}"
+            for a, b in zip(access.lo[row].tolist(), access.hi[row].tolist(), strict=True)
+        )
+        note = f"@{access.symbol}[{region}]: {self.out.describe(int(access.task[row]))}"
+        raise DataflowError(access.op.span, symbol=access.symbol, detail=detail, notes=(note,))
+
+
+def _uniform(row: Ints, value: Ints, n: int) -> Ints:
+    """Per row the value that all its incidences share, else ANY."""
+    high = np.full(n, np.iinfo(np.int64).min)
+    low = np.full(n, np.iinfo(np.int64).max)
+    np.maximum.at(high, row, value)
+    np.minimum.at(low, row, value)
+    return np.where(high == low, high, ANY)
+
+
+def _summed(out: Expansion) -> frozenset[str]:
+    """Symbols that hold sums over ranks: all that is put there comes from `load_sum` or a reduction."""
+    made: dict[str, object] = {}
+    for op in out.program.walk():
+        for result in op.results:
+            made[result.name] = op
+    yields: dict[str, Op] = {}
+    for op in out.program.walk():
+        if op.results and op.body and op.body[-1].name == "yield":
+            for result, value in zip(op.results, op.body[-1].operands, strict=False):
+                yields[result.name] = op.body[-1]
+                made.setdefault(value.name, op)
+    writers = [
+        op for op in out.program.walk() if op.name in ("store", "transfer", "collective") and op.ref
+    ]
+    found: set[str] = set()
+    while True:
+        bad: set[str] = set()
+        good: set[str] = set()
+        for op in writers:
+            assert op.ref is not None
+            if op.name == "store":
+                (good if _from_sum(op, made, yields, found) else bad).add(op.ref.symbol)
+            elif op.name == "transfer":
+                (good if op.ref.symbol in found else bad).add(op["to"].symbol)
+            else:
+                total = op.get("op") in ("reduce_scatter", "all_reduce")
+                (good if total or op.ref.symbol in found else bad).add(op["to"].symbol)
+        if good - bad == found:
+            return frozenset(found)
+        found = good - bad
+
+
+def _from_sum(store: Op, made: dict[str, object], yields: dict[str, Op], found: set[str]) -> bool:
+    seen: set[str] = set()
+    todo = [v.name for v in store.operands]
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        op = made.get(name)
+        if not isinstance(op, Op):
+            continue
+        if op.name == "load_sum" or (op.name == "load" and op.ref and op.ref.symbol in found):
+            return True
+        todo += [v.name for v in op.operands]
+        if name in yields:
+            todo += [v.name for v in yields[name].operands]
+    return False

@@ -1,0 +1,1 @@
+"""From Python source and mapping text to Tile IR."""

@@ -1,0 +1,153 @@
+"""The kernels under test, their references in plain torch, and the cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import tilelink
+import tilelink.language as tk
+
+
+@tilelink.kernel("gather A[M, K] over M")
+def ag_gemm(A, B, C):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        C[m, n] = acc
+
+
+@tilelink.kernel("scatter C[M, N] over M sum")
+def gemm_rs(A, B, C):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        C[m, n] = acc
+
+
+@tilelink.kernel("reduce C[M, N] sum")
+def gemm_ar(A, B, C):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        C[m, n] = acc
+
+
+KERNELS: dict[str, Any] = {"ag_gemm": ag_gemm, "gemm_rs": gemm_rs, "gemm_ar": gemm_ar}
+RESOURCES = ("copy_engine", "sm:16", "epilogue", "none")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# The largest relative error of a row: rounding of the output and of what goes over the wire; fp32
+# operands are multiplied as TF32 on tensor cores.
+TOLERANCE = {"bf16": 8e-3, "fp16": 2e-3, "fp32": 2e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: extents are global, as the kernel's text has them."""
+
+    kernel: str
+    M: int
+    K: int
+    N: int
+    resource: str = "copy_engine"
+    dtype: str = "bf16"
+
+
+# (M, K, N) by kernel; M is divided by 8 ranks at most. Odd sizes leave short tiles on every axis.
+SHAPES = {
+    "ag_gemm": [
+        (1024, 512, 768),
+        (2048, 4096, 1376),
+        (512, 136, 72),
+        (1536, 1000, 328),
+        (256, 64, 256),
+        (8192, 4096, 2816),
+        (8192, 8192, 7168),
+    ],
+    "gemm_rs": [
+        (1024, 512, 768),
+        (2048, 1376, 4096),
+        (512, 136, 72),
+        (1536, 1000, 328),
+        (256, 64, 256),
+        (8192, 1376, 4096),
+        (8192, 3584, 8192),
+    ],
+    "gemm_ar": [
+        (64, 512, 768),
+        (256, 3584, 8192),
+        (24, 136, 72),
+        (320, 1000, 328),
+        (16, 64, 256),
+        (1024, 3584, 8192),
+    ],
+}
+
+
+def cases() -> list[Case]:
+    """Every shape on the default resource, a few on the others, one in each other dtype."""
+    found = []
+    for kernel, shapes in SHAPES.items():
+        found += [Case(kernel, *shape) for shape in shapes]
+        found += [Case(kernel, *shape, resource=r) for r in RESOURCES[1:] for shape in shapes[:4]]
+        found += [Case(kernel, *shapes[0], dtype=d) for d in ("fp16", "fp32")]
+    return found
+
+
+def schedule_for(case: Case, world: int) -> Any:
+    """The default schedule of a case with its resource."""
+    from tilelink.schedules import default_schedule
+
+    op = KERNELS[case.kernel].build(
+        {"M": case.M, "K": case.K, "N": case.N}, world=world, dtype=case.dtype
+    )
+    return default_schedule(op).with_resource(case.resource)
+
+
+def inputs_for(case: Case, rank: int, world: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (a shard for ag_gemm) and B of this rank, random, of order one after the product."""
+    generator = torch.Generator("cuda").manual_seed(seed * 1000 + rank)
+    rows = case.M // world if case.kernel == "ag_gemm" else case.M
+    a = torch.randn(rows, case.K, device="cuda", generator=generator) / case.K**0.5
+    b = torch.randn(case.K, case.N, device="cuda", generator=generator)
+    return a.to(DTYPES[case.dtype]), b.to(DTYPES[case.dtype])
+
+
+def reference(case: Case, a: torch.Tensor, b: torch.Tensor, world: int) -> torch.Tensor:
+    """The expected output of this rank, in fp32, with NCCL and cuBLAS."""
+    if case.kernel == "ag_gemm":
+        whole = torch.empty(case.M, case.K, dtype=a.dtype, device="cuda")
+        dist.all_gather_into_tensor(whole, a)
+        return whole.float() @ b.float()
+    total = a.float() @ b.float()
+    dist.all_reduce(total)
+    if case.kernel == "gemm_rs":
+        return total.chunk(world)[dist.get_rank()]
+    return total
+
+
+def row_error(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """The largest relative error of a row, as a tensor of one element on the device; NaN counts as 1e9."""
+    error = (got.float() - want).norm(dim=1) / want.norm(dim=1).clamp_min(1e-20)
+    return torch.nan_to_num(error, nan=1e9, posinf=1e9).max()
+
+
+def bind(case: Case, world: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The call of a case's kernel with its schedule."""
+    call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = KERNELS[case.kernel].on(
+        schedule=schedule_for(case, world)
+    )
+    return call

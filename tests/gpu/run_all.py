@@ -1,0 +1,99 @@
+"""All GPU tests without pytest: ``python -m tests.gpu.run_all --out DIR``; the table comes last."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.gpu.harness import Rank, failures, spawn
+
+LIMITS = {
+    "correctness": 420.0,
+    "graph": 180.0,
+    "mismatch": 90.0,
+    "late_mismatch": 90.0,
+    "killed": 90.0,
+    "subgroups": 90.0,
+}
+SHORT = {"TILELINK_TIMEOUT": "5", "TILELINK_ARRIVAL_TIMEOUT": "5"}
+
+
+def run_test(name: str, world: int) -> tuple[list[dict[str, Any]], list[Rank]]:
+    """The rows that rank 0 wrote (none if it did not get that far) and what became of the ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "rows.json"
+        env = SHORT if name in ("killed", "late_mismatch") else {}
+        arguments = ["-m", "tests.gpu.worker", name, str(result)]
+        ranks = spawn(arguments, world, LIMITS[name], env)
+        rows = json.loads(result.read_text()) if result.exists() else []
+        # What correctness had found before it stopped.
+        if not rows and name == "correctness":
+            lines = [line for line in ranks[0].output.splitlines() if line.startswith("{")]
+            rows = [json.loads(line) for line in lines]
+        return rows, ranks
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, one a line."""
+    lines = []
+    for row in rows:
+        what = row.get("test", row.get("kernel", ""))
+        shape = "x".join(str(row[k]) for k in ("M", "K", "N") if k in row)
+        error = row.get("error")
+        lines.append(
+            f"{'ok  ' if row['ok'] else 'FAIL'}  {what:14} {shape:16} {row.get('resource', ''):12}"
+            f"{row.get('dtype', ''):5} {'' if error is None else f'{error:.2e}':9}"
+            f" host {row.get('host_us', '-')} us  gpu {row.get('gpu_us', '-')} us"
+            f"  {row.get('refused', '')}{row.get('message', '').partition(chr(10))[0]}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs the tests that are named, or all; 0 if all passed."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu_tests.json")
+    parser.add_argument("--world", type=int, default=torch.cuda.device_count())
+    parser.add_argument("tests", nargs="*", choices=[*LIMITS, []], default=[])
+    args = parser.parse_args()
+    if args.world < 2 or torch.cuda.device_count() < args.world:
+        print(f"skipped: {args.world} ranks need as many CUDA devices, and at least two")
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    trouble = []
+    for name in args.tests or LIMITS:
+        if name == "subgroups" and args.world < 4:
+            continue
+        found, ranks = run_test(name, args.world)
+        rows += found
+        problem = failures(ranks, killed=(1,) if name == "killed" else ())
+        if problem:
+            trouble.append(f"== {name}\n{problem}")
+            rows.append({"test": name, "ok": False, "message": "see above"})
+        if name in ("killed", "mismatch", "late_mismatch"):
+            said = [r.output.strip() for r in ranks]
+            print("\n".join(f"-- {name}, rank {i}: {text[-900:]}" for i, text in enumerate(said)))
+        facts = {
+            "gpu": torch.cuda.get_device_name(0),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "world": args.world,
+            "rows": rows,
+        }
+        (args.out / "gpu_tests.json").write_text(json.dumps(facts, indent=1))
+    print("\n".join(trouble))
+    print(table(rows))
+    passed = sum(bool(row["ok"]) for row in rows)
+    print(f"{passed} of {len(rows)} passed on {args.world} GPUs")
+    return 0 if passed == len(rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

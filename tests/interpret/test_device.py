@@ -1,0 +1,182 @@
+"""The device library and whole emitted kernels under Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tilelink.backend.emit.triton import emit
+from tilelink.ir import layout, parse_ir
+
+ROOT = Path(__file__).parents[2]
+
+_PRELUDE = """
+import torch
+import triton
+import triton.language as tl
+from tilelink import device
+from tilelink.ir import layout
+
+WORDS = 70000
+arenas = [torch.zeros(WORDS, dtype=torch.int32) for _ in range(2)]
+peers = torch.tensor([a.data_ptr() for a in arenas])
+
+def head(rank, wait=True, limit=10**6):
+    device.head_kernel[(1,)](
+        arenas[rank], peers, rank, 32768, 32800, limit, limit, ACK=layout.ACK, WORLD=2, WAIT=wait
+    )
+"""
+
+
+def interpreted(tmp_path: Path, script: str) -> str:
+    """Runs a script on the interpreter: the variable must be set before Triton is imported."""
+    path = tmp_path / "script.py"
+    path.write_text(_PRELUDE + script)
+    result = subprocess.run(
+        [sys.executable, str(path)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_head_advances_clears_and_waits(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+arenas[0][32768:32810] = 7
+head(0), head(1)
+for a in arenas:
+    assert a[layout.EPOCH] == 1 and a[layout.ARRIVED : layout.ARRIVED + 2].tolist() == [1, 1]
+assert arenas[0][32768:32800].eq(0).all() and arenas[0][32800:32810].eq(7).all()
+assert arenas[0][layout.ABORT] == 0
+head(0, limit=10**6)  # nobody has acknowledged epoch 1
+record = arenas[0][layout.RECORD : layout.RECORD + 10].tolist()
+assert record[0] == 1 and record[4] == layout.ACK and record[5:8] == [1, 0, 0], record
+assert [int(a[layout.ABORT]) for a in arenas] == [1, 1]
+""",
+    )
+
+
+def test_signals_and_data_reach_the_peer(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def send(arena, peers, rank, limit: tl.int64):
+    ctx = device.context(arena, peers, rank, 2, limit, limit)
+    source = device.pointer(arena, 262144, tl.int32)
+    target = device.peer_pointer(peers, 1, 262144 + 1024, tl.int32)
+    device.tile_push_data(source, target, 3, 8, 8, 16)
+    device.peer_tile_notify(ctx, 1024, 1)
+    for _ in range(3):
+        device.counted_tile_notify(ctx, 1025, 1, 32768, 3)
+    device.producer_tile_notify(ctx, 32769)
+    device.rank_notify(ctx, layout_ack)
+
+@triton.jit
+def receive(arena, peers, rank, out, limit: tl.int64):
+    ctx = device.context(arena, peers, rank, 2, limit, limit)
+    token = device.peer_tile_wait(ctx, 1024, ctx.epoch, 0, 5, 2)
+    token += device.peer_tile_wait(ctx, 1025, ctx.epoch, 0, 5, 3)
+    lanes = tl.arange(0, 64)
+    tl.store(out + lanes, tl.load(arena + 65536 + 256 + token + lanes))
+
+layout_ack = tl.constexpr(layout.ACK)
+arenas[0][65536 : 65536 + 24] = torch.arange(1, 25, dtype=torch.int32)
+head(0), head(1)
+send[(1,)](arenas[0], peers, 0, 10**6)
+out = torch.zeros(64, dtype=torch.int32)
+receive[(1,)](arenas[1], peers, 1, out, 10**6)
+rows = out.view(4, 16)
+assert rows[:3, :8].flatten().tolist() == list(range(1, 25)), rows
+assert rows[:, 8:].eq(0).all() and rows[3].eq(0).all()
+assert arenas[0][32768:32770].tolist() == [3, 1] and arenas[1][1024:1026].tolist() == [1, 1]
+assert [int(a[layout.ACK]) for a in arenas] == [1, 1] and arenas[1][layout.ABORT] == 0
+""",
+    )
+
+
+def test_a_wait_that_runs_out_leaves_one_record_and_ends_later_waits(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def lost(arena, peers, rank, progress: tl.int64, arrival: tl.int64):
+    ctx = device.context(arena, peers, rank, 2, progress, arrival)
+    device.peer_tile_wait(ctx, 1030, ctx.epoch, 1, 9, 4)
+    device.consumer_tile_wait(ctx, 32770, 6, 10, 5)
+    if device.finish_arrive(ctx):
+        device.finish_leave(ctx, 32770, 32772)
+
+head(0)  # rank 1 never starts: the arrival limit holds
+lost[(2,)](arenas[0], peers, 0, 10**12, 10**7)
+record = arenas[0][layout.RECORD : layout.RECORD + 10].tolist()
+assert record == [1, 0, 0, 9, 1030, 1, 0, 1, 4, 2], record
+assert [int(a[layout.ABORT]) for a in arenas] == [1, 1]
+assert arenas[0][32770:32773].tolist() == [1 << 20, 1 << 20, 0]
+assert arenas[0][layout.EXITED] == 0
+
+for a in arenas:
+    a.zero_()
+head(0), head(1)  # now it has started: the progress limit
+lost[(1,)](arenas[0], peers, 0, 10**7, 10**12)
+assert arenas[0][layout.RECORD : layout.RECORD + 10].tolist() == [1, 0, 0, 9, 1030, 1, 0, 1, 4, 1]
+""",
+    )
+
+
+def test_epochs_are_compared_cyclically(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def wait(arena, peers, rank, limit: tl.int64):
+    ctx = device.context(arena, peers, rank, 2, limit, limit)
+    device.peer_tile_wait(ctx, 1024, ctx.epoch, 1, 0, 0)
+
+arenas[0][layout.EPOCH] = 2**31 - 1
+arenas[0][1024] = -(2**31)  # one call ahead, past the wrap
+wait[(1,)](arenas[0], peers, 0, 10**6)
+assert arenas[0][layout.ABORT] == 0
+arenas[0][1024] = 2**31 - 2  # one call behind
+wait[(1,)](arenas[0], peers, 0, 10**6)
+assert arenas[0][layout.ABORT] == 1
+""",
+    )
+
+
+def test_a_kernel_of_many_ops_agrees_with_torch() -> None:
+    """Causal attention with uneven tiles, a projection, a bias and gelu, against plain PyTorch."""
+    interpret = pytest.importorskip("tilelink.backend.runtime.interpret")
+    program = parse_ir((Path(__file__).parent / "attention.ir").read_text(), "attention.ir")
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    given = {
+        "Q": random(2, 40, 24),
+        "K": random(2, 40, 24),
+        "V": random(2, 40, 24),
+        "W": random(24, 24),
+        "bias": random(24),
+    }
+    found = interpret.run(program, [given], scalars={"scale": 0.2}, timeout=100.0, emit=emit)[0]
+    q, k, v, w, bias = (t.float() for t in given.values())
+    scores = q @ k.transpose(1, 2) * 0.2
+    scores = scores.masked_fill(~torch.ones(40, 40).tril().bool(), -1e30)
+    wanted = torch.nn.functional.gelu((scores.softmax(-1) @ v) @ w.T + bias)
+    assert (found["O"].float() - wanted).norm() / wanted.norm() < 5e-3
+    assert (found["L"] - scores.logsumexp(-1)).abs().max() < 1e-4
+
+
+def test_words_fit_the_record() -> None:
+    assert layout.RECORD + layout.RECORD_WORDS <= layout.ARRIVED

@@ -1,0 +1,109 @@
+"""The hand-written fused programs on the interpreter, against plain arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tilelink.backend.emit.triton import emit
+from tilelink.backend.runtime import interpret
+from tilelink.backend.runtime.errors import BadArgument, RankFailed, RankStuck, WaitTimeout
+from tilelink.ir import Op, parse_ir
+
+PROGRAMS = sorted((Path(__file__).parents[1] / "programs").glob("*.ir"))
+
+
+def read(name: str) -> Op:
+    path = next(p for p in PROGRAMS if p.name == name)
+    return parse_ir(path.read_text(), path.name)
+
+
+def random_inputs(program: Op, seed: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    m, k, n = (int(program.declared(x)["value"]) for x in "MKN")
+    world = int(program["world"])
+    rows = m // world if program.declared("A")["move"] == "gather" else m
+    return [
+        {
+            "A": torch.randn(rows, k, generator=generator).bfloat16(),
+            "B": torch.randn(k, n, generator=generator).bfloat16(),
+        }
+        for _ in range(world)
+    ]
+
+
+def expected(program: Op, inputs: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    if program.declared("A")["move"] == "gather":
+        whole = torch.cat([i["A"] for i in inputs]).double()
+        return [whole @ i["B"].double() for i in inputs]
+    total = torch.stack([i["A"].double() @ i["B"].double() for i in inputs]).sum(0)
+    if program.declared("C")["move"] == "scatter":
+        return list(total.chunk(len(inputs)))
+    return [total] * len(inputs)
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.stem)
+def test_program_gives_the_right_numbers_call_after_call(path: Path) -> None:
+    program = parse_ir(path.read_text(), path.name)
+    calls = [random_inputs(program, seed) for seed in range(3)]
+    # The epoch passes the largest int32 between the second and the third call.
+    outputs = interpret.run_calls(program, calls, epoch=2**31 - 3, timeout=120.0)
+    for inputs, ranks in zip(calls, outputs, strict=True):
+        for got, want in zip(ranks, expected(program, inputs), strict=True):
+            error = (got["C"].double() - want).norm(dim=1) / want.norm(dim=1)
+            assert got["C"].dtype == torch.bfloat16
+            assert float(error.max()) < 4e-3
+
+
+def test_lost_signal_is_named_with_its_place() -> None:
+    program = read("ag_gemm.copy_engine.ir")
+
+    def without_one_notify(plan: Op) -> str:
+        source = emit(plan)
+        call = 'call.notify("A.ready"'
+        assert call in source
+        return source.replace(call, f"if not (rank == 1 and s == 1): {call}")
+
+    with pytest.raises(WaitTimeout) as caught:
+        interpret.run(program, random_inputs(program, 0), timeout=12.0, emit=without_one_notify)
+    values = caught.value.values
+    assert (values["rank"], values["producer"]) == (2, 1)
+    assert values["channel"] == "@A.ready[1, 0]"
+    assert (values["expected"], values["seen"]) == (1, 0)
+    assert "wait @A.ready" in str(caught.value)
+
+
+def failing(statement: str) -> interpret.Emit:
+    return lambda plan: emit(plan).replace("    call.head(", f"    {statement}\n    call.head(")
+
+
+def test_rank_that_raises_is_named() -> None:
+    program = read("ag_gemm.copy_engine.ir")
+    with pytest.raises(RankFailed, match=r"rank 1 .* ZeroDivisionError"):
+        interpret.run(program, random_inputs(program, 0), emit=failing("1 // (call.rank - 1)"))
+
+
+def test_rank_that_dies_is_named_with_its_exit_code() -> None:
+    program = read("ag_gemm.copy_engine.ir")
+    emit_it = failing("call.rank == 2 and __import__('os')._exit(7)")
+    with pytest.raises(RankFailed, match=r"rank 2 .* exit code 7"):
+        interpret.run(program, random_inputs(program, 0), emit=emit_it)
+
+
+def test_rank_that_never_comes_is_an_error_not_a_hang() -> None:
+    program = read("gemm_ar.epilogue.ir")
+    emit_it = failing("call.rank == 1 and __import__('time').sleep(60)")
+    with pytest.raises(RankStuck) as caught:
+        interpret.run(program, random_inputs(program, 0), timeout=6.0, emit=emit_it)
+    assert "1" in str(caught.value.values["ranks"])
+
+
+def test_missing_and_misshapen_tensors_are_named() -> None:
+    program = read("gemm_ar.epilogue.ir")
+    inputs = random_inputs(program, 0)
+    with pytest.raises(BadArgument, match="`B`: is missing"):
+        interpret.run(program, [{"A": i["A"]} for i in inputs])
+    with pytest.raises(BadArgument, match="`A`: has shape"):
+        interpret.run(program, [{**i, "A": i["A"].T} for i in inputs])

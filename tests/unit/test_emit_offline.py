@@ -1,0 +1,91 @@
+"""Emitted kernels compiled for sm_90 with no GPU, and the lint with its positive controls."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tilelink.backend.emit.offline import SHARED_LIMIT, Compiled, compile_offline, lint
+from tilelink.backend.emit.triton import emit
+from tilelink.ir import Op, parse_ir
+
+PROGRAMS = Path(__file__).parents[1] / "programs"
+
+
+def read(name: str, change: dict[str, str] | None = None) -> Op:
+    text = (PROGRAMS / f"{name}.ir").read_text()
+    for old, new in (change or {}).items():
+        text = re.sub(old, new, text)
+    return parse_ir(text, name)
+
+
+def large_ag_gemm() -> Op:
+    """8192 x 8192 x 7168 on 8 ranks, in tiles of 128 x 256 x 64."""
+    return read(
+        "ag_gemm.copy_engine",
+        {
+            "world = 4": "world = 8",
+            r"@M \{value = 64": "@M {value = 8192",
+            r"@K \{value = 32": "@K {value = 8192",
+            r"@N \{value = 48": "@N {value = 7168",
+            r"tile = \[8, 16\]": "tile = [128, 256]",
+            r"tile = \[16\]": "tile = [64]",
+            r"\b16\b": "1024",
+            "workers = 4": "workers = 132",
+        },
+    )
+
+
+def compiled(program: Op) -> Compiled:
+    (kernel,) = compile_offline(emit(program), program)
+    return kernel
+
+
+@pytest.mark.slow
+def test_large_gemm_is_clean_and_the_lint_can_fail() -> None:
+    kernel = compiled(large_ag_gemm())
+    assert kernel.dots == (128,) and kernel.waits
+    assert lint(kernel) == []
+    sass, ttgir = kernel.stages["sass"], kernel.stages["ttgir"]
+    assert "HGMMA" in sass and "UTMALDG" in sass
+
+    def spoilt(**stages: str) -> list[str]:
+        return lint(replace(kernel, stages={**kernel.stages, **stages}))
+
+    assert any("HGMMA" in p for p in spoilt(sass=sass.replace("HGMMA", "FFMA")))
+    assert any("spills" in p for p in lint(replace(kernel, spills=8)))
+    assert any("shared" in p for p in lint(replace(kernel, shared=SHARED_LIMIT + 1)))
+    assert any("multimem" in p for p in spoilt(ptx=kernel.stages["ptx"] + "multimem.st"))
+    relaxed = kernel.stages["ptx"].replace("acquire", "relaxed")
+    assert any("acquire" in p for p in spoilt(ptx=relaxed))
+    first = ttgir.index("acquire, sys")
+    start = ttgir.rindex("\n", 0, first)
+    hoisted = f"{ttgir[:start]}\n ttng.async_tma_copy_global_to_local{ttgir[start:]}"
+    assert any("above the wait" in p for p in spoilt(ttgir=hoisted))
+    bare = re.sub(r".*(?:gpu\.barrier|ttg\.barrier).*\n", "", ttgir)
+    assert any("release" in p for p in spoilt(ttgir=bare))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(p.stem for p in PROGRAMS.glob("*.ir")))
+def test_samples_compile_clean(name: str) -> None:
+    assert lint(compiled(read(name))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_dtypes_compile_clean(dtype: str) -> None:
+    # fp32 elements take twice the room.
+    change = {"bf16": dtype, "offset = 268288": "offset = 294912"}
+    assert lint(compiled(read("gemm_rs.copy_engine", change))) == []
+
+
+@pytest.mark.slow
+def test_weights_stored_n_by_k_compile_clean() -> None:
+    change = {
+        r"@B \{dims = \[K, N\]": "@B {dims = [N, K]",
+        r"%b = load @B\[%k, %n\] : bf16\[k, n\]": "%bt = load @B[%n, %k] : bf16[n, k]\n"
+        "        %b = transpose (%bt) : bf16[k, n]",
+    }
+    assert lint(compiled(read("gemm_ar.epilogue", change))) == []

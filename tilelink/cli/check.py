@@ -1,0 +1,109 @@
+"""``tilelink check``: prove that the fused program cannot hang or race, or print the witness."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from tilelink.cli import table
+from tilelink.cli.options import add_common
+from tilelink.cli.source import Unit, load
+from tilelink.errors import TilelinkError
+from tilelink.ir import Op
+
+if TYPE_CHECKING:
+    from tilelink.backend.verify import Report
+
+MEANING = {
+    "bounds": "indices, flags, counters and buffers lie inside what was declared",
+    "release-acquire": "what is written is released by its writer and acquired by its reader",
+    "cover": "every read of data from elsewhere is behind waits for all of it",
+    "dataflow": "every read sees the region and the rank that the kernel asks for",
+    "reuse": "the next call overwrites nothing that is still read",
+    "match": "what is notified to each flag and counter is what is waited for",
+    "progress": "waits and queues of all ranks together have no cycle",
+}
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "check",
+        help="prove the synchronisation, or print the witness",
+        description="Prove that the fused program cannot hang or race for this shape and world, and "
+        "that every read sees the data it should; or print the witness.",
+    )
+    parser.set_defaults(execute=execute)
+    add_common(parser)
+    parser.add_argument(
+        "--deletions",
+        action="store_true",
+        help="also delete each wait and each notify in turn; every such program must be refused",
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Prints the report of each kernel; a program that is refused raises, with the witness."""
+    from tilelink.backend.verify import verify
+
+    code = 0
+    for unit in load(args):
+        program = unproven(unit, args)
+        print(render(unit, verify(program)))
+        if args.deletions:
+            refused, passed = try_deletions(program)
+            print(f"  deletions    {refused + len(passed)} tried, {refused} refused")
+            for line in passed:
+                print(f"    not refused: {line}")
+            code |= bool(passed)
+    return code
+
+
+def unproven(unit: Unit, args: argparse.Namespace) -> Op:
+    """The fused program, before the proof."""
+    if unit.fused:
+        return unit.op
+    from tilelink.backend.pipeline import run_passes
+
+    return run_passes(unit.op, unit.schedule(args))
+
+
+def render(unit: Unit, report: Report) -> str:
+    """The report as text: what was proven, counts, memory, assumptions."""
+    counts = (
+        (report.tiles, "tile"),
+        (report.channels, "channel"),
+        (report.waits, "wait"),
+        (report.notifies, "notify"),
+        (report.transfers, "transfer"),
+    )
+    rows = [
+        ("shape", " ".join(f"{op.symbol}={op['value']}" for op in unit.op.find("extent"))),
+        ("ranks", str(report.world)),
+        ("a call", ", ".join(table.number(count, noun) for count, noun in counts)),
+        ("workspace", f"{table.size(report.workspace_bytes)} a rank"),
+        ("compared", f"{report.pairs:,} pairs of accesses that could conflict"),
+        *(("proven" if n == 0 else "", rule) for n, rule in enumerate(_rules(report))),
+        *(("assumed" if n == 0 else "", text) for n, text in enumerate(report.assumptions)),
+    ]
+    return f"{unit.name}: cannot hang, race or read the wrong tile\n{table.pairs(rows)}"
+
+
+def try_deletions(program: Op) -> tuple[int, list[str]]:
+    """How many programs with one wait or notify deleted are refused, and the lines of those that pass."""
+    from tilelink.backend.verify import mutants, verify
+
+    refused, passed = 0, []
+    for line, mutant in mutants(program):
+        try:
+            verify(mutant)
+        except TilelinkError:
+            refused += 1
+        else:
+            passed.append(line)
+    return refused, passed
+
+
+def _rules(report: Report) -> list[str]:
+    width = max(map(len, report.rules))
+    return [f"{rule.ljust(width)}  {MEANING.get(rule, '')}".rstrip() for rule in report.rules]

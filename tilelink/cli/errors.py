@@ -1,0 +1,77 @@
+"""Mistakes on the command line, one class each. :class:`BadUsage` ends with exit code 2."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from tilelink.errors import TilelinkError
+
+
+class BadUsage(TilelinkError):
+    """Base of the mistakes that lie in how a command was called, not in the program it was given."""
+
+    code: ClassVar[str] = "usage"
+
+
+class UnreadableFile(BadUsage):
+    """A FILE, or a file named by an option, that cannot be read or written."""
+
+    code: ClassVar[str] = "file"
+    message: ClassVar[str] = "cannot open `{path}`: {reason}"
+
+
+class NoKernel(BadUsage):
+    """A FILE with no kernel in it, or without the one that ``::kernel`` names."""
+
+    code: ClassVar[str] = "no-such-kernel"
+    message: ClassVar[str] = "there is no kernel {wanted} in `{path}`"
+    hint: ClassVar[str] = "it holds: {known}"
+
+
+class MissingExtents(BadUsage):
+    """A kernel in Python with neither an example nor a ``--set`` for some extent."""
+
+    code: ClassVar[str] = "missing-extents"
+    message: ClassVar[str] = "the value of {names} of kernel `{kernel}` is not known"
+    hint: ClassVar[str] = (
+        "give it with `--set {first}=512`, or put example=dict({first}=512) on the kernel"
+    )
+
+
+class UnknownName(BadUsage):
+    """An option that names an extent, tensor, pass or target that does not exist."""
+
+    code: ClassVar[str] = "unknown-name"
+    message: ClassVar[str] = "{option}: there is no {what} `{name}`"
+    hint: ClassVar[str] = "known: {known}"
+
+
+class FusedIsFixed(BadUsage):
+    """An option that would change a program which is already fused."""
+
+    code: ClassVar[str] = "fused-program"
+    message: ClassVar[str] = "{option} does not apply: `{path}` holds a fused program"
+    hint: ClassVar[str] = "give the kernel instead; world, extents and schedule are settled here"
+
+
+class FusedOnly(BadUsage):
+    """A command that needs the kernel, given the fused program alone."""
+
+    code: ClassVar[str] = "needs-kernel"
+    message: ClassVar[str] = "`{command}` needs the kernel, and `{path}` holds a fused program"
+    hint: ClassVar[str] = "give the Python file or the kernel's IR"
+
+
+class BadWorld(BadUsage):
+    """A world that is not the number of processes."""
+
+    code: ClassVar[str] = "world"
+    message: ClassVar[str] = "--world {asked}, but torchrun started {world} processes"
+
+
+class Unavailable(TilelinkError):
+    """Something the command needs is not on this machine."""
+
+    code: ClassVar[str] = "unavailable"
+    message: ClassVar[str] = "{what} is not available: {reason}"
+    hint: ClassVar[str] = "`tilelink env` lists what each backend needs"

@@ -1,0 +1,182 @@
+"""Options that every command on a FILE takes, and how their text is read."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tilelink.cli.errors import UnknownName, UnreadableFile
+from tilelink.ir import DTYPES, Op
+
+if TYPE_CHECKING:
+    from tilelink.schedules import Schedule
+
+FILE_HELP = (
+    "Python source or IR text (a kernel, or a fused program); `-` is standard input; "
+    "FILE::NAME picks one kernel"
+)
+
+
+def add_common(parser: argparse.ArgumentParser, *, file_optional: bool = False) -> None:
+    """FILE and the options that say for which shapes, ranks and schedule it is meant."""
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?" if file_optional else None, help=FILE_HELP
+    )
+    shape = parser.add_argument_group("what to compile it for")
+    shape.add_argument("--world", type=positive, metavar="W", help="number of ranks (default: 4)")
+    shape.add_argument(
+        "--set",
+        type=extents,
+        action="append",
+        default=[],
+        metavar="M=512,N=256",
+        help="extents (default: the example of the kernel)",
+    )
+    shape.add_argument(
+        "--dtype",
+        type=dtypes,
+        default={},
+        metavar="bf16",
+        help="element type of the floating-point arguments, or A=bf16,B=fp32 for some of them",
+    )
+    shape.add_argument(
+        "--target",
+        metavar="h200x8",
+        help="machine: its GPU, links and, without --world, its number of GPUs",
+    )
+    how = parser.add_argument_group("how to schedule it")
+    how.add_argument(
+        "--schedule", metavar="FILE.json|JSON", help="a whole schedule (see docs/language.md)"
+    )
+    how.add_argument(
+        "--tile",
+        type=extents,
+        action="append",
+        default=[],
+        metavar="M=128,K=64",
+        help="tile lengths",
+    )
+    how.add_argument(
+        "--resource",
+        type=resources,
+        default={},
+        metavar="copy_engine|sm:16|epilogue|none",
+        help="what moves the bytes: of every moved tensor, or A=copy_engine,C=epilogue",
+    )
+    how.add_argument("--workers", type=positive, metavar="P", help="persistent CTAs a rank")
+
+
+def positive(text: str) -> int:
+    """A positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a positive integer")
+    return int(text)
+
+
+def extents(text: str) -> dict[str, int]:
+    """``M=512,N=256`` as a dict."""
+    found = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise argparse.ArgumentTypeError(f"`{part}` is not NAME=NUMBER")
+        found[name.strip()] = positive(value.strip())
+    return found
+
+
+def dtypes(text: str) -> dict[str, str]:
+    """``bf16`` as ``{"": "bf16"}``, ``A=bf16,B=fp32`` by name."""
+    found = _named(text)
+    for value in found.values():
+        if value not in DTYPES:
+            raise argparse.ArgumentTypeError(f"`{value}` is not one of {', '.join(DTYPES)}")
+    return found
+
+
+def resources(text: str) -> dict[str, str]:
+    """``sm:16`` as ``{"": "sm:16"}``, ``A=copy_engine,C=none`` by tensor."""
+    from tilelink.schedules import Move, ScheduleError
+
+    found = _named(text)
+    for value in found.values():
+        try:
+            Move(resource=value)
+        except ScheduleError:
+            raise argparse.ArgumentTypeError(
+                f"`{value}` is not one of copy_engine, sm:N, epilogue, none"
+            ) from None
+    return found
+
+
+def _named(text: str) -> dict[str, str]:
+    found = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        found[name.strip() if equals else ""] = (value if equals else name).strip()
+    return found
+
+
+def merged(parts: list[dict[str, int]]) -> dict[str, int]:
+    """Several ``--set`` or ``--tile`` options as one; the last one given wins."""
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def schedule_of(args: argparse.Namespace, kernel: Op) -> Schedule:
+    """The schedule that the options ask for: ``--schedule`` or the default, then the shorthands.
+
+    Errors: ScheduleError for a bad field, UnknownName for a name the kernel does not have.
+    """
+    from tilelink.schedules import Schedule, default_schedule
+
+    default = default_schedule(kernel)
+    schedule = Schedule.from_json(read_text(args.schedule)) if args.schedule else default
+    tiles = merged(args.tile)
+    _check_names("--tile", "extent", tiles, [op.symbol for op in kernel.find("extent")])
+    schedule = schedule.with_tiles(**tiles)
+    if args.resource:
+        moved = [name for name, _ in default.moves]
+        _check_names("--resource", "moved tensor", [n for n in args.resource if n], moved)
+        moves = {name: schedule.move(name) for name in moved}
+        for name, resource in args.resource.items():
+            for target in [name] if name else moved:
+                moves[target] = replace(moves[target], resource=resource)
+        schedule = replace(schedule, moves=tuple(sorted(moves.items())))
+    if args.workers:
+        schedule = replace(schedule, workers=args.workers)
+    return schedule
+
+
+def _check_names(
+    option: str, what: str, names: list[str] | dict[str, int], known: list[str]
+) -> None:
+    for name in names:
+        if name not in known:
+            raise UnknownName(
+                option=option, what=what, name=name, known=", ".join(sorted(known)) or "(none)"
+            )
+
+
+def read_text(text_or_path: str) -> str:
+    """JSON given on the command line itself, else the content of the file it names."""
+    if text_or_path.lstrip().startswith("{"):
+        return text_or_path
+    return read_file(text_or_path)
+
+
+def read_file(path: str) -> str:
+    """The content of a text file; UnreadableFile where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UnreadableFile(path=path, reason=reason) from None
+
+
+def write_file(path: str, text: str) -> None:
+    """Writes a text file; UnreadableFile where that fails."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UnreadableFile(path=path, reason=error.strerror or str(error)) from None

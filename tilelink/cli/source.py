@@ -1,0 +1,209 @@
+"""From FILE on the command line to kernels and fused programs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tilelink.cli.errors import FusedIsFixed, FusedOnly, MissingExtents, NoKernel, UnknownName
+from tilelink.cli.options import merged, read_file, schedule_of
+from tilelink.errors import IRSyntaxError
+from tilelink.ir import Op, parse_ir
+
+if TYPE_CHECKING:
+    from tilelink.kernel import Kernel
+    from tilelink.schedules import Schedule
+    from tilelink.schedules.machine import Machine
+
+DEFAULT_WORLD = 4
+_TOP = re.compile(r"^(?:kernel|program) @", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One kernel or fused program of a FILE. ``op`` is its IR, every extent known."""
+
+    name: str
+    path: str
+    op: Op
+
+    @property
+    def fused(self) -> bool:
+        """Whether the FILE gave a fused program, so that the kernel itself is not known."""
+        return self.op.name == "program"
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return int(self.op["world"])
+
+    def kernel(self, command: str) -> Op:
+        """The kernel; FusedOnly if the FILE holds a fused program."""
+        if self.fused:
+            raise FusedOnly(command=command, path=self.path)
+        return self.op
+
+    def schedule(self, args: argparse.Namespace) -> Schedule:
+        """The schedule to compile the kernel with."""
+        return schedule_of(args, self.kernel("--schedule"))
+
+    def program(self, args: argparse.Namespace) -> Op:
+        """The fused program: the one given, or the kernel compiled."""
+        if self.fused:
+            return self.op
+        from tilelink.backend.pipeline import compile_kernel
+
+        return compile_kernel(self.op, self.schedule(args))
+
+
+def load(args: argparse.Namespace) -> list[Unit]:
+    """The kernels that ``args.file`` names, built for the extents and world of the options."""
+    path, _, wanted = args.file.rpartition("::") if "::" in args.file else (args.file, "", "")
+    text = sys.stdin.read() if path == "-" else read_file(path)
+    args.text = text
+    shown = "<stdin>" if path == "-" else path
+    if is_ir(path, text):
+        units = [_from_ir(op, shown, args) for op in parse_all(text, shown)]
+        chosen = _choose({unit.name: unit for unit in units}, wanted, shown)
+        return [unit for unit in units if unit.name in chosen]
+    return _from_python(path, shown, text, wanted, args)
+
+
+def parse_all(text: str, name: str) -> list[Op]:
+    """Every ``kernel`` and ``program`` of an IR text, spans counted from its first line."""
+    starts = [match.start() for match in _TOP.finditer(text)] or [0]
+    ends = [*starts[1:], len(text)]
+    starts[0] = 0
+    # Blank lines in place of what comes before keep line numbers true.
+    ops = []
+    for start, end in zip(starts, ends, strict=True):
+        ops.append(parse_ir("\n" * text.count("\n", 0, start) + text[start:end], name))
+    return ops
+
+
+def is_ir(path: str, text: str) -> bool:
+    """Whether FILE is IR text: by its suffix, else by what it holds."""
+    if path.endswith(".ir"):
+        return True
+    return not path.endswith(".py") and _TOP.search(text) is not None
+
+
+def _choose(known: Mapping[str, object], wanted: str, path: str) -> list[str]:
+    if (wanted and wanted not in known) or not known:
+        names = ", ".join(sorted(known)) or "none"
+        raise NoKernel(path=path, wanted=f"`{wanted}`" if wanted else "at all", known=names)
+    return [wanted] if wanted else list(known)
+
+
+def _from_ir(op: Op, path: str, args: argparse.Namespace) -> Unit:
+    if op.name not in ("kernel", "program"):
+        raise IRSyntaxError(op.span, expected="`kernel` or `program`", found=f"`{op.name}`")
+    unit = Unit(op.symbol, path, op)
+    sets = merged(args.set)
+    if unit.fused:
+        given = {
+            "--set": sets,
+            "--dtype": args.dtype,
+            "--schedule": args.schedule,
+            "--tile": args.tile,
+            "--resource": args.resource,
+            "--workers": args.workers,
+            "--world": args.world not in (None, unit.world),
+        }
+        for option, value in given.items():
+            if value:
+                raise FusedIsFixed(option=option, path=path)
+        return unit
+    _check_extents(sets, [child.symbol for child in op.find("extent")])
+    if args.dtype:
+        raise UnknownName(option="--dtype", what="choice for", name=path, known="IR has its types")
+    world = world_of(args, int(op["world"]))
+    body = tuple(
+        child.with_attrs(value=sets[child.symbol])
+        if child.name == "extent" and child.symbol in sets
+        else child
+        for child in op.body
+    )
+    return Unit(op.symbol, path, op.with_attrs(world=world).with_ops(body))
+
+
+def _from_python(
+    path: str, shown: str, text: str, wanted: str, args: argparse.Namespace
+) -> list[Unit]:
+    from tilelink.kernel import load_kernels
+
+    if path == "-":
+        # The front end reads source through its file, as Python's own tracebacks do.
+        with tempfile.TemporaryDirectory(prefix="tilelink-") as folder:
+            file = Path(folder) / "stdin.py"
+            file.write_text(text, encoding="utf-8")
+            return _build_all(load_kernels(file), wanted, shown, args)
+    return _build_all(load_kernels(path), wanted, shown, args)
+
+
+def _build_all(
+    kernels: dict[str, Kernel], wanted: str, shown: str, args: argparse.Namespace
+) -> list[Unit]:
+    return [_build(kernels[name], name, shown, args) for name in _choose(kernels, wanted, shown)]
+
+
+def _build(kernel: Kernel, name: str, path: str, args: argparse.Namespace) -> Unit:
+    from tilelink.frontend.errors import MissingExtent
+
+    sets = merged(args.set)
+    named = {tensor: dtype for tensor, dtype in args.dtype.items() if tensor}
+    try:
+        op = kernel.build(
+            {**kernel.example, **sets},
+            named,
+            world_of(args, DEFAULT_WORLD),
+            dtype=args.dtype.get("", "bf16"),
+        )
+    except MissingExtent as error:
+        values = error.values
+        raise MissingExtents(
+            error.span, kernel=name, names=values["names"], first=values["first"]
+        ) from None
+    extents = [child.symbol for child in op.find("extent")]
+    # An extent may have several names in the source, of which the IR keeps one.
+    spoken = set(re.findall(r"\w+", kernel.source.source.text))
+    _check_extents({n: v for n, v in sets.items() if n not in spoken}, extents)
+    _check_tensors(named, [child.symbol for child in op.find("tensor")])
+    return Unit(name, path, op)
+
+
+def _check_extents(sets: dict[str, int], known: list[str]) -> None:
+    for name in sets:
+        if name not in known:
+            raise UnknownName(option="--set", what="extent", name=name, known=", ".join(known))
+
+
+def _check_tensors(named: dict[str, str], known: list[str]) -> None:
+    for name in named:
+        if name not in known:
+            raise UnknownName(option="--dtype", what="tensor", name=name, known=", ".join(known))
+
+
+def world_of(args: argparse.Namespace, default: int) -> int:
+    """The number of ranks: ``--world``, else that of ``--target``, else ``default``."""
+    if args.world:
+        return int(args.world)
+    if args.target:
+        return machine_of(args.target).world
+    return default
+
+
+def machine_of(target: str | None) -> Machine:
+    """The machine model called ``target``, or the default; UnknownName if there is none."""
+    from tilelink.schedules.machine import Machine
+
+    if target is not None and target not in Machine.known():
+        known = ", ".join(Machine.known())
+        raise UnknownName(option="--target", what="machine", name=target, known=known)
+    return Machine.load(target) if target is not None else Machine.load()

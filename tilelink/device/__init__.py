@@ -1,0 +1,62 @@
+"""Device primitives for kernels that communicate: a small public Triton library.
+
+Every function may be called from any ``@triton.jit`` kernel. The names are those of the TileLink paper
+(Zheng et al., 2025, section 3): signals between tiles (``producer_tile_notify``,
+``consumer_tile_wait``), between peers (``peer_tile_notify``, ``peer_tile_wait``), between all ranks
+(``rank_notify``, ``rank_wait``), and data movement (``tile_push_data``, ``tile_pull_data``,
+``rank_copy_data``). Where control words lie in an arena says :mod:`tilelink.ir.layout`.
+"""
+
+from tilelink.device.data import (
+    peer_pointer,
+    pointer,
+    rank_copy_data,
+    tile_pull_data,
+    tile_push_data,
+)
+from tilelink.device.math import erf, power, tanh
+from tilelink.device.program import (
+    finish_arrive,
+    finish_leave,
+    grouped_tile,
+    head_kernel,
+    queue_next,
+)
+from tilelink.device.signal import (
+    Context,
+    consumer_tile_wait,
+    context,
+    counted_tile_notify,
+    drain_tma_stores,
+    peer_tile_notify,
+    peer_tile_wait,
+    producer_tile_notify,
+    rank_notify,
+    rank_wait,
+)
+
+__all__ = [
+    "Context",
+    "consumer_tile_wait",
+    "context",
+    "counted_tile_notify",
+    "drain_tma_stores",
+    "erf",
+    "finish_arrive",
+    "finish_leave",
+    "grouped_tile",
+    "head_kernel",
+    "peer_pointer",
+    "peer_tile_notify",
+    "peer_tile_wait",
+    "pointer",
+    "power",
+    "producer_tile_notify",
+    "queue_next",
+    "rank_copy_data",
+    "rank_notify",
+    "rank_wait",
+    "tanh",
+    "tile_pull_data",
+    "tile_push_data",
+]

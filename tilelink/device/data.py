@@ -1,0 +1,62 @@
+"""Pointers into arenas of peers, and copies between them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_BLOCK = tl.constexpr(4096)
+
+
+@triton.jit
+def peer_pointer(peers, rank, offset, dtype: tl.constexpr):
+    """A pointer to ``dtype`` at byte ``offset`` of the arena of ``rank``.
+
+    ``peers`` is the int64 table of arena addresses, one a rank. Addresses read from memory carry no
+    alignment, so it is stated here: ``offset`` must be a multiple of 16, or stores split into bytes.
+    """
+    address = tl.load(peers + rank) + offset
+    return tl.multiple_of(address.to(tl.pointer_type(dtype), bitcast=True), 16)
+
+
+@triton.jit
+def pointer(arena, offset, dtype: tl.constexpr):
+    """A pointer to ``dtype`` at byte ``offset`` (a multiple of 16) of this rank's ``arena`` (int32)."""
+    return tl.multiple_of((arena + offset // 4).to(tl.pointer_type(dtype), bitcast=True), 16)
+
+
+@triton.jit
+def _copy(source, target, rows, columns, source_stride, target_stride):
+    for row in range(0, rows):
+        source_row = source + tl.cast(row, tl.int64) * source_stride
+        target_row = target + tl.cast(row, tl.int64) * target_stride
+        for start in range(0, columns, _BLOCK):
+            offsets = start + tl.arange(0, _BLOCK)
+            inside = offsets < columns
+            tl.store(target_row + offsets, tl.load(source_row + offsets, mask=inside), mask=inside)
+
+
+@triton.jit
+def tile_push_data(source, target, rows, columns, source_stride, target_stride):
+    """Write ``rows`` x ``columns`` elements of this rank to ``target``, memory of a peer.
+
+    Strides are in elements; one CTA copies all of it. With 8-byte elements and strides that are even
+    numbers every access is 16 bytes wide. A notify must follow before the peer may read.
+    """
+    _copy(source, target, rows, columns, source_stride, target_stride)
+
+
+@triton.jit
+def tile_pull_data(source, target, rows, columns, source_stride, target_stride):
+    """Read ``rows`` x ``columns`` elements from ``source``, memory of a peer, into ``target``."""
+    _copy(source, target, rows, columns, source_stride, target_stride)
+
+
+@triton.jit
+def rank_copy_data(source, target, count):
+    """Copy ``count`` elements by all CTAs of the grid together, each a part of its own."""
+    step = tl.num_programs(0) * _BLOCK
+    for start in range(tl.program_id(0) * _BLOCK, count, step):
+        offsets = tl.cast(start, tl.int64) + tl.arange(0, _BLOCK)
+        inside = offsets < count
+        tl.store(target + offsets, tl.load(source + offsets, mask=inside), mask=inside)

@@ -1,0 +1,30 @@
+"""Elementwise functions that Triton lacks on some target or in its interpreter."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent of fp32 ``x``; absolute error below 2e-7."""
+    small = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def erf(x):
+    """The error function of fp32 ``x``."""
+    return tl.erf(x)
+
+
+@triton.jit
+def power(x, y):
+    """``x`` to the power ``y`` in fp32; a negative base takes integral exponents only, else NaN."""
+    size = tl.exp2(y * tl.log2(tl.abs(x)))
+    whole = tl.floor(y) == y
+    odd = whole & (tl.floor(y * 0.5) * 2.0 != y)
+    signed = tl.where(odd, -size, tl.where(whole, size, float("nan")))
+    return tl.where(y == 0.0, 1.0, tl.where(x < 0, signed, size))

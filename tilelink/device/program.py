@@ -1,0 +1,82 @@
+"""What every fused program has: its head, its queues and its way out."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tilelink.device.signal import ABORT, ARRIVED, EPOCH, Context, _word, rank_wait
+from tilelink.ir import layout
+
+EXITED = tl.constexpr(layout.EXITED)
+ADVANCE = tl.constexpr(1 << 20)
+_CLEAR = tl.constexpr(1024)
+
+
+@triton.jit(do_not_specialize=["rank", "first", "last", "progress_ns", "arrival_ns"])
+def head_kernel(
+    arena,
+    peers,
+    rank,
+    first,
+    last,
+    progress_ns,
+    arrival_ns,
+    ACK: tl.constexpr,
+    WORLD: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """Begin a call; one CTA. Launch ``head_kernel[(1,)](…)`` on the main stream.
+
+    Advances the rank's epoch, tells all ranks that it has arrived, clears the counter words
+    [``first``, ``last``) of the arena, and, where ``WAIT``, waits until every rank has acknowledged
+    the previous epoch in the flags from word ``ACK``. ``arena``: int32 words; ``peers``: int64 table.
+    """
+    epoch = tl.load(arena + EPOCH) + 1
+    tl.debug_barrier()
+    tl.store(arena + EPOCH, epoch)
+    tl.store(arena + EXITED, 0)
+    for start in range(first, last, _CLEAR):
+        words = start + tl.arange(0, _CLEAR)
+        tl.store(arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
+    tl.debug_barrier()
+    for peer in range(0, WORLD):
+        tl.atomic_xchg(_word(peers, peer, ARRIVED + rank), epoch, sem="release", scope="sys")
+    if WAIT:
+        ctx = Context(arena, peers, rank, epoch, WORLD, progress_ns, arrival_ns)
+        rank_wait(ctx, ACK, epoch - 1, 0)
+
+
+@triton.jit
+def grouped_tile(position, rows, columns, group):
+    """Tile (row, column) at ``position`` of ``rows`` x ``columns`` tiles, ``group`` rows at a time."""
+    width = group * columns
+    first = (position // width) * group
+    height = tl.minimum(rows - first, group)
+    inside = position % width
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def queue_next(ctx, word):
+    """The next position of the dynamic queue whose counter is ``word``, for the whole CTA."""
+    return tl.atomic_add(ctx.arena + word, 1, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def finish_arrive(ctx):
+    """Leave the last stage; true for the last CTA of the launch, which sees the work of all."""
+    tl.debug_barrier()
+    left = tl.atomic_add(ctx.arena + EXITED, 1, sem="acq_rel", scope="sys")
+    last = left == tl.num_programs(0) - 1
+    if last:
+        tl.atomic_xchg(ctx.arena + EXITED, 0, sem="relaxed", scope="sys")
+    return last
+
+
+@triton.jit
+def finish_leave(ctx, first, last):
+    """By the last CTA: after an abort, let streams go on that wait for counter words [first, last)."""
+    if tl.atomic_add(ctx.arena + ABORT, 0, sem="relaxed", scope="sys") != 0:
+        for word in range(first, last):
+            tl.atomic_add(ctx.arena + word, ADVANCE, sem="release", scope="sys")

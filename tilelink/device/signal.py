@@ -1,0 +1,221 @@
+"""Signals: bounded waits and releases on 32-bit words of an arena.
+
+A flag between ranks holds an epoch and is compared cyclically; a counter is local to a rank. A wait
+polls with an acquiring atomic, which one thread makes and the CTA receives, so all control flow here
+is uniform. Plain loads would not be: each thread could see another value, and CTA barriers diverge.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from tilelink.ir import layout
+
+# The interpreter has no inline assembly and no clock.
+CUDA = tl.constexpr(not triton.knobs.runtime.interpret)
+EPOCH = tl.constexpr(layout.EPOCH)
+ABORT = tl.constexpr(layout.ABORT)
+RECORD = tl.constexpr(layout.RECORD)
+CLAIM = tl.constexpr(layout.RECORD + layout.RECORD_WORDS - 1)
+ARRIVED = tl.constexpr(layout.ARRIVED)
+LOOK = tl.constexpr(256)
+POLL_NS = tl.constexpr(16_000)  # one poll of the interpreter, about
+
+
+class Context(NamedTuple):
+    """What every primitive needs to know of the running call.
+
+    ``arena`` is this rank's arena (int32 words), ``peers`` the int64 table of all arenas' addresses,
+    ``rank`` and ``epoch`` int32, ``world`` a constant, ``progress_ns`` and ``arrival_ns`` the two
+    limits of a wait in nanoseconds (int64).
+    """
+
+    arena: object
+    peers: object
+    rank: object
+    epoch: object
+    world: object
+    progress_ns: object
+    arrival_ns: object
+
+
+@triton.jit
+def context(arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns):
+    """The :class:`Context` of this call; the epoch is what ``head`` left in the arena."""
+    epoch = tl.load(arena + EPOCH)
+    return Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
+
+
+@triton.jit
+def _word(peers, rank, word):
+    address = tl.load(peers + rank) + word * 4
+    return address.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
+def _clock(polls):
+    # Each thread reads its own timer, so the largest is taken: control flow must be uniform. 1024
+    # elements reach every thread of a CTA, which makes the reduction one over all of its warps.
+    if CUDA:
+        now = tl.inline_asm_elementwise(
+            "mov.u64 $0, %globaltimer;",
+            "=l,r",
+            [tl.arange(0, 1024)],
+            dtype=tl.int64,
+            is_pure=False,
+            pack=1,
+        )
+        return tl.max(now, axis=0)
+    else:
+        return tl.cast(polls, tl.int64) * POLL_NS
+
+
+@triton.jit
+def _fence_proxy(token):
+    # What a peer wrote through the generic proxy is read by TMA, through the async proxy.
+    if CUDA:
+        return tl.inline_asm_elementwise(
+            "fence.proxy.async.global; mov.b32 $0, $1;",
+            "=r,r",
+            [token],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return token
+
+
+@triton.jit
+def drain_tma_stores():
+    """Wait until every TMA store of this CTA has completed, not only been read from shared memory."""
+    if CUDA:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.wait_group 0; mov.b32 $0, 0;",
+            "=r",
+            [],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _abort(ctx, word, expected, seen, producer, tile, wait, kind):
+    # One record a rank: the first wait that runs out claims it.
+    if tl.atomic_cas(ctx.arena + CLAIM, 0, 1, sem="acq_rel", scope="sys") == 0:
+        record = ctx.arena + RECORD
+        tl.store(record + 1, ctx.rank)
+        tl.store(record + 2, tl.program_id(0))
+        tl.store(record + 3, tile)
+        tl.store(record + 4, word)
+        tl.store(record + 5, expected)
+        tl.store(record + 6, seen)
+        tl.store(record + 7, producer)
+        tl.store(record + 8, wait)
+        tl.store(record + 9, kind)
+        tl.debug_barrier()
+        tl.atomic_xchg(record, 1, sem="release", scope="sys")
+    for peer in range(0, ctx.world):
+        tl.atomic_xchg(_word(ctx.peers, peer, ABORT), 1, sem="release", scope="sys")
+
+
+@triton.jit
+def _wait(ctx, word, expected, arrival, producer, tile, wait, fence: tl.constexpr):
+    flag = ctx.arena + word
+    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+    polls = tl.full((), 0, tl.int32)
+    started = tl.full((), 0, tl.int64)
+    was_here = tl.full((), 0, tl.int32)
+    spinning = seen - expected < 0
+    while spinning:
+        if polls % LOOK == 0:
+            if tl.atomic_add(ctx.arena + ABORT, 0, sem="relaxed", scope="sys") != 0:
+                spinning = seen - seen != 0
+            else:
+                now = _clock(polls)
+                there = tl.atomic_add(ctx.arena + ARRIVED + producer, 0, sem="relaxed", scope="sys")
+                here = (there - arrival >= 0).to(tl.int32)
+                if (polls == 0) | (here != was_here):
+                    started = now
+                was_here = here
+                limit = tl.where(here != 0, ctx.progress_ns, ctx.arrival_ns)
+                if now - started > limit:
+                    _abort(ctx, word, expected, seen, producer, tile, wait, 2 - here)
+                    spinning = seen - seen != 0
+        if spinning:
+            seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+            spinning = seen - expected < 0
+        polls += 1
+    # Zero whatever was seen, but the compiler does not know: loads that add it stay below the wait.
+    token = tl.where(seen - expected < 0, 0, (seen - expected) >> 31)
+    if fence:
+        token = _fence_proxy(token)
+    return token
+
+
+@triton.jit
+def peer_tile_wait(ctx, word, epoch, producer, tile, wait, fence: tl.constexpr = False):
+    """Acquire: until flag ``word`` (a word number of the arena) has reached ``epoch`` on this rank.
+
+    ``producer`` is the rank that raises it; ``tile`` and ``wait`` go into the error record. ``fence``
+    is set where TMA reads the data. Returns a token, zero, to be added to offsets of dependent loads.
+    """
+    return _wait(ctx, word, epoch, epoch, producer, tile, wait, fence)
+
+
+@triton.jit
+def consumer_tile_wait(ctx, word, count, tile, wait, fence: tl.constexpr = False):
+    """Acquire: until the local counter ``word`` has reached ``count``; returns a token like
+    :func:`peer_tile_wait`."""
+    return _wait(ctx, word, count, ctx.epoch, ctx.rank, tile, wait, fence)
+
+
+@triton.jit
+def producer_tile_notify(ctx, word, system: tl.constexpr = False):
+    """Release: add 1 to the local counter ``word`` after every thread's stores.
+
+    ``system`` is set where a stream or a copy engine reads the data, not only this kernel.
+    """
+    tl.debug_barrier()
+    if system:
+        tl.atomic_add(ctx.arena + word, 1, sem="release", scope="sys")
+    else:
+        tl.atomic_add(ctx.arena + word, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def peer_tile_notify(ctx, word, peer):
+    """Release: flag ``word`` of ``peer`` becomes this call's epoch, after every thread's stores."""
+    tl.debug_barrier()
+    tl.atomic_xchg(_word(ctx.peers, peer, word), ctx.epoch, sem="release", scope="sys")
+
+
+@triton.jit
+def counted_tile_notify(ctx, word, peer, through, count):
+    """Release: as :func:`peer_tile_notify`, by the ``count``-th caller of this call, counted by the
+    local counter ``through``. Whoever counts last also releases what the others stored."""
+    tl.debug_barrier()
+    if tl.atomic_add(ctx.arena + through, 1, sem="acq_rel", scope="sys") == count - 1:
+        tl.atomic_xchg(_word(ctx.peers, peer, word), ctx.epoch, sem="release", scope="sys")
+
+
+@triton.jit
+def rank_notify(ctx, word):
+    """Release: flag ``word + rank`` of every rank becomes this call's epoch."""
+    tl.debug_barrier()
+    for peer in range(0, ctx.world):
+        flag = _word(ctx.peers, peer, word + ctx.rank)
+        tl.atomic_xchg(flag, ctx.epoch, sem="release", scope="sys")
+
+
+@triton.jit
+def rank_wait(ctx, word, epoch, wait, fence: tl.constexpr = False):
+    """Acquire: until flags ``word`` to ``word + world`` have all reached ``epoch``; returns a token."""
+    token = tl.full((), 0, tl.int32)
+    for peer in range(0, ctx.world):
+        token += peer_tile_wait(ctx, word + peer, epoch, peer, peer, wait, fence)
+    return token

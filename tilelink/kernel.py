@@ -1,0 +1,443 @@
+"""The ``@tilelink.kernel`` decorator and the object it makes."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from tilelink.errors import InternalError, Source, TilelinkError
+
+if TYPE_CHECKING:
+    from tilelink.frontend.bind import Bound, Signature
+    from tilelink.frontend.mapping import Mapping as TileMapping
+    from tilelink.frontend.source import FunctionSource
+    from tilelink.ir import Op
+
+BACKENDS = ("reference", "simulate", "interpret", "cuda")
+MAPPING_SUFFIXES = (".map", ".tl")
+
+
+def _clean(error: TilelinkError) -> TilelinkError:
+    """``error`` without the compiler's frames."""
+    error.__traceback__ = None
+    error.__cause__ = None
+    error.__suppress_context__ = True
+    return error
+
+
+class Kernel:
+    """A kernel: what to compute, and how its tiles move between ranks.
+
+    ``name``, ``source`` and ``mapping`` say what it was made from; ``signature`` its parameters;
+    ``example`` the extents that the command line uses where none are given.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        source: FunctionSource,
+        mapping: TileMapping,
+        signature: Signature,
+        example: Mapping[str, int],
+    ) -> None:
+        self.__wrapped__ = function
+        self.__doc__ = function.__doc__
+        self.__name__ = self.name = function.__name__
+        self.__module__ = function.__module__
+        self.source = source
+        self.mapping = mapping
+        self.signature = signature
+        self.example: Mapping[str, int] = MappingProxyType(dict(example))
+        self._built: dict[Any, Op] = {}
+
+    def __repr__(self) -> str:
+        return f"<tilelink kernel {self.name}({', '.join(self.signature.names)})>"
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The parameters' names in order."""
+        return self.signature.names
+
+    def build(
+        self,
+        extents: Mapping[str, int],
+        dtypes: Mapping[str, str] | None = None,
+        world: int = 1,
+        present: Iterable[str] | None = None,
+        scalars: Mapping[str, Any] | None = None,
+        dtype: str = "bf16",
+    ) -> Op:
+        """The typed kernel (Tile IR) for extents by name and element types by tensor.
+
+        ``present`` names the tensor parameters that are given (default: those without a default value,
+        and all outputs). ``scalars`` gives compile-time arguments their values, and run-time scalar
+        parameters an example of theirs. ``dtype`` is the element type of tensors that ``dtypes`` does not
+        name. Raises the errors of `tilelink.frontend.errors`.
+        """
+        from tilelink.frontend.build import Request
+
+        signature, values = self.signature, {**self.signature.defaults, **(scalars or {})}
+        chosen = frozenset(
+            name
+            for name in signature.tensors
+            if (name in present if present is not None else name not in signature.defaults)
+            or name in signature.stored
+        )
+        constants = {n: v for n, v in values.items() if self._is_constant(n, v)}
+        runtime = {
+            n: "int32" if isinstance(values.get(n, 0.0), int) else "fp32"
+            for n in signature.names
+            if n not in signature.tensors | signature.extents and n not in constants
+        }
+        return self._build(
+            Request(
+                extents=dict(extents),
+                dtypes=dict(dtypes or {}),
+                world=world,
+                present=chosen,
+                constants=constants,
+                scalars=runtime,
+                dtype=dtype,
+            )
+        )
+
+    def _is_constant(self, name: str, value: Any) -> bool:
+        fixed = name in self.signature.constants or isinstance(value, bool | str) or value is None
+        return fixed and name not in self.signature.tensors | self.signature.extents
+
+    def _build(self, request: Any) -> Op:
+        from tilelink.frontend.build import build_kernel
+
+        key = (
+            tuple(sorted(request.extents.items())),
+            tuple(sorted(request.dtypes.items())),
+            request.world,
+            request.present,
+            tuple(sorted((n, repr(v)) for n, v in request.constants.items())),
+            tuple(sorted(request.scalars.items())),
+            request.dtype,
+        )
+        if key not in self._built:
+            try:
+                self._built[key] = build_kernel(self.source, self.mapping, request)
+            except TilelinkError as error:
+                raise _clean(error) from None
+            except Exception as error:
+                detail = f"{type(error).__name__} in `{self.name}`: {error}"
+                raise InternalError(self.source.span(self.source.node), detail=detail) from error
+        return self._built[key]
+
+    def bind(
+        self,
+        args: Sequence[Any],
+        world: int,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        strict: bool = True,
+    ) -> Bound:
+        """Extents, element types and arguments by name of a call with one rank's arguments.
+
+        ``strict`` also asks for what a GPU needs: contiguous memory and aligned rows. Errors name the
+        argument.
+        """
+        from tilelink.frontend.bind import bind_arguments, match_arguments
+
+        arguments = match_arguments(self.name, self.signature, tuple(args), kwargs or {})
+        return bind_arguments(
+            self.name, self.signature, self.mapping, arguments, world, strict=strict
+        )
+
+    def build_for(self, bound: Bound) -> Op:
+        """The typed kernel of a bound call."""
+        op = self._build(bound.request)
+        for name, value in bound.tensors.items():
+            if value is None and op.declared(name)["role"] != "out":
+                from tilelink.frontend.errors import BadCall
+
+                raise _clean(
+                    BadCall(
+                        what=f"`{self.name}` reads `{name}` before it stores to it, so it needs it",
+                        advice=f"pass `{name}`: it is changed in place",
+                    )
+                )
+        return op
+
+    def on(
+        self,
+        backend: str | None = None,
+        *,
+        world: int | None = None,
+        group: Any = None,
+        schedule: Any = None,
+        seed: int = 0,
+    ) -> BoundKernel:
+        """This kernel on a backend: ``reference``, ``simulate`` or ``interpret`` on this CPU, else CUDA.
+
+        The CPU backends take for each tensor a list of one a rank and give lists back; ``world`` is the
+        number of ranks (default: the length of the lists). ``group`` is a process group of
+        torch.distributed, ``schedule`` a schedule, ``seed`` the simulator's.
+        """
+        from tilelink.frontend.errors import BadCall
+
+        if backend is not None and backend not in BACKENDS:
+            raise _clean(
+                BadCall(what=f"there is no backend `{backend}`", advice=", ".join(BACKENDS))
+            )
+        return BoundKernel(self, backend or "cuda", world, group, schedule, seed)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs on the GPU of this rank; outputs in parameter order, those not given allocated."""
+        return self.on()(*args, **kwargs)
+
+
+class BoundKernel:
+    """A kernel with a backend chosen, to be called."""
+
+    def __init__(
+        self, kernel: Kernel, backend: str, world: int | None, group: Any, schedule: Any, seed: int
+    ) -> None:
+        self.kernel = kernel
+        self.backend = backend
+        self.world = world
+        self.group = group
+        self.schedule = schedule
+        self.seed = seed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs in parameter order; a single one is not wrapped in a tuple."""
+        try:
+            if self.backend == "cuda":
+                return self._launch(args, kwargs)
+            return self._run(args, kwargs)
+        except TilelinkError as error:
+            raise _clean(error) from None
+
+    def _launch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from tilelink.backend.runtime.cuda import launch
+        from tilelink.frontend.bind import match_arguments
+
+        signature = self.kernel.signature
+        given = match_arguments(self.kernel.name, signature, args, kwargs)
+        tensors = {n: v for n, v in given.items() if n in signature.tensors}
+        scalars = {n: v for n, v in given.items() if n not in signature.tensors}
+        return _unwrap(launch(self.kernel, tensors, scalars, self.group, self.schedule))
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        world, per_rank = self._split(args, kwargs)
+        bounds = [self.kernel.bind(a, world, k, strict=False) for a, k in per_rank]
+        for rank, bound in enumerate(bounds):
+            self._check_ranks(bounds[0], bound, rank)
+        op = self.kernel.build_for(bounds[0])
+        inputs = [
+            {**{n: t for n, t in b.tensors.items() if t is not None}, **b.scalars} for b in bounds
+        ]
+        results = self._execute(op, inputs)
+        outputs = [t for t in op.find("tensor") if t["role"] in ("out", "inout")]
+        names = [t.symbol for t in outputs]
+        return _unwrap(
+            tuple(
+                [_deliver(b.tensors.get(n), r[n]) for b, r in zip(bounds, results, strict=True)]
+                for n in names
+            )
+        )
+
+    def _execute(self, op: Op, inputs: list[dict[str, Any]]) -> Any:
+        if self.backend == "reference":
+            from tilelink.backend import reference
+
+            return reference.run(op, inputs)
+        from tilelink.backend.pipeline import compile_kernel
+
+        program = compile_kernel(op, self.schedule)
+        if self.backend == "simulate":
+            from tilelink.backend import simulate
+
+            return simulate.run(program, inputs, seed=self.seed)
+        from tilelink.backend.runtime import interpret
+
+        return interpret.run(program, inputs)
+
+    def _split(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[int, list[tuple[list[Any], dict[str, Any]]]]:
+        """The number of ranks, and each one's arguments: lists are taken apart, all else is shared."""
+        from tilelink.frontend.errors import BadCall
+
+        named = dict(zip(self.kernel.params, args, strict=False)) | kwargs
+        lists = {n: len(v) for n, v in named.items() if isinstance(v, list | tuple)}
+        world = self.world if self.world is not None else next(iter(lists.values()), 1)
+        for name, length in lists.items():
+            if length != world:
+                raise BadCall(
+                    what=f"argument `{name}` is a list of {length}, but there are {world} ranks",
+                    advice="pass a list of one tensor a rank",
+                )
+
+        def of(value: Any, rank: int) -> Any:
+            return value[rank] if isinstance(value, list | tuple) else value
+
+        return world, [
+            ([of(a, rank) for a in args], {k: of(v, rank) for k, v in kwargs.items()})
+            for rank in range(world)
+        ]
+
+    def _check_ranks(self, first: Bound, bound: Bound, rank: int) -> None:
+        from tilelink.frontend.errors import ShapeMismatch
+
+        if bound.request == first.request and bound.scalars == first.scalars:
+            return
+        raise ShapeMismatch(
+            left=f"the arguments of rank {rank}",
+            right="those of rank 0",
+            advice="all ranks pass the same shapes, element types and numbers",
+        )
+
+
+def _deliver(given: Any, result: Any) -> Any:
+    """The output tensor: the one the caller gave, filled, or the executor's own."""
+    if given is None or given is result:
+        return result
+    given.copy_(result)
+    return given
+
+
+def _unwrap(outputs: Any) -> Any:
+    if isinstance(outputs, tuple | list) and len(outputs) == 1:
+        return outputs[0]
+    return outputs
+
+
+def kernel(
+    mapping: str, *, example: Mapping[str, int] | None = None
+) -> Callable[[Callable[..., Any]], Kernel]:
+    """Makes a kernel of a function: ``@tilelink.kernel("gather A[M, K] over M")``.
+
+    ``mapping`` is text of the mapping language, or the path of a ``.map`` or ``.tl`` file beside the
+    source. ``example`` gives extents to the command line. The function is parsed, never called; a mistake
+    raises an error of `tilelink.frontend` with its place.
+    """
+    if callable(mapping):
+        from tilelink.frontend.errors import BadCall
+
+        raise BadCall(
+            what="`tilelink.kernel` takes the mapping",
+            advice='@tilelink.kernel("gather A[M, K] over M")',
+        )
+
+    def decorate(function: Callable[..., Any]) -> Kernel:
+        from tilelink.frontend.bind import read_signature
+        from tilelink.frontend.source import read_function
+
+        try:
+            source = read_function(function)
+            placed = _read_mapping(mapping, source)
+            signature = read_signature(source, placed)
+        except TilelinkError as error:
+            raise _clean(error) from None
+        return Kernel(function, source, placed, signature, example or {})
+
+    return decorate
+
+
+def _read_mapping(text: str, source: FunctionSource) -> TileMapping:
+    from tilelink.frontend.errors import BadFile
+    from tilelink.frontend.mapping import parse_mapping
+
+    if text.endswith(MAPPING_SUFFIXES) and "\n" not in text:
+        path = Path(source.function.__code__.co_filename).parent / text
+        try:
+            content = path.read_text()
+        except OSError as error:
+            raise BadFile(
+                what=f"the mapping file `{text}` of kernel `{source.name}` cannot be read: {error.strerror}",
+                advice=f"the path is relative to the folder of {source.source.name}",
+            ) from None
+        from tilelink.frontend.source import display_name
+
+        return parse_mapping(content, display_name(str(path)))
+    for decorator in source.node.decorator_list:
+        for node in ast.walk(decorator):
+            if isinstance(node, ast.Constant) and node.value == text:
+                quotes = _quotes(source.source, node)
+                return parse_mapping(
+                    text,
+                    source.source.name,
+                    host=source.source,
+                    line_offset=node.lineno - 1,
+                    column_offset=node.col_offset + quotes,
+                )
+    return parse_mapping(text, f"<mapping of {source.name}>")
+
+
+def _quotes(source: Source, node: ast.Constant) -> int:
+    """How many characters stand before the content of a string literal."""
+    start = source.line(node.lineno)[node.col_offset :]
+    prefix = len(start) - len(start.lstrip("rRuUbBfF"))
+    return prefix + (3 if start[prefix : prefix + 3] in ('"""', "'''") else 1)
+
+
+def load_kernels(path: str | Path) -> dict[str, Kernel]:
+    """The kernels that a Python file defines, by name, in order of definition.
+
+    Raises BadFile where the file cannot be read or imported, and the errors of its kernels.
+    """
+    from tilelink.errors import Span
+    from tilelink.frontend.errors import BadFile
+    from tilelink.frontend.source import display_name
+
+    path = Path(path)
+    name = display_name(str(path))
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFile(
+            what=f"{name} cannot be read: {error}", advice="give the path of a Python file"
+        ) from None
+    try:
+        compile(text, str(path), "exec")
+    except SyntaxError as error:
+        column = error.offset or 1
+        end = max(error.end_offset or 0, column + 1)
+        span = Span(Source(name, text), error.lineno or 1, column, end)
+        raise BadFile(
+            span, what=f"this is not Python: {error.msg}", advice="correct the syntax"
+        ) from None
+    module_name = f"tilelink_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise BadFile(what=f"{name} is not a Python file", advice="give a file that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except TilelinkError as error:
+        raise _clean(error) from None
+    except Exception as error:
+        line = _line_in(error, str(path.resolve()))
+        here = None if line is None else Span(Source(name, text), line, 1, len(text) + 1)
+        raise BadFile(
+            here,
+            what=f"importing {name} failed: {type(error).__name__}: {error}",
+            advice="the file is imported to find its kernels",
+        ) from None
+    found = [v for v in vars(module).values() if isinstance(v, Kernel)]
+    return {k.name: k for k in sorted(found, key=_line)}
+
+
+def _line(found: Kernel) -> int:
+    return found.source.node.lineno
+
+
+def _line_in(error: Exception, path: str) -> int | None:
+    """The last line of ``path`` on the way to ``error``."""
+    found, frame = None, error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == path:
+            found = frame.tb_lineno
+        frame = frame.tb_next
+    return found
