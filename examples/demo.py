@@ -58,7 +58,7 @@ def run(kernel, extents, inputs, resource=None):
 
 def random(*shape, scale=1.0):
     """A bf16 tensor of normal numbers."""
-    return (torch.randn(shape) * scale).to(torch.bfloat16)
+    return torch.normal(0.0, scale, shape).to(torch.bfloat16)
 
 
 def main():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from tilelink.backend.emit.scope import TL_DTYPE, Dim, Scope, item_bytes, refuse
@@ -205,7 +206,7 @@ def _lift(position: int, rank: int) -> str:
 def base(scope: Scope, symbol: str, peer: str | None = None) -> str:
     """The text of a pointer to the start of a tensor or of a buffer, on this rank or on ``peer``."""
     decl = scope.program.symbols[symbol]
-    if decl.name == "tensor":
+    if decl.name == "tensor" or (decl.get("space") == "local" and peer is None):
         return scope.pointers.setdefault(symbol, _parameter(scope, symbol, "_ptr"))
     if peer is not None:
         return f"device.peer_pointer(peers, {peer}, {decl['offset']}, {TL_DTYPE[decl['dtype']]})"
@@ -268,7 +269,6 @@ def choose(scope: Scope, op: Op) -> None:
         raise refuse(op, "a local shard whose rows are not as long as the buffer's")
     token = _token(scope, ref.symbol)
     block = scope.blocks(op.results[0].type)
-    tma = _tma(scope, op, ref, block) is not None and _tma(scope, op, own, block) is not None
     there, here = axes(scope, op, ref), axes(scope, op, own)
     source = f"{label}_from"
     starts: dict[int, tuple[str, str]] = {}
@@ -280,6 +280,8 @@ def choose(scope: Scope, op: Op) -> None:
             starts[number] = (near.start, moved)
     names = {n: f"{label}_{'row' if n == 0 else f'at{n}'}" for n in starts}
     scope.used.update((source, *names.values()))
+    # Both sides are read the same way.
+    tma = all(_tma_load(scope, op, side, block, names) is not None for side in (ref, own))
     sides = (own.symbol, ref.symbol)
     texts = [descriptor(scope, symbol, block) if tma else base(scope, symbol) for symbol in sides]
     scope.fence = scope.fence or tma
@@ -308,10 +310,10 @@ def _load(scope: Scope, op: Op, name: str, type_: Type, choice: Choice | None) -
     token = "" if choice is not None else _token(scope, ref.symbol)
     block = scope.blocks(type_)
     convert = "" if decl["dtype"] == type_.dtype else f".to({TL_DTYPE[type_.dtype]})"
-    pair = _tma(scope, op, ref, block)
-    if choice is not None and _tma(scope, op, op["own"], block) is None:
-        pair = None
-    dirty: set[str] = set()
+    placed = choice.starts if choice is not None else {}
+    sides = (ref,) if choice is None else (ref, op["own"])
+    pairs = [_tma_load(scope, op, side, block, placed) for side in sides]
+    pair = pairs[0] if all(p is not None for p in pairs) else None
     if pair is not None:
         rows, cols = pair
         first, second = _plus(rows.start, token), cols.start
@@ -319,11 +321,6 @@ def _load(scope: Scope, op: Op, name: str, type_: Type, choice: Choice | None) -
             first, second = choice.starts.get(0, first), choice.starts.get(1, second)
         source = choice.source if choice is not None else descriptor(scope, ref.symbol, block)
         scope.writer.line(f"{name} = {source}.load([{first}, {second}]){convert}")
-        for axis in pair:
-            assert axis.dim is not None
-            whole = axis.dim.ends and axis.own_start and choice is None
-            if not axis.dim.exact and not whole:
-                dirty.add(axis.name)
         scope.fence = scope.fence or decl.name == "buffer"
     else:
         start = choice.source if choice is not None else base(scope, ref.symbol)
@@ -332,7 +329,60 @@ def _load(scope: Scope, op: Op, name: str, type_: Type, choice: Choice | None) -
         if at.mask:
             args += [f"mask={at.mask}", "other=0"]
         scope.writer.call(f"{name} = tl.load(", args, f"){convert}")
-    scope.dirty[op.results[0].name] = frozenset(dirty)
+    dirt = _strays(pair, placed) if pair is not None else frozenset[str]()
+    scope.dirty[op.results[0].name] = dirt
+
+
+def _tma_load(
+    scope: Scope, op: Op, ref: Ref, block: tuple[int, ...], placed: Mapping[int, str]
+) -> list[Axis] | None:
+    """The two axes of a load that TMA can make and that a pipelined product can use, else None."""
+    pair = _tma(scope, op, ref, block)
+    if pair is None or op.results[0].name in scope.touched:
+        return None
+    return None if _strays(pair, placed) & scope.contracted else pair
+
+
+def _strays(pair: list[Axis], placed: Mapping[int, str]) -> frozenset[str]:
+    """Dimensions along which a TMA load brings elements past the tile's end that are not zero.
+
+    TMA fills with zeros past the end of the tensor, not past the end of a segment inside of it.
+    ``placed``: axes on which the tile does not lie at its own start.
+    """
+    found = set()
+    for number, axis in enumerate(pair):
+        assert axis.dim is not None
+        whole = axis.dim.ends and axis.own_start and number not in placed
+        if not axis.dim.exact and not whole:
+            found.add(axis.name)
+    return frozenset(found)
+
+
+def contracted(ops: tuple[Op, ...]) -> frozenset[str]:
+    """Dimensions that some product sums over: an element past the end would count."""
+    dots = (op for top in ops for op in top.walk() if op.name == "dot")
+    return frozenset(op.operands[0].type.shape[-1] for op in dots)
+
+
+def touched(ops: tuple[Op, ...]) -> frozenset[str]:
+    """Loads in tile loops whose value is anything but an operand of a product, as it is or transposed.
+
+    Triton 3.6 pipelines such a loop wrongly when the load is a TMA load: the value goes through
+    registers, and the next tile overwrites its shared memory before all warps have read it.
+    """
+    found: set[str] = set()
+    for loop in (op for top in ops for op in top.walk() if op.name == "for_tiles"):
+        loaded = {o.results[0].name for o in loop.body if o.name == "load"}
+        turned = {o.results[0].name: o.operands[0].name for o in loop.body if o.name == "transpose"}
+        for op in (inner for child in loop.body for inner in child.walk()):
+            if op.name == "transpose":
+                continue
+            plain = {v.name for v in op.operands[:2]} if op.name == "dot" else set()
+            for value in op.operands:
+                name = turned.get(value.name, value.name)
+                if name in loaded and value.name not in plain:
+                    found.add(name)
+    return frozenset(found)
 
 
 def store(scope: Scope, op: Op) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilelink.backend.emit import body
+from tilelink.backend.emit import access, body
 from tilelink.backend.emit.loops import Walk, decode, total
 from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import Writer, identifier
-from tilelink.ir import Op
+from tilelink.ir import Expr, Op, Range, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +99,10 @@ def _parameters(scope: Scope) -> tuple[Parameter, ...]:
 
 def _write(program: Program, launch: Op, system: frozenset[str], fenced: bool) -> Scope:
     scope = Scope(program, Writer(), stages=int(launch.get("stages", 3)), fenced=fenced)
-    scope.used |= {"ctx", *CONTEXT, "token", "q", "last"}
+    scope.used |= {"ctx", *CONTEXT, "token", "arrived", "q", "last"}
     scope.writer.depth = 1
+    scope.touched = access.touched(launch.body)
+    scope.contracted = access.contracted(launch.body)
     for op in launch.body:
         if op.name == "stage":
             _stage(scope, launch, op, system)
@@ -125,6 +127,7 @@ def _stage(scope: Scope, launch: Op, stage: Op, system: frozenset[str]) -> None:
         return
     if (low, high) == (0, workers):
         head = f"for q in tl.range(tl.program_id(0), {count}, tl.num_programs(0), num_stages=1):"
+        stage = _hoist_waits(scope, stage, system)
         with writer.block(head):
             _task(scope, stage, "q", system)
         return
@@ -135,8 +138,45 @@ def _stage(scope: Scope, launch: Op, stage: Op, system: frozenset[str]) -> None:
     elif low:
         inside = f"(tl.program_id(0) >= {low}) & ({inside})"
     loop = f"for q in tl.range({worker}, {count}, {high - low}, num_stages=1):"
-    with writer.block(f"if {inside}:"), writer.block(loop):
-        _task(scope, stage, "q", system)
+    with writer.block(f"if {inside}:"):
+        stage = _hoist_waits(scope, stage, system)
+        with writer.block(loop):
+            _task(scope, stage, "q", system)
+
+
+def _hoist_waits(scope: Scope, stage: Op, system: frozenset[str]) -> Op:
+    """Write the waits that are the same for every task once, before the loop; the stage without them.
+
+    A later task of the same worker is dominated by the first one's wait on the same element and count.
+    """
+    variables = {arg.name for arg in stage.args}
+    fixed: list[Op] = []
+    for op in stage.body:
+        if op.name != "wait" or _names(op) & variables:
+            break
+        fixed.append(op)
+    scope.hoisted = bool(fixed)
+    if fixed:
+        scope.tile = "tl.program_id(0)"
+        scope.writer.line("token = 0")
+        body.ops(scope, tuple(fixed), system)
+        scope.tile = "0"
+        scope.writer.line("arrived = token")
+    return stage.with_ops(stage.body[len(fixed) :])
+
+
+def _names(op: Op) -> set[str]:
+    """The variables that a wait's index and attributes read, without their fields."""
+    assert op.ref is not None
+    found: set[str] = set()
+    for item in (*op.ref.index, *(value for _, value in op.attrs)):
+        parts = (item.lo, item.hi) if isinstance(item, Range) else (item,)
+        for part in parts:
+            if isinstance(part, Expr):
+                found |= part.names
+            elif isinstance(part, Value):
+                found.add(part.name)
+    return found | {name.rsplit(".", 1)[0] for name in found}
 
 
 def _dynamic(scope: Scope, stage: Op, count: str, system: frozenset[str]) -> None:
@@ -155,11 +195,12 @@ def _task(scope: Scope, stage: Op, q: str, system: frozenset[str]) -> None:
     scope.tokens.clear()
     scope.tile = q
     decode(scope, stage, stage.args, Walk.of(stage), q)
-    if any(op.name == "wait" for op in stage.walk()):
-        scope.writer.line("token = 0")
+    if scope.hoisted or any(op.name == "wait" for op in stage.walk()):
+        scope.writer.line("token = arrived" if scope.hoisted else "token = 0")
         scope.tokens.append("token")
     body.ops(scope, stage.body, system)
     scope.tokens.clear()
+    scope.hoisted = False
     scope.tile = "0"
 
 

@@ -159,6 +159,9 @@ class Scope:
     extents: dict[str, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     tokens: list[str] = field(default_factory=list)
+    touched: frozenset[str] = frozenset()  # loads in tile loops that TMA must not make
+    contracted: frozenset[str] = frozenset()  # dimensions that a product sums over
+    hoisted: bool = False  # waits of the stage stand before its loop
     tile: str = "0"  # text of the tile number, for error records
     stages: int = 3
     fence: bool = False  # TMA reads what peers or other CTAs wrote

@@ -20,12 +20,13 @@ def lay_out_memory(program: Op) -> Op:
 
         buffer @A.all {dims = [M, K], dtype = "bf16", offset = 262144, space = "symmetric"}
 
-    The program's ``bytes`` attribute is the arena that it needs. Invariant: places do not overlap and
+    The program's ``bytes`` attribute is the arena that it needs, ``workspace`` the local memory beside it:
+    what no peer writes lies apart, so that the next program's pushes cannot reach it. Invariant: places do not overlap and
     each kind stays in its area.
     """
     names = extents_of(program)
     used = _used(program)
-    flags, counters, data = arena.FLAGS, arena.COUNTERS, arena.DATA
+    flags, counters, data, workspace = arena.FLAGS, arena.COUNTERS, arena.DATA, 0
     ops: list[Op] = []
     for op in program.body:
         if op.name == "tensor" and op["role"] == "temp":
@@ -40,6 +41,8 @@ def lay_out_memory(program: Op) -> Op:
                 op, flags = op.with_attrs(offset=flags), flags + _round(size, 64)
             elif op.name == "counter":
                 op, counters = op.with_attrs(offset=counters), counters + _round(size, 64)
+            elif op.name == "buffer" and op["space"] == "local":
+                op, workspace = op.with_attrs(offset=workspace), workspace + _round(size, arena.ALIGN)
             elif op.name == "buffer":
                 op, data = op.with_attrs(offset=data), data + _round(size, arena.ALIGN)
         ops.append(op)
@@ -48,8 +51,7 @@ def lay_out_memory(program: Op) -> Op:
             detail="the program needs more flags than an arena has",
             help="use fewer channels in the schedule",
         )
-    program = program.with_ops(tuple(ops)).with_attrs(bytes=data)
-    return program
+    return program.with_ops(tuple(ops)).with_attrs(bytes=data, workspace=workspace or None)
 
 
 def _round(size: int, unit: int) -> int:

@@ -68,6 +68,8 @@ class GroupState:
             )
         self.store = _store_of(group) if self.world > 1 else None
         self.arenas: list[Arena] = []
+        # A program keeps the one that it first met: captured graphs hold its address.
+        self.workspaces: list[torch.Tensor] = []
         self.agreements = 0
         self.streams: dict[str, torch.cuda.Stream] = {}
         words = 1 + layout.RECORD_WORDS
@@ -96,6 +98,12 @@ class GroupState:
             grown = -(-grown // (2 << 20)) * (2 << 20)
             self.arenas.append(Arena(self.group, self.rank, self.world, self.device, grown))
         return self.arenas[-1]
+
+    def workspace_for(self, size: int) -> torch.Tensor:
+        """At least ``size`` bytes of this rank's own memory, shared by programs, which run in turn."""
+        if not self.workspaces or self.workspaces[-1].numel() < size:
+            self.workspaces.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+        return self.workspaces[-1]
 
     def agree(
         self, kernel: str, facts: dict[str, str], error: BaseException | None, least: float = 0.0

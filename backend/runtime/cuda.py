@@ -36,6 +36,7 @@ class Program:
 
     def __init__(self, state: GroupState, image: Image, host: Host, arena: Arena) -> None:
         self.state, self.image, self.host, self.arena = state, image, host, arena
+        self.workspace = state.workspace_for(image.workspace_bytes)
         self.inputs = tuple(s for s in image.tensors.values() if s.role in ("in", "inout"))
         self.temporary = {
             s.name: torch.empty(s.dims, dtype=TORCH_DTYPES[s.dtype], device=state.device)
@@ -93,6 +94,7 @@ class Program:
             addresses=self.arena.addresses,
         )
         recorder.tensors = tensors
+        recorder.workspace = self.workspace
         recorder.scalars = dict(scalars)
         self.host(recorder)
         plan = recorder.finish()

@@ -20,6 +20,7 @@ class Slot:
     dtype: str
     offset: int = 0
     role: str = ""
+    local: bool = False  # in this rank's workspace, not in the arena
 
     @property
     def bytes(self) -> int:
@@ -81,7 +82,14 @@ class Image:
     @property
     def arena_bytes(self) -> int:
         """Bytes of the arena that the program needs."""
-        return max((b.offset + b.bytes for b in self.buffers.values()), default=layout.DATA)
+        shared = [b for b in self.buffers.values() if not b.local]
+        return max((b.offset + b.bytes for b in shared), default=layout.DATA)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of this rank's own memory that the program needs."""
+        own = [b for b in self.buffers.values() if b.local]
+        return max((b.offset + b.bytes for b in own), default=0)
 
     @property
     def counter_words(self) -> tuple[int, int]:
@@ -129,7 +137,13 @@ def image_of(program: Op) -> Image:
 
     def regions(kind: str) -> dict[str, Slot]:
         return {
-            op.symbol: Slot(op.symbol, dims(op), op.get("dtype", "int32"), int(op["offset"]))
+            op.symbol: Slot(
+                op.symbol,
+                dims(op),
+                op.get("dtype", "int32"),
+                int(op["offset"]),
+                local=op.get("space") == "local",
+            )
             for op in program.find(kind)
         }
 
@@ -166,7 +180,7 @@ def one_worker(program: Op) -> Op:
 def widen(program: Op, narrow: str = "bf16", wide: str = "fp32") -> Op:
     """Every dtype ``narrow`` -> ``wide``, buffers moved apart so that they still fit.
 
-    The distance of each buffer from the start of the data area is multiplied by the ratio of the two
+    The distance of each buffer from the start of its area is multiplied by the ratio of the two
     sizes, so regions that did not overlap still do not.
     """
     ratio = DTYPES[wide] // DTYPES[narrow]
@@ -188,7 +202,8 @@ def widen(program: Op, narrow: str = "bf16", wide: str = "fp32") -> Op:
         if attrs.get("dtype") == narrow:
             attrs["dtype"] = wide
         if op.name == "buffer":
-            attrs["offset"] = layout.DATA + (int(op["offset"]) - layout.DATA) * ratio
+            start = 0 if op.get("space") == "local" else layout.DATA
+            attrs["offset"] = start + (int(op["offset"]) - start) * ratio
         return replace(
             op,
             results=tuple(map(value, op.results)),

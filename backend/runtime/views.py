@@ -24,7 +24,7 @@ class Views:
 
     ``arenas``: one 1-D uint8 tensor a rank, the arena of that rank as this process sees it.
     ``tensors``: the user's tensors (and outputs) by name; ``scalars``: by name.
-    ``extents``: the dynamic ones.
+    ``extents``: the dynamic ones. ``workspace``: 1-D uint8, this rank's own memory for local buffers.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Views:
         self.scalars: dict[str, float] = {}
         self.extents: dict[str, int] = dict(image.dynamic)
         self._arenas = arenas
+        self.workspace: torch.Tensor | None = None
         self._named = {"launch": 0, "collective": 0}
         self._buffers: dict[tuple[str, int | None], torch.Tensor] = {}
         self._descriptors: dict[tuple[object, ...], Any] = {}
@@ -70,12 +71,15 @@ class Views:
         return (self.image.launches if kind == "launch" else self.image.collectives)[number]
 
     def buffer(self, name: str, peer: int | None = None) -> torch.Tensor:
-        """The buffer ``name`` in this rank's arena, or in that of ``peer``: its dims and dtype."""
+        """The buffer ``name`` of this rank, or in the arena of ``peer``: its dims and dtype."""
         found = self._buffers.get((name, peer))
         if found is None:
             slot = self.image.buffers[name]
-            arena = self._arenas[self.rank if peer is None else peer]
-            found = view_of(arena, slot)
+            if slot.local and (peer is not None or self.workspace is None):
+                raise ValueError(f"no workspace holds @{name} of rank {peer}")
+            where = self.workspace if slot.local else self._arenas[self.rank if peer is None else peer]
+            assert where is not None
+            found = view_of(where, slot)
             self._buffers[name, peer] = found
         return found
 

@@ -260,10 +260,13 @@ def run_calls(message: dict[str, Any], shared: Shared) -> dict[str, Any]:
     module = load_module(message["path"])
     image = image_of(parse_ir(module.TEXT))
     common = (image, shared.rank, shared.arenas, shared.peers)
+    # NaN in every floating dtype: nothing may be read before it is written.
+    workspace = torch.full((image.workspace_bytes,), 0xFF, dtype=torch.uint8)
     outputs: list[dict[str, torch.Tensor]] = []
     for inputs in message["calls"]:
         call = Call(*common, message["progress"], message["arrival"], shared=shared)
         call.tensors = inputs
+        call.workspace = workspace
         call.scalars = message["scalars"]
         module.host(call)
         call.finish()

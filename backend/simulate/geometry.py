@@ -100,12 +100,17 @@ class Geometry:
     def _check_memory(self) -> None:
         """BoundsError where two things of the arena share bytes."""
         placed = sorted(
-            (int(d.op["offset"]), prod(d.shape) * DTYPES[d.dtype], d.name)
+            (
+                d.op.get("space") == "local",
+                int(d.op["offset"]),
+                prod(d.shape) * DTYPES[d.dtype],
+                d.name,
+            )
             for d in self.decls.values()
             if d.kind != "tensor" and d.op.get("offset") is not None
         )
-        for (at, size, name), (other_at, _, other) in itertools.pairwise(placed):
-            if at + size > other_at:
+        for (place, at, size, name), (space, other_at, _, other) in itertools.pairwise(placed):
+            if place == space and at + size > other_at:
                 detail = f"shares bytes of the arena with `{other}`"
                 raise BoundsError(self.decls[name].op.span, symbol=name, detail=detail)
 

@@ -105,7 +105,7 @@ def _shapes(out: Expansion, into: Access) -> None:
 
 def _areas(out: Expansion) -> None:
     """Flags, counters and buffers lie in their areas and do not overlap."""
-    taken: list[tuple[int, int, Op]] = []
+    taken: list[tuple[bool, int, int, Op]] = []
     for op in out.declarations.values():
         if op.name == "tensor" or op.get("offset") is None:
             continue
@@ -120,17 +120,17 @@ def _areas(out: Expansion) -> None:
         elif op.name == "counter":
             areas = [(COUNTERS, COUNTERS + COUNTER_BYTES)]
         else:
-            areas = [(DATA, 1 << 62)]
+            areas = [(0 if op.get("space") == "local" else DATA, 1 << 62)]
         if not any(lo <= begin and end <= hi for lo, hi in areas):
             raise BoundsError(
                 op.span,
                 symbol=op.symbol,
                 detail=f"bytes {begin} to {end} are outside the area of a {op.name}",
             )
-        taken.append((begin, end, op))
-    taken.sort(key=lambda t: (t[0], t[1], t[2].symbol))
-    for (_, end, before), (begin, _, after) in pairwise(taken):
-        if begin < end:
+        taken.append((op.get("space") == "local", begin, end, op))
+    taken.sort(key=lambda t: (t[0], t[1], t[2], t[3].symbol))
+    for (place, _, end, before), (other, begin, _, after) in pairwise(taken):
+        if place == other and begin < end:
             raise BoundsError(
                 after.span, symbol=after.symbol, detail=f"it overlaps @{before.symbol} in the arena"
             )

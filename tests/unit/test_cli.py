@@ -164,10 +164,11 @@ def test_reader_that_leaves_early_is_no_error() -> None:
         assert process.stderr.read() == b""
 
 
-def test_ir_imports_neither_torch_nor_triton() -> None:
+def test_ir_and_check_import_neither_torch_nor_triton() -> None:
     code = (
         "import sys\nfrom tilelink.cli.main import main\n"
         f"main(['ir', {str(AG_GEMM)!r}])\nmain(['ir', '--list-passes'])\n"
+        f"main(['check', {str(AG_GEMM)!r}])\n"
         "print(sorted({'torch', 'triton', 'networkx', 'lark'} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

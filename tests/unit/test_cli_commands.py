@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -323,6 +324,20 @@ def test_readme_shows_the_example_as_it_is() -> None:
     shown = [line.partition("  #")[0].rstrip() for line in block[1].splitlines()]
     example = (ROOT / "examples" / "ag_gemm.py").read_text()
     assert "\n".join(shown[3:]).strip() in example
+
+
+def test_demo_checks_its_results(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    demo = runpy.run_path(str(ROOT / "examples" / "demo.py"))
+    small = {"TOKENS": 64, "HIDDEN": 96, "PART": 48}
+    demo["main"].__globals__.update(small)
+    assert demo["main"]() == 0
+    out = capsys.readouterr().out
+    assert "ag_gemm_swiglu: M=64, K=96, N=48" in out
+    assert "gemm_rs: M=64, K=48, N=96" in out
+    assert out.count("correct    relative error") == 2
+    demo["main"].__globals__["LIMIT"] = -1.0
+    assert demo["main"]() == 1
 
 
 def test_error_page_lists_every_error() -> None:

@@ -52,6 +52,7 @@ def run_unit(unit: Unit, args: argparse.Namespace, rank: int, device: Any) -> li
 
     from tilelink.backend.emit.triton import emit
     from tilelink.backend.runtime import load_module, run_module, write_module
+    from tilelink.backend.runtime.watch import synchronize
     from tilelink.cli.run import compare
 
     program = unit.program(args)
@@ -61,6 +62,7 @@ def run_unit(unit: Unit, args: argparse.Namespace, rank: int, device: Any) -> li
     module = load_module(write_module(emit(program), program.symbol))
     values = {n: v for n, v in inputs[rank].items() if n in scalars}
     results = run_module(module.TEXT, module.host, mine, scalars=values)
+    synchronize()  # raises if a wait ran out
     names = [t.symbol for t in program.find("tensor") if t["role"] in ("out", "inout")]
     outputs = {n: value.cpu() for n, value in zip(names, results, strict=True)}
     gathered: list[Any] | None = [None] * unit.world if rank == 0 else None

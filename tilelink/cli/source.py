@@ -143,7 +143,8 @@ def _from_python(
         with tempfile.TemporaryDirectory(prefix="tilelink-") as folder:
             file = Path(folder) / "stdin.py"
             file.write_text(text, encoding="utf-8")
-            return _build_all(load_kernels(file), wanted, shown, args)
+            units = _build_all(load_kernels(file), wanted, shown, args)
+            return [Unit(u.name, u.path, u.op.with_attrs(file=shown)) for u in units]
     return _build_all(load_kernels(path), wanted, shown, args)
 
 
