@@ -47,12 +47,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--watchdog", type=float, default=60, metavar="SECONDS", help="end a launch that hangs"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--tensor-parallel", type=int, metavar="N", help="cut weights in N (default: the ranks)"
+    )
     return parser.parse_args(arguments)
 
 
-def chosen(suite: str, world: int, only: str) -> list[Case]:
-    """The cases of ``suite`` whose name or origin contains ``only``."""
-    return [case for case in SUITES[suite](world) if only in f"{case.name} ({case.origin})"]
+def chosen(suite: str, parallel: int, only: str) -> list[Case]:
+    """The cases of ``suite``, weights cut in ``parallel``, whose name or origin contains ``only``."""
+    return [case for case in SUITES[suite](parallel) if only in f"{case.name} ({case.origin})"]
 
 
 class Report:
@@ -117,7 +120,7 @@ def main() -> int:
 
     cluster = Cluster()
     settings = Settings(options.rounds, options.warmup, options.seed)
-    cases = chosen(options.suite, cluster.world, options.only)
+    cases = chosen(options.suite, options.tensor_parallel or cluster.world, options.only)
     header = environment.describe(cluster.world)
     header |= {"suite": options.suite, "settings": asdict(settings)}
     report = Report(options.out, cluster.rank, header, cases)
