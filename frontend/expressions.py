@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -159,9 +160,18 @@ class Expressions:
                 span,
                 name=node.id,
                 where=f" in `{scope.source.name}`",
-                advice="extents are named by unpacking a shape: `M, K = A.shape`",
+                advice=self._spelling(node.id, scope),
             )
         return self.check_outer(found, node.id, span)
+
+    def _spelling(self, name: str, scope: Scope) -> str:
+        """What may have been meant by a name that stands for nothing."""
+        close = difflib.get_close_matches(name, scope.names, 1)
+        if close:
+            return f"did you mean `{close[0]}`?"
+        if name == "tk":
+            return "the file needs `import tilelink.language as tk`"
+        return "extents are named by unpacking a shape: `M, K = A.shape`"
 
     def check_outer(self, found: Any, name: str, span: Span) -> Any:
         """``found``, where a kernel may refer to it; UnsupportedSyntax otherwise."""
@@ -182,11 +192,14 @@ class Expressions:
         if isinstance(owner, ModuleType):
             found = getattr(owner, name, _ABSENT)
             if found is _ABSENT:
+                close = difflib.get_close_matches(name, dir(owner), 1)
                 raise UnknownName(
                     span,
                     name=f"{ast.unparse(node)}",
                     where="",
-                    advice=f"see `dir({ast.unparse(node.value)})`",
+                    advice=f"did you mean `{ast.unparse(node.value)}.{close[0]}`?"
+                    if close
+                    else f"see `dir({ast.unparse(node.value)})`",
                 )
             return self.check_outer(found, ast.unparse(node), span)
         if isinstance(owner, TensorRef):

@@ -71,7 +71,7 @@ class Schedule:
     warps: int = 8
     stages: int = 3
     emitter: str = "triton"
-    flatten: bool = False
+    flatten: bool = True
     moves: tuple[tuple[str, Move], ...] = ()
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ class Schedule:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ScheduleError(
-                field="(all)", detail=f"not JSON: {error}", help="write one JSON object"
+                field="(all)", detail=f"not JSON: {error}", help='write one object: {"workers": 64}'
             ) from None
         data = _checked(data, Schedule, "")
         tiles, moves = data.pop("tiles", {}), data.pop("moves", {})
@@ -155,6 +155,7 @@ _KINDS: dict[str, type] = {
     "emitter": str,
     "flatten": bool,
 }
+_SPOKEN = {str: "a string", int: "a whole number", bool: "true or false"}
 
 
 def _checked(data: object, cls: type[Any], prefix: str) -> dict[str, Any]:
@@ -175,11 +176,15 @@ def _checked(data: object, cls: type[Any], prefix: str) -> dict[str, Any]:
             not isinstance(value, kind) or (kind is int and isinstance(value, bool))
         ):
             raise ScheduleError(
-                field=f"{prefix}{key}", detail=f"{value!r}", help=f"give a {kind.__name__}"
+                field=f"{prefix}{key}",
+                detail=f"{value!r} is not {_SPOKEN[kind]}",
+                help=f"give {_SPOKEN[kind]}",
             )
     return dict(data)
 
 
 def _positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ScheduleError(field=name, detail=f"{value!r}", help="give a positive integer")
+        raise ScheduleError(
+            field=name, detail=f"{value!r} is not a positive integer", help="give 1 or more"
+        )

@@ -84,7 +84,11 @@ def cases(
 ) -> Case:
     """A case of ``kernel``; tile lengths often do not divide the shape."""
     world = draw(st.sampled_from(worlds))
-    m = draw(st.integers(1, 8 * size)) if kernel == "gemm_ar" else world * draw(st.integers(1, 4 * size))
+    m = (
+        draw(st.integers(1, 8 * size))
+        if kernel == "gemm_ar"
+        else world * draw(st.integers(1, 4 * size))
+    )
     return Case(
         kernel=kernel,
         world=world,
@@ -106,8 +110,10 @@ def cases(
 
 BINARY = ("+", "-", "*", "/", "%", "min", "max", "==", "!=", "<", "<=", ">", ">=", "and", "or")
 NAMES = st.sampled_from(("M", "N", "WORLD", "RANK", "s", "m.start", "n.1.stop"))
-WORDS = st.from_regex(r"[a-z][a-z_]{0,6}", fullmatch=True).filter(lambda w: w not in RESERVED)
 RESERVED = frozenset({"and", "or", "min", "max", "do", "at", "true", "false", "inf", "nan"})
+WORDS: st.SearchStrategy[str] = st.from_regex(r"[a-z][a-z_]{0,6}", fullmatch=True).filter(
+    lambda word: word not in RESERVED
+)
 
 
 def expressions(depth: int = 3) -> st.SearchStrategy[Expr]:

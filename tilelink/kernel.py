@@ -405,7 +405,7 @@ def load_kernels(path: str | Path) -> dict[str, Kernel]:
         end = max(error.end_offset or 0, column + 1)
         span = Span(Source(name, text), error.lineno or 1, column, end)
         raise BadFile(
-            span, what=f"this is not Python: {error.msg}", advice="correct the syntax"
+            span, what=f"this is not Python: {error.msg}", advice=f"the file is read as Python {sys.version_info.major}.{sys.version_info.minor}"
         ) from None
     module_name = f"tilelink_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path.resolve())

@@ -388,8 +388,8 @@ def touched(ops: tuple[Op, ...]) -> frozenset[str]:
 def store(scope: Scope, op: Op) -> None:
     """``store``: a tile to memory of this rank or of a peer, rounded to the tensor's dtype.
 
-    A TMA store is used only where the tile is whole and nothing signals it: stock Triton waits for its
-    reads, not for its writes. A wide tile leaves in two halves, which frees registers early.
+    A TMA store is used only where the tile is whole and no signal follows at once: stock Triton waits
+    for its reads, not for its writes. A wide tile leaves in two halves, which frees registers early.
     """
     value, ref = op.operands[0], op.ref
     assert ref is not None
@@ -441,7 +441,8 @@ def _store(
     found: list[Axis],
 ) -> None:
     whole = all(a.dim is not None and a.dim.exact for a in found)
-    pair = _tma(scope, op, ref, block) if local and whole and not scope.notified else None
+    signalled = scope.notified and not scope.delayed
+    pair = _tma(scope, op, ref, block) if local and whole and not signalled else None
     if pair is not None:
         rows, cols = pair
         target = descriptor(scope, ref.symbol, block)
@@ -499,10 +500,10 @@ def load_sum(scope: Scope, op: Op) -> None:
     far = _corner(scope, base(scope, ref.symbol), found, _token(scope, ref.symbol))
     size = item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))
     aligned = _aligned(scope, found, steps[0], size)
-    total, source, part, there, here, chosen = (
-        f"{name}_{s}" for s in ("total", "source", "part", "parts", "own", "from")
+    total, part, there, here, chosen = (
+        f"{name}_{s}" for s in ("total", "part", "parts", "own", "from")
     )
-    scope.used.update((total, source, part, there, here, chosen))
+    scope.used.update((total, there, here))
     scope.writer.line(f"{there} = {far[0]}")
     for term in far[1:]:
         scope.writer.line(f"{there} += {term}")
@@ -514,20 +515,22 @@ def load_sum(scope: Scope, op: Op) -> None:
         for term in local[1:]:
             scope.writer.line(f"{here} += {term}")
         aligned = aligned and _aligned(scope, near, 0, size)
-    shape = ", ".join(map(str, scope.blocks(value.type)))
-    comma = "," if len(value.type.shape) == 1 else ""
-    scope.writer.line(f"{total} = tl.zeros(({shape}{comma}), tl.float32)")
-    with scope.writer.block(f"for {source} in tl.static_range({count}):"):
-        scope.writer.line(
-            f"{chosen} = {there} + tl.cast({source}, tl.int64) * {scope.expr(steps[0], 5)}"
-        )
+    # All loads stand before the first addition, so that they are under way together.
+    masked = [f"mask={mask}", "other=0"] if mask else []
+    for source in range(count):
+        scope.used.update((f"{chosen}{source}", f"{part}{source}"))
+        shift = scope.expr(Expr.of(steps[0]) * source)
+        scope.writer.line(f"{chosen}{source} = {there} + tl.cast({shift}, tl.int64)")
         if own is not None:
-            scope.writer.line(f"{chosen} = tl.where({source} == rank, {here}, {chosen})")
+            choice = f"tl.where(rank == {source}, {here}, {chosen}{source})"
+            scope.writer.line(f"{chosen}{source} = {choice}")
         if aligned:
-            scope.writer.line(f"{chosen} = tl.multiple_of({chosen}, 16)")
-        masked = [f"mask={mask}", "other=0"] if mask else []
-        scope.writer.call(f"{part} = tl.load(", [f"{chosen} + {offsets}", *masked])
-        scope.writer.line(f"{total} += {part}.to(tl.float32)")
+            scope.writer.line(f"{chosen}{source} = tl.multiple_of({chosen}{source}, 16)")
+        args = [f"{chosen}{source} + {offsets}", *masked, 'eviction_policy="evict_first"']
+        scope.writer.call(f"{part}{source} = tl.load(", args)
+    scope.writer.line(f"{total} = {part}0.to(tl.float32)")
+    for source in range(1, count):
+        scope.writer.line(f"{total} += {part}{source}.to(tl.float32)")
     dtype = value.type.dtype
     scope.writer.line(f"{name} = {total}" + (f".to({TL_DTYPE[dtype]})" if dtype != "fp32" else ""))
 

@@ -328,14 +328,14 @@ def _transfer(scope: Scope, op: Op, _: frozenset[str]) -> None:
 def _for_range(scope: Scope, op: Op, system: frozenset[str]) -> None:
     variable, *_ = op.args
     name = scope.define(variable)
-    _carry_in(scope, op, 0)
+    carry_in(scope, op, 0)
     low, high = scope.expr(op["lo"]), scope.expr(op["hi"])
     with scope.writer.block(f"for {name} in range({low}, {high}):"):
-        _loop_body(scope, op, system)
+        loop_body(scope, op, system)
 
 
 def _for_tiles(scope: Scope, op: Op, system: frozenset[str]) -> None:
-    _carry_in(scope, op, 2 if op.get("bounds") else 0)
+    carry_in(scope, op, 2 if op.get("bounds") else 0)
     for load in op.walk():
         own = load.get("own") if load.name == "load" else None
         if own is not None and id(load) not in scope.chosen and _early(scope, load):
@@ -391,7 +391,7 @@ def _tile_loop(scope: Scope, op: Op, system: frozenset[str]) -> None:
     before = (scope.tile, list(scope.tokens))
     known = set(scope.dims)
     with enter_tiles(scope, op, tiles, Walk.of(op), suffix, bounds):
-        _loop_body(scope, op, system)
+        loop_body(scope, op, system)
     scope.tile, scope.tokens = before
     for name in [d for d in scope.dims if d not in known]:
         del scope.dims[name]
@@ -401,7 +401,8 @@ def _is_carried(op: Op, arg: Value) -> bool:
     return arg in op.args[len(op.args) - len(op.results) :] if op.results else False
 
 
-def _carry_in(scope: Scope, op: Op, skip: int) -> None:
+def carry_in(scope: Scope, op: Op, skip: int) -> None:
+    """Name what a loop carries and give it its initial values; ``skip`` operands are bounds."""
     inits = op.operands[skip:]
     carried = op.args[len(op.args) - len(inits) :] if inits else ()
     for init, arg, result in zip(inits, carried, op.results, strict=True):
@@ -422,7 +423,8 @@ def _uses(scope: Scope, value: Value) -> int:
     return sum(v.name == value.name for op in scope.program.op.walk() for v in op.operands)
 
 
-def _loop_body(scope: Scope, op: Op, system: frozenset[str]) -> None:
+def loop_body(scope: Scope, op: Op, system: frozenset[str]) -> None:
+    """The ops of a loop's block, what they yield assigned to what is carried."""
     carried = op.args[len(op.args) - len(op.results) :] if op.results else ()
     body = op.body
     last = body[-1] if body and body[-1].name == "yield" else None

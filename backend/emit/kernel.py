@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilelink.backend.emit import access, body
+from tilelink.backend.emit.flat import can_flatten, flat_stage
 from tilelink.backend.emit.loops import Walk, decode, total
 from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import Writer, identifier
@@ -125,6 +126,9 @@ def _stage(scope: Scope, launch: Op, stage: Op, system: frozenset[str]) -> None:
     if stage.get("queue", "static") == "dynamic":
         _dynamic(scope, stage, count, system)
         return
+    if (low, high) == (0, workers) and can_flatten(scope, stage):
+        flat_stage(scope, stage, "tl.program_id(0)", "tl.num_programs(0)", count, system)
+        return
     if (low, high) == (0, workers):
         head = f"for q in tl.range(tl.program_id(0), {count}, tl.num_programs(0), num_stages=1):"
         stage = _hoist_waits(scope, stage, system)
@@ -138,6 +142,10 @@ def _stage(scope: Scope, launch: Op, stage: Op, system: frozenset[str]) -> None:
     elif low:
         inside = f"(tl.program_id(0) >= {low}) & ({inside})"
     loop = f"for q in tl.range({worker}, {count}, {high - low}, num_stages=1):"
+    if can_flatten(scope, stage):
+        with writer.block(f"if {inside}:"):
+            flat_stage(scope, stage, worker, str(high - low), count, system)
+        return
     with writer.block(f"if {inside}:"):
         stage = _hoist_waits(scope, stage, system)
         with writer.block(loop):

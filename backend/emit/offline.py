@@ -219,7 +219,7 @@ def _release_order(ttgir: str) -> list[str]:
     problems: list[str] = []
     barrier = False
     for text in ttgir.splitlines():
-        if re.search(r"\bgpu\.barrier\b|ttg\.barrier\b", text):
+        if re.search(r"\bgpu\.barrier\b|ttg\.barrier\b|inline_asm.*bar\.sync 0", text):
             barrier = True
         elif re.search(r"\btt\.store\b|tma_copy_local_to_global", text):
             barrier = False

@@ -160,6 +160,7 @@ class Scope:
     used: set[str] = field(default_factory=set)
     tokens: list[str] = field(default_factory=list)
     touched: frozenset[str] = frozenset()  # loads in tile loops that TMA must not make
+    delayed: bool = False  # notifies follow a tile later, behind a drain of TMA stores
     contracted: frozenset[str] = frozenset()  # dimensions that a product sums over
     hoisted: bool = False  # waits of the stage stand before its loop
     tile: str = "0"  # text of the tile number, for error records

@@ -209,7 +209,9 @@ def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op
         for i in users:
             queue = f"{stages[i].symbol}.queue"
             if stages[i].get("queue") is None:
-                stages[i] = stages[i].with_attrs(queue="dynamic", counter=Ref(queue, (Expr.const(0),)))
+                stages[i] = stages[i].with_attrs(
+                    queue="dynamic", counter=Ref(queue, (Expr.const(0),))
+                )
                 counters.append(make("counter", ref=Ref(queue), dims=(1,)))
         return launch.with_ops((stage, *stages)), counters
     at = max(

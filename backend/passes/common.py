@@ -315,9 +315,9 @@ def tasks_across(program: Op, stage: Op, skip: int | None) -> int:
 
 def tasks_of_stage(program: Op, stage: Op) -> int:
     """All tasks of ``stage`` on one rank."""
-    segment = stage.get("segment")
-    if segment is None:
+    if stage.get("segment") is None:
         return tasks_across(program, stage, None)
+    segment = int(stage["segment"])
     axis = int(stage.get("axis", 0))
     extent = stage["extent"][axis]
     length = extent if isinstance(extent, int) else int(extent.evaluate(extents_of(program)))

@@ -20,9 +20,9 @@ def lay_out_memory(program: Op) -> Op:
 
         buffer @A.all {dims = [M, K], dtype = "bf16", offset = 262144, space = "symmetric"}
 
-    The program's ``bytes`` attribute is the arena that it needs, ``workspace`` the local memory beside it:
-    what no peer writes lies apart, so that the next program's pushes cannot reach it. Invariant: places do not overlap and
-    each kind stays in its area.
+    The program's ``bytes`` attribute is the arena that it needs, ``workspace`` the local memory beside
+    it: what no peer writes lies apart, so that the next program's pushes cannot reach it. Invariant:
+    places do not overlap and each kind stays in its area.
     """
     names = extents_of(program)
     used = _used(program)
@@ -42,7 +42,10 @@ def lay_out_memory(program: Op) -> Op:
             elif op.name == "counter":
                 op, counters = op.with_attrs(offset=counters), counters + _round(size, 64)
             elif op.name == "buffer" and op["space"] == "local":
-                op, workspace = op.with_attrs(offset=workspace), workspace + _round(size, arena.ALIGN)
+                op, workspace = (
+                    op.with_attrs(offset=workspace),
+                    workspace + _round(size, arena.ALIGN),
+                )
             elif op.name == "buffer":
                 op, data = op.with_attrs(offset=data), data + _round(size, arena.ALIGN)
         ops.append(op)

@@ -130,7 +130,11 @@ def _gather_waits(info: Moved, tile: Value | None, load: Op, loop: Op) -> list[O
     owner = info.owner_of(start_of(tile))
     index = (owner, _span(*info.channel_range(start_of(tile), stop_of(tile), _length(loop, tile))))
     remote = binary("!=", owner, RANK)
-    return [make("wait", ref=Ref(f"{info.name}.ready", index), span=load.span).with_attrs(**{"if": remote})]
+    return [
+        make("wait", ref=Ref(f"{info.name}.ready", index), span=load.span).with_attrs(
+            **{"if": remote}
+        )
+    ]
 
 
 def _sum_waits(program: Op, info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op]:

@@ -57,7 +57,8 @@ def plan_buffers(program: Op) -> Op:
         for name, tensor in tensors_of(program).items()
         if tensor["move"] in ("gather", "scatter", "reduce", "shard")
     }
-    program = program.with_ops(tuple(_rewrite(op, infos) for op in program.body))
+    cut = _cut_tiles(program)
+    program = program.with_ops(tuple(_rewrite(op, infos, cut) for op in program.body))
     return add_declarations(program, *buffers)
 
 
@@ -98,16 +99,26 @@ def _final_pair(stage: Op, name: str) -> bool:
     return any(op.get("final") for op in accesses(stage, name, "store"))
 
 
-def _rewrite(op: Op, infos: dict[str, Moved]) -> Op:
-    blocks = tuple(replace(b, ops=tuple(_rewrite(o, infos) for o in b.ops)) for b in op.blocks)
+def _cut_tiles(program: Op) -> frozenset[Value]:
+    """The tiles that lie inside one owner's block each, since their loop is walked in segments."""
+    return frozenset(
+        op.args[int(op.get("axis", 0))]
+        for stage in stages_of(program)
+        for op in stage.walk()
+        if op.get("segment") is not None
+    )
+
+
+def _rewrite(op: Op, infos: dict[str, Moved], cut: frozenset[Value]) -> Op:
+    blocks = tuple(replace(b, ops=tuple(_rewrite(o, infos, cut) for o in b.ops)) for b in op.blocks)
     op = replace(op, blocks=blocks)
     if op.name not in ("load", "store") or op.ref is None or op.ref.symbol not in infos:
         return op
     info = infos[op.ref.symbol]
+    if op.name == "load" and info.kind == "gather":
+        return _gathered(op, info, cut)
     if op.name == "load":
-        return {"gather": _gathered, "scatter": _sum, "reduce": _sum, "shard": _held}[info.kind](
-            op, info
-        )
+        return _held(op, info) if info.kind == "shard" else _sum(op, info)
     if info.kind == "shard" or op.get("final"):
         return _held(op, info).with_attrs(final=None)
     return _contribution(op, info)
@@ -125,11 +136,11 @@ def _at(info: Moved, index: tuple[object, ...], place: str) -> tuple[object, ...
     return tuple(element if axis == info.axis else i for axis, i in enumerate(index))
 
 
-def _gathered(op: Op, info: Moved) -> Op:
+def _gathered(op: Op, info: Moved, cut: frozenset[Value]) -> Op:
     assert op.ref is not None
     index = op.ref.index
     placed = index[info.axis] if index else All()
-    if isinstance(placed, Value) and not info.in_place and info.block != info.shard:
+    if isinstance(placed, Value) and placed not in cut and info.block != info.shard:
         raise UnsupportedProgram(
             op.span,
             detail=f"`{info.name}` is read by a tile that may cross the blocks of its owner map",

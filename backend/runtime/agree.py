@@ -15,6 +15,8 @@ from typing import Protocol
 from tilelink.backend.runtime.errors import AgreementError
 
 POLL = 0.002  # seconds between two looks into the store
+# The first fact that differs is reported: a cause before its consequences, the source last.
+ORDER = ("kernel", "shapes", "dtypes", "schedule", "versions", "emitted source")
 
 
 class Store(Protocol):
@@ -51,7 +53,8 @@ def agree(
     anything; the caller raises it after this has told the others. ``elsewhere()`` lists ranks seen to be
     in a fused call that this rank has not made. ``timeout``: seconds to wait for the others.
 
-    Errors: AgreementError naming the ranks and what differs, Absent naming those that did not come.
+    Errors: AgreementError naming the ranks and the first fact that differs, in the order of ``ORDER``;
+    Absent naming those that did not come.
     """
     prefix = f"tilelink/agree/{number}"
     mine = {"error": str(error)} if error is not None else dict(facts)
@@ -91,18 +94,18 @@ def agree(
                 f"rank {first}: {line}" for line in theirs[first]["error"].splitlines()[:12]
             ),
         )
-    for other, there in enumerate(theirs):
-        for key in sorted({*mine, *there}):
-            if mine.get(key) != there.get(key):
-                agreeing = [r for r, t in enumerate(theirs) if t.get(key) == mine.get(key)]
-                raise AgreementError(
-                    kernel=kernel,
-                    detail=f"its {key} differs between the ranks",
-                    notes=(
-                        f"{_ranks(agreeing)}: {mine.get(key)}",
-                        f"rank {other}: {there.get(key)}",
-                    ),
-                )
+    for key in sorted({key for facts in theirs for key in facts}, key=_place):
+        ranks: dict[str, list[int]] = {}
+        for r, there in enumerate(theirs):
+            ranks.setdefault(there.get(key, "nothing"), []).append(r)
+        if len(ranks) > 1:
+            said = "; ".join(f"{_ranks(some)}: {value}" for value, some in ranks.items())
+            verb = "differ" if key.endswith("s") else "differs"
+            raise AgreementError(kernel=kernel, detail=f"its {key} {verb}: {said}")
+
+
+def _place(key: str) -> tuple[int, str]:
+    return (ORDER.index(key) if key in ORDER else len(ORDER), key)
 
 
 def _ranks(ranks: list[int]) -> str:

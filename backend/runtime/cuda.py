@@ -7,7 +7,6 @@ given memory and compiled; after that a call is a lookup and a list of driver ca
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 import triton
 
 from tilelink import knobs
+from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import load_module, write_module
 from tilelink.backend.runtime.arena import Arena, GroupState, state_of
 from tilelink.backend.runtime.driver import driver
@@ -220,9 +220,7 @@ def _meet_kernel(
     def compile_it() -> tuple[Image, Host, dict[str, str]]:
         bound = kernel.bind((), state.world, {**tensors, **scalars})
         op: Op = kernel.build_for(bound)
-        # The pipeline lies above the runtime, which is its last stage, so it is looked up by name.
-        fuse = importlib.import_module("tilelink.backend.pipeline").compile_kernel
-        program: Op = fuse(op, schedule)
+        program = compile_kernel(op, schedule)
         from tilelink.backend.emit.triton import emit
 
         source = emit(program)

@@ -77,7 +77,9 @@ class Views:
             slot = self.image.buffers[name]
             if slot.local and (peer is not None or self.workspace is None):
                 raise ValueError(f"no workspace holds @{name} of rank {peer}")
-            where = self.workspace if slot.local else self._arenas[self.rank if peer is None else peer]
+            where = (
+                self.workspace if slot.local else self._arenas[self.rank if peer is None else peer]
+            )
             assert where is not None
             found = view_of(where, slot)
             self._buffers[name, peer] = found
@@ -115,6 +117,7 @@ class Views:
             self.image.ack_word,
             self.world,
             bool(ack_wait),
+            bool(self.image.flags),
         )
 
 

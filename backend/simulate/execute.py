@@ -142,11 +142,10 @@ class Machine:
             self._batch[id(op)] = found
         return found
 
-    def need(self, task: Task, op: Op, channel: Channel) -> int:
+    def need(self, task: Task, op: Op, env: Env) -> int:
         """The value that a wait asks for."""
-        count = op.get("count")
         if self.geometry.decls[op.symbol].kind == "counter":
-            return int(count if count is not None else 1)
+            return int(self.geometry.value(op.get("count", 1), env))
         return self.memories[task.rank].epoch + int(op.get("epoch", 0))
 
     def missing(self, rank: int, blocked: Blocked) -> list[tuple[int, ...]]:
@@ -378,7 +377,7 @@ class Body:
         self.machine.use_control(self.task, op)
         channel = self.memory.channels[op.symbol]
         elements = tuple(self.geometry.elements(op.ref, self.env))
-        need = self.machine.need(self.task, op, channel)
+        need = self.machine.need(self.task, op, self.env)
         blocked = Blocked(op, op.symbol, elements, need)
         yield None
         while self.machine.missing(self.task.rank, blocked):

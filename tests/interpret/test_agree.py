@@ -38,12 +38,29 @@ def test_equal_facts_agree() -> None:
     assert meet([{"shapes": "A[4]"}] * WORLD) == [None] * WORLD
 
 
-def test_difference_is_an_error_on_every_rank_and_names_what_differs() -> None:
+def test_difference_is_an_error_on_every_rank_and_says_who_has_what() -> None:
     results = meet([{"shapes": "A[4]"}, {"shapes": "A[8]"}, {"shapes": "A[4]"}])
     for result in results:
         assert isinstance(result, AgreementError)
-        assert "its shapes differs" in str(result)
-        assert "A[4]" in str(result) and "A[8]" in str(result)
+        assert "`gemm`: its shapes differ: ranks 0, 2: A[4]; rank 1: A[8]" in str(result)
+
+
+def test_first_difference_is_named_with_the_source_last() -> None:
+    order = ("kernel", "shapes", "dtypes", "schedule", "versions", "emitted source", "program")
+    for first, key in enumerate(order):
+        # From `key` on all facts differ; they are given in an order of their own.
+        facts = [
+            {k: f"{k} {r}" if order.index(k) >= first else "same" for k in sorted(order)}
+            for r in range(WORLD)
+        ]
+        for result in meet(facts):
+            assert f"its {key} differ" in str(result)
+            assert f"rank 0: {key} 0; rank 1: {key} 1; rank 2: {key} 2" in str(result)
+
+
+def test_fact_that_one_rank_does_not_have_differs() -> None:
+    for result in meet([{"compiled": "yes"}, {"compiled": "yes"}, {"shapes": "A[4]"}]):
+        assert "its shapes differ: ranks 0, 1: nothing; rank 2: A[4]" in str(result)
 
 
 def test_error_of_one_rank_reaches_the_others() -> None:

@@ -53,8 +53,10 @@ class Driver:
         self.log.append(("copy", stream, target, source, size))
 
 
-def record(name: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Log, list[torch.Tensor]]:
-    """The log of one call of a sample program on ``rank``, and the arenas of all ranks."""
+def record(
+    name: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Log, list[torch.Tensor], torch.Tensor]:
+    """The log of one call of a sample program on ``rank``, the arenas of all ranks, its workspace."""
     log: Log = []
     program = parse_ir((PROGRAMS / name).read_text())
     image = image_of(program)
@@ -90,6 +92,7 @@ def record(name: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Log, 
         host_record=0,
         addresses=addresses,
     )
+    recorder.workspace = torch.zeros(image.workspace_bytes, dtype=torch.uint8)
     recorder.tensors = {
         s.name: torch.zeros(s.dims, dtype=TORCH_DTYPES[s.dtype]) for s in image.tensors.values()
     }
@@ -97,13 +100,13 @@ def record(name: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Log, 
     recorded = recorder.finish()
     assert log == []
     recorded.enqueue(1)
-    return log, arenas
+    return log, arenas, recorder.workspace
 
 
 def test_gather_copies_and_flags_go_to_every_peer_before_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    log, arenas = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
+    log, arenas, _ = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
     kinds = [entry[0] for entry in log]
     assert kinds[:3] == ["kernel", "main records", "side waits"]
     assert log[0][1] == "head_kernel"
@@ -123,10 +126,17 @@ def test_gather_copies_and_flags_go_to_every_peer_before_the_kernel(
 def test_scatter_stream_waits_for_its_counter_and_forks_from_the_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    log, arenas = record("gemm_rs.copy_engine.ir", 0, monkeypatch)
+    log, arenas, workspace = record("gemm_rs.copy_engine.ir", 0, monkeypatch)
     waits = [entry for entry in log if entry[0] == "wait"]
     base = arenas[0].data_ptr() + 131072
     assert waits == [("wait", 7, base + 4 * peer, 6) for peer in (1, 2, 3)]
     # The event of the head stands right behind it, although it is asked for after the launch.
     assert [entry[0] for entry in log[:4]] == ["kernel", "main records", "kernel", "side waits"]
     assert log[1][1] == log[3][1]
+    # Slices leave from this rank's own memory for its place at each peer, the flag behind them.
+    slices = [entry for entry in log if entry[0] == "copy" and entry[4] > 4]
+    size = 16 * 48 * 2
+    assert [(c[2], c[3], c[4]) for c in slices] == [
+        (arenas[p].data_ptr() + 268288, workspace.data_ptr() + 262144 + p * size, size)
+        for p in (1, 2, 3)
+    ]

@@ -35,7 +35,8 @@ def run(name: str, resource: str, backend: str, world: int, seed: int) -> float:
     shapes, _, moved = CASES[name]
     generator = torch.Generator().manual_seed(seed)
     args = [
-        [torch.randn(shape, generator=generator).bfloat16() for _ in range(world)] for shape in shapes(world)
+        [torch.randn(shape, generator=generator).bfloat16() for _ in range(world)]
+        for shape in shapes(world)
     ]
     if name == "ar_norm":
         args[2] = [args[2][0]] * world

@@ -234,10 +234,20 @@ def test_inputs_are_checked_and_left_alone() -> None:
         run(program, [{**i, "B": i["B"].float()} for i in inputs])
 
 
+LOCAL = 'offset = 262144, space = "local"'
+
+
 def test_overlapping_buffers_are_refused() -> None:
-    program = altered("gemm_rs.copy_engine", "offset = 268288", "offset = 268287")
+    program = altered("gemm_rs.copy_engine", LOCAL, 'offset = 262145, space = "symmetric"')
     with pytest.raises(BoundsError, match="shares bytes"):
         run(program, inputs_of(program))
+
+
+def test_places_in_the_workspace_and_in_the_arena_do_not_overlap() -> None:
+    program = altered("gemm_rs.copy_engine", LOCAL, 'offset = 268288, space = "local"')
+    inputs = inputs_of(program)
+    for outputs, want in zip(run(program, inputs), expected(program, inputs), strict=True):
+        assert error(outputs["C"], want) < 0.005
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,9 +13,9 @@ LINKED = ("frontend", "backend", "schedules")
 # A module imports from its own row and the rows above. It belongs to the row with the longest
 # prefix of its name, so `tilelink` and `tilelink.backend` take whatever no other row names.
 LAYERS = (
-    ("tilelink.device",),
     ("tilelink.errors", "tilelink.knobs"),
     ("tilelink.ir",),
+    ("tilelink.device",),
     ("tilelink.language",),
     ("tilelink.frontend",),
     ("tilelink.schedules",),
@@ -34,10 +35,16 @@ LAYERS = (
     ("tilelink.backend.simulate", "tilelink.backend.emit"),
     ("tilelink.backend.runtime",),
     ("tilelink.backend",),
-    ("tilelink.kernel", "tilelink.kernels"),
+    ("tilelink.kernel",),
     ("tilelink",),
+    # What a user could write: it sees the package from outside.
+    ("tilelink.kernels",),
     ("tilelink.cli",),
     ("tilelink.__main__",),
+)
+# An absolute path of somebody's machine; a path below something else is preceded by its parent.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.\-}~/])(?:/(?:home|mnt|opt|root|tmp|work|workspace|Users)/\w|[A-Z]:\\\\?\w)"
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 
@@ -48,6 +55,24 @@ def walk_sources() -> Iterator[tuple[Path, list[str]]]:
         sources = sorted(name for name in files if name.endswith(".py"))
         if sources:
             yield Path(folder).relative_to(ROOT), sources
+
+
+def walk_texts() -> Iterator[tuple[Path, str]]:
+    """Every text file that belongs to the project; folders with a dot are somebody's own, but .ci."""
+    for folder, inner, files in os.walk(ROOT):
+        inner[:] = sorted(
+            name
+            for name in inner
+            if (name == ".ci" or not name.startswith("."))
+            and name not in ("__pycache__", "build", "dist")
+            and not name.endswith(".egg-info")
+        )
+        for name in sorted(files):
+            path = Path(folder) / name
+            try:
+                yield path.relative_to(ROOT), path.read_text()
+            except UnicodeDecodeError:
+                continue
 
 
 def read_modules() -> dict[str, str]:
@@ -138,13 +163,13 @@ def test_scan_sees_every_form_of_import() -> None:
         "tilelink.frontend.__init__": "from .. import kernel, errors",
         "tilelink.backend.passes.waits": "import tilelink.backend.verify.cover as cover",
         "tilelink.backend.verify.cover": "from ..simulate import clock\nfrom . import match",
-        "tilelink.device.wait": "from tilelink import errors\nfrom .notify import peer",
+        "tilelink.device.wait": "from tilelink import errors, kernel\nfrom .notify import peer",
         "tilelink.errors": "from tilelink import Kernel",
     }
     assert find_upward_imports(modules) == [
         "tilelink.backend.passes.waits:1 imports tilelink.backend.verify.cover",
         "tilelink.backend.verify.cover:1 imports tilelink.backend.simulate.clock",
-        "tilelink.device.wait:1 imports tilelink.errors",
+        "tilelink.device.wait:1 imports tilelink.kernel",
         "tilelink.errors:1 imports tilelink.Kernel",
         "tilelink.frontend.__init__:1 imports tilelink.kernel",
         "tilelink.ir.node:2 imports tilelink.cli.main.main",
@@ -159,6 +184,26 @@ def test_scan_skips_imports_for_type_checkers_only() -> None:
 
 
 def test_unlisted_modules_fall_to_the_enclosing_row() -> None:
-    assert row_of("tilelink.backend.pipeline") == ROW["tilelink.backend"]
+    assert row_of("tilelink.backend.passes.order_tiles") == ROW["tilelink.backend.passes"]
+    assert row_of("tilelink.backend.unlisted") == ROW["tilelink.backend"]
     assert row_of("tilelink.kernels.ag_gemm") == ROW["tilelink.kernels"]
     assert row_of("tilelink.torch") == ROW["tilelink"]
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    seen = dict(walk_texts())
+    assert {Path("Makefile"), Path(".ci/run"), Path("backend/pipeline.py")} <= set(seen)
+    assert [
+        f"{path}:{number}: {line.strip()}"
+        for path, text in seen.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if MACHINE_PATH.search(line)
+    ] == []
+
+
+def test_scan_sees_machine_paths_and_not_relative_ones() -> None:
+    somebody = "/".join(("", "home", "somebody"))
+    for text in (somebody, f"cd {somebody}/x", f'"{somebody}"', "C:" + "\\Users"):
+        assert MACHINE_PATH.search(text)
+    for text in (f"docs{somebody}", f"~{somebody}", f"$ROOT{somebody}", "M / work", "16 B: a"):
+        assert not MACHINE_PATH.search(text)

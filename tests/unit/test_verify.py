@@ -241,7 +241,13 @@ WRONG = [
     ("ag_gemm.collective", 'after = ["A"]', 'after = ["head"]', CoverError, "A.all"),
     ("gemm_rs.collective", 'after = ["gemm_rs"]', 'after = ["head"]', CoverError, "C.partial"),
     # Areas.
-    ("gemm_rs.copy_engine", "offset = 268288", "offset = 263168", BoundsError, "overlaps"),
+    (
+        "gemm_rs.copy_engine",
+        'offset = 262144, space = "local"',
+        'offset = 267776, space = "symmetric"',
+        BoundsError,
+        "overlaps",
+    ),
     ("gemm_rs.copy_engine", "offset = 131072", "offset = 4096", BoundsError, "area"),
     # Workers.
     ("ag_gemm.sm", "workers = [0, 2]", "workers = [2, 2]", ProgressError, "no worker"),

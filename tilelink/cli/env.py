@@ -17,7 +17,10 @@ PACKAGES = ("tilelink", "torch", "triton", "numpy", "lark", "networkx")
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to the parser."""
     parser = commands.add_parser(
-        "env", help="versions, GPUs, links, what each backend needs and lacks", description=__doc__
+        "env",
+        help="versions, GPUs, links, what each backend needs and lacks",
+        description="Print the versions, GPUs and links of this machine, and what each backend needs "
+        "and lacks here.",
     )
     parser.set_defaults(execute=execute)
 

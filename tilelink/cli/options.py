@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,12 +132,17 @@ def schedule_of(args: argparse.Namespace, kernel: Op) -> Schedule:
     from tilelink.schedules import Schedule, default_schedule
 
     default = default_schedule(kernel)
-    schedule = Schedule.from_json(read_text(args.schedule)) if args.schedule else default
+    extents = [op.symbol for op in kernel.find("extent")]
+    moved = [name for name, _ in default.moves]
+    schedule = default
+    if args.schedule:
+        schedule = Schedule.from_json(read_text(args.schedule))
+        _check_names("--schedule", "extent", dict(schedule.tiles), extents)
+        _check_names("--schedule", "moved tensor", [name for name, _ in schedule.moves], moved)
     tiles = merged(args.tile)
-    _check_names("--tile", "extent", tiles, [op.symbol for op in kernel.find("extent")])
+    _check_names("--tile", "extent", tiles, extents)
     schedule = schedule.with_tiles(**tiles)
     if args.resource:
-        moved = [name for name, _ in default.moves]
         _check_names("--resource", "moved tensor", [n for n in args.resource if n], moved)
         moves = {name: schedule.move(name) for name in moved}
         for name, resource in args.resource.items():
@@ -149,7 +155,7 @@ def schedule_of(args: argparse.Namespace, kernel: Op) -> Schedule:
 
 
 def _check_names(
-    option: str, what: str, names: list[str] | dict[str, int], known: list[str]
+    option: str, what: str, names: Iterable[str], known: list[str]
 ) -> None:
     for name in names:
         if name not in known:

@@ -15,6 +15,7 @@ from tilelink.cli.errors import FusedIsFixed, FusedOnly, MissingExtents, NoKerne
 from tilelink.cli.options import merged, read_file, schedule_of
 from tilelink.errors import IRSyntaxError
 from tilelink.ir import Op, parse_ir
+from tilelink.ir.vocabulary import check_names
 
 if TYPE_CHECKING:
     from tilelink.kernel import Kernel
@@ -56,6 +57,8 @@ class Unit:
     def program(self, args: argparse.Namespace) -> Op:
         """The fused program: the one given, or the kernel compiled."""
         if self.fused:
+            # Not when it is read: between the passes, a program refers to what a later one declares.
+            check_names(self.op)
             return self.op
         from tilelink.backend.pipeline import compile_kernel
 
@@ -104,6 +107,8 @@ def _choose(known: Mapping[str, object], wanted: str, path: str) -> list[str]:
 def _from_ir(op: Op, path: str, args: argparse.Namespace) -> Unit:
     if op.name not in ("kernel", "program"):
         raise IRSyntaxError(op.span, expected="`kernel` or `program`", found=f"`{op.name}`")
+    if op.name == "kernel":
+        check_names(op)
     unit = Unit(op.symbol, path, op)
     sets = merged(args.set)
     if unit.fused:

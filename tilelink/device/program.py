@@ -25,23 +25,28 @@ def head_kernel(
     ACK: tl.constexpr,
     WORLD: tl.constexpr,
     WAIT: tl.constexpr,
+    SIGNALS: tl.constexpr = True,
 ):
     """Begin a call; one CTA. Launch ``head_kernel[(1,)](…)`` on the main stream.
 
     Advances the rank's epoch, tells all ranks that it has arrived, clears the counter words
     [``first``, ``last``) of the arena, and, where ``WAIT``, waits until every rank has acknowledged
     the previous epoch in the flags from word ``ACK``. ``arena``: int32 words; ``peers``: int64 table.
+    ``SIGNALS`` is false where the program has no flags: nobody acknowledges it, so it takes no epoch.
     """
-    epoch = tl.load(arena + EPOCH) + 1
-    tl.debug_barrier()
-    tl.store(arena + EPOCH, epoch)
+    epoch = tl.load(arena + EPOCH)
+    if SIGNALS:
+        epoch += 1
+        tl.debug_barrier()
+        tl.store(arena + EPOCH, epoch)
     tl.store(arena + EXITED, 0)
     for start in range(first, last, _CLEAR):
         words = start + tl.arange(0, _CLEAR)
         tl.store(arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
     tl.debug_barrier()
-    for peer in range(0, WORLD):
-        tl.atomic_xchg(_word(peers, peer, ARRIVED + rank), epoch, sem="release", scope="sys")
+    if SIGNALS:
+        for peer in range(0, WORLD):
+            tl.atomic_xchg(_word(peers, peer, ARRIVED + rank), epoch, sem="release", scope="sys")
     if WAIT:
         ctx = Context(arena, peers, rank, epoch, WORLD, progress_ns, arrival_ns)
         rank_wait(ctx, ACK, epoch - 1, 0)

@@ -119,8 +119,21 @@ def _abort(ctx, word, expected, seen, producer, tile, wait, kind):
         tl.store(record + 9, kind)
         tl.debug_barrier()
         tl.atomic_xchg(record, 1, sem="release", scope="sys")
-    for peer in range(0, ctx.world):
+    # This rank last: whoever stops waiting here signals tiles that are not there, and the peer that
+    # gets such a signal must find its own abort word set.
+    for step in range(1, ctx.world + 1):
+        peer = (ctx.rank + step) % ctx.world
         tl.atomic_xchg(_word(ctx.peers, peer, ABORT), 1, sem="release", scope="sys")
+
+
+@triton.jit
+def _absent(ctx, arrival):
+    """A rank that has not started call ``arrival``, or -1."""
+    found = tl.full((), -1, tl.int32)
+    for peer in range(0, ctx.world):
+        there = tl.atomic_add(ctx.arena + ARRIVED + peer, 0, sem="relaxed", scope="sys")
+        found = tl.where(there - arrival < 0, peer, found)
+    return found
 
 
 @triton.jit
@@ -130,22 +143,35 @@ def _wait(ctx, word, expected, arrival, producer, tile, wait, fence: tl.constexp
     polls = tl.full((), 0, tl.int32)
     started = tl.full((), 0, tl.int64)
     was_here = tl.full((), 0, tl.int32)
+    stuck = tl.full((), 0, tl.int32)
     spinning = seen - expected < 0
     while spinning:
         if polls % LOOK == 0:
-            if tl.atomic_add(ctx.arena + ABORT, 0, sem="relaxed", scope="sys") != 0:
+            if tl.atomic_add(ctx.arena + ABORT, 0, sem="acquire", scope="sys") != 0:
                 spinning = seen - seen != 0
             else:
                 now = _clock(polls)
                 there = tl.atomic_add(ctx.arena + ARRIVED + producer, 0, sem="relaxed", scope="sys")
                 here = (there - arrival >= 0).to(tl.int32)
+                late = producer
+                if stuck != 0:
+                    absent = _absent(ctx, arrival)
+                    here = (absent < 0).to(tl.int32)
+                    late = tl.where(absent < 0, producer, absent)
                 if (polls == 0) | (here != was_here):
                     started = now
                 was_here = here
                 limit = tl.where(here != 0, ctx.progress_ns, ctx.arrival_ns)
                 if now - started > limit:
-                    _abort(ctx, word, expected, seen, producer, tile, wait, 2 - here)
-                    spinning = seen - seen != 0
+                    # A producer that is here may itself wait for a rank that is not yet.
+                    if (here != 0) & (stuck == 0):
+                        stuck = tl.full((), 1, tl.int32)
+                        if _absent(ctx, arrival) < 0:
+                            _abort(ctx, word, expected, seen, producer, tile, wait, 1)
+                            spinning = seen - seen != 0
+                    else:
+                        _abort(ctx, word, expected, seen, late, tile, wait, 2 - here)
+                        spinning = seen - seen != 0
         if spinning:
             seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
             spinning = seen - expected < 0
@@ -185,6 +211,32 @@ def producer_tile_notify(ctx, word, system: tl.constexpr = False):
         tl.atomic_add(ctx.arena + word, 1, sem="release", scope="sys")
     else:
         tl.atomic_add(ctx.arena + word, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def delayed_tile_notify(ctx, pending, system: tl.constexpr = False):
+    """Release: add 1 to the local counter ``pending``, a word number, for a tile stored one tile ago.
+
+    Nothing if ``pending`` is negative. The tile's TMA stores are drained first; by now they have long
+    completed. The barrier is written in assembly, because Triton stops pipelining a loop that holds
+    one of its own.
+    """
+    if pending >= 0:
+        if CUDA:
+            word = tl.inline_asm_elementwise(
+                "cp.async.bulk.wait_group 0; fence.proxy.async.global; bar.sync 0; mov.b32 $0, $1;",
+                "=r,r",
+                [pending],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            word = pending
+        if system:
+            tl.atomic_add(ctx.arena + word, 1, sem="release", scope="sys")
+        else:
+            tl.atomic_add(ctx.arena + word, 1, sem="release", scope="gpu")
 
 
 @triton.jit

@@ -1,0 +1,148 @@
+"""The words of the text form: which ops there are, which attributes each takes, what a symbol may name.
+
+The parser takes any word, since the text form is one shape for every op. A program that was edited by
+hand is held against this table before anything is concluded from it: a misspelt ``load`` would otherwise
+be an access that the proof does not see.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+from tilelink.errors import TilelinkError
+from tilelink.ir.node import DECLARATIONS, Op, Ref
+
+# Attributes by op; `!` marks those that must be there. docs/ir.md says what they mean.
+_TABLE = {
+    "kernel": "world! file",
+    "program": "world! bytes file kernel schedule workspace",
+    "extent": "value! dynamic",
+    "tensor": "dims! dtype! move! role! block channel_rows comm_tile in_place into offsets over "
+    "owner resource signal source table task_rows tasks_across tile",
+    "scalar": "dtype!",
+    "buffer": "dims! dtype! space! offset",
+    "flag": "dims! offset",
+    "counter": "dims! offset",
+    "head": "",
+    "stream": "after",
+    "launch": "after part stages warps workers!",
+    "collective": "op! to! after",
+    "finish": "",
+    "stage": "extent! tile! axis counter flatten group queue segment segments visit workers",
+    "for_tiles": "bounds extent part part_axis part_of segment segments tile visit",
+    "for_range": "hi! lo!",
+    "yield": "",
+    "load": "own when",
+    "load_sum": "own",
+    "store": "final peer",
+    "wait": "count epoch if",
+    "notify": "count if peer through",
+    "transfer": "peer! to! if",
+    "param": "",
+    "zeros": "",
+    "full": "value!",
+    "constant": "value!",
+    "index": "",
+    "bound": "which!",
+    "expand": "axis!",
+    "sum": "axis! keep",
+    "max": "axis! keep",
+    "min": "axis! keep",
+}
+_PLAIN = (
+    "dot transpose cast reshape where add sub mul div floordiv mod maximum minimum pow lt le gt ge eq "
+    "ne and or neg not abs exp exp2 log log2 sqrt rsqrt sin cos tanh sigmoid silu gelu erf"
+)
+_ATTRIBUTES = {name: tuple(text.split()) for name, text in _TABLE.items()}
+_ATTRIBUTES.update({name: () for name in _PLAIN.split()})
+OPS = tuple(sorted(_ATTRIBUTES))
+
+# What the symbol of an op, and that of an attribute, may have been declared as.
+_MEMORY = ("tensor", "buffer")
+_SIGNALS = ("flag", "counter")
+_REFERS = {
+    "load": _MEMORY,
+    "load_sum": _MEMORY,
+    "store": _MEMORY,
+    "transfer": _MEMORY,
+    "collective": _MEMORY,
+    "wait": _SIGNALS,
+    "notify": _SIGNALS,
+    "param": ("scalar",),
+}
+_ATTRIBUTE_REFERS = {
+    "own": _MEMORY,
+    "to": _MEMORY,
+    "through": ("counter",),
+    "counter": ("counter",),
+}
+_WHOLE = ("world", "workers", "warps", "stages", "offset", "bytes", "workspace")
+_AGENTS = ("head", "stream", "launch", "collective")
+
+
+class IRNameError(TilelinkError):
+    """A word of IR text that stands for nothing: an op, an attribute, a symbol or an agent."""
+
+    code: ClassVar[str] = "ir-name"
+    message: ClassVar[str] = "{what}"
+    hint: ClassVar[str] = "{advice}"
+
+
+def check_names(top: Op) -> None:
+    """Raises IRNameError at the first word of a kernel or program that docs/ir.md does not know."""
+    declared = {op.symbol: op.name for op in top.body if op.name in DECLARATIONS}
+    agents = ["head", *(op.symbol for op in top.body if op.name in _AGENTS and op.ref is not None)]
+    for op in top.walk():
+        _check_op(op)
+        if op.name in _REFERS and op.ref is not None:
+            _check_ref(op, op.ref, declared, _REFERS[op.name])
+        for key, value in op.attrs:
+            if isinstance(value, Ref) and key in _ATTRIBUTE_REFERS:
+                _check_ref(op, value, declared, _ATTRIBUTE_REFERS[key])
+        for name in op.get("after", ()) if op.name in _AGENTS else ():
+            if name not in agents:
+                _fail(op, f"there is no agent `{name}` to come after", name, agents)
+
+
+def _check_op(op: Op) -> None:
+    if op.name not in _ATTRIBUTES:
+        _fail(op, f"there is no op `{op.name}`", op.name, OPS)
+    known = [name.rstrip("!") for name in _ATTRIBUTES[op.name]]
+    for key, value in op.attrs:
+        if key not in known:
+            _fail(op, f"`{op.name}` has no attribute `{key}`", key, known)
+        # The workers of a stage are a range of the launch's.
+        whole = (op.name, key) == ("extent", "value") or (key in _WHOLE and op.name != "stage")
+        if whole and not isinstance(value, int):
+            raise IRNameError(
+                op.span, what=f"`{key}` of `{op.name}` is not a whole number", advice="write a whole number"
+            )
+    given = dict(op.attrs)
+    for name in _ATTRIBUTES[op.name]:
+        if name.endswith("!") and name[:-1] not in given:
+            raise IRNameError(
+                op.span,
+                what=f"`{op.name}` lacks its attribute `{name[:-1]}`",
+                advice="docs/ir.md lists the attributes of every op",
+            )
+
+
+def _check_ref(op: Op, ref: Ref, declared: dict[str, str], kinds: tuple[str, ...]) -> None:
+    if declared.get(ref.symbol) not in kinds:
+        names = [f"@{name}" for name, kind in declared.items() if kind in kinds]
+        what = f"there is no {' or '.join(kinds)} `@{ref.symbol}`"
+        _fail(op, what, f"@{ref.symbol}", names)
+
+
+def _fail(op: Op, what: str, word: str, known: Iterable[str]) -> None:
+    known = list(known)
+    close = difflib.get_close_matches(word, known, 1)
+    if close:
+        advice = f"did you mean `{close[0]}`?"
+    elif known and len(known) <= 12:
+        advice = "known here: " + ", ".join(f"`{name}`" for name in known)
+    else:
+        advice = "docs/ir.md lists the ops and their attributes"
+    raise IRNameError(op.span, what=what, advice=advice)
