@@ -1,0 +1,78 @@
+"""Which form the emitter gives a stage: flattened or nested, TMA or pointers, waits inside or before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import tilelink
+import tilelink.language as tk
+from tilelink import kernels
+from tilelink.backend.emit.triton import emit
+from tilelink.backend.pipeline import compile_kernel
+from tilelink.ir import Op
+from tilelink.schedules import Schedule, default_schedule
+
+EXTENTS = {"M": 512, "N": 512, "K": 256}
+
+
+@tilelink.kernel("scatter C[M, N] over M sum")
+def scaled(A: Any, S: Any, B: Any, C: Any) -> None:
+    """An operand that is changed on its way to the product."""
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k] * S[k], B[k, n], acc)
+        C[m, n] = acc
+
+
+def program(kernel: Any, **changes: Any) -> Op:
+    """``kernel`` on four ranks at :data:`EXTENTS`, its default schedule with fields changed."""
+    op = kernel.build(EXTENTS, world=4)
+    data = {f: getattr(default_schedule(op), f) for f in Schedule.__dataclass_fields__}
+    return compile_kernel(op, Schedule(**{**data, **changes}))
+
+
+def stage(text: str, name: str) -> str:
+    """The text of one stage of the only kernel."""
+    return text.split(f"# Stage {name}.")[1].split("# Stage ")[0].split("# The last worker")[0]
+
+
+def test_a_stage_that_waits_for_nothing_is_one_loop() -> None:
+    text = stage(emit(program(kernels.gemm_rs)), "C.gemm")
+    assert text.count("for ") == 1
+    # Held back by a tile, so once inside the loop in front of the stores, and once behind it.
+    inside, _, behind = text.rpartition("device.delayed_tile_notify(")
+    assert inside.count("device.delayed_tile_notify(") == 1
+    assert inside.index("device.delayed_tile_notify(") < inside.index(".store(")
+    assert behind.count("\n") <= 2
+
+
+@pytest.mark.parametrize("kernel", ("ag_gemm", "gemm_rs"))
+def test_without_flatten_loops_are_nested(kernel: str) -> None:
+    text = stage(emit(program(getattr(kernels, kernel), flatten=False)), "C.gemm")
+    assert text.count("for ") == 2
+    assert "delayed_tile_notify" not in text
+
+
+def test_a_stage_that_waits_is_nested_and_waits_before_its_main_loop() -> None:
+    text = stage(emit(program(kernels.ag_gemm)), "C.gemm")
+    assert text.count("for ") == 2
+    assert text.index("for q") < text.index("peer_tile_wait") < text.index("for k_start")
+
+
+def test_waits_that_are_the_same_for_all_tasks_stand_before_the_loop() -> None:
+    text = stage(emit(program(kernels.gemm_rs)), "C.sum")
+    assert text.rindex("_wait(") < text.index("for q in")
+    assert "token = arrived" in text.split("for q in")[1]
+
+
+def test_a_changed_operand_is_not_loaded_by_tma() -> None:
+    text = stage(emit(program(scaled)), "C.gemm")
+    first = text.split("a = ")[1].split("\n")[0]
+    second = text.split("b = ")[1].split("\n")[0]
+    assert first.startswith("tl.load(")
+    assert ".load([" in second and not second.startswith("tl.load(")
