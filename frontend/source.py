@@ -61,8 +61,18 @@ def _column(text: str, offset: int) -> int:
     return len(text.encode()[:offset].decode(errors="ignore")) + 1
 
 
+_shown: dict[str, str] = {}
+
+
+def show_as(path: str, name: str) -> None:
+    """Lets errors show the file ``path`` as ``name``: a copy of standard input, for one."""
+    _shown[path] = name
+
+
 def display_name(path: str) -> str:
     """``path`` as errors show it: relative where it is below the working folder."""
+    if path in _shown:
+        return _shown[path]
     if not os.path.isabs(path):
         return path
     try:

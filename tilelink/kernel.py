@@ -178,9 +178,10 @@ class Kernel:
     ) -> BoundKernel:
         """This kernel on a backend: ``reference``, ``simulate`` or ``interpret`` on this CPU, else CUDA.
 
-        The CPU backends take for each tensor a list of one a rank and give lists back; ``world`` is the
-        number of ranks (default: the length of the lists). ``group`` is a process group of
-        torch.distributed, ``schedule`` a schedule, ``seed`` the simulator's.
+        The CPU backends take for each tensor a list of one a rank and give lists back; a tensor that is
+        not in a list is that of every rank. ``world`` is the number of ranks (default: the length of
+        the lists). ``group`` is a process group of torch.distributed, ``schedule`` a schedule, ``seed``
+        the simulator's.
         """
         from tilelink.frontend.errors import BadCall
 
@@ -405,7 +406,9 @@ def load_kernels(path: str | Path) -> dict[str, Kernel]:
         end = max(error.end_offset or 0, column + 1)
         span = Span(Source(name, text), error.lineno or 1, column, end)
         raise BadFile(
-            span, what=f"this is not Python: {error.msg}", advice=f"the file is read as Python {sys.version_info.major}.{sys.version_info.minor}"
+            span,
+            what=f"this is not Python: {error.msg}",
+            advice=f"the file is read as Python {sys.version_info.major}.{sys.version_info.minor}",
         ) from None
     module_name = f"tilelink_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path.resolve())

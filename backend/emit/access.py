@@ -151,7 +151,7 @@ def place(
         text = axis.vector or f"tl.arange(0, {axis.dim.block})"
         if start != "0":
             text = f"{start} + {text}"
-        if big and not axis.vector:
+        if big:
             text = f"tl.cast({text}, tl.int64)"
         name = f"{label}_{names[position]}"
         scope.used.add(name)
@@ -321,7 +321,7 @@ def _load(scope: Scope, op: Op, name: str, type_: Type, choice: Choice | None) -
             first, second = choice.starts.get(0, first), choice.starts.get(1, second)
         source = choice.source if choice is not None else descriptor(scope, ref.symbol, block)
         scope.writer.line(f"{name} = {source}.load([{first}, {second}]){convert}")
-        scope.fence = scope.fence or decl.name == "buffer"
+        scope.fence = scope.fence or decl.name == "buffer" or _written(scope, ref.symbol)
     else:
         start = choice.source if choice is not None else base(scope, ref.symbol)
         at = place(scope, op, name, start, ref, token, choice=choice)
@@ -331,6 +331,10 @@ def _load(scope: Scope, op: Op, name: str, type_: Type, choice: Choice | None) -
         scope.writer.call(f"{name} = tl.load(", args, f"){convert}")
     dirt = _strays(pair, placed) if pair is not None else frozenset[str]()
     scope.dirty[op.results[0].name] = dirt
+
+
+def _written(scope: Scope, symbol: str) -> bool:
+    return any(o.name == "store" and o.symbol == symbol for o in scope.program.op.walk())
 
 
 def _tma_load(

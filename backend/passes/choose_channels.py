@@ -99,6 +99,13 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             help="use copy_engine, sm:N or none",
         )
     if info.kind == "gather":
+        for stage in stages_of(program):
+            for store in accesses(stage, name, "store"):
+                raise UnsupportedProgram(
+                    store.span,
+                    detail=f"`{name}` is gathered, and stored in the same kernel",
+                    help="store into a tensor of its own: peers may still be reading this one",
+                )
         tile, rows = _input_channels(program, tensor, info, move)
     else:
         program = _count_tasks(program, name)

@@ -20,7 +20,8 @@ class Arena:
     """``size`` bytes on every rank of a group, mapped by all of them.
 
     ``views[r]`` is the arena of rank r as a uint8 tensor of this process; ``peers`` the int64 table of
-    their addresses on the GPU. All of it is zero, on every rank, once the constructor returns.
+    their addresses on the GPU. Control words, flags and counters are zero, on every rank, once the
+    constructor returns.
     """
 
     def __init__(self, group: Any, rank: int, world: int, device: torch.device, size: int) -> None:
@@ -135,14 +136,22 @@ class GroupState:
     def give_up(self, why: str) -> None:
         """Sets the abort word of every rank, so that ranks that spin leave, and refuses further calls."""
         self._given_up = why
-        for arena in self.arenas:
-            for rank in range(self.world):
-                arena.word(rank, layout.ABORT).fill_(1)
+        self._stop()
+
+    def _stop(self) -> None:
+        # On a stream of its own: the current one may be held up by the call that is to be stopped.
+        with torch.cuda.stream(self.stream("look")):
+            for arena in self.arenas:
+                for rank in range(self.world):
+                    arena.word(rank, layout.ABORT).fill_(1)
 
     def check(self) -> None:
         """Raises WaitTimeout, once, if a call has run into one."""
         if self.host.aborted and not self._reported:
             self._reported = True
+            # A kernel aborts its own arena; a peer may already run a program on another one.
+            if len(self.arenas) > 1:
+                self._stop()
             raise self._error()
 
     def check_usable(self) -> None:

@@ -63,6 +63,7 @@ class Program:
         key = (*(t.data_ptr() for t in tensors.values()), *scalars.values())
         found = self._plans.get(key)
         if found is None:
+            _check_apart(self.image, tensors)
             found = self._record(tensors, scalars)
             if found.reusable:
                 if len(self._plans) >= PLANS:
@@ -267,8 +268,9 @@ def _meet(
     state.agree(name, {**facts, "versions": versions}, error)
     if error is not None:
         raise error
-    program = Program(state, image, host, state.arena_for(image.arena_bytes))
+    arena = state.arena_for(image.arena_bytes)
     try:
+        program = Program(state, image, host, arena)
         program.plan(program.allocate(given), {n: scalars[n] for n in image.scalars})
     except Exception as problem:
         error = _typed(problem)
@@ -333,6 +335,23 @@ def _check_tensor(slot: Slot, tensor: torch.Tensor, device: torch.device) -> Non
         raise refuse("is not contiguous", "pass tensor.contiguous()")
     if tensor.data_ptr() % 16:
         raise refuse("does not start at a multiple of 16 bytes", "pass a copy: tensor.clone()")
+
+
+def _check_apart(image: Image, tensors: Tensors) -> None:
+    """Raises BadArgument where an output shares memory with another tensor of the call.
+
+    Tiles are read and written in no order, so what is read could already be overwritten.
+    """
+    spans = {n: (t.data_ptr(), t.data_ptr() + t.nbytes) for n, t in tensors.items()}
+    for slot in image.outputs:
+        low, high = spans[slot.name]
+        for name, (start, stop) in spans.items():
+            if name != slot.name and low < stop and start < high:
+                raise BadArgument(
+                    name=slot.name,
+                    detail=f"shares memory with `{name}`",
+                    help="pass a tensor of its own, or leave the output out to have it allocated",
+                )
 
 
 def _check_resident(name: str, compiled: Any, workers: int, device: torch.device) -> None:

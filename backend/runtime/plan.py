@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tilelink.backend.runtime.driver import driver, rows_of
 from tilelink.backend.runtime.guard import CTAS, guard_kernel
 from tilelink.backend.runtime.image import Slot
-from tilelink.backend.runtime.views import Views
+from tilelink.backend.runtime.views import Views, spread_axis
 from tilelink.device import head_kernel
 from tilelink.ir import layout
 
@@ -193,17 +193,27 @@ class Recorder(Views):
         after: tuple[str, ...] = ("head",),
         name: str | None = None,
     ) -> None:
-        """The library's collective along the first axis, on the main stream."""
+        """The library's collective along the axis on which the shapes differ, on the main stream."""
         self._join_main(after)
-        group = self._group
+        group, world = self._group, self.world
         source, target = src.reshape(-1), dst.view(-1)
         if op not in ("all_gather", "reduce_scatter", "all_reduce"):
             raise ValueError(f"unknown collective {op}")
+        ends = (dst.shape, src.shape) if op == "reduce_scatter" else (src.shape, dst.shape)
+        axis = spread_axis(*ends)
 
         def collective(_: int) -> None:
-            if op == "all_gather" and self.world > 1:
+            # The library knows the first axis only.
+            if op == "all_gather" and axis:
+                parts = src.new_empty((world, *src.shape))
+                dist.all_gather_into_tensor(parts.view(-1), source, group=group)
+                dst.copy_(torch.cat(parts.unbind(0), dim=axis))
+            elif op == "all_gather" and world > 1:
                 dist.all_gather_into_tensor(target, source, group=group)
-            elif op == "reduce_scatter" and self.world > 1:
+            elif op == "reduce_scatter" and axis:
+                parts = torch.stack(src.chunk(world, dim=axis))
+                dist.reduce_scatter_tensor(target, parts.view(-1), group=group)
+            elif op == "reduce_scatter" and world > 1:
                 dist.reduce_scatter_tensor(target, source, group=group)
             else:
                 target.copy_(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -125,6 +126,11 @@ def view_of(arena: torch.Tensor, slot: Slot) -> torch.Tensor:
     """The region of ``slot`` in a uint8 arena, with its dims and dtype."""
     region = arena[slot.offset : slot.offset + slot.bytes]
     return region.view(TORCH_DTYPES[slot.dtype]).view(slot.dims)
+
+
+def spread_axis(shard: Sequence[int], whole: Sequence[int]) -> int:
+    """The axis along which ``whole`` holds the ``shard`` of every rank; 0 where there is one rank."""
+    return next((n for n, (a, b) in enumerate(zip(shard, whole, strict=True)) if a != b), 0)
 
 
 def record_words(arena: torch.Tensor) -> list[int]:

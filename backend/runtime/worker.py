@@ -26,7 +26,7 @@ from triton.runtime.interpreter import InterpreterBuilder, interpreter_semantic
 
 from tilelink.backend.runtime import load_module
 from tilelink.backend.runtime.image import image_of, shared_bytes
-from tilelink.backend.runtime.views import Views, record_words
+from tilelink.backend.runtime.views import Views, record_words, spread_axis
 from tilelink.device import head_kernel, signal
 from tilelink.ir import layout, parse_ir
 
@@ -126,7 +126,7 @@ class Call(Views):
         after: tuple[str, ...] = ("head",),
         name: str | None = None,
     ) -> None:
-        """The library's collective along the first axis, through shared memory."""
+        """The library's collective along the axis on which the shapes differ, through shared memory."""
         self._enqueue(
             name or self.next_name("collective"), after, lambda: self._collective(op, src, dst)
         )
@@ -240,18 +240,18 @@ class Call(Views):
         shared.barrier(self._check)
         parts = [part(r) for r in range(self.world)]
         if op == "all_gather":
-            result = torch.cat([p.reshape(-1) for p in parts])
+            result = torch.cat(parts, dim=spread_axis(source.shape, dst.shape))
         elif op in ("reduce_scatter", "all_reduce"):
             total = torch.zeros(source.shape, dtype=torch.float32)
             for p in parts:
                 total += p.float()
-            flat = total.to(source.dtype).reshape(-1)
-            count = flat.numel() // self.world
-            mine = slice(self.rank * count, (self.rank + 1) * count)
-            result = flat[mine] if op == "reduce_scatter" else flat
+            result = total.to(source.dtype)
+            if op == "reduce_scatter":
+                axis = spread_axis(dst.shape, source.shape)
+                result = result.chunk(self.world, dim=axis)[self.rank]
         else:
             raise ValueError(f"unknown collective {op}")
-        dst.copy_(result.view(dst.shape))
+        dst.copy_(result)
         shared.barrier(self._check)
 
 

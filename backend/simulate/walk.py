@@ -183,9 +183,9 @@ class Walker:
             return Move(op, self._bytes(op["to"]), rank, False)
         elements = geometry.elements(op.ref, env)
         counter = geometry.decls[op.symbol].kind == "counter"
-        if op.name == "wait":
-            return Wait(op, op.symbol, elements, int(op.get("count", 1)) if counter else None)
         count = geometry.value(op.get("count", 1), env)
+        if op.name == "wait":
+            return Wait(op, op.symbol, elements, count if counter else None)
         through = op.get("through")
         slot = None
         if through is not None:

@@ -11,6 +11,8 @@ import torch
 from tilelink.backend.emit.triton import emit
 from tilelink.ir import layout, parse_ir
 
+pytestmark = pytest.mark.xdist_group("interpret")
+
 ROOT = Path(__file__).parents[2]
 
 _PRELUDE = """
@@ -24,9 +26,10 @@ WORDS = 70000
 arenas = [torch.zeros(WORDS, dtype=torch.int32) for _ in range(2)]
 peers = torch.tensor([a.data_ptr() for a in arenas])
 
-def head(rank, wait=True, limit=10**6):
+def head(rank, wait=True, limit=10**6, signals=True):
     device.head_kernel[(1,)](
-        arenas[rank], peers, rank, 32768, 32800, limit, limit, ACK=layout.ACK, WORLD=2, WAIT=wait
+        arenas[rank], peers, rank, 32768, 32800, limit, limit,
+        ACK=layout.ACK, WORLD=2, WAIT=wait, SIGNALS=signals,
     )
 """
 
@@ -129,6 +132,70 @@ for a in arenas:
 head(0), head(1)  # now it has started: the progress limit
 lost[(1,)](arenas[0], peers, 0, 10**7, 10**12)
 assert arenas[0][layout.RECORD : layout.RECORD + 10].tolist() == [1, 0, 0, 9, 1030, 1, 0, 1, 4, 1]
+""",
+    )
+
+
+def test_a_program_without_flags_takes_no_epoch_that_nobody_acknowledges(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+arenas[0][32768:32800] = 7
+head(0, wait=False, signals=False)
+assert arenas[0][32768:32800].eq(0).all()
+head(0), head(1)
+for a in arenas:
+    assert a[layout.EPOCH] == 1 and a[layout.ABORT] == 0
+    assert a[layout.ARRIVED : layout.ARRIVED + 2].tolist() == [1, 1]
+""",
+    )
+
+
+def test_the_progress_limit_starts_when_every_rank_has_started(tmp_path: Path) -> None:
+    """A producer that is here may wait for a third rank that is late, which is no lost signal."""
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def lost(arena, peers, rank, progress: tl.int64, arrival: tl.int64):
+    ctx = device.context(arena, peers, rank, 3, progress, arrival)
+    device.peer_tile_wait(ctx, 1030, ctx.epoch, 1, 9, 4)
+
+arenas.append(torch.zeros(WORDS, dtype=torch.int32))
+peers = torch.tensor([a.data_ptr() for a in arenas])
+for absent, kind, producer in ((True, 2, 2), (False, 1, 1)):
+    for a in arenas:
+        a.zero_()
+    arenas[0][layout.EPOCH] = 1
+    arenas[0][layout.ARRIVED : layout.ARRIVED + 3] = torch.tensor([1, 1, 0 if absent else 1])
+    lost[(1,)](arenas[0], peers, 0, 10**7, 3 * 10**7)
+    record = arenas[0][layout.RECORD : layout.RECORD + 10].tolist()
+    assert record == [1, 0, 0, 9, 1030, 1, 0, producer, 4, kind], record
+    assert [int(a[layout.ABORT]) for a in arenas] == [1, 1, 1]
+""",
+    )
+
+
+def test_a_rank_that_aborts_stops_its_peers_before_itself(tmp_path: Path) -> None:
+    """Its other workers signal tiles that are not there as soon as they see its own abort word."""
+    interpreted(
+        tmp_path,
+        """
+from tilelink.device import signal
+
+order = []
+def xchg(pointer, value, **_):
+    order.append(int(pointer.handle.data[0]))
+signal._abort.fn.__globals__["tl"].atomic_xchg, kept = xchg, tl.atomic_xchg
+
+@triton.jit
+def stop(arena, peers, rank, limit: tl.int64):
+    ctx = device.context(arena, peers, rank, 2, limit, limit)
+    signal._abort(ctx, 1030, 1, 0, 1, 9, 4, 1)
+
+stop[(1,)](arenas[0], peers, 0, 10**6)
+words = [a.data_ptr() + 4 * layout.ABORT for a in arenas]
+assert [p for p in order if p in words] == [words[1], words[0]], order
 """,
     )
 

@@ -42,7 +42,6 @@ def compiled(program: Op) -> Compiled:
     return kernel
 
 
-@pytest.mark.slow
 def test_large_gemm_is_clean_and_the_lint_can_fail() -> None:
     kernel = compiled(large_ag_gemm())
     assert kernel.dots == (128,) and kernel.waits
@@ -67,13 +66,11 @@ def test_large_gemm_is_clean_and_the_lint_can_fail() -> None:
     assert any("release" in p for p in spoilt(ttgir=bare))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(p.stem for p in PROGRAMS.glob("*.ir")))
 def test_samples_compile_clean(name: str) -> None:
     assert lint(compiled(read(name))) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_dtypes_compile_clean(dtype: str) -> None:
     # fp32 elements take twice the room.
@@ -81,7 +78,6 @@ def test_dtypes_compile_clean(dtype: str) -> None:
     assert lint(compiled(read("gemm_rs.copy_engine", change))) == []
 
 
-@pytest.mark.slow
 def test_weights_stored_n_by_k_compile_clean() -> None:
     change = {
         r"@B \{dims = \[K, N\]": "@B {dims = [N, K]",

@@ -27,13 +27,15 @@ ENV = {
 
 def _safe(expr: Expr) -> int | None:
     try:
-        return int(expr.evaluate(ENV))
-    except (ZeroDivisionError, IndexError):
+        # An element of a table is a NumPy number, whose division by zero only warns.
+        with np.errstate(divide="raise"):
+            return int(expr.evaluate(ENV))
+    except (ArithmeticError, IndexError):
         return None
 
 
 @given(ops())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_text_round_trips(op: Op) -> None:
     text = print_ir(op)
     parsed = parse_ir(text)

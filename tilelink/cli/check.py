@@ -62,7 +62,7 @@ def execute(args: argparse.Namespace) -> int:
 def unproven(unit: Unit, args: argparse.Namespace) -> Op:
     """The fused program, before the proof."""
     if unit.fused:
-        return unit.op
+        return unit.program(args)
     from tilelink.backend.pipeline import run_passes
 
     return run_passes(unit.op, unit.schedule(args))

@@ -25,7 +25,7 @@ class NoKernel(BadUsage):
 
     code: ClassVar[str] = "no-such-kernel"
     message: ClassVar[str] = "there is no kernel {wanted} in `{path}`"
-    hint: ClassVar[str] = "it holds: {known}"
+    hint: ClassVar[str] = "{advice}"
 
 
 class MissingExtents(BadUsage):

@@ -88,7 +88,9 @@ def as_svg(unit: Unit, graph: nx.DiGraph[str]) -> str:
     call = nx.DiGraph()
     call.add_nodes_from(ordered_nodes(graph))
     call.add_edges_from(edge for edge in ordered_edges(graph) if not graph.edges[edge].get("call"))
-    width, height, gap = 260, 16, 90
+    # A character of the 10 px monospace font is 6 px wide.
+    width = 10 + max((6 * len(label(graph, node)) for node in call), default=0)
+    height, gap = 16, 90
     place: dict[str, tuple[int, int]] = {}
     levels = list(nx.topological_generations(call))
     for column, level in enumerate(levels):
@@ -98,7 +100,7 @@ def as_svg(unit: Unit, graph: nx.DiGraph[str]) -> str:
     bottom = 40 + max((len(level) for level in levels), default=0) * (height + 4)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{right}" height="{bottom}" '
-        'font-family="monospace" font-size="10">',
+        'font-family="monospace" font-size="10" style="background: white">',
         f'<text x="10" y="18">{escape(unit.name)}: world {unit.world}</text>',
     ]
     for a, b in call.edges:

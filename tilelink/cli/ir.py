@@ -17,7 +17,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "ir",
         help="print the IR: the kernel, after a pass, or the fused program",
         description="Print the kernel's IR, one op a line. Synchronisation is spelled `wait` and "
-        "`notify`. The text can be edited and given to any command as FILE (see docs/ir.md).",
+        "`notify`. The text can be edited and given to `run`, `check`, `simulate` and `emit` as FILE "
+        "(see docs/ir.md).",
     )
     parser.set_defaults(execute=execute, parser=parser)
     add_common(parser, file_optional=True)

@@ -154,9 +154,7 @@ def schedule_of(args: argparse.Namespace, kernel: Op) -> Schedule:
     return schedule
 
 
-def _check_names(
-    option: str, what: str, names: Iterable[str], known: list[str]
-) -> None:
+def _check_names(option: str, what: str, names: Iterable[str], known: list[str]) -> None:
     for name in names:
         if name not in known:
             raise UnknownName(

@@ -99,8 +99,10 @@ def is_ir(path: str, text: str) -> bool:
 
 def _choose(known: Mapping[str, object], wanted: str, path: str) -> list[str]:
     if (wanted and wanted not in known) or not known:
-        names = ", ".join(sorted(known)) or "none"
-        raise NoKernel(path=path, wanted=f"`{wanted}`" if wanted else "at all", known=names)
+        advice = f"it holds: {', '.join(sorted(known))}"
+        if not known:
+            advice = "a kernel is a function under `@tilelink.kernel(...)`"
+        raise NoKernel(path=path, wanted=f"`{wanted}`" if wanted else "at all", advice=advice)
     return [wanted] if wanted else list(known)
 
 
@@ -141,6 +143,7 @@ def _from_ir(op: Op, path: str, args: argparse.Namespace) -> Unit:
 def _from_python(
     path: str, shown: str, text: str, wanted: str, args: argparse.Namespace
 ) -> list[Unit]:
+    from tilelink.frontend.source import show_as
     from tilelink.kernel import load_kernels
 
     if path == "-":
@@ -148,6 +151,7 @@ def _from_python(
         with tempfile.TemporaryDirectory(prefix="tilelink-") as folder:
             file = Path(folder) / "stdin.py"
             file.write_text(text, encoding="utf-8")
+            show_as(str(file.resolve()), shown)
             units = _build_all(load_kernels(file), wanted, shown, args)
             return [Unit(u.name, u.path, u.op.with_attrs(file=shown)) for u in units]
     return _build_all(load_kernels(path), wanted, shown, args)

@@ -163,12 +163,9 @@ def _wait(ctx, word, expected, arrival, producer, tile, wait, fence: tl.constexp
                 was_here = here
                 limit = tl.where(here != 0, ctx.progress_ns, ctx.arrival_ns)
                 if now - started > limit:
-                    # A producer that is here may itself wait for a rank that is not yet.
                     if (here != 0) & (stuck == 0):
+                        # The producer is here, but may itself wait for a rank that is not.
                         stuck = tl.full((), 1, tl.int32)
-                        if _absent(ctx, arrival) < 0:
-                            _abort(ctx, word, expected, seen, producer, tile, wait, 1)
-                            spinning = seen - seen != 0
                     else:
                         _abort(ctx, word, expected, seen, late, tile, wait, 2 - here)
                         spinning = seen - seen != 0

@@ -117,7 +117,9 @@ def _check_op(op: Op) -> None:
         whole = (op.name, key) == ("extent", "value") or (key in _WHOLE and op.name != "stage")
         if whole and not isinstance(value, int):
             raise IRNameError(
-                op.span, what=f"`{key}` of `{op.name}` is not a whole number", advice="write a whole number"
+                op.span,
+                what=f"`{key}` of `{op.name}` is not a whole number",
+                advice="write a whole number",
             )
     given = dict(op.attrs)
     for name in _ATTRIBUTES[op.name]:

@@ -1,0 +1,49 @@
+"""README.md: each command there prints what the page shows."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tilelink.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+COMMAND = "    $ "
+
+
+def shown(text: str) -> dict[str, str]:
+    """The commands of a page, each with the indented text right below it."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.startswith(COMMAND):
+            lines = found.setdefault(line.removeprefix(COMMAND), [])
+        elif line.startswith("    "):
+            lines.append(line.removeprefix("    "))
+        else:
+            lines = []
+    return {command: "\n".join(lines) for command, lines in found.items()}
+
+
+SHOWN = shown((ROOT / "README.md").read_text())
+
+
+def test_page_shows_the_main_commands() -> None:
+    assert {command.split()[1] for command in SHOWN} == {"run", "check", "ir", "simulate"}
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_command_prints_what_is_shown(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    assert words[0] == "tilelink"
+    assert main(words[1:]) == 0
+    said = capsys.readouterr().out.rstrip()
+    # The page leaves out the schedule, and rounding differs from one processor to the next.
+    said = re.sub(r'schedule = "(?:[^"\\]|\\.)*"', 'schedule = "…"', said)
+    rounding = re.compile(r"\d\.\de-\d\d(?=  1e-02  ok)|0\.0e\+00(?=  1e-02  ok)")
+    assert rounding.sub("E", said) == rounding.sub("E", SHOWN[command])
