@@ -13,7 +13,7 @@ demo: $(INSTALLED)  ## run examples/demo.py
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)  ## run the tests; ARGS="-k name" passes options to pytest
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 check: $(INSTALLED)  ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilelink import knobs
+from tilelink.errors import TilelinkError
 from tilelink.ir import parse_ir
 
 if TYPE_CHECKING:
@@ -74,4 +75,7 @@ def main(text: str, host: Callable[[Any], None]) -> None:
     ``python emitted.py`` does."""
     from tilelink.backend.runtime.standalone import run_standalone
 
-    run_standalone(parse_ir(text), text, host)
+    try:
+        run_standalone(parse_ir(text), text, host)
+    except TilelinkError as error:
+        sys.exit(str(error))

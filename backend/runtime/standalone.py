@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tilelink.backend.runtime.cuda import run_program
+from tilelink.backend.runtime.errors import Unavailable
 from tilelink.backend.runtime.image import image_of
 from tilelink.backend.runtime.views import TORCH_DTYPES
 from tilelink.backend.runtime.watch import synchronize
@@ -24,6 +26,11 @@ def run_standalone(program: Op, text: str, host: Callable[[Any], None]) -> None:
     Needs as many GPUs as the program has ranks: ``torchrun --nproc-per-node WORLD emitted.py``.
     """
     image = image_of(program)
+    if not torch.cuda.is_available():
+        raise Unavailable(backend="cuda", reason="PyTorch sees no CUDA device")
+    if int(os.environ.get("WORLD_SIZE", "1")) != image.world:
+        command = f"torchrun --nproc-per-node {image.world} {sys.argv[0]}"
+        raise Unavailable(backend="cuda", reason=f"{image.world} processes are needed: {command}")
     rank = int(os.environ.get("RANK", "0"))
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if image.world > 1:

@@ -21,7 +21,7 @@ from tilelink.backend.simulate.geometry import (
     Tile,
     bind_args,
 )
-from tilelink.backend.simulate.memory import Access, Channel, Clock, Memory
+from tilelink.backend.simulate.memory import Access, Clock, Memory
 from tilelink.backend.tile_ops import TORCH_DTYPES, apply
 from tilelink.errors import InternalError
 from tilelink.ir import At, Expr, Op, Range, Ref

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed
 
 import tilelink
 import tilelink.language as tk
@@ -15,8 +16,6 @@ from tilelink.backend.runtime import interpret, plan
 from tilelink.backend.runtime.views import spread_axis
 from tilelink.ir import Op
 from tilelink.schedules import Move, Schedule
-
-pytestmark = pytest.mark.xdist_group("interpret")
 
 
 @tilelink.kernel("gather A[M, K] over K")
@@ -66,8 +65,8 @@ def test_plans_hand_the_library_its_own_layout(axis: int, monkeypatch: pytest.Mo
     def reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
         target.copy_(source.chunk(2)[1] * 2)
 
-    monkeypatch.setattr(plan.dist, "all_gather_into_tensor", all_gather)
-    monkeypatch.setattr(plan.dist, "reduce_scatter_tensor", reduce_scatter)
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", all_gather)
+    monkeypatch.setattr(torch.distributed, "reduce_scatter_tensor", reduce_scatter)
     recorder: Any = object.__new__(plan.Recorder)
     recorder.plan, recorder.world, recorder._group, recorder._agents = plan.Plan(), 2, None, {}
     gathered_to, sum_of_mine = torch.zeros_like(whole), torch.zeros_like(shards[1])

@@ -11,8 +11,6 @@ import torch
 from tilelink.backend.emit.triton import emit
 from tilelink.ir import layout, parse_ir
 
-pytestmark = pytest.mark.xdist_group("interpret")
-
 ROOT = Path(__file__).parents[2]
 
 _PRELUDE = """

@@ -12,8 +12,6 @@ from tilelink.backend.runtime import interpret
 from tilelink.backend.runtime.errors import BadArgument, RankFailed, RankStuck, WaitTimeout
 from tilelink.ir import Op, parse_ir
 
-pytestmark = pytest.mark.xdist_group("interpret")
-
 PROGRAMS = sorted((Path(__file__).parents[1] / "programs").glob("*.ir"))
 
 

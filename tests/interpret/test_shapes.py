@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from tests.sim.test_shapes import check
 from tests.strategies import MOVED, cases
 
-pytestmark = pytest.mark.xdist_group("interpret")
-
 
 @pytest.mark.parametrize("kernel", sorted(MOVED))
 @given(data=st.data())

@@ -88,6 +88,14 @@ def test_element_types(file: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--target", "abacus"], "--target: there is no machine `abacus`"),
         (["--fused", "--tile", "Q=64"], "--tile: there is no extent `Q`"),
         (["--fused", "--resource", "B=none"], "--resource: there is no moved tensor `B`"),
+        (
+            ["--fused", "--schedule", '{"tiles": {"Q": 64}}'],
+            "--schedule: there is no extent `Q`",
+        ),
+        (
+            ["--fused", "--schedule", '{"moves": {"B": {"resource": "none"}}}'],
+            "--schedule: there is no moved tensor `B`",
+        ),
         (["--after", "magic"], "--after: there is no pass `magic`"),
     ],
 )
@@ -96,6 +104,25 @@ def test_names_that_do_not_exist(
 ) -> None:
     assert main(["ir", file, *option]) == 2
     assert capsys.readouterr().err.startswith(f"error[unknown-name]: {message}")
+
+
+def test_file_without_a_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "empty.py"
+    path.write_text("x = 1\n")
+    assert main(["check", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"there is no kernel at all in `{path}`" in error
+    assert "= help: a kernel is a function under `@tilelink.kernel(...)`" in error
+
+
+def test_file_that_is_not_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "slip.py"
+    path.write_text(AG_GEMM.replace("tk.float32)", "tk.float32"))
+    assert main(["check", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error[bad-file]: this is not Python: '(' was never closed")
+    assert f"--> {path}:10:" in error
+    assert "Traceback" not in error
 
 
 def test_extents_that_nobody_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

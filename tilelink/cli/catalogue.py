@@ -17,7 +17,8 @@ HEAD = """\
 
 Every error has a code, the place of the mistake and a hint; the shape is the same for Python source,
 mapping text and IR text. The command line ends with exit code 2 where the command was wrong
-(`tilelink.cli.errors`, and `schedule`), with 1 for all others. [mistakes.md](mistakes.md) shows common ones in full.
+(`tilelink.cli.errors`, and `schedule`), with 1 for all others.
+[mistakes.md](mistakes.md) shows common ones in full.
 
 | code | meaning | message | raised by |
 |---|---|---|---|

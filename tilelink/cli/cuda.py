@@ -26,7 +26,12 @@ def execute_cuda(args: argparse.Namespace) -> int:
     import torch
     from torch import distributed
 
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= count:
+        raise Unavailable(
+            what="the cuda backend", reason=f"process {local} has no GPU, as there are {count}"
+        )
+    device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     distributed.init_process_group("nccl", device_id=device)
     try:

@@ -56,7 +56,7 @@ _PLAIN = (
     "ne and or neg not abs exp exp2 log log2 sqrt rsqrt sin cos tanh sigmoid silu gelu erf"
 )
 _ATTRIBUTES = {name: tuple(text.split()) for name, text in _TABLE.items()}
-_ATTRIBUTES.update({name: () for name in _PLAIN.split()})
+_ATTRIBUTES.update(dict.fromkeys(_PLAIN.split(), ()))
 OPS = tuple(sorted(_ATTRIBUTES))
 
 # What the symbol of an op, and that of an attribute, may have been declared as.
