@@ -29,6 +29,11 @@ def prepare() -> None:
             sys.exit(f"{name}={os.environ[name]}: these figures are taken with {name}={value}")
 
 
+def without_folder(argument: str) -> str:
+    """An argument as it is, an absolute path without the folders of this machine."""
+    return os.path.basename(argument) if os.path.isabs(argument) else argument
+
+
 def describe(world: int) -> dict[str, Any]:
     """Hardware, versions and settings as JSON data. Needs a CUDA device."""
     import torch
@@ -38,7 +43,7 @@ def describe(world: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [os.path.basename(sys.executable), *sys.argv],
+        "command": [os.path.basename(sys.executable), *map(without_folder, sys.argv)],
         "world": world,
         "note": NOTE,
         "hardware": {

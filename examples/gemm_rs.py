@@ -6,9 +6,9 @@ Run it simulated, which needs no GPU, or on the GPUs of this machine:
     torchrun --nproc-per-node 8 examples/gemm_rs.py
 """
 
-import os
+from __future__ import annotations
 
-import torch
+import os
 
 import tilelink
 import tilelink.language as tk
@@ -27,6 +27,8 @@ def gemm_rs(A, B, C):
 
 def simulated(world=4, M=512, N=256, K=128):
     """All ranks on this CPU: a list of one tensor a rank in, a list out."""
+    import torch
+
     inputs = [torch.randn(M, K, dtype=torch.bfloat16) for _ in range(world)]
     weights = [torch.randn(K, N, dtype=torch.bfloat16) for _ in range(world)]
     outputs = gemm_rs.on("simulate", world=world)(inputs, weights)
@@ -38,6 +40,7 @@ def simulated(world=4, M=512, N=256, K=128):
 
 def on_gpus(M=8192, N=8192, K=3584):
     """This process is one rank of torchrun's, with a GPU of its own."""
+    import torch
     import torch.distributed as dist
 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cluster, graph_check, measure, report, run, stats
+from bench import cluster, environment, graph_check, measure, report, run, stats
 from bench.candidates import Candidate, Inputs, set_count
 from bench.cases import AG_GEMM, Case, mlp_cases
 from bench.measure import Bench, Settings
@@ -409,3 +409,11 @@ def test_watchdog_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stopped.wait(5)
     assert ended[0].endswith("in: hang") and ended[1] == "exit 1"
     assert time.monotonic() - begin > 0.9
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded"),
+    [("--out", "--out"), ("bench/run.py", "bench/run.py"), ("/a/b/run.json", "run.json")],
+)
+def test_record_names_no_folder_of_the_machine(given: str, recorded: str) -> None:
+    assert environment.without_folder(given) == recorded

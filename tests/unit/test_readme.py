@@ -39,6 +39,8 @@ def test_command_prints_what_is_shown(
 ) -> None:
     pytest.importorskip("torch")
     monkeypatch.chdir(ROOT)
+    # pytest-xdist sets it for its workers; this is the width where there is no terminal.
+    monkeypatch.setenv("COLUMNS", "100")
     words = shlex.split(command)
     assert words[0] == "tilelink"
     assert main(words[1:]) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilelink.device.signal import ABORT, ARRIVED, EPOCH, Context, _word, rank_wait
+from tilelink.device.signal import ABORT, ARRIVED, EPOCH, MAX_WORLD, Context, _words, rank_wait
 from tilelink.ir import layout
 
 EXITED = tl.constexpr(layout.EXITED)
@@ -45,8 +45,9 @@ def head_kernel(
         tl.store(arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
     tl.debug_barrier()
     if SIGNALS:
-        for peer in range(0, WORLD):
-            tl.atomic_xchg(_word(peers, peer, ARRIVED + rank), epoch, sem="release", scope="sys")
+        flags, inside = _words(peers, WORLD, ARRIVED + rank)
+        value = tl.full((MAX_WORLD,), 0, tl.int32) + epoch
+        tl.atomic_xchg(flags, value, mask=inside, sem="release", scope="sys")
     if WAIT:
         ctx = Context(arena, peers, rank, epoch, WORLD, progress_ns, arrival_ns)
         rank_wait(ctx, ACK, epoch - 1, 0)

@@ -22,6 +22,8 @@ RECORD = tl.constexpr(layout.RECORD)
 CLAIM = tl.constexpr(layout.RECORD + layout.RECORD_WORDS - 1)
 ARRIVED = tl.constexpr(layout.ARRIVED)
 LOOK = tl.constexpr(256)
+FIRST_LOOK = tl.constexpr(16)  # polls before the clock and the abort word are first looked at
+MAX_WORLD = tl.constexpr(layout.MAX_WORLD)
 POLL_NS = tl.constexpr(16_000)  # one poll of the interpreter, about
 
 
@@ -146,7 +148,7 @@ def _wait(ctx, word, expected, arrival, producer, tile, wait, fence: tl.constexp
     stuck = tl.full((), 0, tl.int32)
     spinning = seen - expected < 0
     while spinning:
-        if polls % LOOK == 0:
+        if polls % LOOK == FIRST_LOOK:
             if tl.atomic_add(ctx.arena + ABORT, 0, sem="acquire", scope="sys") != 0:
                 spinning = seen - seen != 0
             else:
@@ -158,7 +160,7 @@ def _wait(ctx, word, expected, arrival, producer, tile, wait, fence: tl.constexp
                     absent = _absent(ctx, arrival)
                     here = (absent < 0).to(tl.int32)
                     late = tl.where(absent < 0, producer, absent)
-                if (polls == 0) | (here != was_here):
+                if (polls == FIRST_LOOK) | (here != was_here):
                     started = now
                 was_here = here
                 limit = tl.where(here != 0, ctx.progress_ns, ctx.arrival_ns)
@@ -253,18 +255,36 @@ def counted_tile_notify(ctx, word, peer, through, count):
 
 
 @triton.jit
+def _words(peers, world, word):
+    # Word ``word`` of every rank's arena, one element a rank, and which elements are ranks: one thread
+    # a rank sends its signal, and no round trip over the link waits for another.
+    ranks = tl.arange(0, MAX_WORLD)
+    addresses = tl.load(peers + ranks, mask=ranks < world, other=0) + word * 4
+    return addresses.to(tl.pointer_type(tl.int32), bitcast=True), ranks < world
+
+
+@triton.jit
 def rank_notify(ctx, word):
     """Release: flag ``word + rank`` of every rank becomes this call's epoch."""
     tl.debug_barrier()
-    for peer in range(0, ctx.world):
-        flag = _word(ctx.peers, peer, word + ctx.rank)
-        tl.atomic_xchg(flag, ctx.epoch, sem="release", scope="sys")
+    flags, inside = _words(ctx.peers, ctx.world, word + ctx.rank)
+    value = tl.full((MAX_WORLD,), 0, tl.int32) + ctx.epoch
+    tl.atomic_xchg(flags, value, mask=inside, sem="release", scope="sys")
 
 
 @triton.jit
 def rank_wait(ctx, word, epoch, wait, fence: tl.constexpr = False):
     """Acquire: until flags ``word`` to ``word + world`` have all reached ``epoch``; returns a token."""
-    token = tl.full((), 0, tl.int32)
-    for peer in range(0, ctx.world):
-        token += peer_tile_wait(ctx, word + peer, epoch, peer, peer, wait, fence)
+    ranks = tl.arange(0, MAX_WORLD)
+    nothing = tl.zeros((MAX_WORLD,), tl.int32)
+    flags = ctx.arena + word + ranks
+    seen = tl.atomic_add(flags, nothing, mask=ranks < ctx.world, sem="acquire", scope="sys")
+    behind = tl.sum(((ranks < ctx.world) & (seen - epoch < 0)).to(tl.int32), axis=0)
+    token = behind >> 31
+    # All flags at once; one after the other, with a limit, only where some rank is not there yet.
+    if behind != 0:
+        for peer in range(0, ctx.world):
+            token += peer_tile_wait(ctx, word + peer, epoch, peer, peer, wait)
+    if fence:
+        token = _fence_proxy(token)
     return token
