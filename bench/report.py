@@ -50,6 +50,8 @@ def page(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
             parts.append(_suite(name, run))
         elif run["kind"] == "graph_check":
             parts.append(_graphs(name, run))
+        elif run["kind"] == "gpu_tests":
+            parts.append(_tests(name, run))
     return "\n".join(parts)
 
 
@@ -134,6 +136,17 @@ def _detail_rows(results: Sequence[stats.CaseResult]) -> list[list[str]]:
                 ]
             )
     return rows
+
+
+def _tests(name: str, run: dict[str, Any]) -> str:
+    rows = run["rows"]
+    right = sum(bool(row["ok"]) for row in rows)
+    return (
+        f"## GPU tests, {run['world']} GPUs\n\n"
+        f"{run['gpu']}, torch {run['torch']}: {right} of {len(rows)} passed.\n\n"
+        "    python -m tests.gpu.run_all --out DIR\n\n"
+        f"Raw data: `{name}`.\n"
+    )
 
 
 def _graphs(name: str, run: dict[str, Any]) -> str:

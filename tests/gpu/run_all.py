@@ -81,6 +81,7 @@ def main() -> int:
             said = [r.output.strip() for r in ranks]
             print("\n".join(f"-- {name}, rank {i}: {text[-900:]}" for i, text in enumerate(said)))
         facts = {
+            "kind": "gpu_tests",
             "gpu": torch.cuda.get_device_name(0),
             "torch": torch.__version__,
             "python": platform.python_version(),
