@@ -5,12 +5,17 @@ from __future__ import annotations
 from tilelink.ir import DTYPES, Op
 from tilelink.schedules.schedule import Move, Schedule
 
+# Largest sums whose stores go straight to the peers. Measured on four H200: GEMM + reduce-scatter of
+# 9 and 17 MB takes 0.138 and 0.135 ms so and 0.162 and 0.164 by copy engine; of 38 MB, 0.354 and 0.316.
+EPILOGUE_BYTES = {"reduce": 1 << 20, "scatter": 24 << 20}
+
 
 def default_schedule(kernel: Op) -> Schedule:
     """The schedule to use for ``kernel`` (Tile IR) where neither the user nor a table gives one.
 
-    Moved tensors travel by copy engine, which costs the computation nothing; a sum that is small
-    enough for one exchange (a reduce of at most 1 MiB) is stored straight into every rank.
+    Moved tensors travel by copy engine, which costs the computation nothing. A small sum is stored
+    straight into its ranks, since the fixed cost of a copy would show: a reduce of at most 1 MiB, a
+    scatter of at most 24 MiB.
     """
     extents = {op.symbol: int(op["value"]) for op in kernel.find("extent")}
     wide = any(op.get("dtype") == "fp32" for op in kernel.find("tensor"))
@@ -38,7 +43,7 @@ def _resource(tensor: Op, extents: dict[str, int]) -> str:
     size = DTYPES[tensor["dtype"]]
     for dim in tensor["dims"]:
         size *= dim if isinstance(dim, int) else int(dim.evaluate(extents))
-    return "epilogue" if tensor["move"] == "reduce" and size <= 1 << 20 else "copy_engine"
+    return "epilogue" if size <= EPILOGUE_BYTES.get(tensor["move"], 0) else "copy_engine"
 
 
 def _roles(kernel: Op) -> tuple[set[str], set[str], set[str]]:

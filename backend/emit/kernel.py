@@ -123,17 +123,8 @@ def _stage(scope: Scope, launch: Op, stage: Op, system: frozenset[str]) -> None:
     workers = int(launch.get("workers", 1))
     low, high = stage.get("workers") or (0, workers)
     low, high = int(low), int(high)
-    if stage.get("queue", "static") == "dynamic":
-        _dynamic(scope, stage, count, system)
-        return
-    if (low, high) == (0, workers) and can_flatten(scope, stage):
-        flat_stage(scope, stage, "tl.program_id(0)", "tl.num_programs(0)", count, system)
-        return
     if (low, high) == (0, workers):
-        head = f"for q in tl.range(tl.program_id(0), {count}, tl.num_programs(0), num_stages=1):"
-        stage = _hoist_waits(scope, stage, system)
-        with writer.block(head):
-            _task(scope, stage, "q", system)
+        _queue(scope, stage, "tl.program_id(0)", "tl.num_programs(0)", count, system)
         return
     worker = "tl.program_id(0)" if low == 0 else f"tl.program_id(0) - {low}"
     inside = f"tl.program_id(0) < {high}"
@@ -141,14 +132,22 @@ def _stage(scope: Scope, launch: Op, stage: Op, system: frozenset[str]) -> None:
         inside = f"tl.program_id(0) >= {low}"
     elif low:
         inside = f"(tl.program_id(0) >= {low}) & ({inside})"
-    loop = f"for q in tl.range({worker}, {count}, {high - low}, num_stages=1):"
-    if can_flatten(scope, stage):
-        with writer.block(f"if {inside}:"):
-            flat_stage(scope, stage, worker, str(high - low), count, system)
-        return
     with writer.block(f"if {inside}:"):
+        _queue(scope, stage, worker, str(high - low), count, system)
+
+
+def _queue(
+    scope: Scope, stage: Op, worker: str, step: str, count: str, system: frozenset[str]
+) -> None:
+    """The tasks of one worker: those at worker, worker + step, … of a static queue, or the next free."""
+    if stage.get("queue", "static") == "dynamic":
+        _dynamic(scope, stage, count, system)
+    elif can_flatten(scope, stage):
+        flat_stage(scope, stage, worker, step, count, system)
+    else:
         stage = _hoist_waits(scope, stage, system)
-        with writer.block(loop):
+        head = f"for q in tl.range({worker}, {count}, {step}, num_stages=1):"
+        with scope.writer.block(head):
             _task(scope, stage, "q", system)
 
 

@@ -119,7 +119,7 @@ def _stage(program: Op, schedule: Schedule, nest: Op, prelude: tuple[Op, ...], n
         body = loop.body
     names = extents_of(program)
     body = (*_copies(prelude, number), *(_tile_inner(program, schedule, op) for op in body))
-    probe = Op("stage", blocks=(Block(tuple(variables), body),))
+    probe = Op("stage", blocks=(Block(tuple(variables), body),), span=nest.span)
     tiles = _tile_sizes(schedule, variables, extents, probe, names)
     attrs = _segments(program, probe, variables, own, schedule)
     label = _label(probe, program.symbol, number)

@@ -12,8 +12,9 @@ from tilelink import kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.ir import Op
-from tilelink.schedules import Schedule, default_schedule
+from tilelink.schedules import Move, Schedule, default_schedule
 
+COPIED = (("C", Move()),)
 EXTENTS = {"M": 512, "N": 512, "K": 256}
 
 
@@ -42,7 +43,7 @@ def stage(text: str, name: str) -> str:
 
 
 def test_a_stage_that_waits_for_nothing_is_one_loop() -> None:
-    text = stage(emit(program(kernels.gemm_rs)), "C.gemm")
+    text = stage(emit(program(kernels.gemm_rs, moves=COPIED)), "C.gemm")
     assert text.count("for ") == 1
     # Held back by a tile, so once inside the loop in front of the stores, and once behind it.
     inside, _, behind = text.rpartition("device.delayed_tile_notify(")
@@ -76,3 +77,22 @@ def test_a_changed_operand_is_not_loaded_by_tma() -> None:
     second = text.split("b = ")[1].split("\n")[0]
     assert first.startswith("tl.load(")
     assert ".load([" in second and not second.startswith("tl.load(")
+
+
+@tilelink.kernel("gather A[M, K] over M; scatter C[M, N] over M sum")
+def both(A: Any, B: Any, C: Any) -> None:
+    """A gathered operand and a scattered product in one nest."""
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        C[m, n] = acc
+
+
+def test_a_dynamic_queue_stays_within_its_workers() -> None:
+    moves = (("A", Move(resource="sm:3")), ("C", Move(resource="sm:2")))
+    text = stage(emit(program(both, moves=moves, workers=8)), "C.gemm")
+    guard, _, rest = text.partition("if tl.program_id(0) >= 2:")
+    assert "queue_next" not in guard and "queue_next" in rest
