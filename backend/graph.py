@@ -16,8 +16,16 @@ from typing import TypeAlias
 import networkx as nx
 import numpy as np
 
-from tilelink.backend.expand import Ints, Tile, dims_of, environment, stage_tiles
-from tilelink.backend.passes.common import MOVED, Moved, accesses, moved, stages_of, tensors_of
+from tilelink.backend.expand import Ints, Tile, environment, stage_tiles
+from tilelink.backend.passes.common import (
+    MOVED,
+    Moved,
+    accesses,
+    global_dims,
+    moved,
+    stages_of,
+    tensors_of,
+)
 from tilelink.backend.pipeline import run_passes
 from tilelink.ir import Expr, Op, Value
 from tilelink.schedules import Schedule
@@ -139,7 +147,7 @@ class _Builder:
         return np.zeros(count, np.int64), np.full(count, self._extent(info, axis), np.int64)
 
     def _extent(self, info: Moved, axis: int) -> int:
-        return dims_of(self.program.declared(info.name), self.env)[axis]
+        return global_dims(self.program.declared(info.name), self.env)[axis]
 
     def _channels(self, info: Moved, interval: Interval) -> list[tuple[int, int, int]]:
         """(task, owner, channel) for every channel that a task's interval meets."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tilelink.backend.passes.common import (
     MOVED,
     RANK,
@@ -93,13 +95,12 @@ def _loop(variable: Value, lo: int, hi: Expr | int, body: tuple[Op, ...]) -> Op:
     return make("for_range", lo=lo, hi=hi, blocks=(Block((variable,), body),))
 
 
-def _each_channel(info: Moved, body: object) -> tuple[Op, ...]:
+def _each_channel(info: Moved, body: Callable[[Expr], tuple[Op, ...]]) -> tuple[Op, ...]:
     """``body(channel)`` once, or in a loop over channels."""
-    assert callable(body)
     if info.channels == 1:
-        return tuple(body(Expr.const(0)))
+        return body(Expr.const(0))
     variable = Value(f"{info.name}.c", INDEX)
-    return (_loop(variable, 0, info.channels, tuple(body(Expr.name(variable.name)))),)
+    return (_loop(variable, 0, info.channels, body(Expr.name(variable.name))),)
 
 
 def _by_copy_engine(program: Op, info: Moved) -> Op:

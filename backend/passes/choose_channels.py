@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from tilelink.backend.expand import environment
 from tilelink.backend.passes.common import (
     MOVED,
     Moved,
     UnsupportedProgram,
     accesses,
     add_declarations,
-    dims_of,
-    extents_of,
+    global_dims,
     moved,
     replace_declaration,
     schedule_of,
@@ -60,9 +60,7 @@ def choose_channels(program: Op) -> Op:
             counters.append(make("counter", ref=Ref(f"{name}.done"), dims=sources))
         if info.resource != "none":
             flags.append(make("flag", ref=Ref(f"{name}.ready"), dims=(world, info.channels)))
-        if info.resource == "epilogue" or (
-            info.resource.startswith("sm:") and info.channel_rows > 0
-        ):
+        if info.resource == "epilogue" or info.resource.startswith("sm:"):
             counters.append(
                 make("counter", ref=Ref(f"{name}.arrived"), dims=(world, info.channels))
             )
@@ -138,7 +136,7 @@ def _count_tasks(program: Op, name: str) -> Op:
 
 def _row_bytes(program: Op, tensor: Op, info: Moved) -> int:
     size = DTYPES[tensor["dtype"]]
-    for axis, length in enumerate(dims_of(tensor, extents_of(program))):
+    for axis, length in enumerate(global_dims(tensor, environment(program))):
         size *= 1 if axis == info.axis else length
     return size
 
@@ -190,7 +188,7 @@ def _asked_tile(program: Op, tensor: Op, info: Moved) -> int | None:
     if shape is None:
         return None
     length = shape[info.axis]
-    return int(length if isinstance(length, int) else length.evaluate(extents_of(program)))
+    return int(length if isinstance(length, int) else length.evaluate(environment(program)))
 
 
 def _per_channel(program: Op, tensor: Op, count: int) -> int | None:
@@ -198,7 +196,7 @@ def _per_channel(program: Op, tensor: Op, count: int) -> int | None:
     signal = tensor.get("signal")
     if signal is None:
         return None
-    names = extents_of(program)
+    names = environment(program)
     found = [
         signal if isinstance(signal, int) else int(signal.evaluate({**names, "t": t}))
         for t in range(count)

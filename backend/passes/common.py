@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
+from tilelink.backend.expand import environment, evaluate
 from tilelink.errors import TilelinkError
-from tilelink.ir import All, At, Block, Expr, Index, Op, Range, Ref, Type, Value, minimum
+from tilelink.ir import At, Block, Expr, Index, Op, Range, Ref, Type, Value, minimum
+from tilelink.ir.node import DECLARATIONS
 from tilelink.schedules import Schedule
 
 RANK = Expr.name("RANK")
@@ -30,16 +32,9 @@ def schedule_of(program: Op) -> Schedule:
     return Schedule.from_json(program["schedule"])
 
 
-def extents_of(program: Op) -> dict[str, int]:
-    """Extents by name, and WORLD."""
-    return {op.symbol: int(op["value"]) for op in program.find("extent")} | {
-        "WORLD": int(program["world"])
-    }
-
-
-def dims_of(declaration: Op, names: dict[str, int]) -> tuple[int, ...]:
-    """The dimensions of a tensor or buffer as numbers."""
-    return tuple(d if isinstance(d, int) else int(d.evaluate(names)) for d in declaration["dims"])
+def global_dims(declaration: Op, env: Mapping[str, int]) -> tuple[int, ...]:
+    """The dimensions as the kernel's text has them: of a moved tensor the whole, not the shard."""
+    return tuple(int(evaluate(d, env, declaration)) for d in declaration["dims"])
 
 
 def tensors_of(program: Op) -> dict[str, Op]:
@@ -55,9 +50,8 @@ def replace_declaration(program: Op, new: Op) -> Op:
 
 def add_declarations(program: Op, *new: Op) -> Op:
     """The program with declarations put behind the existing ones."""
-    kinds = ("extent", "tensor", "scalar", "buffer", "flag", "counter")
     ops = program.body
-    last = max((i for i, op in enumerate(ops) if op.name in kinds), default=-1) + 1
+    last = max((i for i, op in enumerate(ops) if op.name in DECLARATIONS), default=-1) + 1
     return program.with_ops((*ops[:last], *new, *ops[last:]))
 
 
@@ -199,8 +193,8 @@ class Moved:
 def moved(program: Op, name: str) -> Moved:
     """The :class:`Moved` of tensor ``name`` as far as the passes have decided it."""
     op = program.declared(name)
-    names = extents_of(program)
-    dims = dims_of(op, names)
+    names = environment(program)
+    dims = global_dims(op, names)
     axis = int(op.get("over", 0))
     owner = op.get("owner")
     world = names["WORLD"]
@@ -283,11 +277,6 @@ def substitute(op: Op, values: dict[str, Value]) -> Op:
     )
 
 
-def is_whole(index: object) -> bool:
-    """Whether an index element takes the whole axis."""
-    return isinstance(index, All)
-
-
 def storing_stage(program: Op, name: str) -> tuple[Op, int | None]:
     """The stage whose tasks store ``name``, and its variable that walks the moved axis (None: none does)."""
     axis = int(program.declared(name).get("over", 0))
@@ -304,7 +293,7 @@ def storing_stage(program: Op, name: str) -> tuple[Op, int | None]:
 
 def tasks_across(program: Op, stage: Op, skip: int | None) -> int:
     """Tasks of ``stage`` over all its variables but number ``skip``."""
-    names = extents_of(program)
+    names = environment(program)
     count = 1
     for number, (extent, tile) in enumerate(zip(stage["extent"], stage["tile"], strict=True)):
         if number != skip:
@@ -320,6 +309,6 @@ def tasks_of_stage(program: Op, stage: Op) -> int:
     segment = int(stage["segment"])
     axis = int(stage.get("axis", 0))
     extent = stage["extent"][axis]
-    length = extent if isinstance(extent, int) else int(extent.evaluate(extents_of(program)))
+    length = extent if isinstance(extent, int) else int(extent.evaluate(environment(program)))
     segments = int(stage.get("segments", length // segment))
     return tasks_across(program, stage, axis) * segments * -(-segment // int(stage["tile"][axis]))

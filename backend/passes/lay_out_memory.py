@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-from tilelink.backend.passes.common import UnsupportedProgram, dims_of, extents_of
-from tilelink.ir import DTYPES, Op, Ref
+from tilelink.backend.expand import bytes_of, environment
+from tilelink.backend.passes.common import UnsupportedProgram
+from tilelink.ir import Op, Ref
 from tilelink.ir import layout as arena
+from tilelink.ir.node import DECLARATIONS
 
 
 def lay_out_memory(program: Op) -> Op:
@@ -24,7 +24,7 @@ def lay_out_memory(program: Op) -> Op:
     it: what no peer writes lies apart, so that the next program's pushes cannot reach it. Invariant:
     places do not overlap and each kind stays in its area.
     """
-    names = extents_of(program)
+    env = environment(program)
     used = _used(program)
     flags, counters, data, workspace = arena.FLAGS, arena.COUNTERS, arena.DATA, 0
     ops: list[Op] = []
@@ -34,9 +34,7 @@ def lay_out_memory(program: Op) -> Op:
         if op.name in ("flag", "counter", "buffer"):
             if op.symbol not in used:
                 continue
-            size = math.prod(dims_of(op, names)) * (
-                DTYPES[op["dtype"]] if op.name == "buffer" else arena.WORD
-            )
+            size = bytes_of(op, env)
             if op.name == "flag" and op.get("offset") is None:
                 op, flags = op.with_attrs(offset=flags), flags + _round(size, 64)
             elif op.name == "counter":
@@ -63,10 +61,9 @@ def _round(size: int, unit: int) -> int:
 
 def _used(program: Op) -> set[str]:
     """Symbols that some op outside the declarations refers to."""
-    declarations = ("extent", "tensor", "scalar", "buffer", "flag", "counter")
     found: set[str] = set()
     for top in program.body:
-        if top.name in declarations:
+        if top.name in DECLARATIONS:
             continue
         for op in top.walk():
             if op.ref is not None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from tilelink.backend.expand import environment
 from tilelink.backend.passes.common import (
     RANK,
     WORLD,
     Moved,
     UnsupportedProgram,
     accesses,
-    dims_of,
-    extents_of,
+    global_dims,
     moved,
     replace_declaration,
     schedule_of,
@@ -84,7 +84,7 @@ def _localise(program: Op) -> Op:
 
 def _measure_blocks(program: Op) -> Op:
     """Record the block length of every owner map."""
-    names = extents_of(program)
+    names = environment(program)
     for tensor in program.find("tensor"):
         if tensor["move"] not in ("gather", "scatter", "shard"):
             if tensor["move"] not in ("local", "reduce"):
@@ -94,7 +94,7 @@ def _measure_blocks(program: Op) -> Op:
                     help='use .on("reference", world=…), or gather, scatter, reduce and shard',
                 )
             continue
-        extent = dims_of(tensor, names)[tensor["over"]]
+        extent = global_dims(tensor, names)[tensor["over"]]
         block = uniform_block(tensor["owner"], extent, names["WORLD"], names)
         program = replace_declaration(program, tensor.with_attrs(block=block))
         if moved(program, tensor.symbol).block_of(Expr.name("o"), Expr.name("j")) is None:
@@ -117,7 +117,7 @@ def _stage(program: Op, schedule: Schedule, nest: Op, prelude: tuple[Op, ...], n
         variables += loop.args
         extents += loop["extent"] if loop.name == "for_tiles" else [loop["hi"]]
         body = loop.body
-    names = extents_of(program)
+    names = environment(program)
     body = (*_copies(prelude, number), *(_tile_inner(program, schedule, op) for op in body))
     probe = Op("stage", blocks=(Block(tuple(variables), body),), span=nest.span)
     tiles = _tile_sizes(schedule, variables, extents, probe, names)
@@ -173,7 +173,7 @@ def _tile_inner(program: Op, schedule: Schedule, op: Op) -> Op:
         return op
     if op.get("extent") is None:
         return op.with_attrs(tile=(64,))
-    names = extents_of(program)
+    names = environment(program)
     tiles = tuple(_clip(schedule.tile(str(e), 64), e, names) for e in op["extent"])
     op = op.with_attrs(tile=tiles)
     if len(op["extent"]) == 1 and program["world"] > 1:
@@ -307,7 +307,7 @@ def _departure(info: Moved) -> Expr:
 def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
     """The stage that brings the sum of an output into the user's tensor."""
     tensor = program.declared(name)
-    names = extents_of(program)
+    names = environment(program)
     letters = [
         f"{str(d).lower() if not isinstance(d, int) else 'd'}.{name}.{i}"
         for i, d in enumerate(tensor["dims"])
