@@ -6,6 +6,7 @@ import ast
 import builtins
 import inspect
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -39,11 +40,11 @@ _FOLDED = (builtins.abs, builtins.float, builtins.int, builtins.bool, builtins.r
 class Calls(Expressions):
     """Lowers calls; inlining of functions is left to the subclass."""
 
+    @abstractmethod
     def inline(
         self, function: Any, args: list[Any], kwargs: dict[str, Any], span: Span, scope: Scope
     ) -> Any:
         """The result of a Python function's body, lowered in place."""
-        raise NotImplementedError
 
     def call(self, node: ast.Call, scope: Scope, hint: str | None) -> Any:
         span = scope.source.span(node)

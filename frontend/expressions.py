@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
@@ -79,7 +80,7 @@ def dtype_name(value: Any) -> str | None:
     return TORCH_DTYPES.get(str(value))
 
 
-class Expressions:
+class Expressions(ABC):
     """Lowers expressions; calls are left to the subclass."""
 
     def __init__(self, builder: Builder, tensors: Tensors) -> None:
@@ -87,9 +88,9 @@ class Expressions:
         self.tensors = tensors
         self.extents = builder.extents
 
+    @abstractmethod
     def call(self, node: ast.Call, scope: Scope, hint: str | None) -> Any:
         """The value of a call."""
-        raise NotImplementedError
 
     def unsupported(self, span: Span, what: str, advice: str) -> UnsupportedSyntax:
         """The error for syntax outside the subset."""

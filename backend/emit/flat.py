@@ -1,8 +1,7 @@
 """The flattened persistent form: one loop over tiles and steps of the main loop.
 
-The next tile's loads are under way while the last tile is stored, which nested loops do not reach
-(measured: 0.985 against 0.950 of cuBLAS on a GEMM that counts finished tiles). Only for stages that
-wait for nothing: Triton stops pipelining where a wait stands in such a loop.
+The next tile's loads are under way while the last tile is stored, which nested loops do not reach.
+Only for stages that wait for nothing: Triton stops pipelining where a wait stands in such a loop.
 """
 
 from __future__ import annotations

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from tilelink.backend.expand import Ints
 from tilelink.backend.expand_rows import Access, Expansion, boxes
 from tilelink.backend.verify.order import Order
-
-Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
