@@ -1,0 +1,136 @@
+"""Emitted modules with one piece of synchronisation broken in their text: positive controls of the soak.
+
+Only kinds that values or time-outs can show. Each is a regular expression, what replaces it, and how many
+times it has to be found; a mutant whose pattern is not found that often is an error of this table.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TextMutant:
+    """``pattern`` (multi-line) becomes ``text``, ``times`` times, in kernel ``kernel`` under ``resource``."""
+
+    kind: str
+    kernel: str
+    resource: str
+    name: str
+    pattern: str
+    text: str
+    times: int = 1
+
+    def edit(self, source: str) -> str:
+        """The broken module."""
+        head, mark, tail = source.partition('"""\n\n\n@triton.jit')
+        broken, count = re.subn(self.pattern, self.text, tail, flags=re.MULTILINE)
+        if count != self.times or broken == tail:
+            raise ValueError(f"{self.name}: found {count} times, not {self.times}")
+        return head + mark + broken
+
+
+_AG, _RS, _AR = "ag_gemm", "gemm_rs", "gemm_ar"
+_CE, _SM, _EP = "copy_engine", "sm:8", "epilogue"
+# A wait of the kernel for a flag or a counter, over one line or three.
+_INSIDE = r"\((?:[^()]|\([^()]*\))*\)"
+_PEER_WAIT = r"device\.peer_tile_wait" + _INSIDE
+_COUNT_WAIT = r"device\.consumer_tile_wait" + _INSIDE
+_COUNTED = r"(counted_tile_notify\((?:[^()]|\([^()]*\))*,\s*)(\d+)(,?\s*\))"
+_HOST_NOTIFY = r"^ *call\.notify\(.*\n"
+
+MUTANTS = (
+    TextMutant("dropped notify", _AG, _CE, "host notify of A.ready", _HOST_NOTIFY, ""),
+    TextMutant("dropped wait", _AG, _CE, "wait for A.ready", _PEER_WAIT, "0"),
+    TextMutant(
+        "wrong epoch", _AG, _CE, "wait for the call before", r"ctx\.epoch,", "ctx.epoch - 1,"
+    ),
+    TextMutant("wrong epoch", _AG, _CE, "wait for the next call", r"ctx\.epoch,", "ctx.epoch + 1,"),
+    TextMutant(
+        "dropped notify", _AG, _CE, "acknowledgement", r"device\.rank_notify\(ctx, 128\)", "pass"
+    ),
+    TextMutant(
+        "dropped notify",
+        _AG,
+        _SM,
+        "notify of A.ready",
+        r"^ *device\.(peer|counted)_tile_notify\(.*\n",
+        "",
+    ),
+    TextMutant("dropped wait", _AG, _SM, "wait for A.ready", _PEER_WAIT, "0"),
+    TextMutant(
+        "wrong epoch", _AG, _SM, "wait for the call before", r"ctx\.epoch,", "ctx.epoch - 1,"
+    ),
+    TextMutant(
+        "dropped wait", _RS, _CE, "copy before its tiles", r"^ *call\.wait_counter\(.*\n", ""
+    ),
+    TextMutant(
+        "wrong count",
+        _RS,
+        _CE,
+        "copy one tile early",
+        r"(call\.wait_counter\(.*), (\d+)\)",
+        r"\1, 1)",
+    ),
+    TextMutant(
+        "forgotten flush",
+        _RS,
+        _CE,
+        "last tile of a worker",
+        r"^    device\.delayed_tile_notify\(ctx, pending.*\n",
+        "",
+    ),
+    TextMutant(
+        "dropped notify",
+        _RS,
+        _CE,
+        "notify of a tile",
+        r"^            device\.delayed_tile_notify\(ctx, pending.*\n",
+        "",
+    ),
+    TextMutant("dropped notify", _RS, _CE, "host notify of C.ready", _HOST_NOTIFY, ""),
+    TextMutant("dropped wait", _RS, _CE, "wait for the parts", _PEER_WAIT, "0", 2),
+    TextMutant("dropped wait", _RS, _CE, "wait for the own part", _COUNT_WAIT, "0"),
+    TextMutant(
+        "wrong epoch", _RS, _CE, "parts of the call before", r"ctx\.epoch,", "ctx.epoch - 1,", 2
+    ),
+    TextMutant(
+        "wrong count",
+        _RS,
+        _CE,
+        "own part one too many",
+        r"(consumer_tile_wait\(ctx, \d+ \+ rank), (\d+),",
+        r"\1, \2 + 1,",
+    ),
+    TextMutant("dropped wait", _RS, _EP, "wait for the parts", _PEER_WAIT, "0"),
+    TextMutant(
+        "wrong count",
+        _RS,
+        _EP,
+        "notify by the first tile",
+        _COUNTED,
+        r"\g<1>1\3",
+    ),
+    TextMutant(
+        "wrong count",
+        _RS,
+        _EP,
+        "notify by one tile too many",
+        _COUNTED,
+        r"\1\2 + 1\3",
+    ),
+    TextMutant(
+        "wrong epoch", _RS, _EP, "parts of the call before", r"ctx\.epoch,", "ctx.epoch - 1,"
+    ),
+    TextMutant("dropped wait", _AR, _EP, "wait for the parts", _PEER_WAIT, "0"),
+    TextMutant(
+        "wrong count",
+        _AR,
+        _EP,
+        "notify by the first tile",
+        _COUNTED,
+        r"\g<1>1\3",
+    ),
+    TextMutant("dropped wait", _RS, _SM, "wait for the parts", _PEER_WAIT, "0", 2),
+)
