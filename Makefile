@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check
+.PHONY: help demo test check assurance
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## run examples/demo.py
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,9 @@ check: $(INSTALLED)  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(wildcard tilelink tests bench)
+
+assurance: $(INSTALLED)  ## all evidence that needs no GPU; ARGS="bad_input" runs one case
+	$(BIN)/python -m tests.assurance $(ARGS)
 
 # The pinned setuptools builds the package itself: an isolated build would fetch an unpinned one.
 $(INSTALLED): pyproject.toml constraints.txt

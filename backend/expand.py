@@ -7,6 +7,7 @@ the text that this module follows. Rows of accesses and of synchronisation are i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -15,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tilelink.errors import TilelinkError
+from tilelink.frontend.mapping_errors import ConstantDivisionByZero
 from tilelink.ir import DTYPES, Expr, Op
+from tilelink.ir.limits import check_rows
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Env: TypeAlias = Mapping[str, Any]
@@ -93,11 +96,12 @@ def queue(
     segments: int | None = None,
     visit: Expr | int | None = None,
     group: int = 1,
+    op: Op | None = None,
 ) -> tuple[Tile, ...]:
     """The order of a tile loop or stage: for each variable a Tile of arrays ``[rows, positions]``.
 
     ``env`` binds row variables (RANK, outer loops) to arrays of length ``rows`` or to ints; only
-    ``visit`` may depend on them.
+    ``visit`` may depend on them. Raises TooLarge at ``op`` where there are too many.
     """
     length = extents[axis] if segment is None else segment
     count = (extents[axis] // length if length else 0) if segments is None else segments
@@ -105,13 +109,19 @@ def queue(
     per = -(-length // tile)
     others = [j for j in range(len(extents)) if j != axis]
     shape = [-(-extents[j] // max(1, tiles[j])) for j in others]
-    nb = int(np.prod(shape, dtype=np.int64)) if shape else 1
+    nb = math.prod(shape)
+    check_rows(rows * count * per * nb, loop_text(op), None if op is None else op.span)
 
     i = np.arange(count, dtype=np.int64)
     if isinstance(visit, Expr):
         wide = {k: v[:, None] if isinstance(v, np.ndarray) else v for k, v in env.items()}
         wide["i"] = i[None, :]
-        seg = np.broadcast_to(np.asarray(evaluate(visit, wide), dtype=np.int64), (rows, count))
+        try:
+            with np.errstate(divide="raise"):
+                order = evaluate(visit, wide)
+        except ArithmeticError:
+            raise ConstantDivisionByZero(None if op is None else op.span) from None
+        seg = np.broadcast_to(np.asarray(order, dtype=np.int64), (rows, count))
     else:
         seg = np.broadcast_to(i if visit is None else np.full(count, visit), (rows, count))
 
@@ -135,6 +145,17 @@ def queue(
         begin = which * tiles[j]
         found[j] = Tile(begin, np.minimum(begin + tiles[j], extents[j]), which)
     return tuple(t for t in found if t is not None)
+
+
+def loop_text(op: Op | None) -> str:
+    """A stage or a loop in the words of an error."""
+    if op is None:
+        return "a loop"
+    name = f"the stage @{op.symbol}" if op.ref is not None else "this loop"
+    variables = ", ".join(value.name for value in op.args[: len(op.get("extent", (0,)))])
+    if "extent" in dict(op.attrs):
+        return f"{name} of `{variables}` over [{', '.join(map(str, op['extent']))}]"
+    return f"{name} of `{variables}`"
 
 
 def tile_sizes(op: Op, env: Env) -> tuple[int, ...]:
@@ -162,6 +183,7 @@ def loop_tiles(op: Op, env: Env, rows: int) -> tuple[Tile, ...]:
         segments=None if segments is None else int(evaluate(segments, env, op)),
         visit=op.get("visit"),
         group=int(evaluate(op.get("group", 1), env, op)),
+        op=op,
     )
 
 

@@ -18,10 +18,11 @@ from tilelink.ir import Op
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A static part of an agent whose rows form tasks: ``kind`` is head, stream, stage, finish or collective.
+    """A static part of an agent: ``kind`` is head, stream, stage, finish, collective or flush.
 
-    Tasks ``first`` .. ``first + count * WORLD`` are rank-major. ``tiles`` holds the loop variables of
-    each position, arrays ``[WORLD, count]``, for messages.
+    Tasks ``first`` .. ``first + count * WORLD`` are rank-major; ``agent`` numbers ``Expansion.agents``. A
+    flush has no tasks (``count`` 0): its place among the phases of its launch says which notifies it
+    performs. ``tiles`` holds the loop variables of each position, arrays ``[WORLD, count]``, for messages.
     """
 
     kind: str
@@ -40,7 +41,8 @@ class Access:
     there: the global coordinate the body means; elsewhere it equals ``lo``. ``exact`` says that the
     box is precisely what is touched, not only a bound. ``pair`` ties the two sides of a transfer.
     ``own`` marks what is read from an ``own`` reference. ``origin`` is the rank whose data a collective
-    puts there.
+    puts there. ``tma``: the access may go through the async proxy. ``wide``: its element offsets are
+    computed in 64 bits. Of ``op``, rules read the name, the span and, of a collective, ``op``.
     """
 
     op: Op
@@ -58,6 +60,8 @@ class Access:
     pair: int = -1
     own: bool = False
     origin: Ints | None = None
+    tma: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +69,12 @@ class Sync:
     """The rows of one wait or notify: one row an element, ``flat`` its number in the array at ``home``.
 
     ``bound`` is the count of a counter wait or of a counted notify; ``epoch`` is -1 where a wait is for
-    the previous call. ``through`` is the flat element of the counting counter, or -1.
+    the previous call. ``through`` is the flat element of the counting counter ``via``, -1 where there is
+    none and -2 where it lies outside.
+
+    Memory order, as docs/ir.md has it: ``relaxed`` (also a notify without its barrier), ``gpu`` (scope),
+    ``proxy`` (a wait with the proxy fence), ``drain`` and ``delay`` (a notify), ``equal`` (a wait). Of
+    ``op``, rules read the name and the span.
     """
 
     op: Op
@@ -80,11 +89,23 @@ class Sync:
     epoch: int
     through: Ints
     inside: npt.NDArray[np.bool_]
+    via: str = ""
+    relaxed: bool = False
+    gpu: bool = False
+    proxy: bool = False
+    drain: bool = False
+    delay: bool = False
+    equal: bool = False
 
 
 @dataclass(slots=True)
 class Expansion:
-    """A program's rows for its extents and world. ``task_rank`` and ``task_phase`` describe each task."""
+    """A program's rows for its extents and world. ``task_rank`` and ``task_phase`` describe each task.
+
+    ``phases`` of an agent stand in the order in which its workers come to them. ``problems`` holds what
+    could not be enumerated, with a sentence each: nothing is proven of such a program. ``assumptions``
+    hold what was taken as a bound.
+    """
 
     program: Op
     env: dict[str, int]
@@ -97,6 +118,7 @@ class Expansion:
     task_rank: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     task_phase: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     assumptions: list[str] = field(default_factory=list)
+    problems: list[tuple[Op, str]] = field(default_factory=list)
     owners: dict[str, tuple[Ints, Ints]] = field(default_factory=dict)
 
     @property
@@ -131,10 +153,11 @@ def boxes(shape: Ints) -> tuple[Ints, Ints]:
     which = np.repeat(np.arange(len(shape)), size)
     rest = ragged(size)
     inner = np.zeros((len(which), shape.shape[1]), dtype=np.int64)
-    for axis in reversed(range(shape.shape[1])):
-        extent = shape[which, axis]
-        inner[:, axis] = rest % extent
-        rest = rest // extent
+    wide = np.flatnonzero((shape > 1).any(axis=0))
+    for axis in wide[:0:-1]:
+        rest, inner[:, axis] = np.divmod(rest, shape[which, axis])
+    if len(wide):
+        inner[:, wide[0]] = rest
     return which, inner
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,14 @@ from tilelink.backend.expand import (
     dims_of,
     environment,
     evaluate,
+    loop_text,
     loop_tiles,
     owner_order,
     tile_sizes,
 )
 from tilelink.backend.expand_rows import Access, Expansion, Phase, Sync, boxes, ragged
 from tilelink.ir import All, At, Broadcast, Expr, Index, Op, Range, Ref, Value
+from tilelink.ir.limits import check_rows
 
 SYNC = frozenset({"wait", "notify", "transfer"})
 
@@ -44,8 +47,11 @@ class _Rows:
         return _Rows(env, self.task[which], self.rank[which], self.seq[which])
 
 
-def expand(program: Op) -> Expansion:
-    """All rows of ``program``. Raises UnknownExtent where an index or a bound has no value."""
+def expand(program: Op, kernel: Op | None = None) -> Expansion:
+    """All rows of ``program``. Raises UnknownExtent where an index or a bound has no value.
+
+    ``kernel``, where it is known, declares the intermediates that only buffers of the program serve.
+    """
     env = environment(program)
     declarations = {
         op.symbol: op
@@ -55,6 +61,8 @@ def expand(program: Op) -> Expansion:
     agents = tuple(
         op for op in program.body if op.name in ("head", "stream", "launch", "collective")
     )
+    for tensor in kernel.find("tensor") if kernel is not None else ():
+        declarations.setdefault(tensor.symbol, tensor)
     dims = {name: dims_of(op, env) for name, op in declarations.items()}
     found = Expansion(program, env, agents, declarations, dims)
     for name, op in declarations.items():
@@ -73,6 +81,7 @@ class _Walker:
         self.kinds: list[Ints] = []
         self.next = 0
         self.pairs = 0
+        self.wholes: dict[int, bool] = {}
         self.permuted = frozenset(
             name
             for name, (owner, place) in out.owners.items()
@@ -92,6 +101,8 @@ class _Walker:
                 for child in agent.body:
                     if child.name == "stage":
                         self.stage(number, child)
+                    elif child.name == "flush":
+                        self.out.phases.append(Phase("flush", number, child, self.next, 0))
                     else:
                         self.phase("finish", number, child, child.body)
         if self.ranks:
@@ -141,22 +152,58 @@ class _Walker:
     def trips(self, op: Op) -> int:
         if op.name == "for_tiles" and op.get("extent") is not None:
             sizes = tile_sizes(op, self.out.env)
-            count = 1
-            for extent, size in zip(op["extent"], sizes, strict=True):
-                count *= int(evaluate(extent, self.out.env, op)) // max(1, size) + 1
-            segment = op.get("segment")
-            return count if segment is None else count * (self.world + 2)
+            extents = [int(evaluate(extent, self.out.env, op)) for extent in op["extent"]]
+            counts = [n // max(1, size) + 1 for n, size in zip(extents, sizes, strict=True)]
+            if op.get("segment") is None:
+                return prod(counts)
+            axis, segment = int(op.get("axis", 0)), int(evaluate(op["segment"], self.out.env, op))
+            # Tiles end at segments, of which there are many where owners' blocks are short.
+            short = (extents[axis] // max(1, segment) + 1) * (segment // max(1, sizes[axis]) + 1)
+            others = prod(counts) // counts[axis]
+            return others * max(counts[axis] * (self.world + 2), short)
         return self.largest + 1
 
     def whole(self, op: Op) -> bool:
         """Whether the loop may be one row: no synchronisation, and only plain uses of its variables."""
+        known = self.wholes.get(id(op))
+        if known is None:
+            known = self.wholes[id(op)] = self.is_whole(op)
+        return known
+
+    def is_whole(self, op: Op) -> bool:
         inner = [child for child in op.walk() if child is not op]
         if any(child.name in SYNC for child in inner):
             return False
         if any(c.ref is not None and self.out.base(c.symbol) in self.permuted for c in inner):
             return False
+        if not self.merges(op, inner):
+            return False
         count = len(op["extent"]) if op.get("extent") is not None else 1
         return all(_plain(inner, value) for value in op.args[:count])
+
+    def merges(self, op: Op, inner: Sequence[Op]) -> bool:
+        """Whether one row says of the loop's stores what they are: all of a box, and read by nobody in it."""
+        stored = [c.symbol for c in inner if c.name == "store" and c.ref is not None]
+        if not stored:
+            return True
+        if any(op.get(key) is not None for key in ("segment", "segments", "visit")):
+            return False
+        touched = [r.symbol for c in inner for r in (c.ref, c.get("own")) if isinstance(r, Ref)]
+        if any(touched.count(symbol) > 1 for symbol in stored):
+            return False
+        for child in inner:
+            if child.name == "store" and child.ref is not None:
+                used = [
+                    i.value if isinstance(i, At) else i
+                    for i in child.ref.index
+                    if isinstance(i, At | Value)
+                ]
+                if any(used.count(v) > 1 or v not in used for v in self.own_variables(op)):
+                    return False
+        return True
+
+    def own_variables(self, op: Op) -> Sequence[Value]:
+        return op.args[: len(op["extent"])] if op.get("extent") is not None else op.args[:1]
 
     def block(self, ops: Sequence[Op], rows: _Rows) -> None:
         offset = 0
@@ -192,6 +239,9 @@ class _Walker:
                 self.out.assumptions.append(
                     f"the bounds of `{name}` are known at run time only: its accesses count as whole axes"
                 )
+                if any(child.name in SYNC for child in op.walk()):
+                    text = f"the bounds of `{name}` are known at run time only, but it synchronises"
+                    self.out.problems.append((op, text))
                 self.block(op.body, rows)
                 return
             lo, hi = bounds
@@ -203,9 +253,13 @@ class _Walker:
                 self.block(op.body, inner)
                 return
             trips = np.maximum(0, -(-(hi - lo) // size))
+            check_rows(int(trips.sum()), loop_text(op), op.span)
             which = ragged(trips)
             start = np.repeat(lo, trips) + which * size
             values = [Tile(start, np.minimum(start + size, np.repeat(hi, trips)), which)]
+        if len(trips) and int(trips.max()) > self.trips(op):
+            # The numbers of its rows would run into those of the ops behind it.
+            self.out.problems.append((op, f"this loop has {int(trips.max())} iterations"))
         which = ragged(trips)
         outer = np.repeat(np.arange(n), trips)
         inner = _Rows(env, rows.task, rows.rank, rows.seq).take(outer)
@@ -304,7 +358,10 @@ class _Walker:
         above: bool = False,
         origin: Ints | None = None,
     ) -> None:
-        if len(rows) == 0 or ref.symbol not in self.out.dims:
+        if ref.symbol not in self.out.dims:
+            self.out.problems.append((op, f"nothing declares `@{ref.symbol}`"))
+            return
+        if len(rows) == 0:
             return
         dims = self.out.dims[ref.symbol]
         lo, hi, want, placed, exact = self.region(op, ref.index, dims, rows)
@@ -335,6 +392,8 @@ class _Walker:
                 pair,
                 own,
                 origin,
+                op.get("via") == "tma",
+                bool(op.get("wide", False)),
             )
         )
 
@@ -342,6 +401,8 @@ class _Walker:
         self, op: Op, index: tuple[Index, ...], dims: tuple[int, ...], rows: _Rows
     ) -> tuple[Ints, Ints, Ints, tuple[bool, ...], bool]:
         n, axis, exact = len(rows), 0, True
+        if sum(not isinstance(item, Broadcast) for item in index) > len(dims):
+            self.out.problems.append((op, f"more indices than the {len(dims)} axes there are"))
         lo = np.zeros((n, len(dims)), dtype=np.int64)
         hi = np.broadcast_to(np.array(dims, dtype=np.int64), (n, len(dims))).copy()
         want = np.zeros((n, len(dims)), dtype=np.int64)
@@ -387,6 +448,7 @@ class _Walker:
         assert op.ref is not None
         symbol = op.ref.symbol
         if symbol not in self.out.dims:
+            self.out.problems.append((op, f"nothing declares `@{symbol}`"))
             return
         dims = self.out.dims[symbol]
         wait = op.name == "wait"
@@ -397,9 +459,16 @@ class _Walker:
         through = np.full(len(rows), -1, dtype=np.int64)
         via = op.get("through")
         if via is not None and via.symbol in self.out.dims:
-            lo, _, _, _, _ = self.region(op, via.index, self.out.dims[via.symbol], rows)
-            through = _flat(lo, self.out.dims[via.symbol])
-        lo, hi, _, _, _ = self.region(op, op.ref.index, dims, rows)
+            cell, end, _, _, known = self.region(op, via.index, self.out.dims[via.symbol], rows)
+            fits = np.all((cell >= 0) & (end <= np.array(self.out.dims[via.symbol])), axis=1)
+            through = np.where(fits, _flat(cell, self.out.dims[via.symbol]), -2)
+            if not known or (end - cell != 1).any():
+                self.out.problems.append((op, "`through` is not one element"))
+        elif via is not None:
+            self.out.problems.append((op, f"nothing declares `@{via.symbol}`"))
+        lo, hi, _, _, known = self.region(op, op.ref.index, dims, rows)
+        if not known:
+            self.out.problems.append((op, "its elements are known at run time only"))
         shape = np.maximum(hi - lo, 0)
         which, inner = boxes(shape)
         flat_index = lo[which] + inner
@@ -418,6 +487,13 @@ class _Walker:
                 int(evaluate(op.get("epoch", 0), self.out.env, op)),
                 through[which],
                 inside,
+                via.symbol if via is not None else "",
+                op.get("order") == "relaxed" or op.get("barrier") is False,
+                op.get("scope") == "gpu",
+                bool(op.get("proxy", False)),
+                bool(op.get("drain", False)),
+                op.get("delay") is not None,
+                op.get("compare") == "equal",
             )
         )
 

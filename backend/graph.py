@@ -28,9 +28,12 @@ from tilelink.backend.passes.common import (
 )
 from tilelink.backend.pipeline import run_passes
 from tilelink.ir import Expr, Op, Value
+from tilelink.ir.limits import TooLarge
 from tilelink.schedules import Schedule
 
 Interval: TypeAlias = tuple[Ints, Ints]
+# Nodes and edges together; each is a Python object.
+MAX_ELEMENTS = 2**22
 
 
 def build_graph(kernel: Op, schedule: Schedule | None = None) -> nx.DiGraph[str]:
@@ -50,6 +53,7 @@ class _Builder:
         self.world = self.env["WORLD"]
         self.graph: nx.DiGraph[str] = nx.DiGraph(kernel=program.symbol, world=self.world)
         self.order = 0
+        self.elements = 0
 
     def build(self) -> nx.DiGraph[str]:
         infos = {
@@ -75,9 +79,21 @@ class _Builder:
         return self.graph
 
     def _add(self, node: str, **attributes: object) -> str:
+        self._count(1)
         self.graph.add_node(node, order=self.order, **attributes)
         self.order += 1
         return node
+
+    def _count(self, more: int) -> None:
+        self.elements += more
+        if self.elements > MAX_ELEMENTS:
+            raise TooLarge(
+                self.program.span,
+                what=f"the graph of `{self.program.symbol}` has at least {self.elements:,} nodes and edges",
+                most=MAX_ELEMENTS,
+                unit="nodes and edges",
+                advice="show it for smaller extents, a smaller world or larger tiles",
+            )
 
     def _transfers(self, info: Moved) -> None:
         for source in range(self.world):
@@ -104,7 +120,8 @@ class _Builder:
         ]
 
     def _edges(self, sources: Iterable[str], targets: Iterable[str], tensor: str) -> None:
-        targets = list(targets)
+        sources, targets = list(sources), list(targets)
+        self._count(len(sources) * len(targets))
         for source in sources:
             for target in targets:
                 self.graph.add_edge(source, target, kind="RAW", tensor=tensor)
@@ -184,6 +201,7 @@ class _Builder:
             for source in sources:
                 if source != rank:
                     transfer = transfer_name(info.name, channel, source, rank)
+                    self._count(2)
                     self.graph.add_edge(transfer, nodes[task], kind="RAW", tensor=info.name)
                     self.graph.add_edge(nodes[task], transfer, kind="WAR", tensor=info.name, call=1)
 
@@ -194,6 +212,7 @@ class _Builder:
             for target in targets:
                 if target != rank:
                     transfer = transfer_name(info.name, channel, rank, target)
+                    self._count(1)
                     self.graph.add_edge(nodes[task], transfer, kind="RAW", tensor=info.name)
 
     def _own_part(

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tilelink.backend.passes import PASSES
+from tilelink.backend.passes import PASSES, UnsupportedProgram
 from tilelink.backend.verify import verify
 from tilelink.errors import TilelinkError
-from tilelink.ir import Op
-from tilelink.schedules import Schedule, default_schedule
+from tilelink.frontend.errors import StoreOutsideLoop
+from tilelink.ir import Op, print_ir
+from tilelink.schedules import Schedule, ScheduleError, default_schedule
 
 
 class NoSuchPass(TilelinkError):
@@ -30,6 +31,47 @@ class Step:
     program: Op
 
 
+def _check_names(kernel: Op, schedule: Schedule) -> None:
+    """ScheduleError where a schedule is that of another kernel.
+
+    Tile lengths may be shared by kernels with extents of different names, as long as one is of this one.
+    """
+    extents = [op.symbol for op in kernel.find("extent")]
+    tensors = [op.symbol for op in kernel.find("tensor")]
+    for field, names, known in (
+        ("tiles", [name for name, _ in schedule.tiles], extents),
+        ("moves", [name for name, _ in schedule.moves], tensors),
+    ):
+        unknown = [name for name in names if name not in known]
+        if field == "tiles" and len(unknown) < len(names):
+            continue
+        if unknown:
+            raise ScheduleError(
+                field=f"{field}.{unknown[0]}",
+                detail=f"`{kernel.symbol}` has no `{unknown[0]}`",
+                help=f"known: {', '.join(known)}",
+            )
+
+
+def _check_stores(kernel: Op) -> None:
+    """StoreOutsideLoop where a store belongs to no task: the reference runs it, a launch has no place for it."""
+    for op in kernel.body:
+        if op.name == "store" and op.ref is not None:
+            names = ("m", "n", "k", "l")[: len(op.ref.index)]
+            raise StoreOutsideLoop(
+                op.span,
+                tensor=op.symbol,
+                variables=", ".join(names),
+                extents=", ".join(names).upper(),
+            )
+        if op.name == "for_tiles" and op.get("bounds"):
+            raise UnsupportedProgram(
+                op.span,
+                detail="an outermost loop over bounds has no extent, so its tiles are no tasks",
+                help="loop over the extent with `tk.tiles(M)`, and over the bounds inside it",
+            )
+
+
 def run_passes(
     kernel: Op,
     schedule: Schedule | None = None,
@@ -45,8 +87,10 @@ def run_passes(
     if after is not None and after not in known:
         raise NoSuchPass(name=after, known=", ".join(known))
     chosen = schedule or default_schedule(kernel)
+    _check_names(kernel, chosen)
+    _check_stores(kernel)
     program = replace(kernel, name="program").with_attrs(
-        kernel=kernel.symbol, schedule=chosen.to_json()
+        kernel=kernel.symbol, kernel_text=print_ir(kernel), schedule=chosen.to_json()
     )
     for name, function in PASSES:
         start = time.perf_counter()
@@ -64,7 +108,7 @@ def compile_kernel(kernel: Op, schedule: Schedule | None = None) -> Op:
     Raises what the passes refuse and what :func:`tilelink.backend.verify.verify` refuses.
     """
     program = run_passes(kernel, schedule)
-    verify(program)
+    verify(program, kernel)
     return program
 
 

@@ -1,8 +1,9 @@
-"""Make docs/performance.md from the raw JSON of measurements.
+"""Make docs/performance.md and docs/evidence.md from the raw JSON of their runs.
 
-    python bench/report.py bench/results/*.json --out docs/performance.md
+    python bench/report.py                      # both pages, from all of bench/results
+    python bench/report.py FILE … --out PAGE    # the page of performance from some
 
-`--check` writes nothing and fails where the file is not what the JSON gives.
+`--check` writes nothing and fails where a page is not what the JSON gives.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import environment, stats
+from bench import environment, evidence, stats
 from bench.graph_check import passed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,21 +187,25 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the page, or check it; 1 where it is out of date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", help="JSON of run.py and graph_check.py")
-    parser.add_argument("--out", default=str(ROOT / "docs" / "performance.md"))
+    parser.add_argument("--out", help="the page; default: both pages in docs")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     files = [Path(f) for f in options.files] or sorted((ROOT / "bench" / "results").glob("*.json"))
     runs = [(_shown(f), json.loads(f.read_text(encoding="utf-8"))) for f in files]
-    text = page(runs)
-    out = Path(options.out)
-    if options.check:
+    if options.out is not None:
+        pages = {Path(options.out): page(runs)}
+    else:
+        docs = ROOT / "docs"
+        pages = {docs / "performance.md": page(runs), docs / "evidence.md": evidence.page(runs)}
+    stale = False
+    for out, text in pages.items():
         current = out.read_text(encoding="utf-8") if out.exists() else ""
-        if current != text:
+        if not options.check:
+            out.write_text(text, encoding="utf-8")
+        elif current != text:
             print(f"{out} is out of date: python bench/report.py writes it", file=sys.stderr)
-            return 1
-        return 0
-    out.write_text(text, encoding="utf-8")
-    return 0
+            stale = True
+    return 1 if stale else 0
 
 
 def _shown(path: Path) -> str:

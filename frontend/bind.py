@@ -21,6 +21,7 @@ from tilelink.frontend.expressions import TORCH_DTYPES
 from tilelink.frontend.mapping import Mapping
 from tilelink.frontend.source import FunctionSource, read_function
 from tilelink.frontend.tensors import map_tables, mapping_extents
+from tilelink.frontend.validate import check_extents
 from tilelink.ir import DTYPES, Expr
 
 ALIGN_BYTES = 16
@@ -62,6 +63,14 @@ def read_signature(source: FunctionSource, mapping: Mapping) -> Signature:
         used |= {statement.tensor, *filled, *(str(extra[k]) for k in ("table",) if k in extra)}
         used |= {name for name, _ in map_tables(statement)}
         stored |= filled
+    for name in sorted(used & set(parameters)):
+        default = parameters[name].default
+        if isinstance(default, int | float | str):
+            raise BadCall(
+                source.span(_default_of(source, name)),
+                what=f"the default of `{name}` is {default!r}, but `{source.name}` uses `{name}` as a tensor",
+                advice=f"an optional tensor is None where it is left out: `{name}=None`",
+            )
     keywords = frozenset(p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY)
     sized = mapping_extents(mapping) & frozenset(parameters) - used
     return Signature(
@@ -73,6 +82,17 @@ def read_signature(source: FunctionSource, mapping: Mapping) -> Signature:
         sized,
         {p.name: p.default for p in parameters.values() if p.default is not p.empty},
     )
+
+
+def _default_of(source: FunctionSource, name: str) -> ast.AST:
+    """The default of a parameter, as it is written."""
+    args = source.node.args
+    plain = [*args.posonlyargs, *args.args]
+    pairs: list[tuple[ast.arg, ast.expr | None]] = [
+        *zip(plain[len(plain) - len(args.defaults) :], args.defaults, strict=True),
+        *zip(args.kwonlyargs, args.kw_defaults, strict=True),
+    ]
+    return next((d for a, d in pairs if a.arg == name and d is not None), source.node.args)
 
 
 def _uses(source: FunctionSource, names: frozenset[str], depth: int) -> tuple[set[str], set[str]]:
@@ -140,6 +160,12 @@ def is_tensor(value: Any) -> bool:
 def element_type(name: str, value: Any) -> str:
     """The IR name of a tensor argument's element type; DtypeMismatch where there is none."""
     text = str(value.dtype)
+    kind = type(value)
+    if kind.__module__.split(".")[0] == "numpy":
+        raise BadCall(
+            what=f"argument `{name}` is a {kind.__module__}.{kind.__name__}, not a tensor",
+            advice=f"pass torch.from_numpy({name})",
+        )
     found = TORCH_DTYPES.get(text, text if text in DTYPES else None)
     if found is None:
         raise DtypeMismatch(
@@ -216,6 +242,8 @@ def bind_arguments(
             tensors[name] = value
             dtypes[name] = element_type(name, value)
             ranks[name] = len(value.shape)
+            for axis, length in enumerate(value.shape):
+                check_extents({f"axis {axis} of {name}": int(length)})
             shape = _global_shape(name, value, mapping, world)
             for axis, (dim, size) in enumerate(
                 zip(_dims(name, mapping, len(shape)), shape, strict=True)
@@ -323,6 +351,12 @@ def _check_memory(name: str, value: Any, dtype: str) -> None:
         if len(shape) != 2 or not value.T.is_contiguous():
             raise NotContiguous(name=name)
         inner = shape[0]
+    if hasattr(value, "data_ptr") and value.data_ptr() % ALIGN_BYTES:
+        raise NotDivisible(
+            what=f"the address of argument `{name}`",
+            unit=f"{ALIGN_BYTES} bytes",
+            advice=f"pass a copy: {name}.clone()",
+        )
     unit = ALIGN_BYTES // DTYPES[dtype]
     if DTYPES[dtype] == 2 and len(shape) > 1 and inner % unit:
         raise NotDivisible(

@@ -24,6 +24,7 @@ from tilelink.frontend.lower import Lowerer
 from tilelink.frontend.mapping import Mapping, Statement
 from tilelink.frontend.source import FunctionSource
 from tilelink.frontend.tensors import Facts, Tensors, map_tables
+from tilelink.frontend.validate import check_extents, check_kernel, check_world
 from tilelink.frontend.values import Num, TensorRef
 from tilelink.ir import DTYPES, INTEGERS, Block, Expr, Op, Ref, Type, make
 
@@ -55,6 +56,8 @@ def build_kernel(source: FunctionSource, mapping: Mapping, request: Request) -> 
     Lowering is repeated until a round learns nothing new about extents, axes and element types: a tensor
     that the mapping does not place shows its axes only where it is indexed.
     """
+    check_world(request.world)
+    check_extents(request.extents)
     statements = _place(mapping, source, request)
     facts = _initial_facts(mapping, statements, request)
     for _ in range(ROUNDS):
@@ -62,7 +65,9 @@ def build_kernel(source: FunctionSource, mapping: Mapping, request: Request) -> 
         result = _Round(source, mapping, statements, facts, request)
         result.lower()
         if facts.version == before:
-            return result.finish()
+            kernel = result.finish()
+            check_kernel(kernel)
+            return kernel
     raise InternalError(source.span(source.node), detail="the extents of a kernel do not settle")
 
 

@@ -155,6 +155,12 @@ class Builder:
             return self.constant(value, dtype, span, hint or "c")
         if isinstance(value, float):
             return self.constant(value, like if like in FLOATS else "fp32", span, hint or "c")
+        if isinstance(value, tuple):
+            raise UnsupportedSyntax(
+                span,
+                what=f"a tuple of {len(value)}, where one value is needed,",
+                advice="write one value; a store takes one tile",
+            )
         raise UnsupportedSyntax(
             span,
             what=f"{describe(value)} as a number",

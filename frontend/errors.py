@@ -61,6 +61,64 @@ class NotAnExtent(TilelinkError):
     hint = "loop over extents (`M, K = A.shape`), or over bounds with `tk.tiles(lo, hi)`"
 
 
+class BadExtent(TilelinkError):
+    """An extent that is no length of an axis."""
+
+    code = "bad-extent"
+    message = "`{name}` is {value!r}, but {what} is a whole number from 1 to {most}"
+    hint = "{advice}"
+
+
+class IndexPastEnd(TilelinkError):
+    """An index or a slice that is known and does not lie inside its axis."""
+
+    code = "index-past-end"
+    message = "{part} of axis {axis} of `{tensor}` {fault}"
+    hint = "{advice}"
+
+
+class EmptyLoop(TilelinkError):
+    """A loop whose bounds are written as numbers, the last before the first."""
+
+    code = "empty-loop"
+    message = "`tk.{name}({bounds})` ends before it begins"
+    hint = "{advice}"
+
+
+class StoreOutsideLoop(TilelinkError):
+    """A store that belongs to no task."""
+
+    code = "store-outside-loop"
+    message = "this store to `{tensor}` is in no loop, so no tile of it is a task"
+    hint = "store tiles: `for {variables} in tk.tiles({extents}): {tensor}[{variables}] = …`"
+
+
+class NeverStored(TilelinkError):
+    """An output whose only stores are in loops that run no iteration."""
+
+    code = "never-stored"
+    message = (
+        "`{tensor}` is stored here, but this loop runs no iteration, and nothing else stores it"
+    )
+    hint = "correct the bounds of the loop"
+
+
+class GatheredStore(TilelinkError):
+    """A store to a parameter whose shards every rank reads."""
+
+    code = "gathered-store"
+    message = "`{tensor}` is {moved}, so it cannot be stored to: peers may still be reading it"
+    hint = "store to a tensor of its own"
+
+
+class NeverUsed(TilelinkError):
+    """A moved tensor that the kernel does not touch, so that nobody could wait for its tiles."""
+
+    code = "never-used"
+    message = "`{tensor}` is {moved}, but the kernel never {does} it"
+    hint = "{advice}"
+
+
 class MissingExtent(TilelinkError):
     """An extent without a value."""
 

@@ -235,7 +235,10 @@ class Expressions(ABC):
             TileVar: "a tile variable has `index`, `start`, `stop` and `size`",
             Value: "a value has `T`, `to`, `sum`, `max`, `min` and `dtype`",
         }.get(type(owner), "only tensors, tiles and values have attributes")
-        raise self.unsupported(span, f"`.{name}` of {describe(owner)}", advice)
+        whose = f"{describe(owner)}"
+        if owner is None:
+            whose = f"`{ast.unparse(node.value)}`, which is None here"
+        raise self.unsupported(span, f"`.{name}` of {whose}", advice)
 
     def _length(self, dim: str) -> Any:
         """The length of a dimension of a type."""
@@ -349,6 +352,8 @@ class Expressions(ABC):
                 for x in (left, right)
                 if isinstance(x, int | Num)
             ]
+            if symbol in ("/", "%") and right == 0:
+                raise self.unsupported(span, "a division by zero", "correct the constants")
             if symbol and len(both) == 2:
                 return Num(binary(symbol, *both))
             a, b = self.builder.literal(left), self.builder.literal(right)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+from dataclasses import replace
 from typing import Any
 
 from tilelink.errors import Span
@@ -12,6 +13,7 @@ from tilelink.frontend.builder import Builder
 from tilelink.frontend.calls import Calls
 from tilelink.frontend.errors import (
     BadCall,
+    EmptyLoop,
     LoopCarried,
     NotAnExtent,
     ShapeMismatch,
@@ -125,13 +127,15 @@ class Lowerer(Calls):
             self.bind(target, self.value(value, scope, target.id), scope)
             return
         if isinstance(target, ast.Tuple | ast.List):
-            self._unpack(target.elts, self.value(value, scope), scope, span)
+            self._unpack(target.elts, self.value(value, scope), scope, span, ast.unparse(value))
             return
         raise self.unsupported(
             span, f"an assignment to `{ast.unparse(target)}`", "assign to names and to `C[m, n]`"
         )
 
-    def _unpack(self, targets: list[ast.expr], value: Any, scope: Scope, span: Span) -> None:
+    def _unpack(
+        self, targets: list[ast.expr], value: Any, scope: Scope, span: Span, what: str
+    ) -> None:
         if isinstance(value, Method) and value.name == "shape":
             dims = self.tensors.facts.set_rank(value.owner.name, len(targets))
             value = tuple(Num(dim) for dim in dims)
@@ -140,8 +144,8 @@ class Lowerer(Calls):
         if len(value) != len(targets):
             raise ShapeMismatch(
                 span,
-                left=f"{len(targets)} names",
-                right=f"{len(value)} values",
+                left=f"the number of names, {len(targets)},",
+                right=f"the {len(value)} axes of `{what}`",
                 advice="name every axis of a shape; `_` for those that are not needed",
             )
         if all(isinstance(v, Num) for v in value) and not scope.depth:
@@ -287,6 +291,8 @@ class Lowerer(Calls):
             raise BadCall(
                 span, what=f"`tk.{name}` takes extents", advice="tk.tiles(M, N), tk.range(E)"
             )
+        empty = self._is_empty(name, args, node, span)
+        saved = dict(scope.names)
         assigned = assigned_names(node.body)
         exposed = exposed_names(node.body)
         carried = [n for n in assigned if self._is_carried(n, scope, exposed)]
@@ -310,6 +316,45 @@ class Lowerer(Calls):
             del self.builder.stack[-1][ops:]
             del self.tensors.accesses[accesses:]
             self.builder.restore(names)
+        if empty:
+            dead = [replace(a, dead=True) for a in self.tensors.accesses[accesses:]]
+            self.tensors.accesses[accesses:] = dead
+        if empty and len(self.builder.stack) == 1:
+            # A stage of no tasks. Its body was checked; what it carries keeps the value from before.
+            del self.builder.stack[-1][ops:]
+            scope.names = {n: saved[n] for n in scope.names if n in saved}
+
+    def _is_empty(self, name: str, args: list[Any], node: ast.For, span: Span) -> bool:
+        """Whether a loop over bounds is known to run no iteration.
+
+        EmptyLoop where both bounds are numbers in the source, the last before the first: extents may be
+        too small for a loop, but such numbers never have a meaning.
+        """
+        pair = len(args) == 2 and isinstance(node.target, ast.Name)
+        if name == "range":
+            pair = len(args) in (1, 2)
+        if not pair or not all(isinstance(a, Num | int) for a in args):
+            return False
+        lo, hi = args if len(args) == 2 else (0, args[0])
+        if isinstance(lo, int) and isinstance(hi, int) and hi < lo:
+            raise EmptyLoop(
+                span,
+                name=name,
+                bounds=", ".join(map(str, args)),
+                advice="give the first index, then one past the last",
+            )
+        values = [
+            bound if isinstance(bound, int) else self._known(bound.expr) for bound in (lo, hi)
+        ]
+        first, last = values
+        return first is not None and last is not None and last <= first
+
+    def _known(self, expr: Expr) -> int | None:
+        """The value of an expression over extents that are known when the kernel is compiled."""
+        try:
+            return self.extents.known(expr) if self.extents.is_static(expr) else None
+        except ZeroDivisionError:
+            return None
 
     def _is_carried(self, name: str, scope: Scope, exposed: set[str]) -> bool:
         value = scope.names.get(name)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tilelink.errors import Span, TilelinkError
+from tilelink.frontend.mapping_errors import ConstantDivisionByZero
 from tilelink.ir import Expr
 
 IntArray = npt.NDArray[np.int64]
@@ -42,11 +43,15 @@ def owner_array(
     """The rank of every element: int64 of shape ``[extent]``, each in ``[0, world)``.
 
     ``names`` binds the extents and tables (integer arrays) that the map reads; ``WORLD`` and ``e``
-    are bound here. Raises OwnerRangeError where a rank is out of range.
+    are bound here. Raises OwnerRangeError where a rank is out of range, ConstantDivisionByZero where
+    the map divides by zero.
     """
     elements = np.arange(extent, dtype=np.int64)
-    with np.errstate(divide="ignore"):
-        value = owner.evaluate({**names, "WORLD": world, "e": elements})
+    try:
+        with np.errstate(divide="raise"):
+            value = owner.evaluate({**names, "WORLD": world, "e": elements})
+    except ArithmeticError:
+        raise ConstantDivisionByZero(span) from None
     ranks: IntArray = np.broadcast_to(np.asarray(value, dtype=np.int64), (extent,))
     outside = np.flatnonzero((ranks < 0) | (ranks >= world))
     if outside.size:

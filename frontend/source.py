@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
+import inspect
 import linecache
 import os
 from collections.abc import Callable
@@ -92,6 +93,8 @@ def read_function(function: Callable[..., Any]) -> FunctionSource:
     name = getattr(function, "__name__", repr(function))
     if not isinstance(function, FunctionType):
         raise NoSource(name=name, why="it is not a plain Python function")
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise NoSource(name=name, why="it is an `async` function, and a kernel is a plain one")
     path = function.__code__.co_filename
     linecache.checkcache(path)
     text = "".join(linecache.getlines(path, function.__globals__))

@@ -10,6 +10,9 @@ from tilelink.errors import Span
 from tilelink.frontend.builder import Builder
 from tilelink.frontend.errors import (
     DtypeMismatch,
+    GatheredStore,
+    IndexPastEnd,
+    NeverStored,
     PartialStore,
     ShapeMismatch,
     StoreAfterSum,
@@ -95,12 +98,13 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """One load or store: ``order`` counts the kernel's outermost ops before it."""
+    """One load or store: ``order`` counts the kernel's outermost ops before it; ``dead``: it never runs."""
 
     tensor: str
     is_store: bool
     order: int
     span: Span
+    dead: bool = False
 
 
 class Tensors:
@@ -212,7 +216,7 @@ class Tensors:
         elements: list[Index] = []
         shape: list[str] = []
         for axis, (item, dim) in enumerate(zip(index, dims, strict=True)):
-            element, length = self._element(name, item, dim, span, access)
+            element, length = self._element(name, axis, item, dim, span, access)
             elements.append(element)
             if length is not None:
                 shape.append(length)
@@ -226,7 +230,7 @@ class Tensors:
         return tuple(elements), tuple(shape)
 
     def _element(
-        self, name: str, item: Any, dim: Expr, span: Span, access: str
+        self, name: str, axis: int, item: Any, dim: Expr, span: Span, access: str
     ) -> tuple[Index, str | None]:
         """The IR form of one index, and the dimension it gives (None: the axis goes)."""
         builder = self.builder
@@ -249,7 +253,7 @@ class Tensors:
                 )
             return At(item.tile.value, item.start), item.tile.value.name
         if isinstance(item, slice):
-            return self._slice(name, item, dim, span, access)
+            return self._slice(name, axis, item, dim, span, access)
         item = item if isinstance(item, Num | Value) else builder.literal(item)
         if (
             isinstance(item, Num)
@@ -267,6 +271,7 @@ class Tensors:
                     what=f"the negative index `{item}`",
                     advice="count from the start of the axis",
                 )
+            self._check_inside(name, axis, item, item + 1, f"index {item}", dim, span)
             return Expr.const(item), None
         if isinstance(item, Value):
             builder.used_as_index(item)
@@ -285,8 +290,26 @@ class Tensors:
             advice="index with tile variables, integers, integer tiles or `:`",
         )
 
+    def _check_inside(
+        self, name: str, axis: int, lo: int, hi: int, part: str, dim: Expr, span: Span
+    ) -> None:
+        """IndexPastEnd where the known interval [lo, hi) is empty or leaves an axis of known length."""
+        length = self.facts.extents.known(dim)
+        if lo < 0 or hi <= lo or (length is not None and hi > length):
+            fault = f"is past the end: it has {length} elements"
+            if hi <= lo or lo < 0:
+                fault = "is empty" if hi <= lo else "begins before the first element"
+            raise IndexPastEnd(
+                span,
+                part=part,
+                axis=axis,
+                tensor=name,
+                fault=fault,
+                advice="indices start at 0, and a slice `lo:hi` takes at least one element",
+            )
+
     def _slice(
-        self, name: str, item: slice, dim: Expr, span: Span, access: str
+        self, name: str, axis: int, item: slice, dim: Expr, span: Span, access: str
     ) -> tuple[Index, str]:
         if item.step is not None:
             if self.kind(name) in MOVED:
@@ -319,6 +342,16 @@ class Tensors:
                 advice="loop over it: `for s in tk.tiles(lo, hi)`",
             )
         lo, hi = self.facts.extents.canonical(lo), self.facts.extents.canonical(hi)
+        try:
+            first, last = self.facts.extents.known(lo), self.facts.extents.known(hi)
+        except ZeroDivisionError:
+            raise UnsupportedSyntax(
+                span,
+                what=f"the slice `{lo}:{hi}`, which divides by zero for these extents,",
+                advice="correct the bounds, or the extents",
+            ) from None
+        if first is not None and last is not None:
+            self._check_inside(name, axis, first, last, f"the slice `{first}:{last}`", dim, span)
         return Range(lo, hi), self.builder.dim(hi - lo)
 
     def _size_by_loop(self, scalar: Value, dim: Expr) -> None:
@@ -385,6 +418,14 @@ class Tensors:
         for name in sorted(self.statements):
             if self.kind(name) in SUMMED:
                 self._check_sums(name)
+        for name in sorted(outputs):
+            stores = [a for a in self.accesses if a.tensor == name and a.is_store]
+            if stores and all(a.dead for a in stores):
+                raise NeverStored(stores[0].span, tensor=name)
+        for access in self.accesses:
+            kind = self.kind(access.tensor)
+            if access.is_store and access.tensor in outputs and kind in ("gather", "ring"):
+                raise GatheredStore(access.span, tensor=access.tensor, moved=MOVED[kind])
         for name, variable, span in self._partial:
             if variable in self.own and name in outputs and self.over(name) is None:
                 extent = self.own[variable][1]

@@ -10,7 +10,10 @@ from typing import Any, ClassVar
 from tilelink.errors import TilelinkError
 
 ORDERS = ("auto", "row", "grouped", "arrival", "departure")
-_RESOURCE = re.compile(r"copy_engine|epilogue|none|sm:[1-9]\d*")
+MAX_TILE = 2**20
+MAX_STAGES = 16
+MAX_WORKERS = 2**13
+_RESOURCE = re.compile(r"copy_engine|epilogue|none|sm:[1-9]\d{0,4}")
 
 
 class ScheduleError(TilelinkError):
@@ -75,8 +78,16 @@ class Schedule:
     moves: tuple[tuple[str, Move], ...] = ()
 
     def __post_init__(self) -> None:
+        _pairs("tiles", self.tiles, int)
+        _pairs("moves", self.moves, Move)
         for extent, size in self.tiles:
             _positive(f"tiles.{extent}", size)
+            if size > MAX_TILE:
+                raise ScheduleError(
+                    field=f"tiles.{extent}",
+                    detail=f"{size} is more than {MAX_TILE}, the most elements of a Triton tile",
+                    help="give a smaller power of two",
+                )
             if size & (size - 1):
                 raise ScheduleError(
                     field=f"tiles.{extent}",
@@ -88,6 +99,18 @@ class Schedule:
         if self.warps & (self.warps - 1) or self.warps > 32:
             raise ScheduleError(
                 field="warps", detail=f"{self.warps} warps", help="use 1, 2, 4, 8, 16 or 32"
+            )
+        if self.workers > MAX_WORKERS:
+            raise ScheduleError(
+                field="workers",
+                detail=f"{self.workers} workers",
+                help=f"use 1 to {MAX_WORKERS}: all of them are on the GPU at once",
+            )
+        if self.stages > MAX_STAGES:
+            raise ScheduleError(
+                field="stages",
+                detail=f"{self.stages} stages",
+                help=f"use 1 to {MAX_STAGES}: each holds a set of tiles in shared memory",
             )
         if self.order not in ORDERS:
             raise ScheduleError(
@@ -130,8 +153,8 @@ class Schedule:
     def from_json(text: str) -> Schedule:
         """The schedule that ``text`` holds; ScheduleError if it holds none."""
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = json.loads(text, object_pairs_hook=_once)
+        except (ValueError, TypeError, RecursionError) as error:
             raise ScheduleError(
                 field="(all)", detail=f"not JSON: {error}", help='write one object: {"workers": 64}'
             ) from None
@@ -143,6 +166,29 @@ class Schedule:
         made = {n: Move(**_checked(m, Move, f"moves.{n}.")) for n, m in moves.items()}
         return Schedule(
             tiles=tuple(sorted(tiles.items())), moves=tuple(sorted(made.items())), **data
+        )
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ScheduleError where a key stands in it twice, of which JSON would drop one."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ScheduleError(field=key, detail="given twice", help="keep one of them")
+        found[key] = value
+    return found
+
+
+def _pairs(field: str, value: object, kind: type) -> None:
+    """ScheduleError unless ``value`` is a tuple of (name, ``kind``)."""
+    fine = isinstance(value, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in value
+    )
+    if not fine or (kind is Move and not all(isinstance(pair[1], kind) for pair in value)):  # type: ignore[attr-defined]
+        raise ScheduleError(
+            field=field,
+            detail=f"{value!r:.60} is no tuple of (name, {kind.__name__}) pairs",
+            help=f'Schedule.from_json takes an object: {{"{field}": …}}',
         )
 
 

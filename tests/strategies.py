@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+import math
+import re
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from tilelink.ir import (
     make,
 )
 from tilelink.schedules import Move, Schedule
+from tilelink.schedules.schedule import ORDERS
 
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LIMIT = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-5}
@@ -105,6 +109,233 @@ def cases(
         channels=draw(st.sampled_from((None, 1, 2, 3))),
         workers=draw(st.integers(3, 6)),
         seed=draw(st.integers(0, 1 << 16)),
+    )
+
+
+# Kernels of random programs: file (None: tilelink.kernels), name, extents by what each is a multiple of
+# (W: the world), moved tensors with their resources, optional tensors, whether whole numbers stay whole.
+GATHERS, SUMS = ("copy_engine", "sm:1", "sm:2", "none"), ("copy_engine", "sm:1", "epilogue", "none")
+GEMM = {"M": "W", "N": "1", "K": "1"}
+FLOATS = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kernel that random programs are made of.
+
+    ``mapping`` is a mapping with holes for drawn maps: ``{A:*M,K}`` for a tensor A[M, K] that is moved
+    over M, ``{B:K,*N}`` for a tensor B[K, N] moved over N. "" keeps the kernel's own.
+    """
+
+    file: str | None
+    name: str
+    extents: dict[str, str]
+    moves: dict[str, tuple[str, ...]]
+    optional: tuple[str, ...] = ()
+    exact: bool = True
+    constants: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = FLOATS
+    mapping: str = ""
+
+
+_GATHER, _SCATTER = "gather A[M, K] over M {A:*M,K}", "scatter C[M, N] over M sum {C:*M,N}"
+FAMILIES = (
+    Family(None, "ag_gemm", GEMM, {"A": GATHERS}, ("bias",), True, ("nk",), FLOATS, _GATHER),
+    Family(None, "ag_gemm_swiglu", GEMM, {"A": GATHERS}, (), False, ("nk",), FLOATS, _GATHER),
+    Family(None, "gemm_rs", GEMM, {"C": SUMS}, (), True, ("nk",), FLOATS, _SCATTER),
+    Family(None, "gemm_ar", {**GEMM, "M": "1"}, {"C": SUMS}, constants=("nk",)),
+    Family(None, "gemm_rs_add", GEMM, {"P": SUMS}, ("bias", "residual"), constants=("nk",)),
+    Family(
+        None, "gemm_ar_add", {**GEMM, "M": "1"}, {"P": SUMS}, ("bias", "residual"), True, ("nk",)
+    ),
+    Family("ag_gemm", "ag_gemm_silu", GEMM, {"A": GATHERS}, (), False),
+    Family("ag_gemm", "ag_gemm_nk", GEMM, {"A": GATHERS}, mapping=_GATHER),
+    Family("gemm_rs", "gemm_rs_bias", GEMM, {"P": SUMS}, ("bias", "residual")),
+    Family("maps", "ag_cyclic", {**GEMM, "M": "4W"}, {"A": GATHERS}),
+    Family("maps", "ag_zigzag", {**GEMM, "M": "2W"}, {"A": GATHERS}),
+    Family("maps", "rs_cyclic", {**GEMM, "M": "4W"}, {"C": SUMS}),
+    Family("maps", "ag_signals", {**GEMM, "M": "8W"}, {"A": GATHERS}),
+    Family(
+        "maps",
+        "ag_over_depth",
+        {"M": "1", "N": "1", "K": "W"},
+        {"A": GATHERS},
+        mapping="gather A[K, M] over K {A:*K,M}",
+    ),
+    Family(
+        "maps",
+        "ag_columns",
+        {"M": "1", "N": "W", "K": "1"},
+        {"B": GATHERS},
+        mapping="gather B[K, N] over N {B:K,*N}",
+    ),
+    Family(
+        "maps",
+        "ag_gemm_rs",
+        GEMM,
+        {"A": GATHERS, "C": SUMS},
+        mapping=f"{_GATHER}; {_SCATTER}",
+    ),
+    # Its intermediate is bf16.
+    Family("maps", "mlp", {**GEMM, "H": "1"}, {"A": GATHERS}, (), False, (), ("bf16",), _GATHER),
+    Family("maps", "ar_norm", {**GEMM, "M": "1"}, {"P": SUMS}, (), False),
+    Family("misc", "in_place", {"M": "1", "K": "1"}, {}),
+    Family("misc", "grouped_scores", {"G": "=2", "H": "=4", "S": "W", "D": "=16"}, {"K": GATHERS}),
+    Family(
+        "attention",
+        "attention",
+        {"B": "=1", "H": "=2", "S": "W", "D": "=16"},
+        {"K": GATHERS, "V": GATHERS},
+        (),
+        False,
+        ("causal",),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One random program: a kernel, its maps and sizes, and a schedule.
+
+    ``workers`` is that of the simulated launches, ``dynamic`` a bit for each stage whose queue is
+    dynamic, ``seed`` that of the data and of the simulator's schedule.
+    """
+
+    family: Family
+    mapping: str
+    world: int
+    extents: tuple[tuple[str, int], ...]
+    dtype: str
+    present: tuple[str, ...]
+    constants: tuple[tuple[str, bool], ...]
+    schedule: Schedule
+    workers: int
+    dynamic: int
+    seed: int
+
+    def to_json(self) -> str:
+        """One line of JSON that :meth:`from_json` reads back."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "family"}
+        data["schedule"] = json.loads(self.schedule.to_json())
+        data["extents"], data["constants"] = dict(self.extents), dict(self.constants)
+        return json.dumps({"kernel": [self.family.file, self.family.name], **data})
+
+    @staticmethod
+    def from_json(text: str) -> Drawn:
+        """The program that :meth:`to_json` wrote."""
+        data = json.loads(text)
+        file, name = data.pop("kernel")
+        (family,) = (f for f in FAMILIES if (f.file, f.name) == (file, name))
+        data["schedule"] = Schedule.from_json(json.dumps(data["schedule"]))
+        data["extents"] = tuple(data["extents"].items())
+        data["constants"] = tuple(data["constants"].items())
+        data["present"] = tuple(data["present"])
+        return Drawn(family, **data)
+
+
+# Owner maps: the map, and what the extent is a multiple of, for blocks of b elements.
+_BLOCK = "{x} / ({X} / WORLD)"
+_HALF = "{x} / ({X} / (2 * WORLD))"
+OWNERS: dict[str, tuple[str, str]] = {
+    "": ("", "1W"),
+    "blocks": (_BLOCK, "1W"),
+    "zigzag": (f"min({_HALF}, 2 * WORLD - 1 - {_HALF})", "2W"),
+    "cyclic": ("{x} / {b} % WORLD", "bW"),
+}
+
+
+@st.composite
+def drawn_maps(draw: Any, family: Family, world: int, most: int) -> tuple[str, dict[str, int]]:
+    """A mapping for ``family`` and the extents that it is cut over; ("", {}) keeps the kernel's own.
+
+    Holes over the same axis have owners of their own. Tiles divide the owner's blocks.
+    """
+    if not family.mapping or draw(st.integers(0, 3)) == 0:
+        return "", {}
+    holes = re.findall(r"\{(\w+):([^}]*)\}", family.mapping)
+    chosen: dict[str, tuple[str, int, int]] = {}
+    units: dict[str, int] = {}
+    for tensor, dims in holes:
+        (axis,) = (d[1:] for d in dims.split(",") if d.startswith("*"))
+        name = draw(st.sampled_from(sorted(OWNERS)))
+        b = draw(st.sampled_from((1, 2, 4, 8)))
+        owner, multiple = OWNERS[name]
+        b = b if multiple == "bW" else 0
+        unit = world * (b or int(multiple[0]))
+        chosen[tensor] = (owner.format(x=axis.lower(), X=axis, b=b), unit, b)
+        units[axis] = math.lcm(units.get(axis, 1), unit)
+    extents = {
+        axis: unit * draw(st.integers(1, max(1, most // unit))) for axis, unit in units.items()
+    }
+    text = family.mapping
+    for tensor, dims in holes:
+        owner, unit, b = chosen[tensor]
+        names = dims.split(",")
+        (axis,) = (d[1:] for d in names if d.startswith("*"))
+        block = b or extents[axis] // unit
+        lines = [f"owner {owner}"] if owner else []
+        if draw(st.booleans()):
+            tile = draw(st.sampled_from([d for d in range(1, block + 1) if block % d == 0]))
+            lines.append("tile " + " x ".join(str(tile) if d[0] == "*" else d for d in names))
+        if draw(st.booleans()):
+            lines.append(f"signal t / {draw(st.sampled_from((1, 2, 3)))}")
+        text = text.replace(f"{{{tensor}:{dims}}}", f"{{ {'  '.join(lines)} }}" if lines else "")
+    return text, extents
+
+
+@st.composite
+def drawn_programs(draw: Any, small: bool = False) -> Drawn:
+    """Random programs over :data:`FAMILIES`; ``small`` ones are fit for the interpreter.
+
+    Products and sums of elements -1..1 stay below 256, so that they are whole in every float type.
+    """
+    family = draw(st.sampled_from(FAMILIES))
+    world = draw(st.sampled_from((1, 2, 4) if small else (1, 2, 3, 4, 5, 6, 7, 8)))
+    longest = 48 if small else 96
+    # A sum over K on every rank, and over the ranks: kept whole by what the extents are.
+    deepest = 200 // world
+    over_depth = "over K" in family.mapping
+    mapping, extents = draw(drawn_maps(family, world, deepest if over_depth else longest))
+    for name, unit in family.extents.items():
+        if name in extents:
+            continue
+        if unit.startswith("="):
+            extents[name] = int(unit[1:])
+            continue
+        step = int(unit.removesuffix("W") or 1) * (world if unit.endswith("W") else 1)
+        most = deepest if name in ("K", "H") else longest
+        extents[name] = step * draw(st.integers(1, max(1, most // step)))
+    sizes = (32, 64) if small else (16, 32, 64)
+    tiles = tuple(sorted((name, draw(st.sampled_from(sizes))) for name in extents))
+    moves = {
+        name: Move(
+            resource=draw(st.sampled_from(resources)),
+            tile=draw(st.sampled_from((None, None, 4, 16))),
+            channels=draw(st.sampled_from((None, None, 1, 2, 3))),
+        )
+        for name, resources in family.moves.items()
+    }
+    least = max((move.sm_workers for move in moves.values()), default=0) + 1
+    schedule = Schedule(
+        tiles=tiles,
+        order=draw(st.sampled_from(ORDERS)),
+        group=draw(st.sampled_from((1, 2, 3, 8))),
+        workers=draw(st.integers(least, 8)),
+        flatten=draw(st.booleans()),
+        moves=tuple(sorted(moves.items())),
+    )
+    return Drawn(
+        family,
+        mapping,
+        world,
+        tuple(sorted(extents.items())),
+        draw(st.sampled_from(family.dtypes)),
+        tuple(name for name in family.optional if draw(st.booleans())),
+        tuple((name, draw(st.booleans())) for name in family.constants),
+        schedule,
+        draw(st.integers(1, 8)),
+        draw(st.integers(0, 7)),
+        draw(st.integers(0, 1 << 16)),
     )
 
 

@@ -9,6 +9,7 @@ from tilelink.kernel import BoundKernel, Kernel, kernel, load_kernels
 
 if TYPE_CHECKING:
     from tilelink.backend.runtime.errors import WaitTimeout
+    from tilelink.backend.runtime.recover import recover
     from tilelink.backend.runtime.watch import synchronize
 
 __version__ = "0.1.0"
@@ -24,12 +25,14 @@ __all__ = [
     "WaitTimeout",
     "kernel",
     "load_kernels",
+    "recover",
     "synchronize",
 ]
 
 # Names whose modules import torch: found when they are first used.
 _LAZY = {
     "WaitTimeout": "tilelink.backend.runtime.errors",
+    "recover": "tilelink.backend.runtime.recover",
     "synchronize": "tilelink.backend.runtime.watch",
 }
 

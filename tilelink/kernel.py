@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,10 @@ class Kernel:
         """
         from tilelink.frontend.build import Request
 
+        try:
+            self._check_request(extents, dtypes, world, present, scalars)
+        except TilelinkError as error:
+            raise _clean(error) from None
         signature, values = self.signature, {**self.signature.defaults, **(scalars or {})}
         chosen = frozenset(
             name
@@ -105,6 +110,29 @@ class Kernel:
                 dtype=dtype,
             )
         )
+
+    def _check_request(
+        self, extents: Any, dtypes: Any, world: Any, present: Any, scalars: Any
+    ) -> None:
+        """BadCall or BadExtent where an argument of :meth:`build` is not of its kind."""
+        from tilelink.frontend.errors import BadCall
+        from tilelink.frontend.validate import check_extents, check_world
+
+        for what, value in (("extents", extents), ("dtypes", dtypes), ("scalars", scalars)):
+            if value is not None and not isinstance(value, Mapping):
+                raise BadCall(
+                    what=f"`{what}` is a {type(value).__name__}", advice="pass a dict by name"
+                )
+        check_world(world)
+        check_extents(extents)
+        words = set(re.findall(r"\w+", self.source.source.text + self.mapping.source.text))
+        unknown = [n for n in dtypes or () if n not in words]
+        unknown += [n for n in (*(present or ()), *(scalars or ())) if n not in self.params]
+        if unknown:
+            raise BadCall(
+                what=f"`{unknown[0]}` is no argument of `{self.name}`",
+                advice=f"its arguments: {', '.join(self.params)}",
+            )
 
     def _is_constant(self, name: str, value: Any) -> bool:
         fixed = name in self.signature.constants or isinstance(value, bool | str) or value is None
@@ -146,11 +174,16 @@ class Kernel:
         argument.
         """
         from tilelink.frontend.bind import bind_arguments, match_arguments
+        from tilelink.frontend.validate import check_world
 
-        arguments = match_arguments(self.name, self.signature, tuple(args), kwargs or {})
-        return bind_arguments(
-            self.name, self.signature, self.mapping, arguments, world, strict=strict
-        )
+        try:
+            check_world(world)
+            arguments = match_arguments(self.name, self.signature, tuple(args), kwargs or {})
+            return bind_arguments(
+                self.name, self.signature, self.mapping, arguments, world, strict=strict
+            )
+        except TilelinkError as error:
+            raise _clean(error) from None
 
     def build_for(self, bound: Bound) -> Op:
         """The typed kernel of a bound call."""
@@ -184,11 +217,28 @@ class Kernel:
         the simulator's.
         """
         from tilelink.frontend.errors import BadCall
+        from tilelink.frontend.validate import check_world
+        from tilelink.schedules import Schedule
 
+        wrong: tuple[str, str] | None = None
         if backend is not None and backend not in BACKENDS:
-            raise _clean(
-                BadCall(what=f"there is no backend `{backend}`", advice=", ".join(BACKENDS))
+            wrong = f"there is no backend `{backend}`", ", ".join(BACKENDS)
+        elif schedule is not None and not isinstance(schedule, Schedule):
+            wrong = f"`schedule` is a {type(schedule).__name__}", "pass a tilelink.Schedule"
+        elif not isinstance(seed, int) or not 0 <= seed < 2**63:
+            wrong = f"`seed` is {seed!r}", "pass an integer from 0 to 2^63 - 1"
+        elif group is not None and backend not in (None, "cuda"):
+            wrong = (
+                f"`group` is for GPUs: the backend `{backend}` runs all ranks in this process",
+                "leave it out, and give the number of ranks as `world`",
             )
+        if wrong is not None:
+            raise _clean(BadCall(what=wrong[0], advice=wrong[1]))
+        if world is not None:
+            try:
+                check_world(world)
+            except TilelinkError as error:
+                raise _clean(error) from None
         return BoundKernel(self, backend or "cuda", world, group, schedule, seed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -219,20 +269,32 @@ class BoundKernel:
             raise _clean(error) from None
 
     def _launch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        from tilelink.backend.runtime.cuda import launch
+        from tilelink.backend.runtime.cuda import launch, refuse
+        from tilelink.frontend.arguments import check_tensor
         from tilelink.frontend.bind import match_arguments
 
         signature = self.kernel.signature
-        given = match_arguments(self.kernel.name, signature, args, kwargs)
+        try:
+            given = match_arguments(self.kernel.name, signature, args, kwargs)
+            for name, value in given.items():
+                if name in signature.tensors:
+                    check_tensor(name, value, name in signature.stored)
+        except TilelinkError as error:
+            # The other ranks may be about to call: they hear of it instead of waiting.
+            refuse(self.kernel.name, error, self.group)
+            raise
         tensors = {n: v for n, v in given.items() if n in signature.tensors}
         scalars = {n: v for n, v in given.items() if n not in signature.tensors}
         return _unwrap(launch(self.kernel, tensors, scalars, self.group, self.schedule))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from tilelink.frontend.arguments import check_apart
+
         world, per_rank = self._split(args, kwargs)
-        bounds = [self.kernel.bind(a, world, k, strict=False) for a, k in per_rank]
+        bounds = [self._bind(rank, world, a, k) for rank, (a, k) in enumerate(per_rank)]
         for rank, bound in enumerate(bounds):
             self._check_ranks(bounds[0], bound, rank)
+        check_apart([bound.tensors for bound in bounds], self.kernel.signature.stored)
         op = self.kernel.build_for(bounds[0])
         inputs = [
             {**{n: t for n, t in b.tensors.items() if t is not None}, **b.scalars} for b in bounds
@@ -246,6 +308,17 @@ class BoundKernel:
                 for n in names
             )
         )
+
+    def _bind(self, rank: int, world: int, args: list[Any], kwargs: dict[str, Any]) -> Bound:
+        from tilelink.frontend.arguments import check_tensor, on_rank
+
+        try:
+            bound = self.kernel.bind(args, world, kwargs, strict=False)
+            for name, value in bound.tensors.items():
+                check_tensor(name, value, name in self.kernel.signature.stored)
+        except TilelinkError as error:
+            raise (on_rank(error, rank) if rank else error) from None
+        return bound
 
     def _execute(self, op: Op, inputs: list[dict[str, Any]]) -> Any:
         if self.backend == "reference":
@@ -268,6 +341,7 @@ class BoundKernel:
     ) -> tuple[int, list[tuple[list[Any], dict[str, Any]]]]:
         """The number of ranks, and each one's arguments: lists are taken apart, all else is shared."""
         from tilelink.frontend.errors import BadCall
+        from tilelink.frontend.validate import check_world
 
         named = dict(zip(self.kernel.params, args, strict=False)) | kwargs
         lists = {n: len(v) for n, v in named.items() if isinstance(v, list | tuple)}
@@ -279,6 +353,8 @@ class BoundKernel:
                     advice="pass a list of one tensor a rank",
                 )
 
+        check_world(world)
+
         def of(value: Any, rank: int) -> Any:
             return value[rank] if isinstance(value, list | tuple) else value
 
@@ -288,10 +364,12 @@ class BoundKernel:
         ]
 
     def _check_ranks(self, first: Bound, bound: Bound, rank: int) -> None:
+        from tilelink.frontend.arguments import check_same
         from tilelink.frontend.errors import ShapeMismatch
 
         if bound.request == first.request and bound.scalars == first.scalars:
             return
+        check_same({**first.tensors, **first.scalars}, {**bound.tensors, **bound.scalars}, rank)
         raise ShapeMismatch(
             left=f"the arguments of rank {rank}",
             right="those of rank 0",
@@ -322,13 +400,16 @@ def kernel(
     source. ``example`` gives extents to the command line. The function is parsed, never called; a mistake
     raises an error of `tilelink.frontend` with its place.
     """
-    if callable(mapping):
+    given: object = mapping
+    if not isinstance(given, str):
         from tilelink.frontend.errors import BadCall
 
+        kind = "a function" if callable(given) else type(given).__name__
         raise BadCall(
-            what="`tilelink.kernel` takes the mapping",
+            what=f"`tilelink.kernel` takes the mapping as text, not {kind}",
             advice='@tilelink.kernel("gather A[M, K] over M")',
         )
+    _check_example(example)
 
     def decorate(function: Callable[..., Any]) -> Kernel:
         from tilelink.frontend.bind import read_signature
@@ -345,6 +426,22 @@ def kernel(
     return decorate
 
 
+def _check_example(example: Any) -> None:
+    from tilelink.frontend.errors import BadCall
+    from tilelink.frontend.validate import check_extents
+
+    if example is not None and not isinstance(example, Mapping):
+        raise BadCall(
+            what=f"`example` is a {type(example).__name__}",
+            advice="give extents by name: example=dict(M=512)",
+        )
+    try:
+        check_extents(example or {})
+    except TilelinkError as error:
+        error.notes = ("in the `example` of the decorator",)
+        raise _clean(error) from None
+
+
 def _read_mapping(text: str, source: FunctionSource) -> TileMapping:
     from tilelink.frontend.errors import BadFile
     from tilelink.frontend.mapping import parse_mapping
@@ -353,9 +450,10 @@ def _read_mapping(text: str, source: FunctionSource) -> TileMapping:
         path = Path(source.function.__code__.co_filename).parent / text
         try:
             content = path.read_text()
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise BadFile(
-                what=f"the mapping file `{text}` of kernel `{source.name}` cannot be read: {error.strerror}",
+                what=f"the mapping file `{text}` of kernel `{source.name}` cannot be read: {why}",
                 advice=f"the path is relative to the folder of {source.source.name}",
             ) from None
         from tilelink.frontend.source import display_name
@@ -395,9 +493,10 @@ def load_kernels(path: str | Path) -> dict[str, Kernel]:
     name = display_name(str(path))
     try:
         text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise BadFile(
-            what=f"{name} cannot be read: {error}", advice="give the path of a Python file"
+            what=f"{name} cannot be read: {why}", advice="give the path of a Python file"
         ) from None
     try:
         compile(text, str(path), "exec")
@@ -410,6 +509,12 @@ def load_kernels(path: str | Path) -> dict[str, Kernel]:
             what=f"this is not Python: {error.msg}",
             advice=f"the file is read as Python {sys.version_info.major}.{sys.version_info.minor}",
         ) from None
+    except (RecursionError, MemoryError):
+        raise BadFile(
+            what=f"{name} is nested too deep to be read", advice="write shorter expressions"
+        ) from None
+    except ValueError as error:  # a NUL character
+        raise BadFile(what=f"{name} is not Python: {error}", advice="give a text file") from None
     module_name = f"tilelink_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path.resolve())
     if spec is None or spec.loader is None:
@@ -420,7 +525,7 @@ def load_kernels(path: str | Path) -> dict[str, Kernel]:
         spec.loader.exec_module(module)
     except TilelinkError as error:
         raise _clean(error) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = _line_in(error, str(path.resolve()))
         here = None if line is None else Span(Source(name, text), line, 1, len(text) + 1)
         raise BadFile(
@@ -436,7 +541,7 @@ def _line(found: Kernel) -> int:
     return found.source.node.lineno
 
 
-def _line_in(error: Exception, path: str) -> int | None:
+def _line_in(error: BaseException, path: str) -> int | None:
     """The last line of ``path`` on the way to ``error``."""
     found, frame = None, error.__traceback__
     while frame is not None:

@@ -9,7 +9,6 @@ from tilelink.backend.emit.scope import TL_DTYPE, Dim, Scope, item_bytes, refuse
 from tilelink.backend.emit.text import condition
 from tilelink.ir import All, At, Broadcast, Expr, Index, Op, Range, Ref, Type, Value
 
-_INT32_ELEMENTS = 1 << 31
 _TMA_BLOCK = 256  # elements of a TMA box along one axis, at most
 
 
@@ -131,7 +130,7 @@ def place(
             for n, a in enumerate(found)
         ]
     rank = sum(1 for a in found if a is None or a.dim is not None)
-    big = scope.program.numel(ref.symbol) >= _INT32_ELEMENTS
+    big = bool(op.get("wide"))
     names = ("rows", "cols") if rank == 2 else tuple(f"x{i}" for i in range(rank))
     vectors: list[str] = []
     masks: list[str] = []
@@ -218,7 +217,9 @@ def _parameter(scope: Scope, symbol: str, suffix: str) -> str:
 
 
 def _tma(scope: Scope, op: Op, ref: Ref, block: tuple[int, ...]) -> list[Axis] | None:
-    """The two axes of an access that TMA can make with ``block``, else None."""
+    """The two axes of an access that may go through TMA and that has a box with ``block``, else None."""
+    if op.get("via") != "tma":
+        return None
     decl = scope.program.symbols[ref.symbol]
     size = item_bytes(decl["dtype"])
     found = axes(scope, op, ref)
@@ -284,7 +285,6 @@ def choose(scope: Scope, op: Op) -> None:
     tma = all(_tma_load(scope, op, side, block, names) is not None for side in (ref, own))
     sides = (own.symbol, ref.symbol)
     texts = [descriptor(scope, symbol, block) if tma else base(scope, symbol) for symbol in sides]
-    scope.fence = scope.fence or tma
     test = condition(_fold(scope, op["when"]), scope.lookup)
     for number, head in enumerate((f"if {test}:", "else:")):
         with scope.writer.block(head):
@@ -321,7 +321,6 @@ def _load(scope: Scope, op: Op, name: str, type_: Type, choice: Choice | None) -
             first, second = choice.starts.get(0, first), choice.starts.get(1, second)
         source = choice.source if choice is not None else descriptor(scope, ref.symbol, block)
         scope.writer.line(f"{name} = {source}.load([{first}, {second}]){convert}")
-        scope.fence = scope.fence or decl.name == "buffer" or _written(scope, ref.symbol)
     else:
         start = choice.source if choice is not None else base(scope, ref.symbol)
         at = place(scope, op, name, start, ref, token, choice=choice)
@@ -333,18 +332,14 @@ def _load(scope: Scope, op: Op, name: str, type_: Type, choice: Choice | None) -
     scope.dirty[op.results[0].name] = dirt
 
 
-def _written(scope: Scope, symbol: str) -> bool:
-    return any(o.name == "store" and o.symbol == symbol for o in scope.program.op.walk())
-
-
 def _tma_load(
     scope: Scope, op: Op, ref: Ref, block: tuple[int, ...], placed: Mapping[int, str]
 ) -> list[Axis] | None:
     """The two axes of a load that TMA can make and that a pipelined product can use, else None."""
     pair = _tma(scope, op, ref, block)
-    if pair is None or op.results[0].name in scope.touched:
+    if pair is None or _strays(pair, placed) & scope.contracted:
         return None
-    return None if _strays(pair, placed) & scope.contracted else pair
+    return pair
 
 
 def _strays(pair: list[Axis], placed: Mapping[int, str]) -> frozenset[str]:
@@ -368,38 +363,19 @@ def contracted(ops: tuple[Op, ...]) -> frozenset[str]:
     return frozenset(op.operands[0].type.shape[-1] for op in dots)
 
 
-def touched(ops: tuple[Op, ...]) -> frozenset[str]:
-    """Loads in tile loops whose value is anything but an operand of a product, as it is or transposed.
-
-    Triton 3.6 pipelines such a loop wrongly when the load is a TMA load: the value goes through
-    registers, and the next tile overwrites its shared memory before all warps have read it.
-    """
-    found: set[str] = set()
-    for loop in (op for top in ops for op in top.walk() if op.name == "for_tiles"):
-        loaded = {o.results[0].name for o in loop.body if o.name == "load"}
-        turned = {o.results[0].name: o.operands[0].name for o in loop.body if o.name == "transpose"}
-        for op in (inner for child in loop.body for inner in child.walk()):
-            if op.name == "transpose":
-                continue
-            plain = {v.name for v in op.operands[:2]} if op.name == "dot" else set()
-            for value in op.operands:
-                name = turned.get(value.name, value.name)
-                if name in loaded and value.name not in plain:
-                    found.add(name)
-    return frozenset(found)
-
-
 def store(scope: Scope, op: Op) -> None:
     """``store``: a tile to memory of this rank or of a peer, rounded to the tensor's dtype.
 
-    A TMA store is used only where the tile is whole and no signal follows at once: stock Triton waits
-    for its reads, not for its writes. A wide tile leaves in two halves, which frees registers early.
+    A TMA store is used only where the program allows it and the tile is whole. A wide tile leaves in
+    two halves, which frees registers early.
     """
     value, ref = op.operands[0], op.ref
     assert ref is not None
     decl = scope.program.symbols[ref.symbol]
     text = scope.names[value.name]
     peer = op.get("peer")
+    if peer is not None and op.get("via") is not None:
+        raise refuse(op, "a store to a peer through TMA")
     where = ""
     if peer is not None:
         far = base(scope, ref.symbol, scope.expr(peer))
@@ -445,8 +421,7 @@ def _store(
     found: list[Axis],
 ) -> None:
     whole = all(a.dim is not None and a.dim.exact for a in found)
-    signalled = scope.notified and not scope.delayed
-    pair = _tma(scope, op, ref, block) if local and whole and not signalled else None
+    pair = _tma(scope, op, ref, block) if local and whole else None
     if pair is not None:
         rows, cols = pair
         target = descriptor(scope, ref.symbol, block)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tilelink.backend.emit import access
 from tilelink.backend.emit.loops import Walk, announce, enter_tiles
-from tilelink.backend.emit.scope import TL_DTYPE, Scope, origin, refuse
+from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import condition, one_call
 from tilelink.ir import All, At, Expr, Op, Range, Value
 
@@ -47,10 +47,10 @@ _NEUTRAL = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
 _SYNC = frozenset({"wait", "notify", "transfer"})
 
 
-def ops(scope: Scope, body: tuple[Op, ...], system: frozenset[str]) -> None:
-    """The ops of one block; ``system`` names the counters that a stream waits for."""
+def ops(scope: Scope, body: tuple[Op, ...]) -> None:
+    """The ops of one block."""
     for op in body:
-        _OPS.get(op.name, _elementwise)(scope, op, system)
+        _OPS.get(op.name, _elementwise)(scope, op)
 
 
 def _assign(scope: Scope, op: Op, text: str, dirty: frozenset[str] | None = None) -> None:
@@ -64,7 +64,7 @@ def _operand_dirt(scope: Scope, op: Op) -> frozenset[str]:
     return frozenset[str]().union(*(scope.stray(v) for v in op.operands))
 
 
-def _elementwise(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _elementwise(scope: Scope, op: Op) -> None:
     if len(op.results) != 1:
         raise refuse(op, f"the op `{op.name}`")
     type_ = op.results[0].type
@@ -100,7 +100,7 @@ def _floating(value: Value, text: str) -> str:
     return text if value.type.dtype in ("bf16", "fp16", "fp32") else f"tl.cast({text}, tl.float32)"
 
 
-def _cast(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _cast(scope: Scope, op: Op) -> None:
     source, target = op.operands[0], op.results[0].type.dtype
     name = scope.names[source.name]
     text = name if source.type.dtype == target else f"tl.cast({name}, {TL_DTYPE[target]})"
@@ -109,7 +109,7 @@ def _cast(scope: Scope, op: Op, _: frozenset[str]) -> None:
     _assign(scope, op, text, scope.stray(source))
 
 
-def _fill(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _fill(scope: Scope, op: Op) -> None:
     type_ = op.results[0].type
     dtype = TL_DTYPE[type_.dtype]
     value = op.get("value", 0)
@@ -127,25 +127,25 @@ def _number(value: object) -> str:
     return f'float("{text}")' if text in ("inf", "-inf", "nan") else text
 
 
-def _constant(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _constant(scope: Scope, op: Op) -> None:
     scope.names[op.results[0].name] = _number(op["value"])
     scope.literals.add(op.results[0].name)
 
 
-def _param(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _param(scope: Scope, op: Op) -> None:
     assert op.ref is not None
     text = scope.scalars.setdefault(op.ref.symbol, op.ref.symbol)
     scope.names[op.results[0].name] = text
     scope.literals.add(op.results[0].name)
 
 
-def _index(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _index(scope: Scope, op: Op) -> None:
     dim = scope.dims[op.operands[0].name]
     start = "" if dim.start == "0" else f"{dim.start} + "
     _assign(scope, op, f"{start}tl.arange(0, {dim.block})")
 
 
-def _bound(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _bound(scope: Scope, op: Op) -> None:
     dim = scope.dims[op.operands[0].name]
     _assign(scope, op, dim.start if op["which"] == "start" else dim.stop)
 
@@ -168,7 +168,7 @@ def _clean(scope: Scope, value: Value, axis: int, neutral: str = "0.0") -> str:
     return clean
 
 
-def _dot(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _dot(scope: Scope, op: Op) -> None:
     left, right = op.operands[:2]
     result = op.results[0].type
     texts = [scope.names[left.name], scope.names[right.name]]
@@ -188,18 +188,18 @@ def _dot(scope: Scope, op: Op, _: frozenset[str]) -> None:
     _assign(scope, op, text, dirty)
 
 
-def _transpose(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _transpose(scope: Scope, op: Op) -> None:
     _assign(scope, op, f"tl.trans({scope.names[op.operands[0].name]})", _operand_dirt(scope, op))
 
 
-def _expand(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _expand(scope: Scope, op: Op) -> None:
     rank = len(op.results[0].type.shape)
     axis = int(op["axis"]) % rank
     lift = ", ".join("None" if i == axis else ":" for i in range(rank))
     _assign(scope, op, f"{scope.names[op.operands[0].name]}[{lift}]", _operand_dirt(scope, op))
 
 
-def _reshape(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _reshape(scope: Scope, op: Op) -> None:
     value, type_ = op.operands[0], op.results[0].type
     if scope.loose(value.type) or scope.loose(type_):
         raise refuse(op, "a reshape of a tile that may be short")
@@ -207,7 +207,7 @@ def _reshape(scope: Scope, op: Op, _: frozenset[str]) -> None:
     _assign(scope, op, f"tl.reshape({scope.names[value.name]}, ({shape},))", frozenset())
 
 
-def _reduce(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _reduce(scope: Scope, op: Op) -> None:
     value, type_ = op.operands[0], op.results[0].type
     axis = int(op["axis"]) % len(value.type.shape)
     name = value.type.shape[axis]
@@ -256,8 +256,9 @@ def element(op: Op, index: tuple[object, ...]) -> tuple[Expr, ...]:
     return tuple(found)
 
 
-def _wait(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _wait(scope: Scope, op: Op) -> None:
     assert op.ref is not None
+    plain_wait(op)
     symbol = op.ref.symbol
     decl = scope.program.symbols[symbol]
     shape = scope.program.shape(symbol)
@@ -280,7 +281,7 @@ def _wait(scope: Scope, op: Op, _: frozenset[str]) -> None:
             else:
                 index.extend(element(op, (item,)))
         where = word(scope, op, symbol, tuple(index))
-        fence = ["True"] if scope.fenced else []
+        fence = ["True"] if op.get("proxy") else []
         ident = scope.program.wait_id(op)
         if decl.name == "counter":
             count = scope.expr(op["count"])
@@ -298,14 +299,45 @@ def _wait(scope: Scope, op: Op, _: frozenset[str]) -> None:
     _guarded(scope, op, write)
 
 
-def _notify(scope: Scope, op: Op, system: frozenset[str]) -> None:
+def plain_wait(op: Op) -> None:
+    """Raises CannotEmit for a wait that no primitive makes; all of them acquire at system scope."""
+    if op.get("order") is not None:
+        raise refuse(op, f"a wait with `order = {op['order']}`")
+    if op.get("compare") is not None:
+        raise refuse(op, f"a wait with `compare = {op['compare']}`")
+    if op.get("scope", "sys") != "sys":
+        raise refuse(op, f"a wait of scope `{op['scope']}`")
+
+
+def plain_notify(program: Program, op: Op) -> None:
+    """Raises CannotEmit for a notify that no primitive makes; all of them release behind a barrier."""
+    if op.get("order") is not None:
+        raise refuse(op, f"a notify with `order = {op['order']}`")
+    if not op.get("barrier", True):
+        raise refuse(op, "a notify without the barrier before it")
+    counter = program.symbols[op.symbol].name == "counter"
+    if op.get("scope", "sys") != "sys" and not counter:
+        raise refuse(op, "a flag between ranks that is raised for this GPU only")
+
+
+def reach(op: Op) -> list[str]:
+    """The last argument of a counter's notify: whether it releases beyond the GPU."""
+    return [] if op.get("scope") == "gpu" else ["True"]
+
+
+def _notify(scope: Scope, op: Op) -> None:
     assert op.ref is not None
     symbol = op.ref.symbol
+    plain_notify(scope.program, op)
+    if op.get("delay"):
+        raise refuse(op, "a notify that is held back in a stage that is not flattened")
     where = word(scope, op, symbol, element(op, op.ref.index))
 
     def write() -> None:
+        if op.get("drain"):
+            scope.writer.line("device.drain_tma_stores()")
         if scope.program.symbols[symbol].name == "counter":
-            args = ["ctx", where] + (["True"] if symbol in system else [])
+            args = ["ctx", where, *reach(op)]
             scope.writer.call("device.producer_tile_notify(", args)
             return
         peer = scope.expr(op["peer"])
@@ -321,20 +353,20 @@ def _notify(scope: Scope, op: Op, system: frozenset[str]) -> None:
     _guarded(scope, op, write)
 
 
-def _transfer(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _transfer(scope: Scope, op: Op) -> None:
     _guarded(scope, op, lambda: access.transfer(scope, op))
 
 
-def _for_range(scope: Scope, op: Op, system: frozenset[str]) -> None:
+def _for_range(scope: Scope, op: Op) -> None:
     variable, *_ = op.args
     name = scope.define(variable)
     carry_in(scope, op, 0)
     low, high = scope.expr(op["lo"]), scope.expr(op["hi"])
     with scope.writer.block(f"for {name} in range({low}, {high}):"):
-        loop_body(scope, op, system)
+        loop_body(scope, op)
 
 
-def _for_tiles(scope: Scope, op: Op, system: frozenset[str]) -> None:
+def _for_tiles(scope: Scope, op: Op) -> None:
     carry_in(scope, op, 2 if op.get("bounds") else 0)
     for load in op.walk():
         own = load.get("own") if load.name == "load" else None
@@ -343,7 +375,7 @@ def _for_tiles(scope: Scope, op: Op, system: frozenset[str]) -> None:
             access.choose(scope, load)
             for name in ahead:
                 del scope.dims[name]
-    _tile_loop(scope, op, system)
+    _tile_loop(scope, op)
 
 
 def _early(scope: Scope, load: Op) -> bool:
@@ -378,7 +410,7 @@ def _settled(scope: Scope, when: Expr | int) -> bool:
     return True
 
 
-def _tile_loop(scope: Scope, op: Op, system: frozenset[str]) -> None:
+def _tile_loop(scope: Scope, op: Op) -> None:
     multiplies = any(o.name == "dot" for o in op.walk())
     signals = any(o.name in _SYNC for o in op.walk())
     loops = any(o is not op and o.name in ("for_tiles", "for_range") for o in op.walk())
@@ -391,7 +423,7 @@ def _tile_loop(scope: Scope, op: Op, system: frozenset[str]) -> None:
     before = (scope.tile, list(scope.tokens))
     known = set(scope.dims)
     with enter_tiles(scope, op, tiles, Walk.of(op), suffix, bounds):
-        loop_body(scope, op, system)
+        loop_body(scope, op)
     scope.tile, scope.tokens = before
     for name in [d for d in scope.dims if d not in known]:
         del scope.dims[name]
@@ -423,20 +455,20 @@ def _uses(scope: Scope, value: Value) -> int:
     return sum(v.name == value.name for op in scope.program.op.walk() for v in op.operands)
 
 
-def loop_body(scope: Scope, op: Op, system: frozenset[str]) -> None:
+def loop_body(scope: Scope, op: Op) -> None:
     """The ops of a loop's block, what they yield assigned to what is carried."""
     carried = op.args[len(op.args) - len(op.results) :] if op.results else ()
     body = op.body
     last = body[-1] if body and body[-1].name == "yield" else None
     if last is None or not carried:
-        ops(scope, body, system)
+        ops(scope, body)
         return
     # The value yielded by the op right before takes the carried name at once.
     if len(carried) == 1 and len(body) > 1 and body[-2].results == last.operands:
         made = body[-2].results[0]
         if _uses(scope, made) == 1:
             scope.names[made.name] = scope.names[carried[0].name]
-    ops(scope, body[:-1], system)
+    ops(scope, body[:-1])
     pairs = [
         (scope.names[arg.name], scope.names[value.name])
         for arg, value in zip(carried, last.operands, strict=True)
@@ -451,19 +483,19 @@ def loop_body(scope: Scope, op: Op, system: frozenset[str]) -> None:
             scope.writer.line(f"{target} = {source}")
 
 
-def _load(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _load(scope: Scope, op: Op) -> None:
     access.load(scope, op)
 
 
-def _store(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _store(scope: Scope, op: Op) -> None:
     access.store(scope, op)
 
 
-def _load_sum(scope: Scope, op: Op, _: frozenset[str]) -> None:
+def _load_sum(scope: Scope, op: Op) -> None:
     access.load_sum(scope, op)
 
 
-_OPS: dict[str, Callable[[Scope, Op, frozenset[str]], None]] = {
+_OPS: dict[str, Callable[[Scope, Op], None]] = {
     "load": _load,
     "store": _store,
     "load_sum": _load_sum,

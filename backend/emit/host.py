@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tilelink.backend.emit.body import plain_notify, plain_wait
 from tilelink.backend.emit.kernel import Kernel
 from tilelink.backend.emit.scope import Program, refuse
 from tilelink.backend.emit.text import Writer, condition, render, span
@@ -49,9 +50,15 @@ class Host:
         )
 
     def agent(self, op: Op) -> None:
-        """One agent; declarations are skipped."""
+        """One agent; of a declaration only whether `head` can do what it asks."""
+        if op.name in ("flag", "counter") and bool(op.get("cleared", op.name == "counter")) != (
+            op.name == "counter"
+        ):
+            raise refuse(op, f"a {op.name} with `cleared = {str(op['cleared']).lower()}`")
         after = f"after={_names(op.get('after', ()))}"
         if op.name == "head":
+            for inner in op.walk():
+                _plain(inner, self.program)
             waits = any(o.name == "wait" for o in op.walk())
             self.writer.line(f"call.head(ack_wait={waits})")
         elif op.name == "stream":
@@ -146,6 +153,7 @@ class Host:
                 self.ops(op.body)
             return
         assert op.ref is not None
+        _plain(op, self.program)
         if op.name == "wait":
             kind = self.program.symbols[op.symbol].name
             if kind != "counter":
@@ -176,6 +184,21 @@ class Host:
                 raise refuse(op, "a flag index that is not one element")
             parts.append(self.expr(item))
         return f"({', '.join(parts)}{',' * (len(parts) == 1)})"
+
+
+def _plain(op: Op, program: Program) -> None:
+    """Raises CannotEmit for a signal that stream operations and the kernel of `head` do not make."""
+    if op.name == "wait":
+        plain_wait(op)
+        if op.get("proxy"):
+            raise refuse(op, "a proxy fence outside of a kernel")
+    elif op.name == "notify":
+        plain_notify(program, op)
+        for key in ("drain", "delay"):
+            if op.get(key):
+                raise refuse(op, f"a notify with `{key}` outside of a kernel")
+        if op.get("scope", "sys") != "sys":
+            raise refuse(op, "a notify of a stream for this GPU's kernels only")
 
 
 def _names(names: tuple[str, ...]) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilelink.backend.emit import access, body
-from tilelink.backend.emit.flat import can_flatten, flat_stage
+from tilelink.backend.emit.flat import flat_stage
 from tilelink.backend.emit.loops import Walk, decode, total
 from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import Writer, identifier
+from tilelink.backend.passes.order_memory import can_flatten
 from tilelink.ir import Expr, Op, Range, Value
 
 
@@ -43,9 +44,7 @@ CONTEXT = ("arena", "peers", "rank", "progress_ns", "arrival_ns")
 
 def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str]) -> Kernel:
     """The kernel of ``launch``, named ``name``; ``system`` names the counters streams wait for."""
-    scope = _write(program, launch, system, fenced=False)
-    if scope.fence:
-        scope = _write(program, launch, system, fenced=True)
+    scope = _write(program, launch, system)
     parameters = _parameters(scope)
     head = Writer()
     runtime = [p.name for p in parameters if p.kind == "extent"] + ["rank"]
@@ -98,33 +97,55 @@ def _parameters(scope: Scope) -> tuple[Parameter, ...]:
     return (*data, *extents, *scalars, *(Parameter(n, "context", n) for n in CONTEXT))
 
 
-def _write(program: Program, launch: Op, system: frozenset[str], fenced: bool) -> Scope:
-    scope = Scope(program, Writer(), stages=int(launch.get("stages", 3)), fenced=fenced)
+def _write(program: Program, launch: Op, system: frozenset[str]) -> Scope:
+    scope = Scope(program, Writer(), stages=int(launch.get("stages", 3)))
     scope.used |= {"ctx", *CONTEXT, "token", "arrived", "q", "last"}
     scope.writer.depth = 1
-    scope.touched = access.touched(launch.body)
     scope.contracted = access.contracted(launch.body)
-    for op in launch.body:
+    for number, op in enumerate(launch.body):
+        behind = launch.body[number + 1] if number + 1 < len(launch.body) else None
         if op.name == "stage":
-            _stage(scope, launch, op, system)
+            _stage(
+                scope, launch, op, behind if behind is not None and behind.name == "flush" else None
+            )
+        elif op.name == "flush":
+            _flush(scope, launch, number)
     _leave(scope, program, launch, system)
     scope.writer.prune()
     return scope
 
 
-def _stage(scope: Scope, launch: Op, stage: Op, system: frozenset[str]) -> None:
+def _flush(scope: Scope, launch: Op, number: int) -> None:
+    """A flush makes what the stage before it holds back; that stage has written it behind its loop."""
+    flush, before = launch.body[number], launch.body[:number]
+    held = [n for n, op in enumerate(before) if _held(op)]
+    flushed = [n for n in held if any(op.name == "flush" for op in before[n + 1 :])]
+    for place in held:
+        if place not in flushed and place != number - 1:
+            raise refuse(
+                flush, "a flush that does not stand right behind the stage that holds back"
+            )
+    drained = any(op.get("drain") for op in launch.body[number - 1].walk()) if number else False
+    if flush.get("drain") and not (held and held[-1] == number - 1 and drained):
+        scope.writer.line("device.drain_tma_stores()")
+
+
+def _held(stage: Op) -> bool:
+    return any(op.name == "notify" and op.get("delay") for op in stage.walk())
+
+
+def _stage(scope: Scope, launch: Op, stage: Op, flush: Op | None) -> None:
     writer = scope.writer
     title = stage.symbol if stage.ref is not None else "stage"
     writer.line()
     writer.line(f"# Stage {title}.{origin(stage.span).replace('  # ', ' ')}")
     walk, tiles = Walk.of(stage), stage.args
-    scope.notified = any(op.name == "notify" for op in stage.walk())
     count = total(scope, stage, tiles, walk)
     workers = int(launch.get("workers", 1))
     low, high = stage.get("workers") or (0, workers)
     low, high = int(low), int(high)
     if (low, high) == (0, workers):
-        _queue(scope, stage, "tl.program_id(0)", "tl.num_programs(0)", count, system)
+        _queue(scope, stage, "tl.program_id(0)", "tl.num_programs(0)", count, flush is not None)
         return
     worker = "tl.program_id(0)" if low == 0 else f"tl.program_id(0) - {low}"
     inside = f"tl.program_id(0) < {high}"
@@ -133,25 +154,23 @@ def _stage(scope: Scope, launch: Op, stage: Op, system: frozenset[str]) -> None:
     elif low:
         inside = f"(tl.program_id(0) >= {low}) & ({inside})"
     with writer.block(f"if {inside}:"):
-        _queue(scope, stage, worker, str(high - low), count, system)
+        _queue(scope, stage, worker, str(high - low), count, flush is not None)
 
 
-def _queue(
-    scope: Scope, stage: Op, worker: str, step: str, count: str, system: frozenset[str]
-) -> None:
+def _queue(scope: Scope, stage: Op, worker: str, step: str, count: str, flushed: bool) -> None:
     """The tasks of one worker: those at worker, worker + step, … of a static queue, or the next free."""
     if stage.get("queue", "static") == "dynamic":
-        _dynamic(scope, stage, count, system)
-    elif can_flatten(scope, stage):
-        flat_stage(scope, stage, worker, step, count, system)
+        _dynamic(scope, stage, count)
+    elif can_flatten(scope.program.op, stage):
+        flat_stage(scope, stage, worker, step, count, flushed)
     else:
-        stage = _hoist_waits(scope, stage, system)
+        stage = _hoist_waits(scope, stage)
         head = f"for q in tl.range({worker}, {count}, {step}, num_stages=1):"
         with scope.writer.block(head):
-            _task(scope, stage, "q", system)
+            _task(scope, stage, "q")
 
 
-def _hoist_waits(scope: Scope, stage: Op, system: frozenset[str]) -> Op:
+def _hoist_waits(scope: Scope, stage: Op) -> Op:
     """Write the waits that are the same for every task once, before the loop; the stage without them.
 
     A later task of the same worker is dominated by the first one's wait on the same element and count.
@@ -166,7 +185,7 @@ def _hoist_waits(scope: Scope, stage: Op, system: frozenset[str]) -> Op:
     if fixed:
         scope.tile = "tl.program_id(0)"
         scope.writer.line("token = 0")
-        body.ops(scope, tuple(fixed), system)
+        body.ops(scope, tuple(fixed))
         scope.tile = "0"
         scope.writer.line("arrived = token")
     return stage.with_ops(stage.body[len(fixed) :])
@@ -186,7 +205,7 @@ def _names(op: Op) -> set[str]:
     return found | {name.rsplit(".", 1)[0] for name in found}
 
 
-def _dynamic(scope: Scope, stage: Op, count: str, system: frozenset[str]) -> None:
+def _dynamic(scope: Scope, stage: Op, count: str) -> None:
     counter = stage.get("counter")
     if counter is None:
         raise refuse(stage, "a dynamic queue without a `counter`")
@@ -194,18 +213,18 @@ def _dynamic(scope: Scope, stage: Op, count: str, system: frozenset[str]) -> Non
     taken = scope.fresh("taken")
     scope.writer.line(f"{taken} = device.queue_next(ctx, {where})")
     with scope.writer.block(f"while {taken} < {count}:"):
-        _task(scope, stage, taken, system)
+        _task(scope, stage, taken)
         scope.writer.line(f"{taken} = device.queue_next(ctx, {where})")
 
 
-def _task(scope: Scope, stage: Op, q: str, system: frozenset[str]) -> None:
+def _task(scope: Scope, stage: Op, q: str) -> None:
     scope.tokens.clear()
     scope.tile = q
     decode(scope, stage, stage.args, Walk.of(stage), q)
     if scope.hoisted or any(op.name == "wait" for op in stage.walk()):
         scope.writer.line("token = arrived" if scope.hoisted else "token = 0")
         scope.tokens.append("token")
-    body.ops(scope, stage.body, system)
+    body.ops(scope, stage.body)
     scope.tokens.clear()
     scope.hoisted = False
     scope.tile = "0"
@@ -228,17 +247,21 @@ def _leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) -
             last = first + program.numel(symbol)
             scope.writer.line(f"device.finish_leave(ctx, {first}, {last})")
         for op in finish:
-            _finish(scope, op, system)
+            _finish(scope, op)
 
 
-def _finish(scope: Scope, finish: Op, system: frozenset[str]) -> None:
+def _finish(scope: Scope, finish: Op) -> None:
     flags = acknowledged(finish, scope.program)
     if flags is not None:
+        (notify,) = finish.body[0].body
+        body.plain_notify(scope.program, notify)
+        if notify.get("drain"):
+            scope.writer.line("device.drain_tma_stores()")
         scope.writer.line(f"device.rank_notify(ctx, {flags})")
     else:
         if any(op.name == "wait" for op in finish.walk()):
             scope.writer.line("token = 0")
-        body.ops(scope, finish.body, system)
+        body.ops(scope, finish.body)
 
 
 def acknowledged(finish: Op, program: Program) -> int | None:
@@ -252,6 +275,7 @@ def acknowledged(finish: Op, program: Program) -> int | None:
     whole = (program.constant(loop["lo"]), program.constant(loop["hi"])) == (0, program.world)
     index = [str(i) for i in notify.ref.index]  # type: ignore[union-attr]
     plain = str(notify.get("peer")) == loop.args[0].name and not notify.get("count", 0)
+    plain = plain and not notify.get("delay")
     if whole and index == ["RANK"] and plain and notify.get("if") is None:
         return int(program.symbols[notify.symbol]["offset"]) // 4
     return None

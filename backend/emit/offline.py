@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ class Compiled:
 
     ``stages`` maps ``ttir``, ``ttgir``, ``llir``, ``ptx`` and ``sass`` to text; ``shared`` is in bytes
     a CTA, ``spills`` and ``registers`` a thread. ``dots`` says for each 16-bit matrix product of the
-    program how many rows its tile has, ``waits`` whether the kernel has waits.
+    program how many rows its tile has, ``waits`` whether the kernel has waits. ``read_back`` names the
+    descriptors of buffers that are read within a call, ``wide`` the pointers to tensors of 2^31 elements and
+    more; ``wide_arena`` is set where a symmetric buffer is that large.
     """
 
     name: str
@@ -57,6 +59,9 @@ class Compiled:
     spills: int
     dots: tuple[int, ...]
     waits: bool
+    read_back: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
+    wide_arena: bool = False
 
 
 def signature(program: Op, kernel: Kernel) -> dict[str, str]:
@@ -115,7 +120,8 @@ def compile_offline(source: str, program: Op) -> list[Compiled]:
             if result.returncode != 0:
                 notes = tuple(result.stderr.strip().splitlines()[-12:])
                 raise CompileFailed(launch.span, kernel=kernel.name, notes=notes)
-            done.append(_read(Path(folder) / kernel.name, kernel, launch))
+            read = _read(Path(folder) / kernel.name, kernel, launch)
+            done.append(_with_memory(read, program, kernel))
     return done
 
 
@@ -137,6 +143,38 @@ def _read(out: Path, kernel: Kernel, launch: Op) -> Compiled:
         int(usage.get("STACK", 0)) + int(usage.get("LOCAL", 0)),
         _dot_rows(launch),
         any(op.name == "wait" for op in launch.walk()),
+    )
+
+
+def _with_memory(compiled: Compiled, program: Op, kernel: Kernel) -> Compiled:
+    """Adds what the lint has to know of the memory that a kernel's parameters stand for."""
+    facts = Program(program)
+    read = {
+        ref.symbol
+        for op in program.walk()
+        if op.name in ("load", "load_sum", "transfer", "collective")
+        for ref in (op.ref, op.get("own"))
+        if ref is not None
+    }
+    large = {
+        name
+        for name, op in facts.symbols.items()
+        if op.name in ("tensor", "buffer") and (facts.numel(name) or 0) >= 1 << 31
+    }
+    return replace(
+        compiled,
+        read_back=tuple(
+            p.name
+            for p in kernel.parameters
+            if p.kind == "descriptor"
+            and facts.symbols[p.symbol].name == "buffer"
+            and p.symbol in read
+        ),
+        wide=tuple(p.name for p in kernel.parameters if p.kind == "pointer" and p.symbol in large),
+        wide_arena=any(
+            facts.symbols[name].name == "buffer" and facts.symbols[name].get("space") != "local"
+            for name in large
+        ),
     )
 
 
@@ -173,6 +211,8 @@ def lint(compiled: Compiled) -> list[str]:
     if compiled.waits:
         problems += _wait_order(ttgir, ptx)
     problems += _release_order(ttgir)
+    problems += _drain_order(ttgir, compiled.read_back)
+    problems += _address_width(ttgir, compiled.wide, compiled.wide_arena)
     return problems
 
 
@@ -225,4 +265,53 @@ def _release_order(ttgir: str) -> list[str]:
             barrier = False
         elif re.search(r"tt\.atomic_rmw .*(?:release|acq_rel), (?:sys|gpu)", text) and not barrier:
             problems.append("a release that no CTA barrier precedes since the last store")
+    return problems
+
+
+_RELEASE = re.compile(r"tt\.atomic_rmw .*(?:release|acq_rel), (?:sys|gpu)")
+_TMA_STORE = re.compile(r"tma_copy_local_to_global %(\w+)\[")
+_DRAIN = re.compile(r"cp\.async\.bulk\.wait_group 0")
+
+
+def _drain_order(ttgir: str, read_back: tuple[str, ...]) -> list[str]:
+    """Releases behind TMA stores that have been read from shared memory, but may not have completed.
+
+    Only of stores to memory that is read within the call; the end of the kernel drains the others.
+    """
+    problems: list[str] = []
+    under_way = False
+    for text in ttgir.splitlines():
+        stored = _TMA_STORE.search(text)
+        if stored is not None and stored[1] in read_back:
+            under_way = True
+        elif _DRAIN.search(text):
+            under_way = False
+        elif under_way and _RELEASE.search(text):
+            problems.append("a release behind TMA stores that nothing has drained")
+            under_way = False
+    return problems
+
+
+_DEFINES = re.compile(r"%(\w+) = (tt\.\w+) %(\w+)(?:, %\w+)?.* : (.*?)(?: loc\(|$)")
+
+
+def _address_width(ttgir: str, wide: tuple[str, ...], wide_arena: bool) -> list[str]:
+    """Addresses of large tensors of which the first offset, from the start, has 32 bits.
+
+    Offsets from a place inside are those of one tile, and small.
+    """
+    starts = set(wide)
+    problems: list[str] = []
+    for text in ttgir.splitlines():
+        found = _DEFINES.search(text)
+        if found is None:
+            continue
+        result, name, operand, types = found.groups()
+        if name in ("tt.bitcast", "tt.int_to_ptr") and wide_arena:
+            if re.search(r"-> !tt\.ptr<(?!i32|i64)", types):
+                starts.add(result)
+        elif name in ("tt.splat", "tt.broadcast") and operand in starts:
+            starts.add(result)
+        elif name == "tt.addptr" and operand in starts and re.search(r"(?:, |x)i32\b", types):
+            problems.append("an offset in 32 bits from the start of 2^31 elements or more")
     return problems

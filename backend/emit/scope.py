@@ -159,16 +159,11 @@ class Scope:
     extents: dict[str, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     tokens: list[str] = field(default_factory=list)
-    touched: frozenset[str] = frozenset()  # loads in tile loops that TMA must not make
-    delayed: bool = False  # notifies follow a tile later, behind a drain of TMA stores
     contracted: frozenset[str] = frozenset()  # dimensions that a product sums over
     hoisted: bool = False  # waits of the stage stand before its loop
     tile: str = "0"  # text of the tile number, for error records
     stages: int = 3
-    fence: bool = False  # TMA reads what peers or other CTAs wrote
-    fenced: bool = False  # so waits carry a proxy fence
     chosen: dict[int, Any] = field(default_factory=dict)  # loads: where they read, settled before
-    notified: bool = False  # the stage signals: its stores must have completed by then
 
     def fresh(self, name: str) -> str:
         """A Python name not used in this kernel, from ``name``."""

@@ -8,6 +8,7 @@ from importlib import metadata
 from tilelink.backend.emit.host import Host
 from tilelink.backend.emit.kernel import Kernel, emit_kernel, kernel_name
 from tilelink.backend.emit.scope import Program
+from tilelink.backend.passes.order_memory import streamed
 from tilelink.ir import Op, print_ir
 
 _FOOT = '''
@@ -48,12 +49,7 @@ def emit(program: Op) -> str:
 def kernels_of(program: Op) -> list[tuple[int, Kernel]]:
     """The kernels of a program in order, each with the identity of its launch."""
     facts = Program(program)
-    system = frozenset(
-        op.symbol
-        for stream in program.find("stream")
-        for op in stream.walk()
-        if op.name == "wait" and op.ref is not None
-    )
+    system = streamed(program)
     taken = {"TEXT", "host", "run", *facts.symbols}
     return [
         (id(launch), emit_kernel(facts, launch, kernel_name(launch, taken), system))

@@ -6,6 +6,7 @@ from tilelink.backend.passes.bind_resources import bind_resources
 from tilelink.backend.passes.choose_channels import choose_channels
 from tilelink.backend.passes.common import UnsupportedProgram
 from tilelink.backend.passes.lay_out_memory import lay_out_memory
+from tilelink.backend.passes.order_memory import order_memory
 from tilelink.backend.passes.order_tiles import order_tiles
 from tilelink.backend.passes.place_notifies import place_notifies
 from tilelink.backend.passes.place_waits import place_waits
@@ -19,6 +20,7 @@ PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
     ("place-notifies", place_notifies),
     ("plan-buffers", plan_buffers),
     ("bind-resources", bind_resources),
+    ("order-memory", order_memory),
     ("lay-out-memory", lay_out_memory),
 )
 

@@ -130,6 +130,18 @@ def _count_tasks(program: Op, name: str) -> Op:
             help="index it with a tile of the outermost loop",
         )
     rows, across = int(stage["tile"][variable]), tasks_across(program, stage, variable)
+    block, segment = moved(program, name).block, int(stage.get("segment", 0))
+    if int(stage.get("axis", 0)) == variable and 0 < segment < block:
+        # Another tensor of the nest has the smaller blocks: tasks end at those too.
+        if rows > segment:
+            rows = segment
+        elif segment % rows:
+            raise UnsupportedProgram(
+                stage.span,
+                detail=f"tiles of {rows} do not divide the blocks of {segment} that the nest is cut in, "
+                f"which are smaller than those of `{name}`",
+                help="use a tile that divides them, or give the tensors the same owner map",
+            )
     tensor = program.declared(name).with_attrs(task_rows=rows, tasks_across=across)
     return replace_declaration(program, tensor)
 
@@ -163,7 +175,13 @@ def _input_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[i
 def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[int, int]:
     """The same of a stored tensor; a channel holds whole rows of compute tiles."""
     rows = info.task_rows
-    unit = rows if info.block == info.shard else info.block
+    unit = info.block
+    if info.block == info.shard:
+        # Tasks that are cut short still share a channel as far as a whole tile would reach: it is read by
+        # tiles of that length.
+        stage, variable = storing_stage(program, info.name)
+        length = rows if variable is None else int(stage["tile"][variable])
+        unit = max(rows, min(length, info.shard) // rows * rows)
     units = -(-info.shard // unit)
     asked = move.tile or _asked_tile(program, tensor, info)
     per = None

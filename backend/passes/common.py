@@ -131,7 +131,7 @@ class Moved:
     def block_of(self, owner: Expr, number: Expr) -> Expr | None:
         """The block (counted over the whole axis) that is ``owner``'s ``number``-th; None if not closed-form."""
         if self.block == self.shard:
-            return owner
+            return owner if self._in_rank_order() else None
         w, o, j = self.world, Expr.name("o"), Expr.name("j")
         cyclic = j * w + o
         zigzag = j * w + o + j % 2 * (w - 1 - o * 2)
@@ -139,6 +139,13 @@ class Moved:
             if self._inverts(form):
                 return form.substitute({"o": owner, "j": number})
         return None
+
+    def _in_rank_order(self) -> bool:
+        """Whether the owners of whole shards are the ranks in order: closed forms hold for no other."""
+        if self.owner is None:
+            return True
+        starts = np.arange(self.world) * self.shard
+        return bool(np.all(self.owner.evaluate({"e": starts}) == np.arange(self.world)))
 
     def _inverts(self, form: Expr) -> bool:
         """Whether ``form`` (in ``o`` and ``j``) undoes ``owner_of`` and ``local_of`` on every block."""
@@ -185,7 +192,8 @@ class Moved:
         if self.channels == 1:
             return Expr.const(0), Expr.const(1)
         local = self.local_of(start)
-        if self.channel_rows % tile == 0 or self.channel_rows % self.block == 0:
+        aligned = self.block == self.shard or self.block % tile == 0
+        if (self.channel_rows % tile == 0 and aligned) or self.channel_rows % self.block == 0:
             return self.channel_of(local), self.channel_of(local) + 1
         return local // self.channel_rows, (local + (stop - start) - 1) // self.channel_rows + 1
 

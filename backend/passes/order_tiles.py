@@ -95,7 +95,7 @@ def _measure_blocks(program: Op) -> Op:
                 )
             continue
         extent = global_dims(tensor, names)[tensor["over"]]
-        block = uniform_block(tensor["owner"], extent, names["WORLD"], names)
+        block = uniform_block(Expr.of(tensor["owner"]), extent, names["WORLD"], names)
         program = replace_declaration(program, tensor.with_attrs(block=block))
         if moved(program, tensor.symbol).block_of(Expr.name("o"), Expr.name("j")) is None:
             raise UnsupportedProgram(
@@ -118,7 +118,8 @@ def _stage(program: Op, schedule: Schedule, nest: Op, prelude: tuple[Op, ...], n
         extents += loop["extent"] if loop.name == "for_tiles" else [loop["hi"]]
         body = loop.body
     names = environment(program)
-    body = (*_copies(prelude, number), *(_tile_inner(program, schedule, op) for op in body))
+    body = _own_names((*prelude, *body), prelude, number)
+    body = tuple(_tile_inner(program, schedule, op) for op in body)
     probe = Op("stage", blocks=(Block(tuple(variables), body),), span=nest.span)
     tiles = _tile_sizes(schedule, variables, extents, probe, names)
     attrs = _segments(program, probe, variables, own, schedule)
@@ -150,16 +151,16 @@ def _label(probe: Op, kernel: str, number: int) -> str:
     return f"{stored[-1] if stored else kernel}.{kind}" + (f".{number}" if number else "")
 
 
-def _copies(prelude: tuple[Op, ...], number: int) -> tuple[Op, ...]:
-    """The top-level scalar ops, again for this stage under names of its own."""
+def _own_names(body: tuple[Op, ...], prelude: tuple[Op, ...], number: int) -> tuple[Op, ...]:
+    """``body`` with the results of ``prelude``, which every stage repeats, under names of this stage."""
     if number == 0:
-        return prelude
+        return body
     renamed = {
         result.name: Value(f"{result.name}.s{number}", result.type)
         for op in prelude
         for result in op.results
     }
-    return tuple(substitute(op, renamed) for op in prelude)
+    return tuple(substitute(op, renamed) for op in body)
 
 
 def _tile_inner(program: Op, schedule: Schedule, op: Op) -> Op:
@@ -204,7 +205,8 @@ def _tile_sizes(
         _clip(schedule.tile(str(e), 128), e, names) if v.type.is_tile else 1
         for v, e in zip(variables, extents, strict=True)
     ]
-    if any(op.name == "dot" for op in probe.walk()):
+    # A loop over bounds is no extent: its stage is one task.
+    if not tiles or any(op.name == "dot" for op in probe.walk()):
         return tuple(tiles)
     # No matrix product: as many rows as fit the registers beside the longest whole axis.
     widest = max((_width(op, {v.name for v in variables}, names) for op in probe.walk()), default=1)

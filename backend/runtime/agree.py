@@ -10,72 +10,88 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from tilelink.backend.runtime.errors import AgreementError
+from tilelink.backend.runtime.roster import POLL, Meeting, Roster, Store, roster_of
 
-POLL = 0.002  # seconds between two looks into the store
 # The first fact that differs is reported: a cause before its consequences, the source last.
 ORDER = ("kernel", "shapes", "dtypes", "schedule", "versions", "emitted source")
-
-
-class Store(Protocol):
-    """What is used of a ``torch.distributed`` store."""
-
-    def set(self, key: str, value: str) -> None:
-        """Leaves a value."""
-
-    def get(self, key: str) -> bytes:
-        """Reads a value."""
-
-    def check(self, keys: list[str]) -> bool:
-        """Whether all keys are there."""
+LOOK = 0.25  # seconds between two looks for ranks that are elsewhere, or dead
 
 
 class Absent(AgreementError):
     """Some rank did not come to the agreement: it may be in a fused call, or dead."""
 
 
+def greet(store: Store, rank: int, world: int) -> Meeting:
+    """Says to the other ranks of a group which process this is, and waits for nobody; see :func:`join`."""
+    return Meeting(store, "tilelink/hello", rank, world)
+
+
+def join(meeting: Meeting, kernel: str, timeout: float, patience: float) -> Roster:
+    """Waits, for ``timeout`` seconds, until every rank has come to the meeting that :func:`greet` began.
+
+    ``patience``: seconds until the entry of a process that has ended counts as that of a dead rank,
+    and not as left over from an earlier use of the store.
+
+    Errors: Absent naming the ranks that did not come.
+    """
+    world = meeting.world
+    deadline = time.monotonic() + timeout
+    look = time.monotonic() + LOOK
+    while True:
+        meeting.look()
+        missing = [r for r in range(world) if r not in meeting.here]
+        if not missing:
+            return roster_of(meeting)
+        now = time.monotonic()
+        if now > look:
+            look = now + LOOK
+            _raise_dead(kernel, [r for r in meeting.dead(patience) if r in missing])
+        if now > deadline:
+            raise _absent(kernel, missing, timeout)
+        time.sleep(POLL)
+
+
 def agree(
     store: Store,
     rank: int,
     world: int,
-    number: int,
+    key: str,
     kernel: str,
     facts: Mapping[str, str],
     error: BaseException | None,
     timeout: float,
     elsewhere: Callable[[], list[int]] = list,
+    lost: Callable[[], list[int]] = list,
 ) -> None:
     """Exchanges ``facts`` with all ranks; returns if all are equal and no rank has an error.
 
-    ``number``: how many agreements this rank has had in this group. ``error``: what went wrong here, if
-    anything; the caller raises it after this has told the others. ``elsewhere()`` lists ranks seen to be
-    in a fused call that this rank has not made. ``timeout``: seconds to wait for the others.
+    ``key``: a name of this agreement that all ranks use and that was never used before. ``error``: what
+    went wrong here, if anything; the caller raises it after this has told the others. ``elsewhere()``
+    lists ranks seen to be in a fused call that this rank has not made, ``lost()`` those that are dead.
+    ``timeout``: seconds to wait for the others.
 
     Errors: AgreementError naming the ranks and the first fact that differs, in the order of ``ORDER``;
     Absent naming those that did not come.
     """
-    prefix = f"tilelink/agree/{number}"
     mine = {"error": str(error)} if error is not None else dict(facts)
-    store.set(f"{prefix}/{rank}", json.dumps(mine))
+    store.set(f"{key}/{rank}", json.dumps(mine))
     if error is not None:
         return
     deadline = time.monotonic() + timeout
-    look = time.monotonic() + 1.0
+    look = time.monotonic() + LOOK
     missing = list(range(world))
     while missing:
-        missing = [r for r in missing if not store.check([f"{prefix}/{r}"])]
+        missing = [r for r in missing if not store.check([f"{key}/{r}"])]
         if not missing:
             break
         now = time.monotonic()
         if now > deadline:
-            raise Absent(
-                kernel=kernel,
-                detail=f"{_ranks(missing)} did not come to it within {timeout:g} s",
-            )
+            raise _absent(kernel, missing, timeout)
         if now > look:
-            look = now + 1.0
+            look = now + LOOK
+            _raise_dead(kernel, [r for r in lost() if r in missing])
             busy = [r for r in elsewhere() if r in missing]
             if busy:
                 raise Absent(
@@ -83,7 +99,7 @@ def agree(
                     detail=f"{_ranks(busy)} runs another program, or this one with other arguments",
                 )
         time.sleep(POLL)
-    theirs = [json.loads(store.get(f"{prefix}/{r}")) for r in range(world)]
+    theirs = [json.loads(store.get(f"{key}/{r}")) for r in range(world)]
     failed = [r for r, t in enumerate(theirs) if "error" in t]
     if failed:
         first = failed[0]
@@ -110,3 +126,15 @@ def _place(key: str) -> tuple[int, str]:
 
 def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _absent(kernel: str, missing: list[int], timeout: float) -> Absent:
+    return Absent(
+        kernel=kernel, detail=f"{_ranks(missing)} did not come to it within {timeout:g} s"
+    )
+
+
+def _raise_dead(kernel: str, dead: list[int]) -> None:
+    if dead:
+        verb = "have" if len(dead) > 1 else "has"
+        raise Absent(kernel=kernel, detail=f"the process of {_ranks(dead)} {verb} ended")

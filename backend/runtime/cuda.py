@@ -16,7 +16,7 @@ import triton
 from tilelink import knobs
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import load_module, write_module
-from tilelink.backend.runtime.arena import Arena, GroupState, state_of
+from tilelink.backend.runtime.arena import Arena, CudaState, state_of
 from tilelink.backend.runtime.driver import driver
 from tilelink.backend.runtime.errors import BadArgument, NotPrepared, TooManyWorkers
 from tilelink.backend.runtime.image import Image, Slot, image_of
@@ -34,8 +34,9 @@ Host = Callable[[Any], None]
 class Program:
     """A program bound to a process group and an arena, compiled on every rank."""
 
-    def __init__(self, state: GroupState, image: Image, host: Host, arena: Arena) -> None:
+    def __init__(self, state: CudaState, image: Image, host: Host, arena: Arena) -> None:
         self.state, self.image, self.host, self.arena = state, image, host, arena
+        self.number = state.number_of(image)
         self.workspace = state.workspace_for(image.workspace_bytes)
         self.inputs = tuple(s for s in image.tensors.values() if s.role in ("in", "inout"))
         self.temporary = {
@@ -75,9 +76,12 @@ class Program:
         """Enqueues one call; returns the outputs in parameter order."""
         plan = self.plan(tensors, scalars)
         stream = torch.cuda.current_stream(self.state.device)
-        _chain(stream)
-        self.state.image, self.state.last = self.image, stream
+        capturing = torch.cuda.is_current_stream_capturing()
+        if not capturing:
+            _chain(stream)
         plan.enqueue(stream.cuda_stream)
+        if not capturing:
+            self.state.note_call(self.image, stream)
         return tuple(tensors[slot.name] for slot in self.image.outputs)
 
     def _record(self, tensors: Tensors, scalars: Mapping[str, float]) -> Plan:
@@ -97,6 +101,7 @@ class Program:
         recorder.tensors = tensors
         recorder.workspace = self.workspace
         recorder.scalars = dict(scalars)
+        recorder.program = self.number
         self.host(recorder)
         plan = recorder.finish()
         for name, launch in zip(self.image.launches, plan.launches, strict=True):
@@ -133,6 +138,13 @@ def launch(
     given = {name: _dense(name, t, program.image) for name, t in tensors.items() if t is not None}
     numbers = {name: scalars[name] for name in program.image.scalars}
     return program.call(program.allocate(given), numbers)
+
+
+def refuse(kernel: str, error: TilelinkError, group: Any = None) -> None:
+    """Tells the ranks of ``group`` that this one cannot run ``kernel``; the caller then raises ``error``."""
+    state = state_of(group)
+    state.check_usable()
+    state.agree(kernel, {}, error)
 
 
 def run_program(
@@ -176,8 +188,6 @@ def _chain(stream: torch.cuda.Stream) -> None:
     Two fused programs that ran at once could each hold the SMs that the other one waits for. Replays of
     captured graphs cannot be seen here; they are ordered by the stream that they are replayed on.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return
     device = stream.device_index
     last = _last.get(device)
     if last is not None and last.cuda_stream != stream.cuda_stream:
@@ -212,7 +222,7 @@ def _dense(name: str, tensor: torch.Tensor, image: Image) -> torch.Tensor:
 
 
 def _meet_kernel(
-    state: GroupState,
+    state: CudaState,
     kernel: Any,
     tensors: Mapping[str, torch.Tensor | None],
     scalars: Mapping[str, float],
@@ -242,7 +252,7 @@ def _meet_kernel(
 
 
 def _meet(
-    state: GroupState,
+    state: CudaState,
     name: str,
     prepare: Callable[[], tuple[Image, Host, dict[str, str]]],
     given: Tensors,

@@ -13,6 +13,7 @@ from ctypes import c_int, c_size_t, c_uint, c_uint32, c_void_p
 from tilelink.backend.runtime.errors import DriverError, Unavailable
 
 _GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: (int32)(*addr - value) >= 0
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED
 _CAPTURE_UNSUPPORTED = 900
 
@@ -55,6 +56,8 @@ class Driver:
         self._copy.argtypes = (c_void_p, c_void_p, c_size_t, c_void_p)
         self._copy2d = lib.cuMemcpy2DAsync_v2
         self._copy2d.argtypes = (ctypes.POINTER(_Copy2D), c_void_p)
+        self._exchange = lib.cuThreadExchangeStreamCaptureMode
+        self._exchange.argtypes = (ctypes.POINTER(c_uint),)
         self._occupancy = lib.cuOccupancyMaxActiveBlocksPerMultiprocessor
         self._occupancy.argtypes = (ctypes.POINTER(c_int), c_void_p, c_int, c_size_t)
 
@@ -75,6 +78,12 @@ class Driver:
         code = self._copy2d(ctypes.byref(rows), stream)
         if code:
             self._fail("cuMemcpy2DAsync", code)
+
+    def relax_capture(self) -> None:
+        """Lets this thread query events while another one captures a graph."""
+        code = self._exchange(ctypes.byref(c_uint(_RELAXED)))
+        if code:
+            self._fail("cuThreadExchangeStreamCaptureMode", code)
 
     def resident(self, function: int, threads: int, shared: int) -> int:
         """CTAs of ``function`` that fit on one SM at a time."""

@@ -21,7 +21,36 @@ class WaitTimeout(TilelinkError):
     )
     hint: ClassVar[str] = (
         "outputs of the call hold NaN and this process group's workspace is no longer used; see whether "
-        "rank {producer} died, raised an error or called something else"
+        "rank {producer} died, raised an error or called something else; `tilelink.recover()` on every "
+        "live rank goes on"
+    )
+
+
+class PeerLost(WaitTimeout):
+    """The process of a rank has ended, so that what a wait waits for will never come."""
+
+    code: ClassVar[str] = "peer-lost"
+    message: ClassVar[str] = (
+        "rank {rank} waited in vain for rank {producer}: worker {worker}, tile {tile}, "
+        "channel {channel}, expected {expected}, seen {seen}; {why}"
+    )
+    hint: ClassVar[str] = (
+        "outputs of the call hold NaN; `tilelink.recover()` on every live rank gives the group of those "
+        "that are left"
+    )
+
+
+class EpochOverwritten(WaitTimeout):
+    """The epoch of a rank's arena is not the one that its last call left: memory was overwritten."""
+
+    code: ClassVar[str] = "epoch-overwritten"
+    message: ClassVar[str] = (
+        "rank {rank} cannot begin a call of `{kernel}`: the epoch of its arena is {seen}, "
+        "its last call left {expected}"
+    )
+    hint: ClassVar[str] = (
+        "something wrote past the end of its memory (compute-sanitizer finds it); `tilelink.recover()` "
+        "on every live rank goes on with a fresh arena"
     )
 
 
@@ -31,8 +60,17 @@ class PeerTimeout(WaitTimeout):
     code: ClassVar[str] = "peer-timeout"
     message: ClassVar[str] = "rank {rank} left the call early: {why}"
     hint: ClassVar[str] = (
-        "the rank whose wait ran out names the channel and the producer; outputs here hold NaN"
+        "outputs here hold NaN and the group is no longer used; `tilelink.recover()` on every live rank "
+        "goes on"
     )
+
+
+class RecoveryFailed(TilelinkError):
+    """The live ranks could not agree on a new generation of their group."""
+
+    code: ClassVar[str] = "recovery-failed"
+    message: ClassVar[str] = "rank {rank} has no new group: {why}"
+    hint: ClassVar[str] = "{help}"
 
 
 class AgreementError(TilelinkError):

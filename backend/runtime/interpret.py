@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from tilelink import knobs
 from tilelink.backend.runtime import write_module
-from tilelink.backend.runtime.errors import BadArgument, RankFailed, Unavailable
+from tilelink.backend.runtime.errors import (
+    BadArgument,
+    PeerTimeout,
+    RankFailed,
+    RankStuck,
+    Unavailable,
+    WaitTimeout,
+)
 from tilelink.backend.runtime.image import Image, image_of, one_worker, uses, widen
 from tilelink.backend.runtime.watch import timeout_error
+from tilelink.errors import TilelinkError
 from tilelink.ir import Op
 
 if TYPE_CHECKING:
@@ -68,7 +76,35 @@ def run_calls(
 
     Errors: WaitTimeout if a wait ran out, RankFailed if a rank raised or died, RankStuck if the calls
     took longer than ``timeout`` seconds, BadArgument for a wrong shape or a missing tensor,
-    Unavailable where Triton's interpreter cannot run.
+    Unavailable where Triton's interpreter cannot run. After each of them the next run works.
+    """
+    ranks = run_ranks(program, inputs, timeout=timeout, scalars=scalars, epoch=epoch, emit=emit)
+    errors = [r for r in ranks if isinstance(r, TilelinkError)]
+    # A cause before its consequences: a rank that is gone, one that saw it, those that were told.
+    for kind in (RankStuck, RankFailed, WaitTimeout, TilelinkError):
+        for error in errors:
+            if isinstance(error, kind) and not isinstance(error, PeerTimeout):
+                raise error
+    if errors:
+        raise errors[0]
+    done = [r for r in ranks if not isinstance(r, TilelinkError)]
+    return [[outputs[call] for outputs in done] for call in range(len(inputs))]
+
+
+def run_ranks(
+    program: Op,
+    inputs: Sequence[Sequence[Tensors]],
+    *,
+    timeout: float = 60.0,
+    scalars: Mapping[str, float] | None = None,
+    epoch: int = 0,
+    emit: Emit | None = None,
+    prepare: tuple[str, str, tuple[object, ...]] | None = None,
+) -> list[list[dict[str, torch.Tensor]] | TilelinkError]:
+    """As :func:`run_calls`, but returns what became of each rank: ``outputs[call][name]``, or its error.
+
+    ``prepare`` names a module, a function and arguments: each rank calls ``function(shared, *arguments)``
+    before the calls, and what it returns behind them. It is how tests break a rank on purpose.
     """
     _check_numpy()
     planned = plan(program)
@@ -77,12 +113,16 @@ def run_calls(
         from tilelink.backend.emit.triton import emit as emit_triton
 
         emit = emit_triton
+    _check_inputs(image, inputs, scalars or {})
     path = write_module(emit(planned), image.name)
     from tilelink.backend.runtime.pool import drop, pool_for
+    from tilelink.backend.runtime.views import TORCH_DTYPES
 
     pool = pool_for(image.world, image.arena_bytes)
+    pool.renew()
     pool.poison(image.arena_bytes)
     pool.start_epoch(epoch)
+    dtypes = {name: TORCH_DTYPES[slot.dtype] for name, slot in wanted.tensors.items()}
     # Scalars may stand among the tensors of a call; they are the same on all ranks.
     values = {**inputs[0][0], **(scalars or {})}
     # The kernel's own limit comes first, so that a lost signal is named and not only late.
@@ -90,10 +130,11 @@ def run_calls(
     messages = [
         {
             "path": str(path),
-            "calls": [_tensors_of(image, call[rank]) for call in inputs],
+            "calls": [_tensors_of(image, call[rank], dtypes) for call in inputs],
             "scalars": {n: v for n, v in values.items() if n in image.scalars},
             "progress": limit,
             "arrival": limit,
+            "prepare": prepare,
         }
         for rank in range(image.world)
     ]
@@ -102,20 +143,66 @@ def run_calls(
     except BaseException:
         drop(pool)
         raise
-    records = [a["abort"] for a in answers if "abort" in a]
-    if records:
-        drop(pool)
-        written = [r for r in records if r[0]]
-        if not written:
-            raise RankFailed(rank=0, detail="left the call without an error record")
-        raise timeout_error(wanted, written[0], limit)
-    return [
-        [_outputs_of(wanted, answers[rank]["outputs"][call]) for rank in range(image.world)]
-        for call in range(len(inputs))
-    ]
+    records = [a["abort"] for a in answers if not isinstance(a, TilelinkError) and "abort" in a]
+    first = next((r for r in records if r[0]), None)
+
+    dead = [rank for rank, a in enumerate(answers) if isinstance(a, RankFailed)]
+
+    def became(rank: int) -> list[dict[str, torch.Tensor]] | TilelinkError:
+        answer = answers[rank]
+        if isinstance(answer, TilelinkError):
+            return answer
+        if "abort" in answer:
+            return _stopped(wanted, answer["abort"], first, limit, rank, dead)
+        return [_outputs_of(wanted, outputs) for outputs in answer["outputs"]]
+
+    return [became(rank) for rank in range(image.world)]
 
 
-def _tensors_of(image: Image, given: Tensors) -> dict[str, torch.Tensor]:
+def _stopped(
+    image: Image,
+    record: list[int],
+    first: list[int] | None,
+    limit: float,
+    rank: int,
+    dead: list[int],
+) -> TilelinkError:
+    """The error of a rank that left a call early; ``first`` is some rank's record, if there is one,
+    ``dead`` are the ranks that failed."""
+    if not record[0] and first is None and dead:
+        # It was told, and waited for nothing any more.
+        return PeerTimeout(rank=rank, why=f"rank {dead[0]} is gone", producer=dead[0])
+    if record[0] or first is None:
+        return timeout_error(image, record, limit, rank)
+    cause = timeout_error(image, first, limit)
+    note = str(cause).splitlines()[0].partition(": ")[2]
+    return PeerTimeout(cause.span, notes=(note,), rank=rank, why="another rank stopped it")
+
+
+def _check_inputs(image: Image, inputs: Sequence[Any], scalars: Mapping[str, Any]) -> None:
+    """BadArgument unless every call has a mapping for each rank, and every scalar is a number."""
+    advice = "inputs are a list over ranks of name to tensor"
+    if not inputs:
+        raise BadArgument(name="inputs", detail="there is no call", help=advice)
+    for number, call in enumerate(inputs):
+        if not isinstance(call, Sequence) or not all(isinstance(rank, Mapping) for rank in call):
+            detail = f"call {number} is no list over ranks of name to tensor"
+            raise BadArgument(name="inputs", detail=detail, help=advice)
+        if len(call) != image.world:
+            detail = f"call {number} has {len(call)} ranks, the program {image.world}"
+            raise BadArgument(name="inputs", detail=detail, help=advice)
+    given = {**inputs[0][0], **scalars}
+    for name in image.scalars:
+        if name not in given:
+            raise BadArgument(name=name, detail="is missing", help="give it in `scalars`")
+        if not isinstance(given[name], int | float):
+            kind = type(given[name]).__name__
+            raise BadArgument(name=name, detail=f"is a {kind}, not a number", help="it is a scalar")
+
+
+def _tensors_of(
+    image: Image, given: Tensors, wanted: Mapping[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
     import torch
 
     from tilelink.backend.runtime.views import TORCH_DTYPES
@@ -123,13 +210,22 @@ def _tensors_of(image: Image, given: Tensors) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, slot in image.tensors.items():
         dtype = TORCH_DTYPES[slot.dtype]
-        value = given.get(name)
+        value: Any = given.get(name)
         if value is None:
             if slot.role not in ("out", "temp"):
                 raise BadArgument(name=name, detail="is missing", help="give it for every rank")
             fill = float("nan") if dtype.is_floating_point else -1
             tensors[name] = torch.full(slot.dims, fill, dtype=dtype)
             continue
+        if not isinstance(value, torch.Tensor):
+            detail = f"is a {type(value).__name__}, not a tensor"
+            raise BadArgument(name=name, detail=detail, help="give each rank's shard")
+        if value.dtype not in (dtype, wanted.get(name, dtype)):
+            raise BadArgument(
+                name=name,
+                detail=f"has element type {value.dtype}, the program takes {wanted.get(name, dtype)}",
+                help="convert it first",
+            )
         if tuple(value.shape) != slot.dims:
             raise BadArgument(
                 name=name,

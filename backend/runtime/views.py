@@ -40,6 +40,7 @@ class Views:
         self.image = image
         self.rank = rank
         self.world = image.world
+        self.program = 0  # its number in error records
         self.arena = arenas[rank].view(torch.int32)
         self.peers = peers
         self.progress_ns = int(progress * 1e9)
@@ -119,6 +120,7 @@ class Views:
             self.world,
             bool(ack_wait),
             bool(self.image.flags),
+            self.program,
         )
 
 

@@ -10,15 +10,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import mmap
 import os
 import pickle
+import signal as process_signals
+import socket
+import struct
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -55,6 +59,16 @@ class Shared:
         """Word ``number`` of the arena of ``rank``."""
         return ctypes.c_int32.from_address(self.base + rank * self.stride + number * layout.WORD)
 
+    def stop(self) -> None:
+        """Sets the abort word of every rank, this one's last."""
+        for step in range(1, self.world + 1):
+            self.word((self.rank + step) % self.world, layout.ABORT).value = 1
+
+    @property
+    def stopped(self) -> bool:
+        """Whether this rank was told to leave."""
+        return self.word(self.rank, layout.ABORT).value != 0
+
     def barrier(self, stop: Callable[[], None]) -> None:
         """Returns once every rank has come here as often as this one; ``stop`` raises to give up."""
         self.words[self.rank] += 1
@@ -84,6 +98,10 @@ def poll_gently() -> None:
 
 class Failed(Exception):
     """Another thread of this rank has raised."""
+
+
+class Stopped(Exception):
+    """The abort word of this rank is set: the rest of a stream is left out."""
 
 
 class Call(Views):
@@ -145,7 +163,7 @@ class Call(Views):
 
         def wait() -> None:
             while word.value - count < 0:
-                self._check()
+                self._check_stop()
                 time.sleep(POLL)
 
         self._current.append(wait)
@@ -183,7 +201,8 @@ class Call(Views):
         try:
             for name, after, action in self._main:
                 self._wait_for(after)
-                action()
+                with contextlib.suppress(Stopped):
+                    action()
                 self._done[name].set()
         except Failed:
             pass
@@ -202,6 +221,12 @@ class Call(Views):
         if self._errors:
             raise Failed
 
+    def _check_stop(self) -> None:
+        # What waits on the host sees the abort word too; an error of this rank comes first.
+        self._check()
+        if self._shared.stopped:
+            raise Stopped
+
     def _wait_for(self, after: tuple[str, ...]) -> None:
         for name in after:
             while not self._done[name].wait(POLL):
@@ -211,9 +236,10 @@ class Call(Views):
         after, actions = self._streams[name]
         try:
             self._wait_for(after)
-            for action in actions:
-                self._check()
-                action()
+            with contextlib.suppress(Stopped):
+                for action in actions:
+                    self._check()
+                    action()
             self._done[name].set()
         except Failed:
             pass
@@ -223,8 +249,7 @@ class Call(Views):
     def _fail(self, error: BaseException) -> None:
         self._errors.append(error)
         # Kernels that wait for what will not come any more leave at once.
-        for rank in range(self.world):
-            self._shared.word(rank, layout.ABORT).value = 1
+        self._shared.stop()
 
     def _collective(self, op: str, src: torch.Tensor, dst: torch.Tensor) -> None:
         shared = self._shared
@@ -237,7 +262,7 @@ class Call(Views):
             return shared.scratch[rank][:size].view(source.dtype).view(source.shape)
 
         part(self.rank).copy_(source)
-        shared.barrier(self._check)
+        shared.barrier(self._check_stop)
         parts = [part(r) for r in range(self.world)]
         if op == "all_gather":
             result = torch.cat(parts, dim=spread_axis(source.shape, dst.shape))
@@ -252,76 +277,118 @@ class Call(Views):
         else:
             raise ValueError(f"unknown collective {op}")
         dst.copy_(result)
-        shared.barrier(self._check)
+        shared.barrier(self._check_stop)
 
 
 def run_calls(message: dict[str, Any], shared: Shared) -> dict[str, Any]:
-    """Runs ``message["calls"]`` (inputs by name, one dict a call); returns the outputs of each."""
+    """Runs ``message["calls"]`` (inputs by name, one dict a call); returns the outputs of each.
+
+    Where this rank was stopped: its error record, and the number of the call.
+    """
     module = load_module(message["path"])
     image = image_of(parse_ir(module.TEXT))
     common = (image, shared.rank, shared.arenas, shared.peers)
     # NaN in every floating dtype: nothing may be read before it is written.
     workspace = torch.full((image.workspace_bytes,), 0xFF, dtype=torch.uint8)
     outputs: list[dict[str, torch.Tensor]] = []
-    for inputs in message["calls"]:
+    for number, inputs in enumerate(message["calls"]):
         call = Call(*common, message["progress"], message["arrival"], shared=shared)
         call.tensors = inputs
         call.workspace = workspace
         call.scalars = message["scalars"]
+        call.program = 1
         module.host(call)
         call.finish()
-        if shared.word(shared.rank, layout.ABORT).value:
-            return {"abort": record_words(call.arena)}
+        if shared.stopped:
+            return {"abort": record_words(call.arena), "call": number}
         outputs.append({slot.name: inputs[slot.name].clone() for slot in image.outputs})
     return {"outputs": outputs}
 
 
+def answer(message: dict[str, Any], shared: Shared) -> dict[str, Any]:
+    """The reply to a request: that of :func:`run_calls`, or the error that kept this rank from it."""
+    undo = None
+    try:
+        if message.get("prepare"):
+            module, function, arguments = message["prepare"]
+            undo = getattr(importlib.import_module(module), function)(shared, *arguments)
+        return run_calls(message, shared)
+    except BaseException:
+        # Peers that wait for this rank leave.
+        shared.stop()
+        return {"error": traceback.format_exc()}
+    finally:
+        if undo is not None:
+            undo()
+
+
 def serve(connection: Connection, shared: Shared) -> None:
-    """Answers requests until the other end closes."""
-    connection.send_bytes(pickle.dumps({"ready": True}))
+    """Answers requests until the other end closes; the first message says which process this is."""
+    connection.send_bytes(pickle.dumps({"ready": True, "pid": os.getpid()}))
     while True:
         try:
             message = pickle.loads(connection.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):
             return
-        try:
-            reply = run_calls(message, shared)
-        except BaseException:
-            reply = {"error": traceback.format_exc()}
-        connection.send_bytes(pickle.dumps(reply))
+        connection.send_bytes(pickle.dumps(answer(message, shared)))
 
 
-def main(arguments: list[str]) -> None:
-    """Forks one process a rank: ``MEMORY_FD STRIDE CONTROL_FD RANK_0_FD RANK_1_FD …``.
-
-    Imports take seconds and are done once, before the fork. On the control connection goes
-    ``(rank, exit code)`` for every rank that ends.
-    """
-    memory, stride, control, *sockets = map(int, arguments)
-    faulthandler.enable()
+def prepare_interpreter() -> None:
+    """Sets up this process, which has ``TRITON_INTERPRET=1``, to run kernels beside other ranks."""
     # Interpreted code has no timer and counts polls, whose cost varies with the load of the machine.
     signal._clock = read_clock
     poll_gently()
     torch.set_num_threads(1)
+
+
+def main(arguments: list[str]) -> None:
+    """Forks processes of ranks: ``MEMORY_FD STRIDE WORLD CONTROL_FD``.
+
+    Imports take seconds and are done once, before the forks. Whoever has the other end of the control
+    socket sends the number of a rank, a byte, with the descriptor of that rank's connection; back goes
+    ``(rank, exit code)`` for every rank that ends.
+    """
+    memory, stride, world, control_fd = map(int, arguments)
+    faulthandler.enable()
+    prepare_interpreter()
+    control = socket.socket(fileno=control_fd)
     ranks: dict[int, int] = {}
-    for rank, fd in enumerate(sockets):
-        child = os.fork()
-        if child == 0:
-            for other in (*sockets[:rank], *sockets[rank + 1 :], control):
-                os.close(other)
-            try:
-                serve(Connection(fd), Shared(memory, rank, len(sockets), stride))
-            finally:
-                os._exit(0)
-        ranks[child] = rank
-    for fd in sockets:
-        os.close(fd)
-    report = Connection(control)
-    while ranks:
-        child, status = os.wait()
-        with contextlib.suppress(OSError):
-            report.send_bytes(pickle.dumps((ranks.pop(child), os.waitstatus_to_exitcode(status))))
+    wake, woken = socket.socketpair()
+    woken.setblocking(False)
+    process_signals.signal(process_signals.SIGCHLD, lambda *_: None)
+    process_signals.set_wakeup_fd(woken.fileno())
+    while True:
+        ready = wait([control, wake])
+        if wake in ready:
+            wake.recv(4096)
+        while ranks:
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if child == 0:
+                break
+            code = os.waitstatus_to_exitcode(status)
+            with contextlib.suppress(OSError):
+                control.sendall(struct.pack("<ii", ranks.pop(child), code))
+        if control in ready:
+            request, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+            if not request:
+                return
+            child = os.fork()
+            if child == 0:
+                process_signals.set_wakeup_fd(-1)
+                process_signals.signal(process_signals.SIGCHLD, process_signals.SIG_DFL)
+                for other in (control, wake, woken):
+                    other.close()
+                try:
+                    connection = Connection(descriptors[0])
+                    serve(connection, Shared(memory, request[0], world, stride))
+                finally:
+                    os._exit(0)
+            ranks[child] = request[0]
+            os.close(descriptors[0])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    # Under its own name: whoever changes a class of this module in a rank changes the one in use.
+    from tilelink.backend.runtime import worker
+
+    worker.main(sys.argv[1:])

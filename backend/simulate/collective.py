@@ -7,13 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from tilelink.backend.simulate.errors import BoundsError
-from tilelink.backend.simulate.execute import Machine, Task
-from tilelink.backend.simulate.geometry import Box
+from tilelink.backend.simulate.execute import Machine, Runner, Task
+from tilelink.backend.simulate.trace import Place, Region, Transfer
 from tilelink.ir import Op
-
-
-def _box(tensor: torch.Tensor) -> Box:
-    return tuple((0, size) for size in tensor.shape)
 
 
 def run_collective(machine: Machine, op: Op, tasks: Sequence[Task]) -> None:
@@ -23,16 +19,33 @@ def run_collective(machine: Machine, op: Op, tasks: Sequence[Task]) -> None:
     the same bits.
     """
     source, to = op.symbol, op["to"].symbol if op.get("to") is not None else op.symbol
+    reads = [_whole(machine, op, task, source, 0) for task in tasks]
+    writes = [_whole(machine, op, task, to, 1) for task in tasks]
+    for task, read in zip(tasks, reads, strict=True):
+        Runner(machine, task).see(read, 0, read.source)
     parts = []
+    if machine.values:
+        decl = machine.geometry.decls[source]
+        parts = [machine.memories[task.rank].tensor(decl).clone() for task in tasks]
+    for task, write in zip(tasks, writes, strict=True):
+        value = None
+        if machine.values:
+            target = machine.memories[task.rank].tensor(machine.geometry.decls[to])
+            value = _result(op, parts, target, task.rank).to(target.dtype).reshape(target.shape)
+        Runner(machine, task).write(write, task.rank, write.target, value, False)
     for task in tasks:
-        part = machine.memories[task.rank].tensors[source]
-        machine.touch(task, task.rank, source, _box(part), op, write=False)
-        parts.append(part.clone())
-    for task in tasks:
-        target = machine.memories[task.rank].tensors[to]
-        value = _result(op, parts, target, task.rank)
-        machine.touch(task, task.rank, to, _box(target), op, write=True)
-        target.copy_(value)
+        machine.flush(task)
+
+
+def _whole(machine: Machine, op: Op, task: Task, symbol: str, number: int) -> Transfer:
+    """The access of one rank to all of a tensor."""
+    traces, shape = machine.traces, machine.geometry.decls[symbol].shape
+    table, box = traces.tables.get(symbol), tuple((0, size) for size in shape)
+    row = -1 if table is None or 0 in shape else table.row(box)
+    place = Place(task.rank, task.agent)
+    uid = traces.uid((task.rank, id(op), number), op, place)
+    region = Region(symbol, (...,), (...,), box, row, shape)
+    return Transfer(op, place, uid, task.rank, region, region)
 
 
 def _result(op: Op, parts: list[torch.Tensor], target: torch.Tensor, rank: int) -> torch.Tensor:

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilelink.backend.simulate.errors import DeadlockError
-from tilelink.backend.simulate.execute import Machine, Task, tile_text
+from tilelink.backend.simulate.execute import Machine, Task
 from tilelink.backend.simulate.geometry import Geometry, bind_args
+from tilelink.backend.simulate.trace import Traces, tile_text
 from tilelink.backend.simulate.walk import Element, Event, Notify, Walker
 from tilelink.ir import Op, op_line
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """A notify that the program holds, and who would make it."""
 
     rank: int
@@ -23,15 +24,35 @@ class _Source:
     op: Op
 
 
-class _Sources:
-    """Every notify of one call on all ranks, by target rank, channel and element."""
+class Sources:
+    """Every notify of one call on all ranks, by target rank, channel and element.
+
+    ``made`` are those that have been made, each with its call, place and target.
+    """
 
     def __init__(self, geometry: Geometry, machine: Machine) -> None:
         self.geometry = geometry
-        self.found: dict[tuple[int, str, Element], list[_Source]] = {}
+        self.found: dict[tuple[int, str, Element], list[Source]] = {}
+        self.made = {
+            (
+                call,
+                place.rank,
+                place.agent,
+                place.text,
+                id(op),
+                rank,
+                geometry.element(op.symbol, e),
+            )
+            for call, place, op, rank, elements in machine.made
+            for e in elements
+        }
         for rank in range(geometry.world):
-            tensors = machine.memories[rank].tensors
-            tables = {n: t for n, t in tensors.items() if not t.is_floating_point()}
+            memory = machine.memories[rank]
+            tables = {
+                d.name: memory.tensor(d)
+                for d in geometry.decls.values()
+                if d.kind in ("tensor", "buffer") and d.dtype in ("int32", "int64", "bool")
+            }
             walker = Walker(geometry, rank, tables)
             for agent, name in zip(geometry.agents, geometry.agent_names, strict=True):
                 if agent.name == "launch":
@@ -59,16 +80,16 @@ class _Sources:
     def _add(self, event: Event, rank: int, agent: str, worker: int | None, place: str) -> None:
         if not isinstance(event, Notify):
             return
-        source = _Source(rank, agent, worker, place, event.op)
+        source = Source(rank, agent, worker, place, event.op)
         for element in event.elements:
             self.found.setdefault((event.peer, event.symbol, element), []).append(source)
 
 
 def explain(
-    geometry: Geometry, machine: Machine, tasks: Sequence[Task], calls: Sequence[int]
+    traces: Traces, machine: Machine, tasks: Sequence[Task], calls: Sequence[int]
 ) -> DeadlockError:
     """The error for a run whose unfinished ``tasks`` are all blocked; ``calls``: each rank's call."""
-    sources = _Sources(geometry, machine)
+    sources = Sources(traces.geometry, machine)
     order = sorted(tasks, key=lambda t: (t.call, t.rank, t.component))
     best: tuple[list[str], Task] | None = None
     for start in order[:64]:
@@ -84,7 +105,7 @@ def explain(
 
 
 def _chain(
-    sources: _Sources, machine: Machine, tasks: list[Task], start: Task, calls: Sequence[int]
+    sources: Sources, machine: Machine, tasks: list[Task], start: Task, calls: Sequence[int]
 ) -> tuple[list[str], bool]:
     lines: list[str] = []
     seen: list[Task] = []
@@ -98,8 +119,9 @@ def _chain(
             lines.append(f"{task.describe()} waits at `{op_line(blocked.op)}`{where}")
             lines.append("not every rank reaches the collective")
             return lines, False
-        channel = f"{blocked.symbol}[{', '.join(map(str, missing[0]))}]"
-        value = int(machine.memories[task.rank].channels[blocked.symbol].values[missing[0]])
+        channel = sources.geometry.channel(blocked.symbol, missing[0])
+        element = sources.geometry.element(blocked.symbol, missing[0])
+        value = machine.memories[task.rank].channels[blocked.symbol].values[missing[0]]
         lines.append(
             f"{task.describe()} waits at `{op_line(blocked.op)}`{where}"
             f" for {channel}, which is {value} and must be {blocked.need}"
@@ -108,11 +130,11 @@ def _chain(
             cut = seen.index(task)
             return [*lines[cut:-1], f"and that is the first of these: {task.describe()}"], True
         seen.append(task)
-        found = sources.found.get((task.rank, blocked.symbol, missing[0]), [])
+        found = sources.found.get((task.rank, blocked.symbol, element), [])
         # A flag's value is the number of the epoch, and the first call has epoch 1.
         flag = sources.geometry.decls[blocked.symbol].kind == "flag"
         call = blocked.need - 1 if flag else task.call
-        left = [s for s in found if not _is_made(machine, s, call, task.rank, missing[0])]
+        left = [s for s in found if not _is_made(sources, s, call, task.rank, element)]
         step = _next(left, tasks, calls, call)
         if step is None:
             if not found:
@@ -132,8 +154,8 @@ def _chain(
 
 
 def _next(
-    found: list[_Source], tasks: list[Task], calls: Sequence[int], call: int
-) -> tuple[_Source, Task] | None:
+    found: list[Source], tasks: list[Task], calls: Sequence[int], call: int
+) -> tuple[Source, Task] | None:
     """The unfinished task that stands in the way of one of the notifies."""
     for source in found:
         if calls[source.rank] > call:
@@ -152,7 +174,7 @@ def _next(
     return None
 
 
-def _is_made(machine: Machine, source: _Source, call: int, rank: int, element: Element) -> bool:
+def _is_made(sources: Sources, source: Source, call: int, rank: int, element: Element) -> bool:
     """Whether ``source`` has notified ``element`` of ``rank`` in ``call``."""
     by = (call, source.rank, source.agent, source.place)
-    return (*by, id(source.op), rank, element) in machine.made
+    return (*by, id(source.op), rank, element) in sources.made

@@ -1,4 +1,4 @@
-"""Values: the ops of a fused program, executed literally by one task (a worker, a stream, a head).
+"""Executes the instructions of one task (a worker, a stream, a head) on the memory of the ranks.
 
 A task is a generator. It yields None where the scheduler may run another task, and a
 :class:`Blocked` where it waits.
@@ -6,440 +6,449 @@ A task is a generator. It yields None where the scheduler may run another task, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from tilelink.backend.simulate.errors import BalanceError, BoundsError
-from tilelink.backend.simulate.geometry import (
-    Box,
-    Env,
-    Geometry,
-    Tile,
-    bind_args,
+from tilelink.backend.simulate.errors import BalanceError, BoundsError, VersionError
+from tilelink.backend.simulate.geometry import Env, Tile
+from tilelink.backend.simulate.memory import Access, Clock, Memory, Released, View
+from tilelink.backend.simulate.trace import (
+    CONTROL,
+    Copy,
+    Instruction,
+    Load,
+    Notify,
+    Place,
+    Pure,
+    Region,
+    Set,
+    Store,
+    Traces,
+    Transfer,
+    Wait,
+    check_shape,
 )
-from tilelink.backend.simulate.memory import Access, Clock, Memory
+from tilelink.backend.simulate.versions import Versions
 from tilelink.backend.tile_ops import TORCH_DTYPES, apply
-from tilelink.errors import InternalError
-from tilelink.ir import At, Expr, Op, Range, Ref
-
-BATCH = 64  # an inner loop that nothing synchronises runs with tiles so many times larger
+from tilelink.ir import Op, Value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Blocked:
     """A wait that is not satisfied: the elements of a channel on this rank, and the value needed."""
 
     op: Op
     symbol: str
-    elements: tuple[tuple[int, ...], ...]
+    elements: tuple[int, ...]
     need: int
+    equal: bool = False
 
 
 Steps: TypeAlias = Generator[Blocked | None, None, None]
-BodySteps: TypeAlias = Generator[Blocked | None, None, list[Any]]
 
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """One agent of one rank in one call: its place in the vector clocks, and where it stands."""
+    """One agent of one rank in one call: its place in the vector clocks, and where it stands.
+
+    ``pending`` are stores that have not reached memory, ``streaming`` those of the async proxy, and
+    ``held`` the notifies that the worker holds back, each with the position of its stage.
+    """
 
     rank: int
     call: int
     agent: str
     component: int
     clock: Clock
+    kernel: bool
+    view: View
     worker: int | None = None
-    stage: str = ""
-    tile: str = ""
+    proxy: View | None = None
+    place: Place = field(default_factory=lambda: Place(0, ""))
     steps: Steps | None = None
     blocked: Blocked | None = None
-    pending: list[Callable[[], None]] = field(default_factory=list)
+    controlled: tuple[Op, Place] | None = None
+    pending: list[tuple[int, Region, Any, int]] = field(default_factory=list)
+    streaming: list[tuple[int, Region, Any, int]] = field(default_factory=list)
+    held: list[tuple[Op, Notify]] = field(default_factory=list)
 
-    @property
-    def place(self) -> str:
-        """Stage and tile in words, with a space in front."""
-        if not self.tile:
-            return f" {self.stage}" if self.stage else ""
-        return f" stage @{self.stage} tile {self.tile}"
-
-    def describe(self) -> str:
+    def describe(self, place: Place | None = None) -> str:
         """Rank, agent, worker, tile and call in words."""
         worker = "" if self.worker is None else f" worker {self.worker}"
         name = self.agent if self.agent == "head" else f"@{self.agent}"
-        return f"rank {self.rank} {name}{worker}{self.place} (call {self.call})"
-
-    def snapshot(self) -> Callable[[], str]:
-        """``describe`` as it is now, rendered when asked for."""
-        rank, call, agent, worker = self.rank, self.call, self.agent, self.worker
-        stage, tile = self.stage, self.tile
-        return lambda: Task(rank, call, agent, 0, self.clock, worker, stage, tile).describe()
-
-
-def tile_text(op: Op, tiles: tuple[Tile, ...]) -> str:
-    """The tile of a queue position as ``m=0..16 n=8..16``."""
-    return " ".join(
-        f"{arg.name}={t.start}..{t.stop}" if arg.type.is_tile else f"{arg.name}={t.start}"
-        for arg, t in zip(op.args, tiles, strict=False)
-    )
+        text = (self.place if place is None else place).text
+        return f"rank {self.rank} {name}{worker}{text} (call {self.call})"
 
 
 class Machine:
-    """What tasks share: the memory of all ranks, and the choices of the scheduler."""
+    """What tasks share: the memory of all ranks, and the choices of the scheduler.
+
+    ``values`` false leaves out all that only computes values, for a program whose course depends on
+    none; ``apart`` maps the component of a worker to that of its stores through the async proxy.
+    """
 
     def __init__(
         self,
-        geometry: Geometry,
+        traces: Traces,
         memories: list[Memory],
         wake: Callable[[int, str], None],
         late: Callable[[], bool],
+        versions: Versions | None,
+        values: bool,
     ) -> None:
-        self.geometry = geometry
+        self.traces = traces
+        self.geometry = traces.geometry
         self.memories = memories
         self.wake = wake
         self.late = late
+        self.versions = versions
+        self.values = values
+        self.apart: dict[int, int] = {}
+        self.streamed: dict[int, int] = {}
+        self.stale: VersionError | None = None
+        # Whether a notify is to be lost.
+        self.lost: Callable[[Task, Notify], bool] | None = None
         # Who has made which notify of which call, for the explanation of a deadlock.
-        self.made: set[tuple[Any, ...]] = set()
-        self._batch: dict[int, int] = {}
-        self._written = _written_symbols(geometry)
+        self.made: list[tuple[int, Place, Op, int, tuple[int, ...]]] = []
 
-    def touch(self, task: Task, rank: int, symbol: str, box: Box, op: Op, write: bool) -> None:
-        """Tell the race detector of an access by ``task``."""
-        if symbol in self._written:
-            access = Access(op, write, task.snapshot())
-            self.memories[rank].trackers[symbol].touch(box, access, task.component, task.clock)
+    def control(self, task: Task, op: Op) -> None:
+        """Use of the epoch and the counters, which the head writes; its first use by a task, and its
+        last, are all that a write of the head can race with."""
+        if task.controlled is None:
+            self._read_control(task, op, task.place)
+        task.controlled = (op, task.place)
 
-    def is_written(self, op: Op) -> bool:
-        """Whether the program writes what the load ``op`` reads."""
-        own = op.get("own")
-        return op.symbol in self._written or (own is not None and own.symbol in self._written)
+    def _read_control(self, task: Task, op: Op, place: Place) -> None:
+        tracker = self.memories[task.rank].trackers[CONTROL]
+        tracker.read(self.traces.control, Access(op, False, task, place), task.view)
 
-    def use_control(self, task: Task, op: Op, write: bool = False) -> None:
-        """Use of the epoch and the counters, which the head writes."""
-        self.touch(task, task.rank, CONTROL, ((0, 1),), op, write)
+    def end(self, task: Task) -> None:
+        """The task is over."""
+        self.flush(task)
+        if task.controlled is not None:
+            self._read_control(task, *task.controlled)
+        task.clock[task.component] += 1
 
-    def released(self, task: Task) -> Clock:
+    def write_control(self, task: Task, op: Op) -> None:
+        """The head advances the epoch and clears words."""
+        tracker = self.memories[task.rank].trackers[CONTROL]
+        tracker.write(self.traces.control, Access(op, True, task, task.place), task.view)
+
+    def release(self, task: Task) -> Clock:
         """Make every pending store of ``task`` visible; the clock that its release carries."""
         self.flush(task)
         carried = task.clock.copy()
         task.clock[task.component] += 1
         return carried
 
+    def fence(self, task: Task) -> None:
+        """A proxy fence: what the task has seen holds for its async proxy too."""
+        if task.proxy is not None:
+            task.proxy.fenced = task.clock.copy()
+            task.clock[task.component] += 1
+
     def flush(self, task: Task) -> None:
         """Let the store buffer of ``task`` reach memory, in order."""
-        for write in task.pending:
-            write()
-        task.pending.clear()
+        if task.pending:
+            for rank, region, value, uid in task.pending:
+                self.land(task, rank, region, value, uid)
+            task.pending.clear()
 
-    def batch(self, op: Op) -> int:
-        """By how much the tiles of the loop ``op`` may grow without a change of meaning."""
-        found = self._batch.get(id(op))
-        if found is None:
-            found = BATCH if _may_batch(op) else 1
-            self._batch[id(op)] = found
-        return found
+    def drain(self, task: Task) -> None:
+        """The stores through the async proxy have completed."""
+        component = self.apart.get(task.component)
+        if component is None:
+            return
+        for rank, region, value, uid in task.streaming:
+            self.land(task, rank, region, value, uid)
+        task.streaming.clear()
+        task.clock[component] = self.streamed[component]
+        self.streamed[component] += 1
 
-    def need(self, task: Task, op: Op, env: Env) -> int:
-        """The value that a wait asks for."""
-        if self.geometry.decls[op.symbol].kind == "counter":
-            return int(self.geometry.value(op.get("count", 1), env))
-        return self.memories[task.rank].epoch + int(op.get("epoch", 0))
+    def land(self, task: Task, rank: int, region: Region, value: Any, uid: int) -> None:
+        """A store reaches memory."""
+        memory = self.memories[rank]
+        if self.values:
+            target = memory.tensor(self.geometry.decls[region.symbol])
+            if isinstance(value, torch.Tensor):
+                shape = target[region.key].shape
+                if value.dim() and value.shape != shape:
+                    detail = f"a value of shape {list(value.shape)} into a region of {list(shape)}"
+                    raise BoundsError(None, symbol=region.symbol, detail=detail)
+            target[region.key] = value
+        if self.versions is not None and region.row >= 0:
+            self.versions.written(memory, region.symbol, region.mask, uid, task.call)
 
-    def missing(self, rank: int, blocked: Blocked) -> list[tuple[int, ...]]:
+    def missing(self, rank: int, blocked: Blocked) -> list[int]:
         """The elements that still keep a wait from passing."""
-        values = self.memories[rank].channels[blocked.symbol].values
-        need = np.int32(blocked.need)
-        with np.errstate(over="ignore"):
-            return [e for e in blocked.elements if np.int32(values[e] - need) < 0]
+        values, need = self.memories[rank].channels[blocked.symbol].values, blocked.need
+        if blocked.equal:
+            return [e for e in blocked.elements if values[e] != need]
+        # Compared cyclically, as 32-bit numbers.
+        return [e for e in blocked.elements if (values[e] - need) & 0x80000000]
 
 
-CONTROL = "<epoch and counters>"
-
-
-def _written_symbols(geometry: Geometry) -> frozenset[str]:
-    written = {CONTROL} | {d.name for d in geometry.decls.values() if d.kind == "buffer"}
-    for op in geometry.program.walk():
-        if op.name == "store" and op.ref is not None:
-            written.add(op.ref.symbol)
-        elif op.name in ("transfer", "collective") and isinstance(op.get("to"), Ref):
-            written.add(op["to"].symbol)
-    return frozenset(written)
-
-
-def _expressions(op: Op) -> list[Expr]:
-    refs = [op.ref, *(v for _, v in op.attrs if isinstance(v, Ref))]
-    found = [v for _, v in op.attrs if isinstance(v, Expr)]
-    for ref in refs:
-        for item in ref.index if ref is not None else ():
-            if isinstance(item, Expr):
-                found.append(item)
-            elif isinstance(item, Range):
-                found += [item.lo, item.hi]
-            elif isinstance(item, At):
-                found.append(item.start)
-    return found
-
-
-def _may_batch(op: Op) -> bool:
-    """Meaning never depends on a tile size unless an op has an effect a tile, or names the tile's fields.
-
-    A loop with a ``segment`` keeps its tiles inside of one owner's block whatever their size, so the
-    start of a tile may be named there.
-    """
-    if any(o.name in ("wait", "notify", "transfer", "store") for o in op.walk()):
-        return False
-    mine = {a.name for a in op.args if a.type.is_tile}
-    starts = {f"{name}.start" for name in mine} if op.get("segment") is not None else set()
-    used = {
-        name
-        for inner in op.walk()
-        if inner is not op
-        for expr in _expressions(inner)
-        for name in expr.names
-        if name.rpartition(".")[0] in mine
-    }
-    return used <= starts
-
-
-class Body:
-    """Executes the ops of a block for one task."""
+class Runner:
+    """Executes instructions for one task."""
 
     def __init__(self, machine: Machine, task: Task) -> None:
         self.machine = machine
         self.geometry = machine.geometry
         self.task = task
         self.memory = machine.memories[task.rank]
-        self.env: Env = {**self.geometry.env(task.rank), **self.memory.scalars}
-        for name, tensor in self.memory.tensors.items():
-            if not tensor.is_floating_point():
-                self.env[name] = tensor
         self.values: dict[str, Any] = {}
+        self._env: Env | None = None  # where a block is traced while it runs
+        self._due: list[Notify] = []
+        self._written = machine.traces.written
 
-    def run(self, ops: tuple[Op, ...]) -> BodySteps:
-        """Execute ``ops``; the values of a final ``yield``."""
-        for op in ops:
-            name = op.name
-            if name == "yield":
-                return [self.values[v.name] for v in op.operands]
-            if name in ("for_tiles", "for_range"):
-                yield from self._loop(op)
-            elif name in ("wait", "notify", "transfer"):
-                condition = op.get("if")
-                if condition is None or self.geometry.value(condition, self.env):
-                    yield from getattr(self, f"_{name}")(op)
-            elif name == "store":
-                yield from self._store(op)
+    def block(self, op: Op, number: int = 0, tiles: tuple[Tile, ...] = ()) -> Steps:
+        """Execute the block of ``op``, position ``number`` of its queue."""
+        task, traces = self.task, self.machine.traces
+        found = traces.trace(task.rank, task.agent, op, number, tiles)
+        if task.held:
+            self._due = [ins for stage, ins in task.held if stage is op]
+        if found is not None:
+            task.place = found.place
+            self._env = None
+            yield from self._run(found.all if self.machine.values else found.effects)
+            return
+        env = {**self.geometry.env(task.rank), **self.memory.scalars}
+        for name, decl in self.geometry.decls.items():
+            if decl.kind in ("tensor", "buffer") and decl.dtype in ("int32", "int64", "bool"):
+                env[name] = self.memory.tensor(decl)
+        self._env = env
+        tracer = traces.tracer(task.rank, task.agent, op, number, tiles, env, self.values, True)
+        task.place = tracer.place
+        yield from self._run(tracer.block(op.body))
+
+    def _run(self, instructions: Iterable[Instruction]) -> Steps:
+        values, task = self.values, self.task
+        for ins in instructions:
+            if isinstance(ins, Load):
+                self._load(ins)
+            elif isinstance(ins, Store):
+                if self._due:
+                    yield from self._perform_due()
+                self._store(ins)
+                if ins.remote:
+                    yield None
+            elif isinstance(ins, Wait):
+                yield from self._wait(ins)
+            elif isinstance(ins, Notify):
+                if ins.delay and task.place.op is not None:
+                    task.held.append((task.place.op, ins))
+                else:
+                    yield from self.notify(ins)
+            elif isinstance(ins, Transfer):
+                yield from self._transfer(ins)
+            elif isinstance(ins, Pure):
+                given = [values[n] for n in ins.operands]
+                self._set(ins.op.results[0], apply(ins.op, given, ins.shape))
+            elif isinstance(ins, Set):
+                values[ins.name] = ins.value
+            elif isinstance(ins, Copy):
+                found = [values[n] for n in ins.source]
+                for name, value in zip(ins.to, found, strict=True):
+                    self._name(name, value)
             else:
-                self._set(op, self._evaluate(op))
-        return []
+                self._name(ins.name, self.memory.scalars[ins.symbol])
 
-    def _set(self, op: Op, value: Any) -> None:
-        result = op.results[0]
+    def _perform_due(self) -> Steps:
+        """The notifies that were held back until a store of a later task of this stage."""
+        due, self._due = self._due, []
+        self.task.held = [(op, ins) for op, ins in self.task.held if ins not in due]
+        for ins in due:
+            yield from self.notify(ins)
+
+    def flush(self, drain: bool) -> Steps:
+        """Perform all that is held back."""
+        held, self.task.held = self.task.held, []
+        if drain:
+            self.machine.drain(self.task)
+        for _, ins in held:
+            yield from self.notify(ins)
+
+    # Values.
+
+    def _set(self, result: Value, value: Any) -> None:
         if not result.type.shape and isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.reshape(()).item()
-        if isinstance(value, int):
-            self.env[result.name] = value
-        self.values[result.name] = value
+        self._name(result.name, value)
 
-    def _loop(self, op: Op) -> Steps:
-        carried_from = 0
-        positions: list[tuple[Tile, ...]]
-        if op.name == "for_range":
-            lo, hi = (self.geometry.value(op[k], self.env) for k in ("lo", "hi"))
-            positions = [(Tile(i, i + 1, i),) for i in range(lo, hi)]
-        elif op.get("bounds"):
-            lo, hi = (int(self.values[v.name]) for v in op.operands[:2])
-            carried_from = 2
-            positions = self.geometry.bounded(op, lo, hi, self.machine.batch(op))
-        else:
-            positions = self.geometry.queue(op, self.env, self.machine.batch(op))
-        carried = [self.values[v.name] for v in op.operands[carried_from:]]
-        loop_args = op.args[: len(op.args) - len(carried)]
-        names = [a.name for a in op.args[len(loop_args) :]]
-        for tiles in positions:
-            bind_args(loop_args, tiles, self.env, self.values)
-            self.values.update(zip(names, carried, strict=True))
-            carried = yield from self.run(op.body)
-        for result, value in zip(op.results, carried, strict=True):
-            self.values[result.name] = value
-            if isinstance(value, int):
-                self.env[result.name] = value
+    def _name(self, name: str, value: Any) -> None:
+        if self._env is not None and isinstance(value, int):
+            self._env[name] = value
+        self.values[name] = value
 
-    def _evaluate(self, op: Op) -> Any:
-        name = op.name
-        if name == "load":
-            return self._load(op)
-        if name == "load_sum":
-            return self._load_sum(op)
-        if name == "param":
-            return self.memory.scalars[op.symbol]
-        if name == "constant":
-            return op["value"]
-        if name == "index":
-            tile = op.operands[0].name
-            return torch.arange(
-                self.env[f"{tile}.start"],
-                self.env[f"{tile}.stop"],
-                dtype=TORCH_DTYPES[op.results[0].type.dtype],
-            )
-        if name == "bound":
-            return self.env[f"{op.operands[0].name}.{op['which']}"]
-        shape: tuple[int, ...] = ()
-        if name in ("zeros", "full", "reshape"):
-            shape = self.geometry.shape(op.results[0], self.env)
-        return apply(op, [self.values[v.name] for v in op.operands], shape)
+    # Memory.
 
-    def _read(self, op: Op, ref: Ref) -> torch.Tensor:
-        key, box = self.geometry.region(ref, self.env, self.values)
-        self.machine.touch(self.task, self.task.rank, ref.symbol, box, op, write=False)
-        return self.memory.tensors[ref.symbol][key]
-
-    def _load(self, op: Op) -> torch.Tensor:
-        assert op.ref is not None
-        when = op.get("when")
-        own = when is not None and self.geometry.value(when, self.env)
-        found = self._read(op, op["own"] if own else op.ref)
-        expected = self.geometry.shape(op.results[0], self.env)
-        if tuple(found.shape) != expected:
-            detail = f"a load of shape {list(found.shape)} where its type says {list(expected)}"
-            raise BoundsError(op.span, symbol=op.symbol, detail=detail)
-        found = found.to(TORCH_DTYPES[op.results[0].type.dtype])
-        # A later store must not change what this load has seen.
-        return found.clone() if self.machine.is_written(op) else found
-
-    def _load_sum(self, op: Op) -> torch.Tensor:
-        assert op.ref is not None
-        own = op.get("own")
-        total: torch.Tensor | None = None
-        for source in range(self.geometry.world):
-            if own is not None and source == self.task.rank:
-                part = self._read(op, own)
-            else:
-                ref = Ref(op.ref.symbol, (Expr.const(source), *op.ref.index[1:]))
-                part = self._read(op, ref)
-            total = part.float() if total is None else total + part.float()
-        assert total is not None
-        return total.to(TORCH_DTYPES[op.results[0].type.dtype])
-
-    def _write(
-        self, op: Op, rank: int, symbol: str, key: tuple[Any, ...], box: Box, value: Any
-    ) -> None:
-        """A write to memory of ``rank``: remote ones may stay in the store buffer until a release."""
-        self.machine.touch(self.task, rank, symbol, box, op, write=True)
-        target = self.machine.memories[rank].tensors[symbol]
-        if isinstance(value, torch.Tensor):
-            shape = target[key].shape
-            if value.dim() and value.shape != shape:
-                detail = f"a value of shape {list(value.shape)} into a region of {list(shape)}"
-                raise BoundsError(op.span, symbol=symbol, detail=detail)
-            value = value.to(target.dtype)
-
-        def land() -> None:
-            target[key] = value
-
-        if rank != self.task.rank and self.machine.late():
-            self.task.pending.append(land)
-        else:
-            land()
-
-    def _store(self, op: Op) -> Steps:
-        assert op.ref is not None
-        peer = op.get("peer")
-        rank = self.task.rank if peer is None else self._peer(op, peer)
-        key, box = self.geometry.region(op.ref, self.env, self.values)
-        self._write(op, rank, op.symbol, key, box, self.values[op.operands[0].name])
-        if peer is not None:
-            yield None
-
-    def _transfer(self, op: Op) -> Steps:
-        """A copy engine reads late and lands late: other tasks may run before, between and after."""
-        assert op.ref is not None
-        to = op["to"]
-        rank = self._peer(op, op["peer"]) if op.get("peer") is not None else self.task.rank
-        yield None
-        found = self._read(op, op.ref).clone()
-        key, box = self.geometry.region(to, self.env, self.values)
-        yield None
-        self._write(op, rank, to.symbol, key, box, found)
-
-    def _peer(self, op: Op, expr: Any) -> int:
-        peer = self.geometry.value(expr, self.env)
-        if not 0 <= peer < self.geometry.world:
-            detail = f"peer {peer} of {self.geometry.world} ranks"
-            raise BoundsError(op.span, symbol=op.symbol, detail=detail)
-        return peer
-
-    def _wait(self, op: Op) -> Steps:
-        assert op.ref is not None
-        self.machine.use_control(self.task, op)
-        channel = self.memory.channels[op.symbol]
-        elements = tuple(self.geometry.elements(op.ref, self.env))
-        need = self.machine.need(self.task, op, self.env)
-        blocked = Blocked(op, op.symbol, elements, need)
-        yield None
-        while self.machine.missing(self.task.rank, blocked):
-            yield blocked
-        for element in elements:
-            carried = channel.released.get(element)
-            if carried is not None:
-                np.maximum(self.task.clock, carried, out=self.task.clock)
-            channel.asked[element] = max(channel.asked.get(element, need), need)
-
-    def _notify(self, op: Op) -> Steps:
-        assert op.ref is not None
-        self.machine.use_control(self.task, op)
-        yield None
-        carried = self.machine.released(self.task)
-        if self.geometry.decls[op.symbol].kind == "counter":
-            counted = self.geometry.elements(op.ref, self.env)
-            self._made(op, self.task.rank, counted)
-            for element in counted:
-                self._count(op, op.symbol, element, carried)
+    def see(self, ins: Load | Transfer, part: int, region: Region) -> None:
+        """A read: tell the detectors of it."""
+        if region.row < 0:
             return
-        rank = self._peer(op, op["peer"]) if op.get("peer") is not None else self.task.rank
-        count = self.geometry.value(op.get("count", 1), self.env)
-        through = op.get("through")
-        if count > 1 and through is None:
-            raise InternalError(op.span, detail="a counted notify without a counter (`through`)")
-        elements = self.geometry.elements(op.ref, self.env)
-        self._made(op, rank, elements)
-        if through is not None:
-            (slot,) = self.geometry.elements(through, self.env)
-            seen = self._count(op, through.symbol, slot, carried)
-            counter = self.memory.channels[through.symbol]
-            counter.asked[slot] = count
-            if seen > count:
-                channel = f"{through.symbol}[{', '.join(map(str, slot))}]"
-                detail = f"notified {seen} times where {count} are expected"
-                raise BalanceError(op.span, channel=channel, rank=self.task.rank, detail=detail)
-            if seen < count:
+        task, machine = self.task, self.machine
+        if task.pending:
+            # A task sees its own stores.
+            kept = []
+            for store in task.pending:
+                if store[0] == task.rank and store[1].symbol == region.symbol:
+                    machine.land(task, *store)
+                else:
+                    kept.append(store)
+            task.pending = kept
+        view = task.view
+        if task.proxy is not None and isinstance(ins, Load) and ins.tma:
+            view = task.proxy
+        access = Access(ins.op, False, task, ins.place)
+        self.memory.trackers[region.symbol].read(region.row, access, view)
+        if machine.versions is not None and machine.stale is None:
+            try:
+                machine.versions.read(self.memory, ins, part, region, task.call, task)
+            except VersionError as error:
+                # A race says more of the same fault; this is what remains if none is found.
+                machine.stale = error
+
+    def _value(self, region: Region) -> torch.Tensor:
+        return self.memory.tensor(self.geometry.decls[region.symbol])[region.key]
+
+    def _load(self, ins: Load) -> None:
+        for number, part in enumerate(ins.parts):
+            self.see(ins, number, part)
+        if not self.machine.values:
+            return
+        op, result = ins.op, ins.op.results[0]
+        dtype = TORCH_DTYPES[result.type.dtype]
+        if op.name == "load_sum":
+            total = self._value(ins.parts[0]).float()
+            for part in ins.parts[1:]:
+                total = total + self._value(part).float()
+            self._set(result, total.to(dtype))
+            return
+        found = self._value(ins.parts[0])
+        check_shape(op, op.symbol, tuple(found.shape), ins.shape)
+        found = found.to(dtype)
+        # A later store must not change what this load has seen.
+        self._set(result, found.clone() if ins.parts[0].symbol in self._written else found)
+
+    def _store(self, ins: Store) -> None:
+        value = self.values[ins.value] if self.machine.values else None
+        self.write(ins, ins.rank, ins.region, value, ins.tma)
+
+    def write(
+        self, ins: Store | Transfer, rank: int, region: Region, value: Any, tma: bool
+    ) -> None:
+        """A write to memory of ``rank``: it may stay in the store buffer until a release."""
+        task, machine = self.task, self.machine
+        component = machine.apart.get(task.component) if tma else None
+        if region.row >= 0:
+            stamp = None if component is None else (component, machine.streamed[component])
+            access = Access(ins.op, True, task, ins.place)
+            tracker = machine.memories[rank].trackers[region.symbol]
+            tracker.write(region.row, access, task.view, stamp)
+        if not machine.late():
+            machine.land(task, rank, region, value, ins.uid)
+        elif component is not None:
+            task.streaming.append((rank, region, value, ins.uid))
+        else:
+            task.pending.append((rank, region, value, ins.uid))
+
+    def _transfer(self, ins: Transfer) -> Steps:
+        """A copy engine reads late and lands late: other tasks may run before, between and after."""
+        yield None
+        self.see(ins, 0, ins.source)
+        found = self._value(ins.source).clone() if self.machine.values else None
+        yield None
+        self.write(ins, ins.rank, ins.target, found, False)
+
+    # Synchronisation.
+
+    def _wait(self, ins: Wait) -> Steps:
+        task, machine = self.task, self.machine
+        machine.control(task, ins.op)
+        need = ins.need if ins.counter else self.memory.epoch + ins.need
+        channel = self.memory.channels[ins.symbol]
+        blocked = Blocked(ins.op, ins.symbol, ins.elements, need, ins.equal)
+        yield None
+        while machine.missing(task.rank, blocked):
+            yield blocked
+        for element in ins.elements:
+            if not ins.relaxed:
+                carried = channel.released.get(element)
+                if carried is not None:
+                    for clock in carried.taken(task.kernel, ins.gpu):
+                        np.maximum(task.clock, clock, out=task.clock)
+            channel.asked[element] = max(channel.asked.get(element, need), need)
+        if ins.proxy:
+            machine.fence(task)
+
+    def notify(self, ins: Notify) -> Steps:
+        """Perform a notify now."""
+        self.machine.control(self.task, ins.op)
+        yield None
+        self._signal(ins)
+
+    def _signal(self, ins: Notify) -> None:
+        task, machine = self.task, self.machine
+        if machine.lost is not None and machine.lost(task, ins):
+            return
+        if ins.drain:
+            machine.drain(task)
+        # At device scope, only kernels of this rank are told anything.
+        mute = ins.relaxed or (ins.gpu and not (task.kernel and ins.rank == task.rank))
+        carried = None if mute else machine.release(task)
+        machine.made.append((task.call, ins.place, ins.op, ins.rank, ins.elements))
+        if ins.counter:
+            for element in ins.elements:
+                self._count(ins, ins.symbol, element, carried)
+            return
+        kernel = task.kernel and ins.rank == task.rank
+        release = Released()
+        if ins.through is not None:
+            symbol, slot = ins.through
+            seen = self._count(ins, symbol, slot, carried)
+            counter = self.memory.channels[symbol]
+            counter.asked[slot] = ins.count
+            if seen > ins.count:
+                raise BalanceError(
+                    ins.op.span,
+                    channel=self.geometry.channel(symbol, slot),
+                    rank=task.rank,
+                    detail=f"notified {seen} times where {ins.count} are expected",
+                )
+            if seen < ins.count:
                 return
-            # The count-th notify has acquired the counter: its release carries the others.
-            carried = np.maximum(carried, counter.released[slot])
-        channel_on_peer = self.machine.memories[rank].channels[op.symbol]
-        for element in elements:
-            channel_on_peer.values[element] = self.memory.epoch
-            channel_on_peer.released[element] = carried
-            channel_on_peer.notified[element] = self.memory.epoch
-        self.machine.wake(rank, op.symbol)
+            # The last notify has acquired the counter: its release carries the others.
+            before = counter.released.get(slot)
+            if carried is not None and before is not None:
+                for clock in before.taken(task.kernel, ins.gpu):
+                    release.add(clock, kernel, ins.gpu)
+        if carried is not None:
+            release.add(carried, kernel, ins.gpu)
+        channel = machine.memories[ins.rank].channels[ins.symbol]
+        epoch = self.memory.epoch
+        for element in ins.elements:
+            channel.values[element] = epoch
+            channel.released[element] = release
+            if channel.notified.get(element) == epoch:
+                channel.twice.setdefault(element, ins.op)
+            channel.notified[element] = epoch
+        machine.wake(ins.rank, ins.symbol)
 
-    def _made(self, op: Op, target: int, elements: list[tuple[int, ...]]) -> None:
-        task = self.task
-        for element in elements:
-            self.machine.made.add(
-                (task.call, task.rank, task.agent, task.place, id(op), target, element)
-            )
-
-    def _count(self, op: Op, symbol: str, element: tuple[int, ...], carried: Clock) -> int:
+    def _count(self, ins: Notify, symbol: str, element: int, carried: Clock | None) -> int:
         """Add one to a local counter; its releases form one chain."""
         channel = self.memory.channels[symbol]
-        before = channel.released.get(element)
-        channel.released[element] = carried if before is None else np.maximum(before, carried)
+        if carried is not None:
+            release = channel.released.get(element)
+            if release is None:
+                release = channel.released[element] = Released()
+            # A counter that counts signals to a peer is read by the agent that counts last.
+            release.add(carried, self.task.kernel, ins.gpu)
         channel.values[element] += 1
-        seen = int(channel.values[element])
+        seen = channel.values[element]
         channel.notified[element] = seen
         self.machine.wake(self.task.rank, symbol)
         return seen

@@ -9,11 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 from tilelink.backend.simulate.errors import BoundsError
 from tilelink.ir import DTYPES, All, At, Broadcast, Expr, Op, Range, Ref, Value, parse_ir
+from tilelink.ir.layout import ACK, WORD
+from tilelink.ir.limits import check_rows
 
 Env: TypeAlias = dict[str, Any]
 """Names of expressions: extents, WORLD, RANK, scalars, fields of tiles (``m.start``), tables."""
@@ -60,6 +63,18 @@ def _source(expr: Expr) -> str:
     return f"({left} {'//' if expr.op == '/' else expr.op} {right})"
 
 
+# The same expressions stand in many programs of a family: compiled once.
+@lru_cache(maxsize=4096)
+def _compiled(source: str) -> Function:
+    function: Function = eval(f"lambda e: {source}")
+    return function
+
+
+@lru_cache(maxsize=4096)
+def _dimension(dim: str) -> Function:
+    return _compiled(_source(Expr.of(parse_ir(f"dim {{value = {dim}}}")["value"])))
+
+
 class Geometry:
     """A fused program with its extents bound; everything a rank needs to walk it."""
 
@@ -69,7 +84,6 @@ class Geometry:
         self.extents: dict[str, int] = {}
         self.decls: dict[str, Decl] = {}
         self._functions: dict[int, tuple[Expr, Function]] = {}
-        self._dims: dict[str, Function] = {}
         self._queues: dict[tuple[Any, ...], list[tuple[Tile, ...]]] = {}
         self._sync: dict[int, bool] = {}
         for op in program.find("extent"):
@@ -98,7 +112,10 @@ class Geometry:
         return Decl(op.name, op.symbol, tuple(shape), op.get("dtype", "int32"), op)
 
     def _check_memory(self) -> None:
-        """BoundsError where two things of the arena share bytes."""
+        """BoundsError where two things of the arena share bytes, or one lies outside of it.
+
+        All lie behind the words that the arena keeps for itself, flags and counters on words.
+        """
         placed = sorted(
             (
                 d.op.get("space") == "local",
@@ -109,6 +126,15 @@ class Geometry:
             for d in self.decls.values()
             if d.kind != "tensor" and d.op.get("offset") is not None
         )
+        for local, at, size, name in placed:
+            words = self.decls[name].kind != "buffer"
+            if at < (0 if local else ACK * WORD) or (words and at % WORD):
+                detail = f"begins at byte {at}: on the arena's own words, or on no word"
+                raise BoundsError(self.decls[name].op.span, symbol=name, detail=detail)
+            end = self.program.get("workspace" if local else "bytes")
+            if end is not None and at + size > int(end):
+                detail = f"ends at byte {at + size} of memory of {end}"
+                raise BoundsError(self.decls[name].op.span, symbol=name, detail=detail)
         for (place, at, size, name), (space, other_at, _, other) in itertools.pairwise(placed):
             if place == space and at + size > other_at:
                 detail = f"shares bytes of the arena with `{other}`"
@@ -122,8 +148,7 @@ class Geometry:
         """``expr`` compiled once to a Python function of the environment."""
         found = self._functions.get(id(expr))
         if found is None:
-            found = (expr, eval(f"lambda e: {_source(expr)}"))
-            self._functions[id(expr)] = found
+            found = self._functions[id(expr)] = (expr, _compiled(_source(expr)))
         return found[1]
 
     def length(self, dim: str, env: Mapping[str, Any]) -> int:
@@ -133,10 +158,7 @@ class Geometry:
             return int(env[f"{dim}.stop"] - start)
         if dim.isdigit():
             return int(dim)
-        if dim not in self._dims:
-            parsed = parse_ir(f"dim {{value = {dim}}}")["value"]
-            self._dims[dim] = self.function(Expr.of(parsed))
-        return self._dims[dim](env)
+        return _dimension(dim)(env)
 
     def shape(self, value: Value, env: Mapping[str, Any]) -> tuple[int, ...]:
         """The concrete shape of ``value``."""
@@ -165,6 +187,10 @@ class Geometry:
             self.value(t, env) * factor if arg.type.is_tile else 1
             for t, arg in zip(sizes, op.args[: len(extents)], strict=True)
         ]
+        count = prod(
+            -(-extent // max(1, tile)) for extent, tile in zip(extents, tiles, strict=True)
+        )
+        check_rows(count, "this queue or loop of tiles", op.span)
         found = list(self._order(op, env, extents, tiles))
         self._queues[key] = found
         return found
@@ -243,6 +269,28 @@ class Geometry:
                 detail = f"element {axes[-1][0]}..{axes[-1][-1] + 1} of an axis of length {size}"
                 raise BoundsError(decl.op.span, symbol=ref.symbol, detail=detail)
         return list(itertools.product(*axes))
+
+    def flat(self, ref: Ref, env: Mapping[str, Any]) -> tuple[int, ...]:
+        """Like :meth:`elements`, as numbers in row-major order."""
+        shape, found = self.decls[ref.symbol].shape, []
+        for element in self.elements(ref, env):
+            number = 0
+            for at, size in zip(element, shape, strict=True):
+                number = number * size + at
+            found.append(number)
+        return tuple(found)
+
+    def element(self, symbol: str, number: int) -> tuple[int, ...]:
+        """The index of element ``number`` of a flag or counter."""
+        index = []
+        for size in reversed(self.decls[symbol].shape):
+            number, at = divmod(number, size)
+            index.append(at)
+        return tuple(reversed(index))
+
+    def channel(self, symbol: str, number: int) -> str:
+        """An element of a flag or counter in words: ``A.ready[1, 0]``."""
+        return f"{symbol}[{', '.join(map(str, self.element(symbol, number)))}]"
 
     def region(
         self, ref: Ref, env: Mapping[str, Any], values: Mapping[str, Any]

@@ -7,16 +7,16 @@ has seen that clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tilelink.backend.simulate.boxes import BoxTable
 from tilelink.backend.simulate.errors import RaceError
-from tilelink.backend.simulate.geometry import Box
+from tilelink.backend.simulate.geometry import Decl
 from tilelink.backend.tile_ops import TORCH_DTYPES
 from tilelink.ir import Op
 
@@ -31,71 +31,98 @@ def garbage(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     return torch.full(shape, _GARBAGE.get(dtype, float("nan")), dtype=TORCH_DTYPES[dtype])
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Who touched memory, and with which op."""
+class Access(NamedTuple):
+    """Who touched memory, and with which op; ``by`` and ``place`` say where in words when asked."""
 
     op: Op
     write: bool
-    who: Callable[[], str]
+    by: Any
+    place: Any
 
     def __str__(self) -> str:
         where = f" ({self.op.span})" if self.op.span is not None else ""
-        return f"the {'write' if self.write else 'read'} `{self.op.name}`{where} by {self.who()}"
+        who = self.by.describe(self.place)
+        return f"the {'write' if self.write else 'read'} `{self.op.name}`{where} by {who}"
+
+
+@dataclass(slots=True)
+class View:
+    """What an agent has seen: its clock, and for the async proxy what it had seen at its last fence.
+
+    Accesses that are themselves made through the async proxy (components in ``apart``) are seen with
+    the clock alone.
+    """
+
+    component: int
+    clock: Clock
+    fenced: Clock | None = None
+    apart: frozenset[int] = frozenset()
+
+    def orders(self, component: int, stamp: int) -> bool:
+        """Whether the access with this stamp comes before what the agent does next."""
+        if self.fenced is None or component in self.apart:
+            return bool(stamp <= self.clock[component])
+        return bool(stamp <= self.fenced[component])
+
+
+_Stamps: TypeAlias = dict[int, tuple[int, Access]]
 
 
 class Tracker:
-    """The accesses to one object on one rank that a later access could still race with."""
+    """The accesses to one object on one rank that a later access could still race with.
 
-    def __init__(self, symbol: str, rank: int, axes: int) -> None:
+    Without ``armed`` nothing is recorded and nothing found.
+    """
+
+    def __init__(self, symbol: str, rank: int, table: BoxTable, armed: bool = True) -> None:
         self.symbol = symbol
         self.rank = rank
-        self._rows: dict[Box, int] = {}
-        self._lo = np.zeros((16, axes), dtype=np.int64)
-        self._hi = np.zeros((16, axes), dtype=np.int64)
-        self._reads: list[dict[int, tuple[int, Access]]] = []
-        self._writes: list[dict[int, tuple[int, Access]]] = []
+        self._table = table
+        self._armed = armed
+        self._reads: dict[int, _Stamps] = {}
+        self._writes: dict[int, _Stamps] = {}
 
-    def touch(self, box: Box, access: Access, component: int, clock: Clock) -> None:
-        """Record an access; RaceError if an earlier one that conflicts is not ordered before it."""
-        if any(lo >= hi for lo, hi in box):
+    def read(self, row: int, access: Access, view: View) -> None:
+        """Record a read; RaceError if an earlier write is not ordered before it."""
+        if not self._armed:
             return
-        row = self._row(box)
-        lo, hi = self._lo[row], self._hi[row]
-        used = len(self._reads)
-        meets = ((self._lo[:used] < hi) & (self._hi[:used] > lo)).all(axis=1)
-        for other in np.flatnonzero(meets):
-            self._check(self._writes[other], access, clock)
-            if access.write:
-                self._check(self._reads[other], access, clock)
-        stamp = (int(clock[component]), access)
-        if not access.write:
-            self._reads[row][component] = stamp
+        writes = self._writes
+        for other in self._table.meets[row]:
+            earlier = writes.get(other)
+            if earlier:
+                self._check(earlier, access, view)
+        mine = (int(view.clock[view.component]), access)
+        stamps = self._reads.get(row)
+        if stamps is None:
+            self._reads[row] = {view.component: mine}
+        else:
+            stamps[view.component] = mine
+
+    def write(
+        self, row: int, access: Access, view: View, stamp: tuple[int, int] | None = None
+    ) -> None:
+        """Record a write, by component and clock ``stamp`` where it is not the agent's own; RaceError
+        if an earlier access is not ordered before it."""
+        if not self._armed:
             return
+        reads, writes = self._reads, self._writes
+        for other in self._table.meets[row]:
+            earlier = writes.get(other)
+            if earlier:
+                self._check(earlier, access, view)
+            earlier = reads.get(other)
+            if earlier:
+                self._check(earlier, access, view)
         # What this write covers is ordered before it, so a later access races with it through this one.
-        covered = meets & (self._lo[:used] >= lo).all(axis=1) & (self._hi[:used] <= hi).all(axis=1)
-        for other in np.flatnonzero(covered):
-            self._reads[other].clear()
-            self._writes[other].clear()
-        self._writes[row][component] = stamp
+        for other in self._table.covers[row]:
+            reads.pop(other, None)
+            writes.pop(other, None)
+        component, at = stamp or (view.component, int(view.clock[view.component]))
+        writes[row] = {component: (at, access)}
 
-    def _row(self, box: Box) -> int:
-        row = self._rows.get(box)
-        if row is None:
-            row = len(self._rows)
-            if row == len(self._lo):
-                self._lo = np.concatenate([self._lo, np.zeros_like(self._lo)])
-                self._hi = np.concatenate([self._hi, np.zeros_like(self._hi)])
-            self._rows[box] = row
-            self._lo[row] = [lo for lo, _ in box]
-            self._hi[row] = [hi for _, hi in box]
-            self._reads.append({})
-            self._writes.append({})
-        return row
-
-    def _check(self, earlier: dict[int, tuple[int, Access]], access: Access, clock: Clock) -> None:
+    def _check(self, earlier: _Stamps, access: Access, view: View) -> None:
         for component, (stamp, first) in earlier.items():
-            if stamp > clock[component]:
+            if not view.orders(component, stamp):
                 raise RaceError(
                     access.op.span,
                     symbol=self.symbol,
@@ -106,15 +133,58 @@ class Tracker:
                 )
 
 
-class Channel:
-    """One flag or counter array on one rank: values, and what their last releases carry."""
+class Released:
+    """What the releases of one flag or counter element carry to whoever acquires it.
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.values: NDArray[np.int32] = np.zeros(shape, dtype=np.int32)
-        self.released: dict[tuple[int, ...], Clock] = {}
+    ``gpu`` and ``system``: from kernels of this rank, to kernels of this rank and to anyone;
+    ``others``: from streams and other ranks, to anyone.
+    """
+
+    __slots__ = ("gpu", "others", "system")
+
+    def __init__(self) -> None:
+        self.gpu: Clock | None = None
+        self.system: Clock | None = None
+        self.others: Clock | None = None
+
+    def add(self, carried: Clock, kernel: bool, gpu: bool) -> None:
+        """A release by a kernel of this rank, or by another agent; ``gpu``: not at system scope."""
+        if kernel:
+            self.gpu = _joined(self.gpu, carried)
+            if not gpu:
+                self.system = _joined(self.system, carried)
+        elif not gpu:
+            self.others = _joined(self.others, carried)
+
+    def taken(self, kernel: bool, gpu: bool) -> list[Clock]:
+        """What an acquire by a kernel of this rank or another agent takes."""
+        found = [self.gpu if kernel else self.system, None if gpu else self.others]
+        return [clock for clock in found if clock is not None]
+
+
+def _joined(before: Clock | None, clock: Clock) -> Clock:
+    return clock if before is None else np.maximum(before, clock)
+
+
+class Channel:
+    """One flag or counter array on one rank: values by element number, and what releases carry."""
+
+    __slots__ = ("asked", "notified", "released", "twice", "values")
+
+    def __init__(self, size: int) -> None:
+        self.values = [0] * size
+        self.released: dict[int, Released] = {}
         # Largest epoch or count that a wait asked for, and that a notify set, an element.
-        self.asked: dict[tuple[int, ...], int] = {}
-        self.notified: dict[tuple[int, ...], int] = {}
+        self.asked: dict[int, int] = {}
+        self.notified: dict[int, int] = {}
+        self.twice: dict[int, Op] = {}  # flag elements that were set a second time in one epoch
+
+    def clear(self) -> None:
+        """The head sets the words to 0."""
+        self.values = [0] * len(self.values)
+        self.released.clear()
+        self.asked.clear()
+        self.notified.clear()
 
 
 class Memory:
@@ -123,7 +193,15 @@ class Memory:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.epoch = 0
-        self.tensors: dict[str, torch.Tensor] = {}
         self.trackers: dict[str, Tracker] = {}
         self.channels: dict[str, Channel] = {}
         self.scalars: dict[str, Any] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.versions: dict[str, NDArray[np.int64]] = {}
+
+    def tensor(self, decl: Decl) -> torch.Tensor:
+        """The values of a tensor or buffer; garbage until something is written."""
+        found = self.tensors.get(decl.name)
+        if found is None:
+            found = self.tensors[decl.name] = garbage(decl.shape, decl.dtype)
+        return found

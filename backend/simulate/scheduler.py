@@ -1,13 +1,8 @@
-"""The hostile scheduler: runs all ranks' agents as cooperative tasks in one thread, by a seed.
-
-Three ways to be hostile, chosen by the seed: any order; priorities with a few changes (PCT, Burckhardt
-et al., ASPLOS 2010); and some ranks or agents that run only when nothing else can.
-"""
+"""Runs all ranks' agents as cooperative tasks in one thread, in the order that a seed chooses."""
 
 from __future__ import annotations
 
 import heapq
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -15,24 +10,22 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from tilelink.backend.simulate import balance
 from tilelink.backend.simulate.collective import run_collective
 from tilelink.backend.simulate.deadlock import explain
-from tilelink.backend.simulate.errors import BalanceError, InputError
-from tilelink.backend.simulate.execute import (
-    CONTROL,
-    Blocked,
-    Body,
-    Machine,
-    Steps,
-    Task,
-    tile_text,
-)
-from tilelink.backend.simulate.geometry import Geometry, bind_args
-from tilelink.backend.simulate.memory import Access, Channel, Clock, Memory, Tracker, garbage
+from tilelink.backend.simulate.errors import DeadlockError, InputError, StepsError, VersionError
+from tilelink.backend.simulate.execute import Blocked, Machine, Runner, Steps, Task
+from tilelink.backend.simulate.geometry import Geometry
+from tilelink.backend.simulate.hostility import Hostility
+from tilelink.backend.simulate.memory import Access, Channel, Clock, Memory, Tracker, View
+from tilelink.backend.simulate.trace import Place, Traces
+from tilelink.backend.simulate.versions import Versions
 from tilelink.backend.tile_ops import TORCH_DTYPES
 from tilelink.ir import Op, make
 
 Inputs: TypeAlias = "Sequence[Mapping[str, torch.Tensor | float]]"
+STEPS = 1 << 24  # a run that takes more is cut off
+TRACKED = 1 << 24  # elements of all ranks up to which the versions of reads are kept
 _READ_BY_USER = make("read_by_user")
 
 
@@ -42,39 +35,73 @@ class _Call:
 
     number: int
     waiting: dict[str, int]
+    began: Clock
     workers: dict[str, int] = field(default_factory=dict)
+    queued: dict[str, list[int]] = field(default_factory=dict)
+    after: dict[str, list[Clock]] = field(default_factory=dict)
     left: int = 0
 
 
-class Scheduler:
-    """Runs ``inputs`` (one entry a call) through ``program``; see :func:`run`."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a run is made: ``values`` false leaves the numbers out, ``explain`` false the notes of a
+    deadlock; ``steps`` is the most that it may take; ``versions`` are shared with other runs, or this
+    run's own, or False for none."""
 
-    def __init__(self, geometry: Geometry, inputs: Sequence[Inputs], seed: int) -> None:
-        self.geometry = geometry
+    values: bool = True
+    explain: bool = True
+    steps: int = STEPS
+    versions: Versions | bool = True
+    races: bool = True
+
+
+class Scheduler:
+    """Runs ``inputs`` (one entry a call) through a program; see :func:`run`."""
+
+    def __init__(
+        self, traces: Traces, inputs: Sequence[Inputs], seed: int, options: Options | None = None
+    ) -> None:
+        self.traces = traces
+        traces.prepare()
+        self.geometry = geometry = traces.geometry
         self.inputs = inputs
-        self.random = random.Random(seed)
+        self.options = options or Options()
         self.memories = [Memory(rank) for rank in range(geometry.world)]
-        late = self.random.choice((0.0, 0.5, 1.0))
-        self.machine = Machine(
-            geometry, self.memories, self._wake, lambda: self.random.random() < late
-        )
+        given = self.options.versions
+        self.versions = given if isinstance(given, Versions) else None
+        if given is True and _elements(traces) <= TRACKED:
+            self.versions = Versions(traces)
         self.outputs: list[list[dict[str, torch.Tensor]]] = [
             [{} for _ in range(geometry.world)] for _ in inputs
         ]
-        self.tasks: list[Task] = []  # unfinished ones
+        self.tasks: dict[Task, None] = {}  # unfinished ones
         self.blocked: dict[tuple[int, str], list[Task]] = {}
         self.meetings: dict[tuple[int, str], list[Task]] = {}
         self.positions: dict[tuple[int, str, int], int] = {}
         self.calls: list[_Call] = []
+        self.steps = 0
         self._ready: list[tuple[float, int, Task]] = []
         self._pushed = 0
+        # Workers that have left with stores of the async proxy still under way, by launch.
+        self._streaming: dict[tuple[int, str], list[Task]] = {}
         self._components: dict[tuple[int, str, int], int] = {}
         self._make_components()
-        self._make_priorities()
+        streams = frozenset(
+            n for a, n in zip(geometry.agents, geometry.agent_names, strict=True)
+            if a.name == "stream"
+        )  # fmt: skip
+        steps = len(inputs) * steps_of(traces)
+        self.hostility = Hostility(seed, list(self._components), streams, steps)
+        self.machine = Machine(
+            traces, self.memories, self._wake, self.hostility.late, self.versions,
+            self.options.values,
+        )  # fmt: skip
+        self._make_async()
         self._make_memory()
 
     # Vector clocks: one component a worker, stream, head, collective and host of every rank. A later
-    # call uses the components of the earlier one, which it follows.
+    # call uses the components of the earlier one, which it follows. Stores through the async proxy
+    # have components of their own, behind all others.
 
     def _make_components(self) -> None:
         for rank in range(self.geometry.world):
@@ -83,73 +110,88 @@ class Scheduler:
                 for worker in range(-1 if agent.name == "launch" else 0, count):
                     self._components[rank, name, worker] = len(self._components)
             self._components[rank, "<host>", 0] = len(self._components)
-        size = len(self._components)
-        self.clocks: list[Clock] = [np.zeros(size, dtype=np.int32) for _ in range(size)]
+
+    def _make_async(self) -> None:
+        size = count = len(self._components)
+        if self.traces.tma_stores:
+            for (_, name, _), component in self._components.items():
+                if name in self.geometry.workers:
+                    self.machine.apart[component] = size
+                    self.machine.streamed[size] = 1
+                    size += 1
+        self.clocks: list[Clock] = [np.zeros(size, dtype=np.int32) for _ in range(count)]
         for component, clock in enumerate(self.clocks):
             clock[component] = 1
-
-    def _make_priorities(self) -> None:
-        mode = self.random.randrange(3)
-        self._mode = mode
-        self._bias = [0.0] * len(self._components)
-        if mode == 1:
-            self._bias = [self.random.random() for _ in self._bias]
-        elif mode == 2:
-            slow_ranks = {r for r in range(self.geometry.world) if self.random.random() < 0.4}
-            slow_agents = {a for a in self.geometry.agent_names if self.random.random() < 0.3}
-            for (rank, agent, _), component in self._components.items():
-                self._bias[component] = 2.0 * (rank in slow_ranks) + 1.0 * (agent in slow_agents)
+        self._apart = frozenset(self.machine.apart.values())
 
     def _make_memory(self) -> None:
         for memory in self.memories:
             for decl in self.geometry.decls.values():
                 if decl.kind in ("flag", "counter"):
-                    memory.channels[decl.name] = Channel(decl.shape)
-                    continue
-                memory.tensors[decl.name] = garbage(decl.shape, decl.dtype)
-                memory.trackers[decl.name] = Tracker(decl.name, memory.rank, len(decl.shape))
-            memory.trackers[CONTROL] = Tracker(CONTROL, memory.rank, 1)
+                    memory.channels[decl.name] = Channel(int(np.prod(decl.shape)))
+                elif self.versions is not None and decl.name in self.traces.written:
+                    self.versions.fresh(memory, decl)
+            for name, table in self.traces.tables.items():
+                memory.trackers[name] = Tracker(name, memory.rank, table, self.options.races)
 
     # The run.
 
     def run(self) -> list[list[dict[str, torch.Tensor]]]:
         """Every call's outputs, a list over ranks each."""
-        self.calls = [_Call(-1, {}) for _ in self.memories]
+        self._begin()
+        ready, ran, most = self._ready, self.hostility.ran, self.options.steps
+        while ready:
+            _, _, task = heapq.heappop(ready)
+            self.steps += 1
+            if self.steps > most:
+                raise StepsError(self.geometry.program.span, steps=most)
+            self._step(task)
+            ran(task.component)
+        if self.tasks or any(call.left for call in self.calls):
+            raise self._deadlock()
+        if self.machine.stale is not None:
+            raise self.machine.stale
+        balance.check_flags(self.geometry, self.memories)
+        return self.outputs
+
+    def _begin(self) -> None:
+        self.calls = [_Call(-1, {}, self.clocks[0]) for _ in self.memories]
         order = list(range(self.geometry.world))
-        self.random.shuffle(order)
+        self.hostility.random.shuffle(order)
         for rank in order:
             self._start_call(rank)
-        while self._ready:
-            _, _, task = heapq.heappop(self._ready)
-            assert task.steps is not None
-            try:
-                blocked = next(task.steps)
-            except StopIteration:
-                self._finish_task(task)
-                continue
-            if blocked is None:
-                self._push(task)
-            else:
-                task.blocked = blocked
-                self.blocked.setdefault((task.rank, blocked.symbol), []).append(task)
-        if self.tasks:
-            raise explain(self.geometry, self.machine, self.tasks, self.calls_done())
-        self._check_flags()
-        return self.outputs
+
+    def _step(self, task: Task) -> None:
+        assert task.steps is not None
+        try:
+            blocked = next(task.steps)
+        except StopIteration:
+            self._finish_task(task)
+            return
+        if blocked is None:
+            self._push(task)
+        else:
+            task.blocked = blocked
+            self.blocked.setdefault((task.rank, blocked.symbol), []).append(task)
+
+    def _deadlock(self) -> DeadlockError:
+        tasks = list(self.tasks)
+        if not tasks:
+            never = [name for call in self.calls for name, n in call.waiting.items() if n]
+            notes = ("in one hardware queue, agents stand before those that they come after",)
+            return DeadlockError(self.geometry.program.span, blocked=len(never), notes=notes)
+        if self.options.explain:
+            return explain(self.traces, self.machine, tasks, self.calls_done())
+        span = tasks[0].blocked.op.span if tasks[0].blocked is not None else None
+        return DeadlockError(span, blocked=len(tasks))
 
     def calls_done(self) -> list[int]:
         """The number of the call that each rank is in."""
         return [call.number for call in self.calls]
 
     def _push(self, task: Task) -> None:
-        key = self._bias[task.component]
-        if self._mode == 1:
-            if self.random.random() < 0.01:
-                self._bias[task.component] += 1.0
-        else:
-            key += self.random.random()
         self._pushed += 1
-        heapq.heappush(self._ready, (key, self._pushed, task))
+        heapq.heappush(self._ready, (self.hostility.key(task.component), self._pushed, task))
 
     def _wake(self, rank: int, symbol: str) -> None:
         waiting = self.blocked.get((rank, symbol))
@@ -171,33 +213,59 @@ class Scheduler:
         number = self.calls[rank].number + 1
         if number == len(self.inputs):
             return
-        self._bind_inputs(rank, self.inputs[number][rank])
+        self._bind_inputs(rank, number, self.inputs[number][rank])
         agents = self.geometry.agents
         waiting = {
             name: len(agent.get("after", ()))
             for agent, name in zip(agents, self.geometry.agent_names, strict=True)
         }
-        self.calls[rank] = _Call(number, waiting, left=len(agents))
-        for index, agent in enumerate(agents):
+        if self.hostility.one_queue:
+            for index, name in enumerate(self.geometry.agent_names):
+                waiting[name] += index
+        began = self._host_clock(rank).copy()
+        self.calls[rank] = _Call(number, waiting, began, left=len(agents))
+        for agent in agents:
             for position in range(len(agent.body) if agent.name == "launch" else 0):
                 self.positions[rank, agent.symbol, position] = 0
-            if waiting[self.geometry.agent_names[index]] == 0:
-                self._start_agent(rank, index, [self._host_clock(rank)])
+        for index in [i for i, n in enumerate(self.geometry.agent_names) if waiting[n] == 0]:
+            self._start_agent(rank, index, [began])
+
+    def _release(self, rank: int, index: int) -> None:
+        """An agent has one thing less to wait for before it begins."""
+        call, name = self.calls[rank], self.geometry.agent_names[index]
+        call.waiting[name] -= 1
+        if call.waiting[name] == 0:
+            after = self._clocks_after(rank, self.geometry.agents[index])
+            self._start_agent(rank, index, after or [call.began])
+
+    def _leave_queue(self, rank: int, index: int) -> None:
+        """With one hardware queue, what the host has enqueued behind an agent may begin.
+
+        A kernel leaves the queue when all of its workers have begun, a stream when it has ended.
+        """
+        if self.hostility.one_queue:
+            for later in range(index + 1, len(self.geometry.agents)):
+                self._release(rank, later)
 
     def _host_clock(self, rank: int) -> Clock:
         return self.clocks[self._components[rank, "<host>", 0]]
 
-    def _bind_inputs(self, rank: int, given: Mapping[str, Any]) -> None:
+    def _bind_inputs(self, rank: int, call: int, given: Mapping[str, Any]) -> None:
         memory = self.memories[rank]
         for op in self.geometry.program.find("scalar"):
             if op.symbol not in given:
                 raise InputError(op.span, rank=rank, name=op.symbol, detail="it is missing")
+            if not isinstance(given[op.symbol], int | float):
+                raise InputError(op.span, rank=rank, name=op.symbol, detail="it is not a number")
             memory.scalars[op.symbol] = given[op.symbol]
         for decl in self.geometry.decls.values():
             if decl.kind != "tensor":
                 continue
-            if decl.op["role"] not in ("in", "inout"):
-                memory.tensors[decl.name] = garbage(decl.shape, decl.dtype)
+            inputs = decl.op["role"] in ("in", "inout")
+            if self.versions is not None and decl.name in self.traces.written:
+                self.versions.fresh(memory, decl, call if inputs else None)
+            memory.tensors.pop(decl.name, None)
+            if not inputs:
                 continue
             tensor = given.get(decl.name)
             if not isinstance(tensor, torch.Tensor):
@@ -208,8 +276,8 @@ class Scheduler:
                 detail = f"{tensor.dtype} where the program has {decl.dtype}"
             else:
                 # In-place programs must not change the tensors of the caller.
-                inout = decl.op["role"] == "inout"
-                memory.tensors[decl.name] = tensor.clone() if inout else tensor
+                copied = decl.op["role"] == "inout" and self.options.values
+                memory.tensors[decl.name] = tensor.clone() if copied else tensor
                 continue
             raise InputError(decl.op.span, rank=rank, name=decl.name, detail=detail)
 
@@ -219,11 +287,20 @@ class Scheduler:
         if agent.name != "launch":
             run = {"head": self._head, "stream": self._stream, "collective": self._collective}
             self._start_task(rank, name, 0, after, lambda t: run[agent.name](t, agent))
+            if agent.name != "stream":
+                self._leave_queue(rank, index)
             return
         count = self.geometry.workers[name]
         call.workers[name] = count
-        for worker in range(count):
+        order = list(range(count))
+        resident = min(int(agent.get("resident", count)), count)
+        if resident < count:
+            self.hostility.random.shuffle(order)
+        call.queued[name], call.after[name] = order[resident:], [c.copy() for c in after]
+        for worker in order[:resident]:
             self._start_task(rank, name, worker, after, lambda t: self._worker(t, agent))
+        if not call.queued[name]:
+            self._leave_queue(rank, index)
 
     def _start_task(
         self,
@@ -237,35 +314,74 @@ class Scheduler:
         clock = self.clocks[component]
         for other in after:
             np.maximum(clock, other, out=clock)
-        launch = name in self.geometry.workers and worker >= 0
+        launch = name in self.geometry.workers
         task = Task(
-            rank, self.calls[rank].number, name, component, clock, worker if launch else None
+            rank,
+            self.calls[rank].number,
+            name,
+            component,
+            clock,
+            launch or name == "head",
+            View(component, clock),
+            worker if launch and worker >= 0 else None,
         )
+        if launch and self.traces.tma_loads:
+            task.proxy = View(component, clock, clock, self._apart)
+            self.machine.fence(task)
         task.steps = steps(task)
-        self.tasks.append(task)
+        self.tasks[task] = None
         self._push(task)
 
     def _finish_task(self, task: Task) -> None:
-        self.tasks.remove(task)
-        self.machine.flush(task)
-        task.clock[task.component] += 1
+        del self.tasks[task]
+        self.machine.end(task)
         rank, name = task.rank, task.agent
         call = self.calls[rank]
-        index = self.geometry.agent_names.index(name)
+        index = self.traces.agents[name]
         agent = self.geometry.agents[index]
-        ended = task.clock
+        if agent.name != "launch":
+            self._finish_agent(rank, index, task.clock)
+            return
+        if task.streaming:
+            self._streaming.setdefault((rank, name), []).append(task)
         if task.worker is not None:
+            balance.check_held(task)
             call.workers[name] -= 1
+            if call.queued[name]:
+                worker = call.queued[name].pop(0)
+                self._start_task(
+                    rank, name, worker, call.after[name], lambda t: self._worker(t, agent)
+                )
+                if not call.queued[name]:
+                    self._leave_queue(rank, index)
             if call.workers[name]:
                 return
-            workers = range(self.geometry.workers[name])
-            clocks = [self.clocks[self._components[rank, name, w]] for w in workers]
             finish = agent.find("finish")
             if finish:
-                steps = lambda t: self._run_block(t, finish[0])  # noqa: E731
+                clocks = self._worker_clocks(rank, name)
+                steps = lambda t: self._block(t, finish[0])  # noqa: E731
                 self._start_task(rank, name, -1, clocks, steps)
                 return
-            ended = np.maximum.reduce(clocks)
+        self._finish_launch(rank, index, name)
+
+    def _worker_clocks(self, rank: int, name: str) -> list[Clock]:
+        workers = range(self.geometry.workers[name])
+        return [self.clocks[self._components[rank, name, w]] for w in workers]
+
+    def _finish_launch(self, rank: int, index: int, name: str) -> None:
+        """With the launch, its stores through the async proxy are complete, drained or not."""
+        for task in self._streaming.pop((rank, name), ()):
+            self.machine.drain(task)
+        clocks = self._worker_clocks(rank, name)
+        finish = self._components[rank, name, -1]
+        if self.geometry.agents[index].find("finish"):
+            clocks.append(self.clocks[finish])
+        ended = np.maximum.reduce(clocks)
+        for worker in range(self.geometry.workers[name]) if self.machine.apart else ():
+            apart = self.machine.apart[self._components[rank, name, worker]]
+            ended[apart] = self.machine.streamed[apart]
+            self.machine.streamed[apart] += 1
+        self.clocks[finish][:] = np.maximum(self.clocks[finish], ended)
         self._finish_agent(rank, index, ended)
 
     def _finish_agent(self, rank: int, index: int, clock: Clock) -> None:
@@ -273,141 +389,133 @@ class Scheduler:
         call.left -= 1
         host = self._host_clock(rank)
         np.maximum(host, clock, out=host)
-        ended = self.geometry.agent_names[index]
-        for other, agent in enumerate(self.geometry.agents):
-            name = self.geometry.agent_names[other]
-            if ended in agent.get("after", ()):
-                call.waiting[name] -= 1
-                if call.waiting[name] == 0:
-                    self._start_agent(rank, other, self._clocks_after(rank, agent))
+        for other in self.traces.followers[self.geometry.agent_names[index]]:
+            self._release(rank, other)
+        if self.geometry.agents[index].name == "stream":
+            self._leave_queue(rank, index)
         if call.left == 0:
             self._finish_call(rank)
 
     def _clocks_after(self, rank: int, agent: Op) -> list[Clock]:
-        clocks = [
+        return [
             self.clocks[c]
             for (r, a, _), c in self._components.items()
-            if r == rank and a in agent["after"]
+            if r == rank and a in agent.get("after", ())
         ]
-        return clocks
 
     def _finish_call(self, rank: int) -> None:
         """The user may read outputs and write inputs now."""
         component = self._components[rank, "<host>", 0]
         memory, call = self.memories[rank], self.calls[rank].number
-        access = Access(_READ_BY_USER, False, lambda: f"the user of rank {rank} after call {call}")
+        user = _User(rank, call)
+        access = Access(_READ_BY_USER, False, user, None)
+        view = View(component, self.clocks[component])
         for decl in self.geometry.decls.values():
             if decl.kind == "tensor" and decl.op["role"] in ("out", "inout"):
-                box = tuple((0, size) for size in decl.shape)
-                tracker = memory.trackers[decl.name]
-                tracker.touch(box, access, component, self.clocks[component])
-                self.outputs[call][rank][decl.name] = memory.tensors[decl.name]
+                if decl.name in self.traces.written and 0 not in decl.shape:
+                    row = self.traces.tables[decl.name].row(tuple((0, s) for s in decl.shape))
+                    memory.trackers[decl.name].read(row, access, view)
+                    self._check_output(memory, decl, call, user)
+                if self.options.values:
+                    self.outputs[call][rank][decl.name] = memory.tensor(decl)
         self.clocks[component][component] += 1
-        self._check_counters(memory)
+        balance.check_counters(self.geometry, memory)
         self._start_call(rank)
 
-    # Agents.
+    def _check_output(self, memory: Memory, decl: Any, call: int, user: _User) -> None:
+        if self.versions is None or self.machine.stale is not None:
+            return
+        try:
+            self.versions.output(memory, decl, call, user)
+        except VersionError as error:
+            self.machine.stale = error
 
-    def _run_block(self, task: Task, op: Op) -> Steps:
-        task.stage = op.name if op.name == "finish" else ""
-        yield from Body(self.machine, task).run(op.body)
+    # What agents do.
 
-    _stream = _run_block
+    def _block(self, task: Task, op: Op) -> Steps:
+        yield from Runner(self.machine, task).block(op)
+
+    _stream = _block
 
     def _head(self, task: Task, op: Op) -> Steps:
         memory = self.memories[task.rank]
-        self.machine.use_control(task, op, write=True)
+        task.place = Place(task.rank, task.agent)
+        self.machine.write_control(task, op)
         memory.epoch += 1
-        for decl in self.geometry.decls.values():
-            if decl.kind == "counter":
-                memory.channels[decl.name] = Channel(decl.shape)
-        yield from Body(self.machine, task).run(op.body)
+        for name in self.traces.cleared:
+            memory.channels[name].clear()
+        yield from Runner(self.machine, task).block(op)
 
     def _worker(self, task: Task, launch: Op) -> Steps:
-        body = Body(self.machine, task)
+        runner = Runner(self.machine, task)
         assert task.worker is not None
-        for position, stage in enumerate(launch.body):
-            if stage.name != "stage":
+        for work in self.traces.work(task.rank, launch, task.worker):
+            if work.stage.name == "flush":
+                yield from runner.flush(bool(work.stage.get("drain")))
                 continue
-            lo, hi = self.geometry.worker_range(launch, stage)
-            if not lo <= task.worker < hi:
-                continue
-            queue = self.geometry.queue(stage, body.env)
-            task.stage = stage.symbol
-            dynamic = stage.get("queue", "static") == "dynamic"
-            key = (task.rank, launch.symbol, position)
-            q = task.worker - lo
+            stage, queue, q = work.stage, work.queue, work.first
+            key = (task.rank, launch.symbol, work.position)
             while True:
-                if dynamic:
+                if work.dynamic:
                     q = self.positions[key]
                     self.positions[key] += 1
                 if q >= len(queue):
                     break
-                bind_args(stage.args, queue[q], body.env, body.values)
-                task.tile = tile_text(stage, queue[q])
                 yield None
-                yield from body.run(stage.body)
-                q += hi - lo
-        task.stage = task.tile = ""
+                yield from runner.block(stage, q, queue[q])
+                q += work.step
 
     def _collective(self, task: Task, op: Op) -> Steps:
         """All ranks meet; the last one to come moves the data of all."""
+        task.place = Place(task.rank, task.agent)
         met = self.meetings.setdefault((task.call, op.symbol), [])
         met.append(task)
         if len(met) < self.geometry.world:
             yield Blocked(op, f"collective {op.symbol}", (), 0)
             return
-        joined = np.maximum.reduce([t.clock for t in met])
-        for other in met:
-            np.maximum(other.clock, joined, out=other.clock)
+        _join(met)
         met.sort(key=lambda t: t.rank)
         run_collective(self.machine, op, met)
-        joined = np.maximum.reduce([t.clock for t in met])
+        _join(met)
         for other in met:
-            np.maximum(other.clock, joined, out=other.clock)
             if other is not task:
                 self.blocked[other.rank, f"collective {op.symbol}"].remove(other)
                 other.blocked = None
                 self._push(other)
 
-    # Balance.
 
-    def _check_counters(self, memory: Memory) -> None:
-        for name in sorted(memory.channels):
-            if self.geometry.decls[name].kind != "counter":
-                continue
-            channel = memory.channels[name]
-            for element in sorted(channel.notified.keys() | channel.asked.keys()):
-                seen, asked = channel.notified.get(element, 0), channel.asked.get(element)
-                if seen != asked:
-                    raise self._unbalanced(
-                        name,
-                        element,
-                        memory.rank,
-                        f"counted to {seen}, but nothing waits for it"
-                        if asked is None
-                        else f"counted to {seen} where {asked} are expected",
-                    )
+@dataclass(frozen=True, slots=True)
+class _User:
+    """Who reads the outputs of a call."""
 
-    def _check_flags(self) -> None:
-        slack: dict[str, int] = {}
-        for op in self.geometry.program.walk():
-            if op.name == "wait" and self.geometry.decls[op.symbol].kind == "flag":
-                slack[op.symbol] = max(slack.get(op.symbol, 0), -int(op.get("epoch", 0)))
-        for memory in self.memories:
-            for name in sorted(memory.channels):
-                channel = memory.channels[name]
-                if self.geometry.decls[name].kind != "flag":
-                    continue
-                for element, seen in sorted(channel.notified.items()):
-                    asked = channel.asked.get(element)
-                    if asked is None or asked + slack.get(name, 0) < seen:
-                        detail = "notified, but nothing waits for it"
-                        raise self._unbalanced(name, element, memory.rank, detail)
+    rank: int
+    call: int
 
-    def _unbalanced(
-        self, name: str, element: tuple[int, ...], rank: int, detail: str
-    ) -> BalanceError:
-        channel = f"{name}[{', '.join(map(str, element))}]"
-        span = self.geometry.decls[name].op.span
-        return BalanceError(span, channel=channel, rank=rank, detail=detail)
+    def describe(self, _: Place | None = None) -> str:
+        """In words."""
+        return f"the user of rank {self.rank} after call {self.call}"
+
+
+def _join(tasks: list[Task]) -> None:
+    joined = np.maximum.reduce([t.clock for t in tasks])
+    for task in tasks:
+        np.maximum(task.clock, joined, out=task.clock)
+
+
+def _elements(traces: Traces) -> int:
+    decls = traces.geometry.decls.values()
+    kept = [d for d in decls if d.name in traces.written]
+    return traces.geometry.world * sum(int(np.prod(d.shape, dtype=np.int64)) for d in kept)
+
+
+def steps_of(traces: Traces) -> int:
+    """About how many steps one call of all ranks takes."""
+    geometry: Geometry = traces.geometry
+    total = 0
+    for agent in geometry.agents:
+        for op in agent.body if agent.name == "launch" else (agent,):
+            tasks = 1
+            if op.name == "stage":
+                tasks = len(geometry.queue(op, geometry.env(0)))
+            total += tasks * (1 + sum(o.name in ("wait", "notify", "transfer") for o in op.walk()))
+    return max(1, total * geometry.world)

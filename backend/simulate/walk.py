@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args
 from tilelink.ir import DTYPES, Op, Ref
+from tilelink.ir.limits import check_rows
 
 Element: TypeAlias = tuple[int, ...]
 
@@ -147,6 +148,7 @@ class Walker:
     def _positions(self, op: Op) -> list[tuple[Tile, ...]]:
         if op.name == "for_range":
             lo, hi = (self.geometry.value(op[k], self.env) for k in ("lo", "hi"))
+            check_rows(hi - lo, f"this loop of `{op.args[0].name}`", op.span)
             return [(Tile(i, i + 1, i),) for i in range(lo, hi)]
         if op.get("bounds"):
             low, high = (self.values.get(v.name) for v in op.operands[:2])

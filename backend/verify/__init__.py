@@ -1,7 +1,8 @@
 """The proof that a fused program cannot hang, race, or read the wrong data, for its extents and world.
 
 One module a rule: ``bounds`` (and release/acquire), ``cover``, ``dataflow``, ``reuse``, ``match``,
-``progress``. They share happens-before (``order``) and the meeting of accesses (``memory``).
+``progress``, and ``meaning``, which holds the program against its kernel. They share happens-before
+(``order``) and the meeting of accesses (``memory``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from tilelink.backend.expand import bytes_of
 from tilelink.backend.expand_rows import Expansion
 from tilelink.backend.expand_walk import expand
+from tilelink.backend.verify.arena import check_arena, check_words
 from tilelink.backend.verify.bounds import check_bounds, check_fences
 from tilelink.backend.verify.cover import check_cover, check_written
 from tilelink.backend.verify.dataflow import Dataflow
@@ -25,15 +27,25 @@ from tilelink.backend.verify.errors import (
     ProgressError,
     RaceError,
     ReuseError,
+    UndecidedError,
     VerifyError,
 )
-from tilelink.backend.verify.match import check_match
+from tilelink.backend.verify.form import check_form
+from tilelink.backend.verify.match import check_match, check_words_of
+from tilelink.backend.verify.meaning import check_meaning
 from tilelink.backend.verify.memory import Meeting, meet
-from tilelink.backend.verify.mutants import mutants
 from tilelink.backend.verify.order import Elements, elements, order
-from tilelink.backend.verify.progress import check_progress, check_workers
+from tilelink.backend.verify.progress import (
+    check_progress,
+    check_workers,
+    resident_of,
+    spins,
+    workers_of,
+)
+from tilelink.backend.verify.residency import check_residency
 from tilelink.backend.verify.reuse import check_reuse
-from tilelink.ir import Op
+from tilelink.ir import Op, parse_ir
+from tilelink.ir.vocabulary import check_names
 
 __all__ = [
     "BoundsError",
@@ -45,12 +57,25 @@ __all__ = [
     "RaceError",
     "Report",
     "ReuseError",
+    "UndecidedError",
     "VerifyError",
-    "mutants",
+    "prove",
     "verify",
 ]
 
-RULES = ("bounds", "release-acquire", "cover", "dataflow", "reuse", "match", "progress")
+RULES = (
+    "bounds",
+    "release-acquire",
+    "cover",
+    "dataflow",
+    "meaning",
+    "reuse",
+    "match",
+    "progress",
+    "residency",
+)
+
+UNKNOWN = "the stages compute what their kernel says"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,36 +110,87 @@ class Report:
         return "\n".join(lines)
 
 
-def verify(program: Op) -> Report:
+def verify(program: Op, kernel: Op | None = None) -> Report:
     """Prove ``program`` for its extents and world, or raise a subclass of VerifyError.
+
+    ``kernel`` is the Tile IR that its stages must compute, by default what the program carries as
+    `kernel_text`; where there is neither, the report says that this is assumed.
 
     Errors point at the access concerned and carry the tile, the channel and the rank in their notes,
     with a witness: two accesses in no order, or the cycle of waits.
     """
-    out = expand(program)
+    check_names(program)
+    check_form(program)
+    meaning = kernel if kernel is not None else carried(program)
+    out = expand(program, meaning)
+    _enumerated(out)
+    if meaning is not None:
+        check_meaning(out, meaning)
+    return prove(out, known=meaning is not None)
+
+
+def carried(program: Op) -> Op | None:
+    """The kernel that a program carries in its own text, or None."""
+    text = program.get("kernel_text")
+    if text is None:
+        return None
+    kernel = parse_ir(str(text), f"kernel_text of @{program.symbol}")
+    check_names(kernel)
+    return kernel
+
+
+def prove(out: Expansion, *, known: bool = False) -> Report:
+    """Prove what ``out`` holds, wherever its rows come from; see :func:`verify`.
+
+    ``known``: the ops of its stages have been held against a kernel. Otherwise the report assumes it.
+    Beside the rows, the rules read: of ``out.program`` its symbol, and, for which symbols hold sums over
+    ranks, the ops of its bodies; of ``out.agents`` names, `after`, `workers` and `resident`, and their
+    stages' `workers`, `queue` and `counter`; of ``out.declarations`` all attributes.
+    """
+    _enumerated(out)
+    if not known:
+        out.assumptions.append(UNKNOWN)
     check_bounds(out)
     check_fences(out)
     check_workers(out)
     words = elements(out)
+    check_words_of(out, words)
     ordering = order(out, words)
     if ordering.stuck:
         check_match(out, words)
         check_progress(out, words)
+        raise ProgressError(out.program.span, detail="the waits of a call go in a circle")
     written = dict.fromkeys(a.symbol for a in out.accesses if a.write)
     meetings = {symbol: meet(out, ordering, symbol) for symbol in written}
     _dark(out)
     for symbol in meetings:
         check_cover(out, ordering, meetings[symbol])
-    Dataflow(out, meetings).check()
+    dataflow = Dataflow(out, meetings)
+    dataflow.check()
     for symbol, meeting in meetings.items():
         inexact = any(a.write and not a.exact for a in meeting.accesses)
         if out.declarations[symbol].get("role") == "out" and not inexact:
             check_written(out, meeting)
     for symbol in meetings:
         check_reuse(out, ordering, meetings[symbol])
+    check_words(out, words, ordering)
+    check_arena(out, words, ordering)
     check_match(out, words)
     check_progress(out, words)
-    return _report(out, words, meetings)
+    check_residency(out, words)
+    return _report(out, words, meetings, known)
+
+
+def _enumerated(out: Expansion) -> None:
+    """Refuse what the expansion could not take in full."""
+    for op, text in out.problems:
+        raise UndecidedError(op.span, name=op.name, detail=text)
+    longest = max((int(a.seq.max()) for a in out.accesses), default=0)
+    longest = max([longest, *(int(s.seq.max()) for s in out.syncs if len(s.seq))])
+    if (longest + 2) * (len(out.task_rank) + 1) >= 1 << 62:
+        raise UndecidedError(
+            out.program.span, name=out.program.name, detail="its loops have too many iterations"
+        )
 
 
 def _dark(out: Expansion) -> None:
@@ -135,9 +211,11 @@ def _dark(out: Expansion) -> None:
             raise DataflowError(declared.span, symbol=symbol, detail="nothing writes this output")
 
 
-def _report(out: Expansion, words: Elements, meetings: dict[str, Meeting]) -> Report:
+def _report(out: Expansion, words: Elements, meetings: dict[str, Meeting], known: bool) -> Report:
     agents = [a.name for a in out.agents]
     assumptions = list(dict.fromkeys(out.assumptions))
+    if any(p.kind == "stage" and p.op.get("queue") == "dynamic" for p in out.phases):
+        assumptions.append("each position of a dynamic queue is taken once")
     if "stream" in agents:
         assumptions.append(
             "copies of a side stream get through beside a spinning kernel; agents of a rank share one "
@@ -147,8 +225,15 @@ def _report(out: Expansion, words: Elements, meetings: dict[str, Meeting]) -> Re
         assumptions.append("the library's collective ends once every rank has started it")
     if any(not a.exact for a in out.accesses):
         assumptions.append("accesses through run-time tables stay inside their tensors")
-    if "launch" in agents:
-        assumptions.append("all workers of a launch are resident at once")
+    for op in out.program.find("extent"):
+        if op.get("dynamic"):
+            assumptions.append(f"extent {op.symbol} is {out.env[op.symbol]}, its capacity")
+    if any(a.write and not a.exact for a in out.accesses):
+        assumptions.append("what is written through run-time tables is all that is read of it")
+    for number, agent in enumerate(out.agents):
+        if agent.name == "launch" and spins(out, number):
+            fit = min(workers_of(agent), resident_of(agent))
+            assumptions.append(f"{fit} workers of @{agent.symbol} can be resident at once")
     assumptions.append(
         "every rank runs this program, and calls on an arena are chained on each rank"
     )
@@ -159,7 +244,7 @@ def _report(out: Expansion, words: Elements, meetings: dict[str, Meeting]) -> Re
     return Report(
         out.program.symbol if out.program.ref is not None else "",
         out.world,
-        RULES,
+        RULES if known else tuple(rule for rule in RULES if rule != "meaning"),
         sum(p.count for p in stages) * out.world,
         len(out.task_rank),
         int(used.sum()),

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tilelink.backend.expand import bytes_of
+from tilelink.backend.expand import Ints, bytes_of, evaluate
 from tilelink.backend.expand_rows import Access, Expansion
 from tilelink.backend.verify.errors import BoundsError, FenceError
 from tilelink.backend.verify.match import guarded
@@ -45,7 +45,16 @@ def check_bounds(out: Expansion) -> None:
                 detail=f"element {int(sync.flat[row])} at rank {int(sync.home[row])} does not exist",
                 notes=(out.describe(int(sync.task[row])),),
             )
+        outside = np.flatnonzero(sync.through == -2)
+        if len(outside):
+            raise BoundsError(
+                sync.op.span,
+                symbol=sync.via,
+                detail="the element of `through` does not exist",
+                notes=(out.describe(int(sync.task[int(outside[0])])),),
+            )
     _areas(out)
+    _queues(out)
 
 
 def _access(out: Expansion, access: Access) -> None:
@@ -59,9 +68,16 @@ def _access(out: Expansion, access: Access) -> None:
     if not bad.any() and not shared:
         bad, detail = remote, "a peer may touch symmetric buffers only"
     if not bad.any():
-        if access.write and access.op.name == "transfer":
-            _shapes(out, access)
-        return
+        if access.write and declared.get("role") == "in":
+            bad, detail = (
+                np.ones(len(access.task), dtype=bool),
+                "it is an input, which nobody writes",
+            )
+        else:
+            _offsets(out, access, dims)
+            if access.write and access.op.name == "transfer":
+                _shapes(out, access)
+            return
     row = int(np.flatnonzero(bad)[0])
     region = ", ".join(
         f"{a}..{b}" for a, b in zip(access.lo[row].tolist(), access.hi[row].tolist(), strict=True)
@@ -72,6 +88,51 @@ def _access(out: Expansion, access: Access) -> None:
         detail=f"{detail}: [{region}] of {tuple(dims.tolist())} on rank {int(access.home[row])}",
         notes=(out.describe(int(access.task[row])),),
     )
+
+
+def _offsets(out: Expansion, access: Access, dims: Ints) -> None:
+    """Elements from 2^31 on need offsets of 64 bits."""
+    if access.wide or int(np.prod(dims, dtype=np.float64)) <= 1 << 31:
+        return
+    strides = np.ones(len(dims), dtype=np.int64)
+    for axis in reversed(range(len(dims) - 1)):
+        strides[axis] = strides[axis + 1] * dims[axis + 1]
+    last = (access.hi - 1) @ strides
+    row = int(np.argmax(last))
+    if last[row] >= 1 << 31:
+        raise BoundsError(
+            access.op.span,
+            symbol=access.symbol,
+            detail=f"element {int(last[row])} is reached with offsets of 32 bits (`wide = true` is missing)",
+            notes=(out.describe(int(access.task[row])),),
+        )
+
+
+def _queues(out: Expansion) -> None:
+    """A dynamic queue counts its positions on a cleared counter word of its own."""
+    taken: dict[tuple[str | int, ...], Op] = {}
+    after = ancestors(out)
+    used = {s.symbol for s in out.syncs} | {s.via for s in out.syncs if s.via}
+    for phase in out.phases:
+        counter = phase.op.get("counter") if phase.kind == "stage" else None
+        if counter is None:
+            continue
+        declared, dims = out.declarations.get(counter.symbol), out.dims.get(counter.symbol, ())
+        place = [evaluate(i, out.env, phase.op) for i in counter.index]
+        wrong = ""
+        if declared is None or declared.name != "counter" or declared.get("cleared") is False:
+            wrong = "a queue takes its positions from a counter that `head` clears"
+        elif len(place) != len(dims) or any(
+            not 0 <= int(i) < d for i, d in zip(place, dims, strict=True)
+        ):
+            wrong = "the queue's element does not exist"
+        elif counter.symbol in used or (counter.symbol, *map(int, place)) in taken:
+            wrong = "a queue's counter counts nothing else"
+        elif not any(out.agents[n].name == "head" for n in after[phase.agent]):
+            wrong = "its agent is not ordered after `head`, which clears the queue's counter"
+        if wrong:
+            raise BoundsError(phase.op.span, symbol=counter.symbol, detail=wrong)
+        taken[counter.symbol, *map(int, place)] = phase.op
 
 
 def _shapes(out: Expansion, into: Access) -> None:
@@ -127,7 +188,15 @@ def _areas(out: Expansion) -> None:
                 symbol=op.symbol,
                 detail=f"bytes {begin} to {end} are outside the area of a {op.name}",
             )
-        taken.append((op.get("space") == "local", begin, end, op))
+        local = op.get("space") == "local"
+        room = out.program.get("workspace" if local else "bytes")
+        if op.name == "buffer" and room is not None and end > int(room):
+            raise BoundsError(
+                op.span,
+                symbol=op.symbol,
+                detail=f"it ends at byte {end} of the {int(room)} that the program asks for",
+            )
+        taken.append((local, begin, end, op))
     taken.sort(key=lambda t: (t[0], t[1], t[2], t[3].symbol))
     for (place, _, end, before), (other, begin, _, after) in pairwise(taken):
         if place == other and begin < end:

@@ -8,7 +8,17 @@ from tilelink.backend.expand import Ints
 from tilelink.backend.expand_rows import Expansion
 from tilelink.backend.verify.errors import CoverError, DataflowError, RaceError
 from tilelink.backend.verify.memory import Meeting
-from tilelink.backend.verify.order import NOTIFY, VOID, WAIT, Order
+from tilelink.backend.verify.order import (
+    IDLE,
+    MUTE,
+    NOTIFY,
+    VOID,
+    WAIT,
+    Elements,
+    Order,
+    blind,
+    silent,
+)
 
 
 def where(out: Expansion, meeting: Meeting, row: int) -> str:
@@ -29,14 +39,46 @@ def channels(order: Order, meeting: Meeting, row: int, *, waits: bool) -> str:
     thread = order.threads[int(order.thread_of[meeting.task[row]])]
     slot = int(meeting.node[row]) - thread.node
     if waits:
-        events = [e for e in thread.events[:slot] if e[0] in (WAIT, VOID)]
+        events = [e for e in thread.events[:slot] if e[0] in (WAIT, VOID, IDLE)]
     else:
-        events = [e for e in thread.events[slot:] if e[0] == NOTIFY]
-    names = [
-        order.words.name(e) + (" (which its notifies do not add up to)" if kind == VOID else "")
-        for kind, e in events[:4]
-    ]
+        events = [e for e in thread.events[slot:] if e[0] in (NOTIFY, MUTE)]
+    names = [order.words.name(e) + _WEAK.get(kind, "") for kind, e in events[:4]]
     return ", ".join(names) + (", …" if len(events) > 4 else "") if names else "nothing"
+
+
+_WEAK = {
+    VOID: " (which its notifies do not add up to)",
+    MUTE: " (relaxed, without its barrier or of too small a scope: it releases nothing)",
+    IDLE: " (relaxed or of too small a scope: it acquires nothing)",
+}
+
+
+def proxies(meeting: Meeting, first: int, second: int) -> tuple[str, ...]:
+    """What the async proxy has to do with two access rows in no order; nothing where neither uses it."""
+    notes = []
+    if meeting.tma[first] and meeting.write[first]:
+        notes.append("the store goes through TMA: it is released by a notify with `drain` only")
+    if meeting.tma[second] and meeting.write[first] and not meeting.tma[first]:
+        notes.append(
+            "the later access goes through TMA: it sees what was acquired by the last "
+            "`wait {proxy = true}` before it"
+        )
+    return tuple(notes)
+
+
+def weak(words: Elements) -> tuple[str, ...]:
+    """The synchronisation of the program that carries nothing: a missing order is likely to be there."""
+    notes = []
+    for sync in words.out.syncs:
+        idle = len(sync.task) and (blind(words, sync) if sync.wait else silent(words, sync)).any()
+        if idle:
+            line = f" ({sync.op.span})" if sync.op.span is not None else ""
+            what = "acquires" if sync.wait else "releases"
+            why = "relaxed, or without its barrier" if sync.relaxed else "of too small a scope"
+            if not sync.relaxed and not sync.gpu:
+                why = "together with a weaker one"
+            notes.append(f"a `{sync.op.name}` of @{sync.symbol} is {why}: it {what} nothing{line}")
+    return tuple(notes[:3])
 
 
 def check_cover(out: Expansion, order: Order, meeting: Meeting) -> None:
@@ -68,6 +110,8 @@ def check_cover(out: Expansion, order: Order, meeting: Meeting) -> None:
                 where(out, meeting, writer),
                 f"the channel: after the write its task notifies {channels(order, meeting, writer, waits=False)}",
                 f"before the read its task waits for {channels(order, meeting, row, waits=True)}",
+                *proxies(meeting, writer, row),
+                *weak(order.words),
             ),
         )
     for first, second, orders in (
@@ -88,7 +132,13 @@ def check_cover(out: Expansion, order: Order, meeting: Meeting) -> None:
             raise RaceError(
                 meeting.access(b)[0].op.span,
                 symbol=meeting.symbol,
-                notes=(where(out, meeting, b), where(out, meeting, a)),
+                notes=(
+                    where(out, meeting, b),
+                    where(out, meeting, a),
+                    *proxies(meeting, a, b),
+                    *proxies(meeting, b, a),
+                    *weak(order.words),
+                ),
             )
 
 

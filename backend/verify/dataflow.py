@@ -20,6 +20,7 @@ from tilelink.backend.verify.memory import Meeting
 from tilelink.ir import Op
 
 ANY = np.int64(-(1 << 60))  # a shift or rank that nothing is known or claimed of
+UNKNOWN_PLACES = "tiles that lie otherwise than in the tensor were moved there together"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,12 @@ class Dataflow:
         self.meetings = meetings
         self.contents: dict[str, Content] = {}
         self.resolved: dict[str, tuple[Ints, Ints]] = {}
-        self.summed = _summed(out)
+        self.summed = summed_symbols(out)
 
     def check(self) -> None:
         """Raise DataflowError for the first access, in program order, of wrong data."""
+        for symbol in self.meetings:
+            self.content(symbol)  # also what nothing reads must have been moved rightly
         for access in self.out.accesses:
             if not access.write and access.op.name in ("load", "load_sum"):
                 self.read(access)
@@ -87,10 +90,11 @@ class Dataflow:
         if not access.write:
             return rank, shift
         if access.op.name == "store":
-            return access.rank, access.want - access.lo
+            return access.rank, self.coordinates(access) - access.lo
         source = self.source(access)
         if source is None:
             return rank, shift
+        self.same_tensor(access, source)
         if access.op.name == "collective" and access.origin is None:
             return self.reduced(access, source)
         start, from_rank = self.taken(source, access)
@@ -137,15 +141,72 @@ class Dataflow:
         return out, _uniform(inner, rank[mine], n)
 
     def reduced(self, access: Access, source: Access) -> tuple[Ints, Ints]:
+        """A sum over ranks: each cell of the source must be this rank's contribution to that cell."""
         n, axes = access.lo.shape
         shift = np.zeros((n, axes), dtype=np.int64)
         tensor = self.tensor(access.symbol)
-        if access.op.get("op") == "reduce_scatter" and tensor is not None:
-            over = tensor.get("over")
-            if over is not None and over < axes:
-                part = self.out.dims[source.symbol][over] // self.out.world
-                shift[:, over] = access.rank * part
+        if tensor is None or source.symbol not in self.meetings:
+            return np.full(n, ANY), np.full((n, axes), ANY)
+        have, rank = self.found(source)
+        wrong = np.any(have != 0, axis=1) | (rank != source.rank)
+        if wrong.any():
+            self.fail(source, int(np.flatnonzero(wrong)[0]), "other tiles than its own are summed")
+        if access.op.get("op") == "reduce_scatter":
+            over = tensor["over"]
+            shift[:, over] = access.rank * (self.out.dims[source.symbol][over] // self.out.world)
         return np.full(n, ANY), shift
+
+    def same_tensor(self, access: Access, source: Access) -> None:
+        """What is moved belongs to the tensor that it is moved for, as contribution or as sum."""
+        out = self.out
+        served = [out.base(a.symbol).split(".")[0] for a in (source, access)]
+        serves = "." in access.symbol or self.tensor(access.symbol) is not None
+        if serves and served[0] != served[1]:
+            self.fail(access, 0, f"`{source.symbol}` is not of the tensor that this place serves")
+        kinds = [out.declarations[a.symbol]["dtype"] for a in (source, access)]
+        if kinds[0] != kinds[1]:
+            self.fail(access, 0, f"{kinds[0]} is put where {kinds[1]} is read")
+        if access.op.name == "collective":
+            self.fits(access, source)
+
+    def fits(self, access: Access, source: Access) -> None:
+        """A collective does what its tensor's move asks for, between memory of the right shapes."""
+        tensor, world, kind = self.tensor(access.symbol), self.out.world, access.op.get("op")
+        small, large = self.out.dims[source.symbol], self.out.dims[access.symbol]
+        move = None if tensor is None else tensor.get("move")
+        if kind == "reduce_scatter":
+            small, large = large, small
+        over = int(tensor.get("over") or 0) if tensor is not None else 0
+        cut = [s * world if axis == over else s for axis, s in enumerate(small)]
+        if kind == "all_gather":
+            good = list(large) in (cut, [world, *small])
+            good &= move in ("gather", None) or len(large) > len(small)
+        elif kind == "reduce_scatter":
+            good = list(large) == cut and move in ("scatter", None)
+        else:
+            good = kind == "all_reduce" and large == small and move in ("reduce", None)
+        if not good:
+            shapes = (
+                f"from {list(self.out.dims[source.symbol])} to {list(self.out.dims[access.symbol])}"
+            )
+            self.fail(access, 0, f"`{kind}` {shapes} is not how its tensor moves")
+
+    def coordinates(self, access: Access) -> Ints:
+        """The coordinate of what a store puts at the start of each row; ANY where rows hold several."""
+        tensor = self.tensor(access.symbol)
+        name = self.out.base(access.symbol)
+        if tensor is None or name not in self.out.owners:
+            return access.want
+        axis = access.lo.shape[1] - len(tensor["dims"]) + int(tensor["over"])
+        found = access.want.copy()
+        if access.placed[axis]:
+            first = self.positions(name, access.want[:, axis])
+            length = access.hi[:, axis] - access.lo[:, axis]
+            last = self.positions(name, access.want[:, axis] + length - 1)
+            together = (first != ANY) & (last == first + length - 1)
+            # Far outside of every axis: such content is nobody's.
+            found[:, axis] = np.where(together, first, -(1 << 40))
+        return found
 
     def resolve(self, symbol: str) -> tuple[Ints, Ints, Meeting]:
         """For each read incidence of ``symbol``: shift and rank of the last write before it."""
@@ -154,13 +215,14 @@ class Dataflow:
         assert content is not None
         if symbol not in self.resolved:
             # Writes of a cell are totally ordered: the last before a read has most writes before it.
-            age = np.zeros(len(meeting.write_row), dtype=np.int64)
-            np.add.at(age, meeting.both_second[meeting.both_order == 1], 1)
-            np.add.at(age, meeting.both_first[meeting.both_order == -1], 1)
             good = meeting.pair_order == 1
             read, writer = meeting.pair_read[good], meeting.pair_write[good]
-            by = np.lexsort((age[writer], read))
-            read, writer = read[by], writer[by]
+            if len(meeting.both_order):
+                writes = len(meeting.write_row)
+                age = np.bincount(meeting.both_second[meeting.both_order == 1], minlength=writes)
+                age += np.bincount(meeting.both_first[meeting.both_order == -1], minlength=writes)
+                by = np.lexsort((age[writer], read))
+                read, writer = read[by], writer[by]
             last = np.full(len(meeting.read_row), -1, dtype=np.int64)
             last[read] = writer  # the last assignment wins, which is the youngest write
             row = meeting.write_row[last]
@@ -189,8 +251,7 @@ class Dataflow:
             if not access.placed[axis] and not same:
                 continue
             need[:, axis] = access.want[:, axis]
-            gathered = tensor.get("role") in ("in", "inout") or access.symbol == name
-            if name in self.out.owners and which == tensor["over"] and gathered:
+            if name in self.out.owners and which == tensor["over"]:
                 first = self.positions(name, access.want[:, axis])
                 length = access.hi[:, axis] - access.lo[:, axis]
                 last = self.positions(name, access.want[:, axis] + length - 1)
@@ -239,15 +300,22 @@ class Dataflow:
         inner = meeting.inner[meeting.read_row[mine]]
         have = np.where(shift[mine] == ANY, ANY, access.lo[inner] + shift[mine])
         claim = need[inner]
+        blank = np.any((have == ANY) & (claim != ANY), axis=1)
+        self.report(access, meeting, mine, blank, UNKNOWN_PLACES)
         wrong = np.any((have != claim) & (have != ANY) & (claim != ANY), axis=1)
         self.report(access, meeting, mine, wrong, "another tile's data is there")
-        if tensor.get("move") not in ("scatter", "reduce") or symbol in self.summed:
+        if tensor.get("move") not in ("scatter", "reduce"):
+            return
+        if symbol in self.summed:
+            if access.op.name == "load_sum":
+                self.fail(access, 0, "it holds sums already")
             return
         if access.op.name == "load_sum" and not access.own:
             whose = meeting.place(meeting.read_cell[mine])[:, 1]
         else:
             whose = access.rank[inner]
-        wrong = (rank[mine] != whose) & (rank[mine] != ANY)
+        self.report(access, meeting, mine, rank[mine] == ANY, UNKNOWN_PLACES)
+        wrong = rank[mine] != whose
         self.report(access, meeting, mine, wrong, "another rank's contribution is there")
 
     def store(self, access: Access) -> None:
@@ -297,7 +365,7 @@ def _uniform(row: Ints, value: Ints, n: int) -> Ints:
     return np.where(high == low, high, ANY)
 
 
-def _summed(out: Expansion) -> frozenset[str]:
+def summed_symbols(out: Expansion) -> frozenset[str]:
     """Symbols that hold sums over ranks: all that is put there comes from `load_sum` or a reduction."""
     made: dict[str, object] = {}
     for op in out.program.walk():

@@ -71,6 +71,16 @@ class ProgressError(VerifyError):
     )
 
 
+class UndecidedError(VerifyError):
+    """A program of which the proof cannot tell what it does."""
+
+    code: ClassVar[str] = "cannot-prove"
+    message: ClassVar[str] = "nothing can be proven of this `{name}`: {detail}"
+    hint: ClassVar[str] = (
+        "what synchronises, and where, is known from the extents and the rank alone"
+    )
+
+
 class BoundsError(VerifyError):
     """An index, a peer, a buffer or an array that does not fit."""
 

@@ -15,7 +15,9 @@ from tilelink.ir import Op
 def guarded(out: Expansion, sync: Sync) -> Span | None:
     """The access that a wait is for, or that a notify follows; the op's own span where there is none."""
     ops = list(out.program.walk())
-    at = next(i for i, op in enumerate(ops) if op is sync.op)
+    at = next((i for i, op in enumerate(ops) if op is sync.op), None)
+    if at is None:
+        return sync.op.span
     names = ("load", "load_sum", "store", "transfer", "collective")
     order: list[Op] = ops[at + 1 :] if sync.wait else ops[:at][::-1]
     near = next((op for op in order if op.name in names and op.span is not None), None)
@@ -40,6 +42,42 @@ def check_match(out: Expansion, words: Elements) -> None:
         if len(idle):
             row = int(idle[0])
             _fail(out, words, sync, row, "it is notified, but nothing waits for it")
+
+
+def check_words_of(out: Expansion, words: Elements) -> None:
+    """Raise for waits for epochs that nothing raises, and for notifies that are held back for ever."""
+    for sync in out.syncs:
+        if sync.wait and len(sync.task):
+            _epoch(out, words, sync)
+        if sync.wait or not sync.delay or not len(sync.task):
+            continue
+        numbers = np.unique(out.task_phase[sync.task]).tolist()
+        counter = out.declarations[sync.symbol].name == "counter"
+        if not counter or any(out.phases[n].kind != "stage" for n in numbers):
+            raise FenceError(
+                guarded(out, sync),
+                symbol=sync.symbol,
+                detail="only a notify of a counter in a stage can be held back",
+                notes=(out.describe(int(sync.task[0])),),
+            )
+        for number in numbers:
+            agent = out.phases[number].agent
+            behind = out.phases[number + 1 :]
+            if not any(p.kind == "flush" and p.agent == agent for p in behind):
+                row = int(np.flatnonzero(out.task_phase[sync.task] == number)[0])
+                detail = (
+                    "a notify is held back (`delay`) and lost: no flush stands between its stage "
+                    "and the end of the launch"
+                )
+                _fail(out, words, sync, row, detail)
+
+
+def _epoch(out: Expansion, words: Elements, sync: Sync) -> None:
+    if sync.epoch not in (0, -1):
+        detail = f"a wait for epoch {sync.epoch:+d}; waits are for this call's or the one before"
+        _fail(out, words, sync, 0, detail)
+    if sync.epoch and out.declarations[sync.symbol].name == "counter":
+        _fail(out, words, sync, 0, "a counter has no epoch: it counts one call")
 
 
 def _wait(out: Expansion, words: Elements, sync: Sync) -> None:
@@ -72,19 +110,17 @@ def _counted(out: Expansion, words: Elements, sync: Sync, through: dict[int, int
                 detail="a counter is local to its rank; between ranks a flag is notified",
             )
         return
-    many = sync.bound > 1
-    if not many.any():
+    if not sync.via:
+        if (sync.bound > 1).any():
+            raise FenceError(
+                guarded(out, sync),
+                symbol=sync.symbol,
+                detail="a count above 1 needs a `through` counter",
+            )
         return
-    via = sync.op.get("through")
-    if via is None or via.symbol not in words.base:
-        raise FenceError(
-            guarded(out, sync),
-            symbol=sync.symbol,
-            detail="a count above 1 needs a `through` counter",
-        )
     at = words.number(sync)
-    cells: Ints = words.base[via.symbol] + sync.rank * words.size[via.symbol] + sync.through
-    pairs = np.unique(np.column_stack((cells, at))[many], axis=0)
+    cells: Ints = words.base[sync.via] + sync.rank * words.size[sync.via] + sync.through
+    pairs = np.unique(np.column_stack((cells, at)), axis=0)
     for cell, element in pairs.tolist():
         if through.setdefault(cell, element) != element or words.raised[cell]:
             row = int(np.flatnonzero(at == element)[0])

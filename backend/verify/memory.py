@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from tilelink.backend.expand import Ints
 from tilelink.backend.expand_rows import Access, Expansion, boxes
@@ -27,6 +29,8 @@ class Meeting:
     inner: Ints
     node: Ints
     task: Ints
+    tma: npt.NDArray[np.bool_]
+    write: npt.NDArray[np.bool_]
     write_row: Ints
     write_cell: Ints
     read_row: Ints
@@ -59,6 +63,10 @@ class Meeting:
         return int(np.prod([max(1, len(c) - 1) for c in self.cuts], dtype=np.int64))
 
 
+# Axes up to this long have their cuts marked element by element, which takes no sort.
+DENSE = 2**22
+
+
 def meet(out: Expansion, order: Order, symbol: str) -> Meeting:
     """Pair all accesses to ``symbol`` in one call."""
     accesses = tuple(a for a in out.accesses if a.symbol == symbol)
@@ -70,6 +78,7 @@ def meet(out: Expansion, order: Order, symbol: str) -> Meeting:
     task = np.concatenate([a.task for a in accesses])
     seq = np.concatenate([a.seq for a in accesses])
     write = np.concatenate([np.full(len(a.task), a.write) for a in accesses])
+    tma = np.concatenate([np.full(len(a.task), a.tma) for a in accesses])
     lo = np.concatenate([np.column_stack((a.home, a.lo)) for a in accesses])
     hi = np.concatenate([np.column_stack((a.home + 1, a.hi)) for a in accesses])
     whole = (out.world, *out.dims[symbol])
@@ -77,6 +86,12 @@ def meet(out: Expansion, order: Order, symbol: str) -> Meeting:
     first = np.empty_like(lo)
     last = np.empty_like(hi)
     for axis, extent in enumerate(whole):
+        if extent > DENSE:
+            cut = np.unique(np.concatenate((np.array([0, extent]), lo[:, axis], hi[:, axis])))
+            cuts.append(cut)
+            first[:, axis] = np.searchsorted(cut, lo[:, axis])
+            last[:, axis] = np.searchsorted(cut, hi[:, axis])
+            continue
         edge = np.zeros(extent + 1, dtype=bool)
         edge[[0, extent]] = True
         edge[lo[:, axis]] = True
@@ -87,18 +102,23 @@ def meet(out: Expansion, order: Order, symbol: str) -> Meeting:
         number = np.cumsum(edge) - 1
         first[:, axis] = number[lo[:, axis]]
         last[:, axis] = number[hi[:, axis]]
-    row, point = boxes(last - first)
-    cell = np.zeros(len(row), dtype=np.int64)
-    for axis, cut in enumerate(cuts):
-        cell = cell * max(1, len(cut) - 1) + first[row, axis] + point[:, axis]
+    counts = [max(1, len(cut) - 1) for cut in cuts]
+    steps = np.array([math.prod(counts[axis + 1 :]) for axis in range(len(counts))], dtype=np.int64)
+    shape = last - first
+    row, point = boxes(shape)
+    cell = (first @ steps)[row]
+    for axis in np.flatnonzero((shape > 1).any(axis=0)):
+        cell += point[:, axis] * steps[axis]
     by = np.argsort(cell, kind="stable")
     row, cell = row[by], cell[by]
     is_write = write[row]
     write_row, write_cell = row[is_write], cell[is_write]
     read_row, read_cell = row[~is_write], cell[~is_write]
 
-    pair_write, pair_read = _join(write_cell, read_cell)
-    both_first, both_second = _join(write_cell, write_cell)
+    rows = Rows(order, node, task, seq, tma, write)
+    total = math.prod(counts)
+    pair_write, pair_read = _join(write_cell, read_cell, total)
+    both_first, both_second = _join(write_cell, write_cell, total)
     once = both_first < both_second
     both_first, both_second = both_first[once], both_second[once]
     return Meeting(
@@ -108,24 +128,31 @@ def meet(out: Expansion, order: Order, symbol: str) -> Meeting:
         inner,
         node,
         task,
+        tma,
+        write,
         write_row,
         write_cell,
         read_row,
         read_cell,
         pair_write,
         pair_read,
-        _order(order, write_row[pair_write], read_row[pair_read], node, task, seq),
+        rows.order_of(write_row[pair_write], read_row[pair_read]),
         both_first,
         both_second,
-        _order(order, write_row[both_first], write_row[both_second], node, task, seq),
+        rows.order_of(write_row[both_first], write_row[both_second]),
         tuple(cuts),
     )
 
 
-def _join(writes: Ints, others: Ints) -> tuple[Ints, Ints]:
-    """All pairs (write, other) of incidences with the same cell; both are sorted by cell."""
-    begin = np.searchsorted(writes, others, side="left")
-    count = np.searchsorted(writes, others, side="right") - begin
+def _join(writes: Ints, others: Ints, cells: int) -> tuple[Ints, Ints]:
+    """All pairs (write, other) of incidences with the same of so many cells; both are sorted by cell."""
+    if cells <= DENSE * 4:
+        each = np.bincount(writes, minlength=cells)
+        count = each[others]
+        begin = (np.cumsum(each) - each)[others]
+    else:
+        begin = np.searchsorted(writes, others, side="left")
+        count = np.searchsorted(writes, others, side="right") - begin
     which = np.repeat(np.arange(len(others)), count)
     ends = np.cumsum(count)
     step = np.arange(len(which)) - np.repeat(ends - count, count)
@@ -134,45 +161,97 @@ def _join(writes: Ints, others: Ints) -> tuple[Ints, Ints]:
 
 # Pairs of nodes are looked up in one dense table up to this many entries, else sorted.
 _DENSE = 1 << 26
+# Masks of so many pairs are compared at once.
+_CHUNK = 1 << 15
 
 
-def _order(order: Order, a: Ints, b: Ints, node: Ints, task: Ints, seq: Ints) -> Ints:
-    found = np.zeros(len(a), dtype=np.int64)
-    same = task[a] == task[b]
-    found[same] = np.sign(seq[b[same]] - seq[a[same]])
-    other = ~same
-    total = len(order.releases)
-    pairs = node[a[other]] * total + node[b[other]]
-    dense = total * total <= _DENSE
-    if dense:
-        seen = np.zeros(total * total, dtype=bool)
-        seen[pairs] = True
-        codes = np.flatnonzero(seen)
-    else:
-        codes, inverse = np.unique(pairs, return_inverse=True)
-    values = np.zeros(len(codes), dtype=np.int8)
-    for number, code in enumerate(codes.tolist()):
-        x, y = divmod(code, total)
-        if order.before(x, y):
-            values[number] = 1
-        elif order.before(y, x):
-            values[number] = -1
-    if dense:
-        table = np.zeros(total * total, dtype=np.int8)
-        table[codes] = values
-        found[other] = table[pairs]
-    else:
-        found[other] = values[inverse.ravel()]
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """What happens-before needs to know of the access rows of a symbol; see ``Order``."""
+
+    order: Order
+    node: Ints
+    task: Ints
+    seq: Ints
+    tma: npt.NDArray[np.bool_]
+    write: npt.NDArray[np.bool_]
+
+    def codes(self, a: Ints, b: Ints) -> Ints:
+        """Pairs of rows as numbers: what ``a`` releases, and what had been acquired where ``b`` looks."""
+        order = self.order
+        if len(order.proxied) == 0:
+            return self.node[a] * order.nodes + self.node[b]
+        # A TMA store is complete from a drain on only. What the generic proxy, a peer or a copy
+        # engine wrote is seen through the async proxy from a proxy fence on only. Worked out for rows,
+        # of which there are fewer than pairs.
+        first = (self.node + order.nodes * (self.tma & self.write)) * order.nodes
+        generic = self.write & ~self.tma
+        fenced = np.where(self.tma, order.proxied[self.node], self.node)
+        codes: Ints = first[a] + np.where(generic[a], fenced[b], self.node[b])
+        return codes
+
+    def order_of(self, a: Ints, b: Ints) -> Ints:
+        """1 where row ``a`` is before row ``b`` of the same call, -1 where after, 0 in no order."""
+        found = np.zeros(len(a), dtype=np.int64)
+        same = np.flatnonzero(self.task[a] == self.task[b])
+        found[same] = self.within(a[same], b[same])
+        other = np.flatnonzero(self.task[a] != self.task[b])
+        one, two = a[other], b[other]
+        forward = holds(self.order, self.codes(one, two))
+        found[other[forward]] = 1
+        rest = other[~forward]
+        backward = holds(self.order, self.codes(b[rest], a[rest]))
+        found[rest[backward]] = -1
+        return found
+
+    def within(self, a: Ints, b: Ints) -> Ints:
+        """The same for rows of one task: program order, but for the async proxy."""
+        sign: Ints = np.sign(self.seq[b] - self.seq[a])
+        order = self.order
+        if len(order.proxied) == 0:
+            return sign
+        first, last = np.where(sign > 0, a, b), np.where(sign > 0, b, a)
+        open_store = self.tma[first] & self.write[first]
+        late = order.drained[self.node[first]] > self.node[last]
+        crossing = self.tma[last] & self.write[first] & ~self.tma[first]
+        unseen = order.proxied[self.node[last]] <= self.node[first]
+        sign[(open_store & late) | (crossing & unseen)] = 0
+        return sign
+
+
+def holds(order: Order, codes: Ints, call: int = 0) -> npt.NDArray[np.bool_]:
+    """For each pair of ``Rows.codes`` whether the first precedes the second, ``call`` calls later."""
+    if len(codes) == 0:
+        return np.zeros(0, dtype=bool)
+    size = len(order.releases) * order.nodes
+    if size <= _DENSE:
+        seen = np.zeros(size, dtype=bool)
+        seen[codes] = True
+        some = np.flatnonzero(seen)
+        seen[some] = _meets(order, some, call)
+        return seen[codes]
+    some, inverse = np.unique(codes, return_inverse=True)
+    return _meets(order, some, call)[inverse.ravel()]
+
+
+def _meets(order: Order, codes: Ints, call: int) -> npt.NDArray[np.bool_]:
+    if len(codes) < 4096:
+        releases, clocks, width = order.releases, order.clocks[call], order.nodes
+        pairs = (divmod(code, width) for code in codes.tolist())
+        return np.array([bool(releases[x] & clocks[y]) for x, y in pairs], dtype=bool)
+    left, right = order.masks(call)
+    found = np.empty(len(codes), dtype=bool)
+    for begin in range(0, len(codes), _CHUNK):
+        x, y = np.divmod(codes[begin : begin + _CHUNK], order.nodes)
+        found[begin : begin + _CHUNK] = (left[x] & right[y]).any(axis=1)
     return found
 
 
 def across(order: Order, meeting: Meeting) -> tuple[int, int] | None:
     """Two rows in conflict, the first of one call, the second of the next, in no order; else None."""
-    node = meeting.node
-    total = len(order.releases)
+    seq = np.zeros(0, dtype=np.int64)
+    rows = Rows(order, meeting.node, meeting.task, seq, meeting.tma, meeting.write)
     writes, reads = meeting.write_row, meeting.read_row
-    dense = total * total <= _DENSE
-    tried = np.zeros(total * total if dense else 0, dtype=bool)
     for first, second in (
         (reads[meeting.pair_read], writes[meeting.pair_write]),
         (writes[meeting.pair_write], reads[meeting.pair_read]),
@@ -180,18 +259,7 @@ def across(order: Order, meeting: Meeting) -> tuple[int, int] | None:
         (writes[meeting.both_second], writes[meeting.both_first]),
         (writes, writes),
     ):
-        pairs = node[first] * total + node[second]
-        if dense:
-            seen = np.zeros_like(tried)
-            seen[pairs] = True
-            codes = np.flatnonzero(seen & ~tried)
-            tried |= seen
-        else:
-            codes = np.unique(pairs)
-        bad = [
-            code for code in codes.tolist() if not order.before(code // total, code % total, call=1)
-        ]
-        if bad:
-            at = int(np.flatnonzero(np.isin(pairs, bad))[0])
-            return int(first[at]), int(second[at])
+        bad = np.flatnonzero(~holds(order, rows.codes(first, second), call=1))
+        if len(bad):
+            return int(first[bad[0]]), int(second[bad[0]])
     return None

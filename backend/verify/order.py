@@ -7,6 +7,10 @@ tasks nothing is assumed but elements, so no assignment of tasks to workers is r
 Tasks of the same phase and rank with the same waits and notifies in the same order are one *thread*;
 a *node* is a thread and the number of its events passed. Access X is before access Y of another task
 if X's task raises, after X, an element that is in Y's clock.
+
+Weak synchronisation blocks and counts, but carries nothing: a notify that releases nothing is MUTE, a
+wait that acquires nothing IDLE. Through the async proxy, a store releases from the next drain on, and a
+read takes what its task had acquired at its last proxy fence.
 """
 
 from __future__ import annotations
@@ -20,7 +24,13 @@ import numpy.typing as npt
 from tilelink.backend.expand import Ints
 from tilelink.backend.expand_rows import Access, Expansion, Sync
 
-NOTIFY, WAIT, PREVIOUS, VOID = 0, 1, 2, 3
+# Kinds of events. VOID: a wait whose passing tells nothing, and that is taken to pass at once.
+NOTIFY, WAIT, PREVIOUS, VOID, MUTE, IDLE = 0, 1, 2, 3, 4, 5
+_DRAIN, _PROXY, _SHIFT = (
+    8,
+    16,
+    5,
+)  # bits beside the kind in an event's code, and where the element starts
 
 
 @dataclass(slots=True)
@@ -37,6 +47,9 @@ class Elements:
     high: Ints
     least: Ints
     most: Ints
+    mute: npt.NDArray[np.bool_]
+    near: npt.NDArray[np.bool_]
+    far: npt.NDArray[np.bool_]
 
     def number(self, sync: Sync) -> Ints:
         """The element of each row of ``sync``."""
@@ -91,8 +104,12 @@ def elements(out: Expansion) -> Elements:
         zero - 1,
         zero + (1 << 40),
         zero.copy(),
+        np.zeros(words, dtype=bool),
+        np.zeros(words, dtype=bool),
+        np.zeros(words, dtype=bool),
     )
     found.raised = zero.copy()
+    kernels = np.array([p.kind in ("head", "stage", "finish") for p in out.phases], dtype=bool)
     for sync in out.syncs:
         if sync.wait:
             continue
@@ -102,7 +119,53 @@ def elements(out: Expansion) -> Elements:
         np.maximum.at(found.high, at, sync.rank)
         np.minimum.at(found.least, at, sync.bound)
         np.maximum.at(found.most, at, sync.bound)
+        if len(sync.task) == 0:
+            continue
+        kernel = kernels[out.task_phase[sync.task]]
+        inside = kernel & (sync.home == sync.rank)
+        if sync.relaxed:
+            found.mute[at] = True
+        elif sync.gpu:
+            found.mute[at[~inside]] = True
+            found.near[at[inside]] = True
+        else:
+            found.far[at[~inside]] = True
     return found
+
+
+def silent(words: Elements, sync: Sync) -> npt.NDArray[np.bool_]:
+    """For each row of a notify: whether it releases nothing to anybody.
+
+    Of several that a counter collects for one flag, the last raises the flag for all: one weak one among
+    them makes all weak.
+    """
+    at = words.number(sync)
+    if sync.relaxed:
+        return np.ones(len(at), dtype=bool)
+    if words.out.declarations[sync.symbol].name == "flag":
+        return words.mute[at]
+    found = np.zeros(len(at), dtype=bool)
+    if sync.gpu:
+        kinds = [p.kind in ("head", "stage", "finish") for p in words.out.phases]
+        kernel = np.array(kinds, dtype=bool)[words.out.task_phase[sync.task]]
+        found = ~(kernel & (sync.home == sync.rank))
+    return found
+
+
+def blind(words: Elements, sync: Sync) -> npt.NDArray[np.bool_]:
+    """For each row of a wait: whether it acquires nothing.
+
+    Scope gpu joins kernels of one rank. Where some of an element's notifies are in reach and others are
+    not, nothing is taken from it.
+    """
+    at = words.number(sync)
+    if sync.relaxed or not len(at):
+        return np.ones(len(at), dtype=bool)
+    kinds = [p.kind in ("head", "stage", "finish") for p in words.out.phases]
+    kernel = np.array(kinds, dtype=bool)[words.out.task_phase[sync.task]]
+    if sync.gpu:
+        return ~kernel | words.far[at]
+    return ~kernel & words.near[at]
 
 
 def sound(words: Elements, sync: Sync) -> npt.NDArray[np.bool_]:
@@ -112,6 +175,9 @@ def sound(words: Elements, sync: Sync) -> npt.NDArray[np.bool_]:
     if words.out.declarations[sync.symbol].name == "counter":
         met: npt.NDArray[np.bool_] = (raised == sync.bound) & (raised > 0)
         return met
+    if sync.epoch not in (0, -1):
+        # Epochs of other calls than this one and the one before say nothing of either.
+        return np.zeros(len(at), dtype=bool)
     single = words.low[at] == words.high[at]
     whole: npt.NDArray[np.bool_] = single & (words.least[at] == raised) & (words.most[at] == raised)
     return whole
@@ -128,11 +194,18 @@ class Thread:
     done: int
     node: int
     events: list[tuple[int, int]]
+    drains: list[int]
+    proxies: list[int]
 
 
 @dataclass(slots=True)
 class Order:
-    """Threads, nodes, and the clocks of two consecutive calls."""
+    """Threads, nodes, and the clocks of two consecutive calls.
+
+    ``releases`` holds a mask a node, and behind them, where the program has accesses through TMA, one a
+    node for TMA stores. ``proxied`` is the node of the last proxy fence before a node in its task,
+    ``drained`` the first node behind which its TMA stores are complete.
+    """
 
     words: Elements
     threads: list[Thread]
@@ -144,6 +217,10 @@ class Order:
     reached: list[list[int]] = field(default_factory=list)
     releases: list[int] = field(default_factory=list)
     stuck: bool = False
+    nodes: int = 0
+    packed: list[npt.NDArray[np.uint64]] = field(default_factory=list)
+    proxied: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    drained: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def node(self, access: Access) -> Ints:
         """The node of each row of an access."""
@@ -151,6 +228,30 @@ class Order:
         slot = at - self.first_key[access.task]
         firsts = np.array([t.node for t in self.threads], dtype=np.int64)
         return firsts[self.thread_of[access.task]] + slot
+
+    def sync_node(self, sync: Sync) -> Ints:
+        """The node of each row of a wait or notify: what its task had passed just before it."""
+        seq = np.full_like(sync.seq, self.stride - 1) if sync.delay else sync.seq
+        at = np.searchsorted(self.keys, sync.task * self.stride + seq)
+        firsts = np.array([t.node for t in self.threads], dtype=np.int64)
+        return firsts[self.thread_of[sync.task]] + at - self.first_key[sync.task]
+
+    def release_node(self, access: Access) -> Ints:
+        """The place in ``releases`` of each row of an access."""
+        later = self.nodes if access.tma and access.write else 0
+        return self.node(access) + later
+
+    def takes(self, wait: Sync) -> npt.NDArray[np.bool_]:
+        """For each row of a wait whether passing it acquires what the notifies release."""
+        return sound(self.words, wait) & ~blind(self.words, wait)
+
+    def masks(self, call: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """``releases`` and the first call's share of ``clocks`` as rows of 64-bit words."""
+        if not self.packed:
+            self.packed.append(_pack(self.releases, self.words.total))
+        while len(self.packed) < 3:
+            self.packed.append(_pack(self.clocks[len(self.packed) - 1], self.words.total))
+        return self.packed[0], self.packed[1 + call]
 
     def before(self, x: int, y: int, call: int = 0) -> bool:
         """Whether an access at node ``x`` in the first call precedes one at ``y`` of another task."""
@@ -160,22 +261,27 @@ class Order:
 def order(out: Expansion, words: Elements) -> Order:
     """Build threads and clocks. ``stuck`` is set where the waits of one call go in a circle."""
     tasks = len(out.task_rank)
+    late = 1 + max(
+        max((int(x.seq.max()) for x in out.syncs if len(x.seq)), default=0),
+        max((int(x.seq.max()) for x in out.accesses), default=0),
+    )
     parts: list[tuple[Ints, Ints, Ints]] = []
     for sync in out.syncs:
-        code = words.number(sync) * 4
+        code = words.number(sync) << _SHIFT
         if sync.wait:
-            good = sound(words, sync)
-            kind = np.where(good, PREVIOUS if sync.epoch < 0 else WAIT, VOID)
+            previous = sync.epoch < 0 and out.declarations[sync.symbol].name == "flag"
+            idle = blind(words, sync)
+            kind = np.where(idle, VOID if previous else IDLE, PREVIOUS if previous else WAIT)
+            kind = np.where(sound(words, sync), kind, VOID) + _PROXY * sync.proxy
         else:
-            kind = np.full(len(code), NOTIFY)
-        parts.append((sync.task, sync.seq, code + kind))
+            kind = np.where(silent(words, sync), MUTE, NOTIFY) + _DRAIN * sync.drain
+        # A notify that is held back comes after all that its task does.
+        seq = np.full_like(sync.seq, late) if sync.delay else sync.seq
+        parts.append((sync.task, seq, code + kind))
     task = np.concatenate([p[0] for p in parts]) if parts else np.zeros(0, dtype=np.int64)
     seq = np.concatenate([p[1] for p in parts]) if parts else np.zeros(0, dtype=np.int64)
     code = np.concatenate([p[2] for p in parts]) if parts else np.zeros(0, dtype=np.int64)
-    stride = 1 + max(
-        int(seq.max()) if len(seq) else 0,
-        max((int(a.seq.max()) for a in out.accesses), default=0),
-    )
+    stride = late + 1
     keys = task * stride + seq
     by = np.argsort(keys, kind="stable")
     keys, task, code = keys[by], task[by], code[by]
@@ -197,16 +303,28 @@ def order(out: Expansion, words: Elements) -> Order:
             one = int(some[number])
             phase, rank = int(out.task_phase[one]), int(out.task_rank[one])
             start, done = _ends(out, words, phase, rank)
-            events = [(int(c) & 3, int(c) >> 2) for c in table[number, 1:]]
-            threads.append(Thread(rank, phase, one, start, done, node, events))
+            codes = table[number, 1:].tolist()
+            events = [(c & 7, c >> _SHIFT) for c in codes]
+            drains = [i for i, c in enumerate(codes) if c & _DRAIN]
+            proxies = [i for i, c in enumerate(codes) if c & _PROXY]
+            threads.append(Thread(rank, phase, one, start, done, node, events, drains, proxies))
             node += int(size) + 1
-    found = Order(words, threads, thread_of, keys, first_key, stride)
+    found = Order(words, threads, thread_of, keys, first_key, stride, nodes=node)
     found.releases = _releases(threads, node)
+    if any(a.tma for a in out.accesses):
+        _async(found, out)
     for call in range(2):
         _clocks(found, out, node, call)
         if found.stuck:
             break
     return found
+
+
+def _pack(masks: list[int], bits: int) -> npt.NDArray[np.uint64]:
+    size = (bits + 63) // 64 * 8
+    low = (1 << bits) - 1
+    data = b"".join((mask & low).to_bytes(size, "little") for mask in masks)
+    return np.frombuffer(data, dtype="<u8").reshape(len(masks), size // 8)
 
 
 def _distinct(table: Ints) -> tuple[Ints, Ints]:
@@ -240,6 +358,39 @@ def _releases(threads: list[Thread], nodes: int) -> list[int]:
                 if kind == NOTIFY:
                     mask |= 1 << element
     return found
+
+
+def _async(found: Order, out: Expansion) -> None:
+    """What holds of accesses through the async proxy: proxy fences, drains, and what they release."""
+    drained_later: dict[int, bool] = {}
+    flushed: set[int] = set()
+    for number in reversed(range(len(out.phases))):
+        phase = out.phases[number]
+        if phase.kind == "flush" and phase.op.get("drain"):
+            flushed.add(phase.agent)
+        drained_later[number] = phase.agent in flushed
+    found.proxied = np.zeros(found.nodes, dtype=np.int64)
+    found.drained = np.full(found.nodes, np.iinfo(np.int64).max)
+    complete = [0] * found.nodes
+    for thread in found.threads:
+        done = thread.done
+        if out.phases[thread.phase].kind == "stage" and not drained_later[thread.phase]:
+            done = found.words.agent("end", out.phases[thread.phase].agent, thread.rank)
+        fence = thread.node
+        proxies = set(thread.proxies)
+        for slot in range(len(thread.events) + 1):
+            if slot - 1 in proxies:
+                fence = thread.node + slot
+            found.proxied[thread.node + slot] = fence
+        drains, following = set(thread.drains), -1
+        for slot in range(len(thread.events), -1, -1):
+            if slot in drains:
+                following = slot
+            node = thread.node + slot
+            complete[node] = 1 << done if following < 0 else found.releases[thread.node + following]
+            if following >= 0:
+                found.drained[node] = thread.node + following + 1
+    found.releases += complete
 
 
 def numbers(out: Expansion) -> dict[str, int]:
@@ -295,7 +446,7 @@ def _clocks(found: Order, out: Expansion, nodes: int, call: int) -> None:
         missing[thread.done] += 1
         starting.setdefault(thread.start, []).append(number)
         for kind, element in thread.events:
-            if kind == NOTIFY:
+            if kind in (NOTIFY, MUTE):
                 missing[element] += 1
     clock = [0] * nodes
     reached = [0] * words.total
@@ -326,12 +477,15 @@ def _clocks(found: Order, out: Expansion, nodes: int, call: int) -> None:
             kind, element = thread.events[slot]
             if kind == NOTIFY:
                 lower(element, now)
-            elif kind == WAIT:
+            elif kind == MUTE:
+                lower(element, 0)
+            elif kind in (WAIT, IDLE):
                 if not fired[element]:
                     position[number] = slot
                     waiting.setdefault(element, []).append(number)
                     return False
-                now |= reached[element]
+                if kind == WAIT:
+                    now |= reached[element]
             elif kind == PREVIOUS and call:
                 now |= found.reached[0][element]
             slot += 1

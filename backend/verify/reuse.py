@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tilelink.backend.expand_rows import Expansion
-from tilelink.backend.verify.cover import where
+from tilelink.backend.verify.cover import channels, proxies, weak, where
 from tilelink.backend.verify.errors import ReuseError
 from tilelink.backend.verify.memory import Meeting, across
 from tilelink.backend.verify.order import Order
@@ -25,5 +25,9 @@ def check_reuse(out: Expansion, order: Order, meeting: Meeting) -> None:
             f"this call: {where(out, meeting, first)}",
             f"the next call: {where(out, meeting, second)}",
             "no chain of notifies and waits leads from the first to the second",
+            f"behind the first, its task notifies {channels(order, meeting, first, waits=False)}",
+            f"before the second, its task waits for {channels(order, meeting, second, waits=True)}",
+            *proxies(meeting, first, second),
+            *weak(order.words),
         ),
     )

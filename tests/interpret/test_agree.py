@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
 
-from tilelink.backend.runtime.agree import Absent, agree
-from tilelink.backend.runtime.errors import AgreementError
+from tilelink.backend.runtime.agree import Absent, agree, greet, join
+from tilelink.backend.runtime.errors import AgreementError, RecoveryFailed
+from tilelink.backend.runtime.recover import elect
+from tilelink.backend.runtime.roster import Roster, this_process
+from tilelink.backend.runtime.state import GroupState
 
 WORLD = 3
 
@@ -19,13 +26,14 @@ def meet(
     errors: dict[int, Exception] | None = None,
     absent: int | None = None,
     elsewhere: Callable[[], list[int]] = list,
+    lost: Callable[[], list[int]] = list,
 ) -> list[Exception | None]:
     store = HashStore()
 
     def rank(number: int) -> Exception | None:
         try:
             error = (errors or {}).get(number)
-            agree(store, number, WORLD, 0, "gemm", facts[number], error, 2.0, elsewhere)
+            agree(store, number, WORLD, "key", "gemm", facts[number], error, 2.0, elsewhere, lost)
         except AgreementError as problem:
             return problem
         return None
@@ -83,3 +91,116 @@ def test_rank_in_another_call_is_named_before_the_time_limit() -> None:
     results = meet([{}] * WORLD, absent=2, elsewhere=lambda: [2])
     assert time.monotonic() - started < 1.9
     assert all("rank 2 runs another program" in str(r) for r in results)
+
+
+def test_rank_that_is_dead_is_named_before_the_time_limit() -> None:
+    started = time.monotonic()
+    results = meet([{}] * WORLD, absent=2, lost=lambda: [2])
+    assert time.monotonic() - started < 1.9
+    assert all("the process of rank 2 has ended" in str(r) for r in results)
+
+
+def joined(store: Any, absent: int | None = None, timeout: float = 5.0) -> list[Roster | Exception]:
+    def rank(number: int) -> Roster | Exception:
+        try:
+            return join(greet(store, number, WORLD), "gemm", timeout, 0.5)
+        except AgreementError as problem:
+            return problem
+
+    with ThreadPoolExecutor(WORLD) as threads:
+        return list(threads.map(rank, [r for r in range(WORLD) if r != absent]))
+
+
+def test_ranks_that_join_have_one_roster_and_each_meeting_another() -> None:
+    store = HashStore()
+    first, second = joined(store), joined(store)
+    for rosters in (first, second):
+        assert all(isinstance(r, Roster) and r == rosters[0] for r in rosters)
+    assert isinstance(first[0], Roster) and isinstance(second[0], Roster)
+    # What the first meeting left in the store was not taken for the second one.
+    assert first[0].name != second[0].name
+    assert first[0].lost() == []
+
+
+def test_entries_of_an_earlier_meeting_do_not_stand_for_a_rank_that_is_not_there() -> None:
+    store = HashStore()
+    joined(store)
+    for result in joined(store, absent=1, timeout=1.0):
+        assert isinstance(result, Absent) and "rank 1 did not come" in str(result)
+
+
+def test_rank_whose_process_has_ended_does_not_keep_the_others_waiting() -> None:
+    store = HashStore()
+    # The number of a process that began at another time: it was given anew.
+    entry = {**this_process().text(), "began": "0", "seen": {}}
+    store.set("tilelink/hello/2", json.dumps(entry))
+    started = time.monotonic()
+    for result in joined(store, absent=2, timeout=30.0):
+        assert isinstance(result, Absent) and "process of rank 2 has ended" in str(result)
+    assert time.monotonic() - started < 10
+
+
+class Quiet(GroupState):
+    """A group without memory, of which no call ever runs."""
+
+    def idle(self) -> bool:
+        return True
+
+
+def test_a_rank_that_ends_between_its_first_call_and_the_agreement_is_named(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        # What a first call does before it compiles; nothing is agreed on yet.
+        Quiet(None, 2, WORLD, FileStore(str(tmp_path / "store"), WORLD))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    store = FileStore(str(tmp_path / "store"), WORLD)
+    started = time.monotonic()
+    for result in joined(store, absent=2, timeout=30.0):
+        assert isinstance(result, Absent) and "process of rank 2 has ended" in str(result)
+    assert time.monotonic() - started < 10
+
+
+class Members:
+    """What an election asks of a group."""
+
+    def __init__(self, rank: int, dead: list[int]) -> None:
+        self.rank, self.world, self._dead = rank, WORLD, dead
+
+    def lost(self) -> list[int]:
+        return self._dead
+
+
+def elected(
+    store: Any, ranks: list[int], dead: list[int], limit: float = 10.0
+) -> list[tuple[list[int], str] | Exception]:
+    def rank(number: int) -> tuple[list[int], str] | Exception:
+        state: Any = Members(number, dead)
+        try:
+            return elect(store, state, limit)
+        except RecoveryFailed as problem:
+            return problem
+
+    with ThreadPoolExecutor(WORLD) as threads:
+        return list(threads.map(rank, ranks))
+
+
+def test_live_ranks_elect_themselves_alike_and_anew_each_time() -> None:
+    store = HashStore()
+    names = set()
+    for ranks, dead in (([0, 1, 2], []), ([0, 2], [1]), ([1], [0, 2]), ([0, 1, 2], [])):
+        results = elected(store, ranks, dead)
+        assert all(r == results[0] for r in results)
+        assert isinstance(results[0], tuple) and results[0][0] == ranks
+        names.add(results[0][1])
+    assert len(names) == 4
+
+
+def test_rank_that_does_not_come_is_left_out_and_told_when_it_does() -> None:
+    store = HashStore()
+    started = time.monotonic()
+    for result in elected(store, [0, 1], [], limit=1.0):
+        assert isinstance(result, tuple) and result[0] == [0, 1]
+    assert 0.9 < time.monotonic() - started < 5
+    (late,) = elected(store, [2], [])
+    assert isinstance(late, RecoveryFailed) and "ranks 0, 1 went on without it" in str(late)

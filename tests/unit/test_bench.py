@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cluster, environment, graph_check, measure, report, run, stats
+from bench import cluster, environment, evidence, graph_check, measure, report, run, stats
 from bench.candidates import Candidate, Inputs, set_count
 from bench.cases import AG_GEMM, Case, mlp_cases
 from bench.measure import Bench, Settings
@@ -365,6 +365,28 @@ def test_page_shows_losses_failures_and_graph_checks(tmp_path: Path) -> None:
     assert report.main([*arguments, "--check"]) == 0
     out.write_text(out.read_text() + "an edit\n")
     assert report.main([*arguments, "--check"]) == 1
+
+
+def test_evidence_shows_what_failed() -> None:
+    case = {"name": "proof", "command": "python -m tests.assurance.mutants", "code": 1}
+    assurance = {
+        "kind": "assurance",
+        "date": "2026-01-01",
+        "cores": 2,
+        **dict.fromkeys(("python", "torch", "triton"), "1.0"),
+        "cases": [{**case, "figures": {"mutants": 2600, "survived": 3}}],
+    }
+    row = {"kernel": "ag_gemm", "resource": "sm:8", "us_a_call": 50.5}
+    counts = {"calls": 1000, "eager_calls": 10, "wrong_elements": 7, "control_wrong_elements": 9}
+    soak = {
+        "kind": "reliability",
+        **header(),
+        "rows": [{"test": "soak", **row, **counts, "ok": False}],
+    }
+    text = evidence.page([("a.json", assurance), ("b.json", soak), ("c.json", {"kind": "bench"})])
+    assert "FAILED (1): mutants 2,600, survived 3" in text
+    assert "| ag_gemm | sm:8 | 1,000 | 10 | 7 | 9 | 50.5 | FAILED |" in text
+    assert "NCCL without NVLink multicast" in text
 
 
 @pytest.mark.parametrize(

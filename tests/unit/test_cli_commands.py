@@ -417,3 +417,64 @@ def test_random_tables_fit_their_use() -> None:
     assert not ranks[0]["A"].equal(ranks[1]["A"])
     again = random_inputs(kernel, 0)
     assert all(again[1][name].equal(ranks[1][name]) for name in ("A", "order", "offs"))
+
+
+def test_equal_nan_and_infinities_are_no_error_and_others_are() -> None:
+    torch = pytest.importorskip("torch")
+    from tilelink.cli.run import error_of
+
+    nan, inf = float("nan"), float("inf")
+    odd = torch.tensor([[1.0, nan, inf, -inf], [3.0, 4.0, 0.0, 0.0]])
+    assert error_of(odd.clone(), odd) == 0.0
+    near = odd.clone()
+    near[1, 1] = 9.0
+    assert error_of(near, odd) == pytest.approx(1.0)
+    for place, values in enumerate(((nan, inf), (0.0, inf), (nan, -inf, 0.0), (inf, nan))):
+        for value in values:
+            other = odd.clone()
+            other[0, place] = value
+            assert error_of(other, odd) == error_of(odd, other) == inf
+
+
+STORED_EACH_STEP = "        acc = tk.dot(A[m, k], B[k, n], acc)\n        C[m, n] = acc\n"
+READ_FIRST = "    acc = C[m, n].to(tk.float32)\n"
+EMPTY = "for e in tk.range(K - 32):\n    for m, n in tk.tiles(M, N):\n        C[m, n] = 0.0\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("        acc = tk.dot(A[m, k], B[k, n], acc)\n    C[m, n] = acc\n", STORED_EACH_STEP),
+        ("    acc = tk.zeros([m, n], tk.float32)\n", READ_FIRST),
+        ("for k in tk.tiles(K):", "for k in tk.tiles(K, 0):"),
+        ("for k in tk.tiles(K):", "for k in tk.tiles(0, K - 32):"),
+        ("for m, n in tk.tiles(M, N):", EMPTY + "for m, n in tk.tiles(M, N):"),
+    ],
+    ids=["stored after each step", "read before stored", "empty", "empty by extents", "no tasks"],
+)
+def test_unusual_stores_and_empty_loops_agree_with_the_reference(
+    old: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    from tests.assurance.bad_source import GOOD_BODY, kernel_text
+
+    assert old in GOOD_BODY
+    file = tmp_path / "unusual.py"
+    file.write_text(kernel_text(GOOD_BODY.replace(old, new)))
+    assert main(["run", str(file), "--world", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("ok")
+
+
+def test_run_says_how_many_values_are_not_finite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    from tests.assurance.bad_source import kernel_text
+
+    text = "M, K = A.shape\nfor m, k in tk.tiles(M, K):\n    C[m, k] = A[m, k] ** A[m, k]\n"
+    file = tmp_path / "pow.py"
+    file.write_text(kernel_text(text, parameters="A, C"))
+    assert main(["run", str(file), "--world", "2"]) == 0
+    row = capsys.readouterr().out.splitlines()[1]
+    found = re.search(r"C \((\d+) not finite\) +0\.0e\+00", row)
+    assert found is not None and 0 < int(found[1]) < 2 * 64 * 32

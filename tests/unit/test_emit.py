@@ -13,6 +13,7 @@ import pytest
 from tilelink.backend.emit.scope import CannotEmit, linear
 from tilelink.backend.emit.text import Writer, render, span
 from tilelink.backend.emit.triton import emit
+from tilelink.backend.passes.order_memory import order_memory
 from tilelink.ir import Op, parse_ir, print_ir
 
 PROGRAMS = sorted((Path(__file__).parents[1] / "programs").glob("*.ir"))
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def program(name: str) -> Op:
     path = next(p for p in PROGRAMS if p.name == f"{name}.ir")
-    return parse_ir(path.read_text(), path.name)
+    return order_memory(parse_ir(path.read_text(), path.name))
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.stem)

@@ -8,6 +8,7 @@ import pytest
 
 from tilelink.backend.emit.offline import SHARED_LIMIT, Compiled, compile_offline, lint
 from tilelink.backend.emit.triton import emit
+from tilelink.backend.passes.order_memory import order_memory
 from tilelink.ir import Op, parse_ir
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
@@ -17,7 +18,7 @@ def read(name: str, change: dict[str, str] | None = None) -> Op:
     text = (PROGRAMS / f"{name}.ir").read_text()
     for old, new in (change or {}).items():
         text = re.sub(old, new, text)
-    return parse_ir(text, name)
+    return order_memory(parse_ir(text, name))
 
 
 def large_ag_gemm() -> Op:

@@ -152,3 +152,56 @@ def test_an_unknown_name_is_an_error_with_its_place() -> None:
     with pytest.raises(UnknownExtent, match="`Q` is not known") as caught:
         expand(op)
     assert caught.value.span is not None
+
+
+ORDER = """program @p {world = 2} do {
+  extent @M {value = 8}
+  buffer @T {dims = [M], dtype = "bf16", offset = 0, space = "local"}
+  counter @d {dims = [1], offset = 131072}
+  counter @c {dims = [2], offset = 131200}
+  flag @f {dims = [WORLD], offset = 4096}
+  launch @k {workers = 2} do {
+    stage @s {extent = [M], tile = [4]} do (%m: tile) {
+      wait @f[0] {compare = "equal", order = "relaxed", proxy = true, scope = "gpu"}
+      %x = load @T[%m] {via = "tma", wide = true} : bf16[m]
+      for_tiles {extent = [M], tile = [4]} do (%k: tile) {
+        store @T[%k] (%x)
+        %y = load @T[%k at (k.start + 4) % M] : bf16[k]
+      }
+      notify @d[0] {delay = 1, drain = true}
+      notify @f[RANK] {barrier = false, count = 2, peer = 0, through = @c[RANK + 1]}
+    }
+    flush
+  }
+}"""
+
+
+def test_memory_order_stands_in_the_rows() -> None:
+    out = expand(parse_ir(ORDER))
+    wait, held, flag = out.syncs
+    assert (wait.relaxed, wait.gpu, wait.proxy, wait.equal) == (True, True, True, True)
+    assert (held.relaxed, held.delay, held.drain, held.gpu) == (False, True, True, False)
+    assert (flag.relaxed, flag.via, flag.delay) == (True, "c", False)
+    # The word of rank 1 is past the end.
+    assert flag.through.tolist() == [1, 1, -2, -2]
+    first, store, _ = out.accesses
+    assert (first.tma, first.wide, store.tma, store.wide) == (True, True, False, False)
+    assert [p.kind for p in out.phases] == ["stage", "flush"]
+    assert out.phases[1].first == len(out.task_rank) == 4
+
+
+def test_a_loop_that_reads_what_it_writes_is_taken_apart() -> None:
+    _, store, load = expand(parse_ir(ORDER)).accesses
+    assert len(store.task) == len(load.task) == 8
+    assert load.lo[:2, 0].tolist() == [4, 0]
+
+
+def test_what_cannot_be_enumerated_is_said() -> None:
+    assert expand(parse_ir(ORDER)).problems == []
+    for old, new, part in (
+        ("notify @d[0]", "notify @d[0..1, 0]", "more indices"),
+        ("@c[RANK + 1]", "@c[0..2]", "one element"),
+        ("wait @f[0]", "wait @g[0]", "declares"),
+    ):
+        problems = expand(parse_ir(ORDER.replace(old, new))).problems
+        assert any(part in text for _, text in problems), (new, problems)

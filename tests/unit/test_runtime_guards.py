@@ -1,9 +1,8 @@
-"""What the CUDA runtime refuses or stops, without a GPU."""
+"""What the runtime of GPUs refuses or stops, without a GPU."""
 
 from __future__ import annotations
 
-import contextlib
-from types import SimpleNamespace
+import ctypes
 from typing import Any
 
 import pytest
@@ -11,10 +10,17 @@ import torch
 
 from tilelink import kernels
 from tilelink.backend.pipeline import run_passes
-from tilelink.backend.runtime import arena
+from tilelink.backend.runtime import watch
 from tilelink.backend.runtime.cuda import _check_apart
-from tilelink.backend.runtime.errors import BadArgument, WaitTimeout
-from tilelink.backend.runtime.image import image_of
+from tilelink.backend.runtime.errors import (
+    BadArgument,
+    EpochOverwritten,
+    PeerLost,
+    PeerTimeout,
+    WaitTimeout,
+)
+from tilelink.backend.runtime.image import Image, image_of
+from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
 from tilelink.backend.runtime.views import Views
 from tilelink.ir import layout, parse_ir
 
@@ -48,32 +54,137 @@ def test_only_a_program_with_flags_takes_an_epoch(flags: bool) -> None:
     image = image_of(ag_gemm if flags else parse_ir(FLAGLESS))
     arenas = [torch.zeros(layout.DATA, dtype=torch.uint8) for _ in range(2)]
     views = Views(image, 0, arenas, torch.zeros(2, dtype=torch.int64), 1.0, 1.0)
-    assert views.head_arguments(flags)[-2:] == (flags, flags)
+    views.program = 7
+    assert views.head_arguments(flags)[-3:] == (flags, flags, 7)
+
+
+class Fake(GroupState):
+    """A group of three ranks, this one rank 0, whose arenas are lists of words."""
+
+    def __init__(self, arenas: int = 1) -> None:
+        self.record: Any = (ctypes.c_int32 * (1 + layout.RECORD_WORDS))()
+        self.busy = False
+        self.dead: list[int] = []
+        super().__init__(None, 0, 3, None)
+        self.arenas = [[[0] * CONTROL_WORDS for _ in range(3)] for _ in range(arenas)]
+
+    @property
+    def host(self) -> watch.HostRecord:
+        return watch.HostRecord(ctypes.addressof(self.record), len(self.record))
+
+    def idle(self) -> bool:
+        return not self.busy
+
+    def control(self, arena: Any, rank: int) -> list[int]:
+        return list(arena[rank])
+
+    def set_abort(self, arena: Any, rank: int, value: int) -> None:
+        arena[rank][layout.ABORT] = value
+
+    def lost(self) -> list[int]:
+        return self.dead
+
+    def stopped(self) -> list[list[int]]:
+        return [[words[layout.ABORT] for words in arena] for arena in self.arenas]
+
+
+def two_programs() -> list[Image]:
+    kernels_ = (kernels.ag_gemm, kernels.gemm_ar)
+    return [image_of(run_passes(k.build({"M": 48, "K": 16, "N": 16}, world=3))) for k in kernels_]
+
+
+def record_of(image: Image, program: int, kind: int) -> list[int]:
+    """What rank 0 leaves when it waits in vain for rank 1 in the last wait of a program."""
+    number = len(image.waits) - 1
+    word = image.flags[image.waits[number].symbol].word + 1
+    return [1, 0, 0, 7, word, 5, 4, 1, number, kind, program, 5, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_time_out_stops_what_peers_run_on_other_arenas(
-    count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    words: dict[tuple[int, int], torch.Tensor] = {}
-
-    def fake(number: int) -> Any:
-        return SimpleNamespace(
-            word=lambda rank, word: words.setdefault(
-                (number, rank), torch.zeros(1, dtype=torch.int32)
-            )
-        )
-
-    state: Any = object.__new__(arena.GroupState)
-    state.arenas, state.world = [fake(n) for n in range(count)], 3
-    state.host, state._reported = SimpleNamespace(aborted=True), False
-    state.stream = lambda _: None
-    error = WaitTimeout.__new__(WaitTimeout)
-    state._error = lambda: error
+def test_a_time_out_stops_what_peers_run_on_other_arenas(count: int) -> None:
+    state = Fake(count)
+    state.images = two_programs()
+    state.record[1:] = record_of(state.images[0], 1, watch.PROGRESS)
+    state.record[0] = 1
     with pytest.raises(WaitTimeout):
         state.check()
     # The kernel itself has stopped the arena that it ran on.
-    assert sorted(words) == ([(n, r) for n in range(2) for r in range(3)] if count == 2 else [])
-    assert all(int(w) == 1 for w in words.values())
-    state.check()  # reported once
+    assert state.stopped() == ([[1, 1, 1]] * 2 if count == 2 else [[0, 0, 0]])
+    state.check()  # raised once
+    with pytest.raises(PeerTimeout, match=r"given up: .*waited in vain for rank 1"):
+        state.check_usable()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_record_is_read_with_the_program_that_left_it(number: int) -> None:
+    state = Fake()
+    state.images = two_programs()
+    image = state.images[number - 1]
+    state.record[1:] = record_of(image, number, watch.PROGRESS)
+    state.record[0] = 1
+    with pytest.raises(WaitTimeout) as caught:
+        state.check()
+    symbol = image.waits[-1].symbol
+    assert caught.value.values["kernel"] == image.name
+    assert str(caught.value.values["channel"]).startswith(f"@{symbol}[")
+    assert caught.value.span == image.waits[-1].span
+
+
+def test_a_rank_that_was_told_to_stop_repeats_what_the_first_one_says() -> None:
+    state = Fake()
+    state.images = two_programs()
+    record = record_of(state.images[1], 2, watch.PROGRESS)
+    state.arenas[0][2][layout.RECORD : layout.RECORD + len(record)] = [*record[:1], 2, *record[2:]]
+    state.record[0] = 1
+    with pytest.raises(PeerTimeout, match="rank 2 waited in vain for rank 1") as caught:
+        state.check()
+    assert caught.value.span == state.images[1].waits[-1].span
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "text"),
+    [
+        (watch.ARRIVAL, WaitTimeout, "has not started the call within"),
+        (watch.DEATH, PeerLost, "its process has ended"),
+        (watch.OVERWRITTEN, EpochOverwritten, "the epoch of its arena is 4"),
+    ],
+)
+def test_each_kind_of_record_has_its_error(kind: int, error: type[WaitTimeout], text: str) -> None:
+    image = two_programs()[0]
+    found = watch.timeout_error(image, record_of(image, 1, kind), 2.0, 0)
+    assert type(found) is error and text in str(found)
+
+
+@pytest.mark.parametrize("epoch", [5, -(2**31)])
+def test_the_watchdog_stops_what_waits_for_a_dead_rank_and_nothing_else(epoch: int) -> None:
+    """A dead rank that had started the call may have sent everything: its call is left alone."""
+    before = epoch - 1 if epoch > 0 else 2**31 - 1
+    state = Fake()
+    words = state.arenas[0][0]
+    words[layout.EPOCH] = epoch
+    words[layout.ARRIVED : layout.ARRIVED + 3] = [epoch] * 3
+    state.busy, state.dead = True, [2]
+    state.tend()
+    assert state.stopped() == [[0, 0, 0]]
+    words[layout.ARRIVED + 2] = before
+    state.dead = []
+    state.tend()
+    assert state.stopped() == [[0, 0, 0]]
+    state.dead = [2]
+    state.tend()
+    assert state.stopped() == [[layout.LOST + 2, 0, 0]]
+    with pytest.raises(PeerTimeout, match="the process of rank 2 has ended"):
+        state.check_usable()
+
+
+def test_a_call_that_cannot_start_is_an_error_once_the_group_was_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TILELINK_TIMEOUT", "0.1")
+    monkeypatch.setattr("tilelink.backend.runtime.state.GRACE", 0.1)
+    state = Fake()
+    state.settle()  # nothing runs
+    state.busy = True
+    state.give_up("rank 1 gave up")
+    with pytest.raises(PeerTimeout, match="held up by other work"):
+        state.settle()

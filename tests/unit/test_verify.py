@@ -5,6 +5,7 @@ import time
 import pytest
 
 from tests.unit.verify_programs import NAMES, resized, text_of
+from tilelink.backend.mutate import deletions
 from tilelink.backend.verify import (
     BoundsError,
     CoverError,
@@ -15,7 +16,6 @@ from tilelink.backend.verify import (
     RaceError,
     ReuseError,
     VerifyError,
-    mutants,
     verify,
 )
 from tilelink.errors import Span
@@ -35,7 +35,7 @@ def test_every_program_is_accepted_and_every_deletion_refused(name: str) -> None
     assert report.world == program["world"]
     lines = [op_line(op) for op in program.walk() if op.name in ("wait", "notify")]
     tried = 0
-    for line, mutant in mutants(program):
+    for line, mutant in deletions(program):
         assert line.startswith(lines[tried])
         tried += 1
         with pytest.raises(VerifyError) as caught:
@@ -56,7 +56,7 @@ def test_other_worlds_and_tiles_that_do_not_divide(
     assert verify(program).world == world
     if world == 1:
         return
-    for line, mutant in mutants(program):
+    for line, mutant in deletions(program):
         with pytest.raises(VerifyError):
             verify(mutant)
             pytest.fail(line)
@@ -251,7 +251,8 @@ WRONG = [
     ("gemm_rs.copy_engine", "offset = 131072", "offset = 4096", BoundsError, "area"),
     # Workers.
     ("ag_gemm.sm", "workers = [0, 2]", "workers = [2, 2]", ProgressError, "no worker"),
-    ("ag_gemm.copy_engine", "workers = 4", "workers = 264", ProgressError, "resident"),
+    ("gemm_rs.copy_engine", "workers = 4", "resident = 2, workers = 4", ProgressError, "resident"),
+    ("gemm_ar.epilogue", "workers = 4", "resident = 3, workers = 4", ProgressError, "resident"),
 ]
 
 

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 MEANING = {
     "bounds": "indices, flags, counters and buffers lie inside what was declared",
-    "release-acquire": "what is written is released by its writer and acquired by its reader",
+    "release-acquire": "each release and acquire has the scope, fences and drains its data needs",
     "cover": "every read of data from elsewhere is behind waits for all of it",
     "dataflow": "every read sees the region and the rank that the kernel asks for",
-    "reuse": "the next call overwrites nothing that is still read",
+    "meaning": "every stage computes, op for op, what the kernel says, on each point once",
+    "reuse": "the next call, of this or another program, overwrites nothing that is still read",
     "match": "what is notified to each flag and counter is what is waited for",
     "progress": "waits and queues of all ranks together have no cycle",
+    "residency": "no order in which workers start, where not all fit at once, can hang",
 }
 
 
@@ -40,16 +42,25 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         action="store_true",
         help="also delete each wait and each notify in turn; every such program must be refused",
     )
+    parser.add_argument(
+        "--emitted",
+        metavar="MODULE.py",
+        help="prove that this emitted module (`-`: standard input) is the program of the kernel in FILE",
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
     """Prints the report of each kernel; a program that is refused raises, with the witness."""
+    if args.emitted:
+        from tilelink.cli import emitted
+
+        return emitted.execute(args)
     from tilelink.backend.verify import verify
 
     code = 0
     for unit in load(args):
         program = unproven(unit, args)
-        print(render(unit, verify(program)))
+        print(render(unit, verify(program, None if unit.fused else unit.op)))
         if args.deletions:
             refused, passed = try_deletions(program)
             print(f"  deletions    {refused + len(passed)} tried, {refused} refused")
@@ -91,10 +102,11 @@ def render(unit: Unit, report: Report) -> str:
 
 def try_deletions(program: Op) -> tuple[int, list[str]]:
     """How many programs with one wait or notify deleted are refused, and the lines of those that pass."""
-    from tilelink.backend.verify import mutants, verify
+    from tilelink.backend.mutate import deletions
+    from tilelink.backend.verify import verify
 
     refused, passed = 0, []
-    for line, mutant in mutants(program):
+    for line, mutant in deletions(program):
         try:
             verify(mutant)
         except TilelinkError:

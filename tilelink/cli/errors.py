@@ -20,6 +20,22 @@ class UnreadableFile(BadUsage):
     message: ClassVar[str] = "cannot open `{path}`: {reason}"
 
 
+class NoFile(BadUsage):
+    """A FILE argument with a part left out: the path, or the kernel behind ``::``."""
+
+    code: ClassVar[str] = "no-file"
+    message: ClassVar[str] = "`{given}` is no FILE and no FILE::kernel"
+    hint: ClassVar[str] = "give a path, `-`, or a path with `::` and the name of a kernel in it"
+
+
+class TooLarge(TilelinkError):
+    """A program with more tiles, or deeper nesting, than this machine can work on."""
+
+    code: ClassVar[str] = "too-large"
+    message: ClassVar[str] = "{what}"
+    hint: ClassVar[str] = "{advice}"
+
+
 class NoKernel(BadUsage):
     """A FILE with no kernel in it, or without the one that ``::kernel`` names."""
 
@@ -75,3 +91,19 @@ class Unavailable(TilelinkError):
     code: ClassVar[str] = "unavailable"
     message: ClassVar[str] = "{what} is not available: {reason}"
     hint: ClassVar[str] = "`tilelink env` lists what each backend needs"
+
+
+class IntactFails(TilelinkError):
+    """A program in which the simulator finds a mistake before one has been made."""
+
+    code: ClassVar[str] = "intact-fails"
+    message: ClassVar[str] = "`{name}` is not sound as it is: the simulator's {oracle} objects"
+    hint: ClassVar[str] = "`tilelink run FILE` shows the mistake; break a program that has none"
+
+
+class SimulatedOnly(BadUsage):
+    """Several calls or schedules asked of a backend that makes one run."""
+
+    code: ClassVar[str] = "simulated-only"
+    message: ClassVar[str] = "--calls and --schedules cannot be given to the backend {backend}"
+    hint: ClassVar[str] = "only the simulator chooses the schedule, and runs calls on one arena"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tilelink.backend.expand import dims_of, environment, evaluate
 from tilelink.ir import FLOATS, Broadcast, Op, Value
+from tilelink.ir.limits import TooLarge
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +21,13 @@ def random_inputs(op: Op, seed: int) -> list[dict[str, Any]]:
     ``op`` is a kernel or a fused program. Every rank draws its own. Floats are standard normal; a
     scalar float is 1e-5, small enough for an epsilon, a scalar integer 1. An integer table that bounds
     a loop rises from 0 to the extent that the loop walks; one that indexes an axis lies inside it; any
-    other lies in ``[0, world)``.
+    other lies in ``[0, world)``. Raises TooLarge where they do not fit in memory.
     """
     import torch
 
     from tilelink.backend.tile_ops import TORCH_DTYPES
 
+    check_memory(op)
     generator = torch.Generator().manual_seed(seed)
     bounds, indices = table_uses(op)
     ranks: list[dict[str, Any]] = [{} for _ in range(int(op["world"]))]
@@ -44,6 +48,25 @@ def random_inputs(op: Op, seed: int) -> list[dict[str, Any]]:
             for rank in ranks:
                 rank[name] = 1e-5 if child["dtype"] in FLOATS else 1
     return ranks
+
+
+def check_memory(op: Op) -> None:
+    """TooLarge where the tensors of all ranks do not fit in the memory of this machine.
+
+    Each is counted twice in fp32: what is computed, and what it is compared with.
+    """
+    env = environment(op)
+    elements = sum(math.prod(dims_of(tensor, env)) for tensor in op.find("tensor"))
+    need = 8 * int(op["world"]) * elements
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > most:
+        raise TooLarge(
+            op.span,
+            what=f"the tensors of all ranks of `{op.symbol}` take {need:,} bytes here",
+            most=most,
+            unit="bytes, the memory of this machine",
+            advice="run it with smaller extents: `--set M=512`",
+        )
 
 
 def table_uses(op: Op) -> tuple[dict[str, int], dict[str, int]]:

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tilelink import knobs
-from tilelink.cli import check, emit, env, graph, ir, run, simulate
-from tilelink.cli.errors import BadUsage
+from tilelink.cli import check, emit, env, graph, ir, mutate, run, simulate
+from tilelink.cli.errors import BadUsage, TooLarge
 from tilelink.cli.source import is_ir
 from tilelink.errors import InternalError, TilelinkError
 from tilelink.schedules import ScheduleError
 
-COMMANDS = (run, check, ir, graph, emit, simulate, env)
+COMMANDS = (run, check, ir, graph, emit, simulate, mutate, env)
 
 DESCRIPTION = "A compiler for GPU kernels that compute and communicate at once."
 EPILOG = """\
@@ -44,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    except MemoryError as error:
+        what = f"this does not fit into the memory of this machine: {error}".rstrip(": ")
+        return fail(
+            TooLarge(what=what, advice="try smaller extents or larger tiles"), arguments, args
+        )
+    except RecursionError:
+        what = f"`{getattr(args, 'file', '')}` is nested too deep"
+        return fail(TooLarge(what=what, advice="write shorter expressions"), arguments, args)
     except Exception as error:
         return fail(error, arguments, args)
 
@@ -99,6 +107,6 @@ def write_reproducer(error: Exception, arguments: Sequence[str], args: argparse.
     text = getattr(args, "text", "")  # absent where no FILE was read
     suffix = ".ir" if text and is_ir(args.file, text) else ".py"
     handle, name = tempfile.mkstemp(prefix="tilelink-", suffix=suffix)
-    with os.fdopen(handle, "w", encoding="utf-8") as out:
+    with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as out:
         out.write("\n".join([*lines, "", text]))
     return Path(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -71,8 +72,17 @@ def add_common(parser: argparse.ArgumentParser, *, file_optional: bool = False) 
 
 def positive(text: str) -> int:
     """A positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"`{text}` is not a positive integer")
+    if not (text.isascii() and text.isdecimal()) or not text.strip("0"):
+        raise argparse.ArgumentTypeError(f"`{text:.40}` is not a positive integer")
+    if len(text) > 18:
+        raise argparse.ArgumentTypeError(f"`{text:.40}` is too large")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A number that random generators take."""
+    if not (text.isascii() and text.isdecimal()) or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"`{text:.40}` is not an integer from 0 to 10^18")
     return int(text)
 
 
@@ -83,6 +93,10 @@ def extents(text: str) -> dict[str, int]:
         name, equals, value = part.partition("=")
         if not equals or not name.strip().isidentifier():
             raise argparse.ArgumentTypeError(f"`{part}` is not NAME=NUMBER")
+        if name.strip() in ("WORLD", "RANK"):
+            raise argparse.ArgumentTypeError(
+                f"`{name.strip()}` is no extent; `--world` gives the ranks"
+            )
         found[name.strip()] = positive(value.strip())
     return found
 
@@ -173,9 +187,31 @@ def read_file(path: str) -> str:
     """The content of a text file; UnreadableFile where there is none."""
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UnreadableFile(path=path, reason=reason) from None
+    except (OSError, ValueError) as error:
+        raise UnreadableFile(path=_shown(path), reason=_reason(error)) from None
+
+
+def read_input() -> str:
+    """Standard input as text; UnreadableFile where it is none."""
+    try:
+        stream = getattr(sys.stdin, "buffer", None)
+        # Of its bytes, since a locale may hide what is not UTF-8.
+        return sys.stdin.read() if stream is None else stream.read().decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise UnreadableFile(path="<stdin>", reason=_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text (byte {error.start})"
+    text = str(error).replace("embedded null byte", "its name has a NUL character in it")
+    return error.strerror if isinstance(error, OSError) and error.strerror else text
+
+
+def _shown(path: str) -> str:
+    """A path as errors show it: whole where it is of a sensible length, printable in any case."""
+    text = path if len(path) <= 200 else f"{path[:80]}…{path[-40:]}"
+    return text.encode("unicode_escape").decode() if not text.isprintable() else text
 
 
 def write_file(path: str, text: str) -> None:

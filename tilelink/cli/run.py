@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
 from tilelink.cli import table
 from tilelink.cli.env import lacking
-from tilelink.cli.errors import Unavailable
+from tilelink.cli.errors import SimulatedOnly, Unavailable
 from tilelink.cli.inputs import random_inputs
-from tilelink.cli.options import add_common
+from tilelink.cli.options import add_common, positive, seed
 from tilelink.cli.source import Unit, load
 from tilelink.errors import TilelinkError
 from tilelink.ir import FLOATS, Op
@@ -34,6 +35,7 @@ HEADER = (
     "limit",
     "verdict",
 )
+OUTPUT = HEADER.index("output")
 # Relative error of a row that rounding to the output's element type may explain: both sides accumulate
 # in fp32, in different orders, and round to nearest at the same places.
 LIMITS = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-4}
@@ -45,7 +47,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "run",
         help="run on random inputs and compare with the reference",
         description="Run the fused program on random inputs and compare every output with the "
-        "reference. The error is the largest over rows of |row - reference| / |reference row|.",
+        "reference. The error is the largest over rows of |row - reference| / |reference row|; NaN and "
+        "infinities have to stand where the reference has them.",
     )
     parser.set_defaults(execute=execute)
     add_common(parser)
@@ -55,7 +58,19 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default="simulate",
         help="default: simulate; cuda runs one rank a process, started by torchrun",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs and of the scheduler")
+    parser.add_argument("--seed", type=seed, default=0, help="of the inputs and of the scheduler")
+    parser.add_argument(
+        "--calls",
+        type=positive,
+        default=1,
+        help="calls on one arena, each on inputs of its own (simulate only; default: 1)",
+    )
+    parser.add_argument(
+        "--schedules",
+        type=positive,
+        default=1,
+        help="hostile schedules to try, from that of the seed on (simulate only; default: 1)",
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -63,6 +78,9 @@ def execute(args: argparse.Namespace) -> int:
     lacks = lacking(args.backend)
     if lacks:
         raise Unavailable(what=f"the {args.backend} backend", reason=f"lacks {lacks}")
+    repeated = args.calls > 1 or args.schedules > 1
+    if repeated and args.backend != "simulate":
+        raise SimulatedOnly(backend=args.backend)
     if args.backend == "cuda":
         from tilelink.cli.cuda import execute_cuda
 
@@ -72,9 +90,16 @@ def execute(args: argparse.Namespace) -> int:
     for unit in load(args):
         try:
             program = unit.program(args)
-            inputs = random_inputs(unit.op, args.seed)
-            outputs = run_program(program, inputs, args.backend, args.seed)
-            rows += compare(unit, program, inputs, outputs, args.backend)
+            inputs = [random_inputs(unit.op, args.seed + call) for call in range(args.calls)]
+            if repeated:
+                outputs = run_calls(program, inputs, args.seed, args.schedules)
+            else:
+                outputs = [run_program(program, inputs[0], args.backend, args.seed)]
+            for call, (given, found) in enumerate(zip(inputs, outputs, strict=True)):
+                of_call = compare(unit, program, given, found, args.backend)
+                for row in of_call if args.calls > 1 else ():
+                    row[OUTPUT] += f" (call {call})"
+                rows += of_call
         except TilelinkError as error:
             failures.append(error)
             rows.append([*describe(unit, unit.op, args.backend), "-", "-", "-", "refused"])
@@ -98,6 +123,21 @@ def run_program(program: Op, inputs: Arguments, backend: str, seed: int) -> Tens
     return simulate.run(program, inputs, seed=seed)
 
 
+def run_calls(program: Op, inputs: list[Arguments], seed: int, schedules: int) -> list[Tensors]:
+    """The outputs of every call and rank under the schedule of ``seed``; what the attack finds under this
+    and the next ones is raised."""
+    from tilelink.backend import simulate
+    from tilelink.backend.simulate.attack import attack
+
+    if schedules > 1:
+        found = attack(program, inputs, None, schedules, seed)
+        if found is not None:
+            # The same schedule once more: an error that one run shows by itself is told in full.
+            simulate.run_calls(program, inputs, found.seed)
+            raise found.error
+    return simulate.run_calls(program, inputs, seed)
+
+
 def compare(
     unit: Unit, program: Op, inputs: Arguments, outputs: Tensors, backend: str
 ) -> list[list[str]]:
@@ -113,13 +153,26 @@ def compare(
     for name in expected[0]:
         dtype = unit.op.declared(name)["dtype"]
         limit = LIMITS.get(dtype, 0.0)
-        error = max(
-            reference.relative_error(got[name], want[name])
-            for got, want in zip(outputs, expected, strict=True)
-        )
+        pairs = [(got[name], want[name]) for got, want in zip(outputs, expected, strict=True)]
+        error = max(error_of(got, want) for got, want in pairs)
+        odd = sum(int((~want.isfinite()).sum()) for _, want in pairs)
+        label = f"{name} ({odd} not finite)" if odd else name
         verdict = "ok" if error <= limit else "WRONG"
-        rows.append([*lead, name, f"{error:.1e}", f"{limit:.0e}", verdict])
+        rows.append([*lead, label, f"{error:.1e}", f"{limit:.0e}", verdict])
     return rows
+
+
+def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The relative error of what is finite; infinity unless NaN and infinities stand at the same places."""
+    import torch
+
+    from tilelink.backend.reference import relative_error
+
+    odd = ~expected.isfinite()
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    if not torch.equal(odd, ~found.isfinite()) or not bool(same[odd].all()):
+        return math.inf
+    return relative_error(found.masked_fill(odd, 0), expected.masked_fill(odd, 0))
 
 
 def describe(unit: Unit, program: Op, backend: str) -> list[str]:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tilelink.cli.errors import FusedIsFixed, FusedOnly, MissingExtents, NoKernel, UnknownName
-from tilelink.cli.options import merged, read_file, schedule_of
+from tilelink.cli.errors import (
+    FusedIsFixed,
+    FusedOnly,
+    MissingExtents,
+    NoFile,
+    NoKernel,
+    UnknownName,
+)
+from tilelink.cli.options import merged, read_file, read_input, schedule_of
 from tilelink.errors import IRSyntaxError
+from tilelink.frontend.validate import check_kernel
 from tilelink.ir import Op, parse_ir
+from tilelink.ir.check import check_types
 from tilelink.ir.vocabulary import check_names
 
 if TYPE_CHECKING:
@@ -59,20 +67,43 @@ class Unit:
         if self.fused:
             # Not when it is read: between the passes, a program refers to what a later one declares.
             check_names(self.op)
+            check_types(self.op)
+            check_size(self.op)
             return self.op
         from tilelink.backend.pipeline import compile_kernel
 
         return compile_kernel(self.op, self.schedule(args))
 
 
+def check_size(program: Op) -> None:
+    """TooLarge where a stage of a fused program has more tasks than can be enumerated."""
+    from tilelink.backend.expand import environment, stage_tiles
+
+    env = environment(program)
+    for launch in program.find("launch"):
+        for stage in launch.find("stage"):
+            stage_tiles(stage, env, 0)
+
+
 def load(args: argparse.Namespace) -> list[Unit]:
     """The kernels that ``args.file`` names, built for the extents and world of the options."""
-    path, _, wanted = args.file.rpartition("::") if "::" in args.file else (args.file, "", "")
-    text = sys.stdin.read() if path == "-" else read_file(path)
+    path, colons, wanted = args.file.rpartition("::") if "::" in args.file else (args.file, "", "")
+    if not path or (colons and not wanted):
+        raise NoFile(given=args.file)
+    if args.target:
+        machine_of(args.target)
+    text = read_input() if path == "-" else read_file(path)
     args.text = text
     shown = "<stdin>" if path == "-" else path
     if is_ir(path, text):
         units = [_from_ir(op, shown, args) for op in parse_all(text, shown)]
+        for number, unit in enumerate(units):
+            if unit.name in [other.name for other in units[:number]]:
+                raise NoKernel(
+                    path=shown,
+                    wanted=f"`{unit.name}`, for it is there twice,",
+                    advice="give each its own name",
+                )
         chosen = _choose({unit.name: unit for unit in units}, wanted, shown)
         return [unit for unit in units if unit.name in chosen]
     return _from_python(path, shown, text, wanted, args)
@@ -111,6 +142,9 @@ def _from_ir(op: Op, path: str, args: argparse.Namespace) -> Unit:
         raise IRSyntaxError(op.span, expected="`kernel` or `program`", found=f"`{op.name}`")
     if op.name == "kernel":
         check_names(op)
+        check_types(op)
+    if op.ref is None:
+        raise IRSyntaxError(op.span, expected=f"a name behind `{op.name}`", found="none")
     unit = Unit(op.symbol, path, op)
     sets = merged(args.set)
     if unit.fused:
@@ -137,7 +171,9 @@ def _from_ir(op: Op, path: str, args: argparse.Namespace) -> Unit:
         else child
         for child in op.body
     )
-    return Unit(op.symbol, path, op.with_attrs(world=world).with_ops(body))
+    kernel = op.with_attrs(world=world).with_ops(body)
+    check_kernel(kernel)
+    return Unit(op.symbol, path, kernel)
 
 
 def _from_python(
@@ -167,11 +203,14 @@ def _build(kernel: Kernel, name: str, path: str, args: argparse.Namespace) -> Un
     from tilelink.frontend.errors import MissingExtent
 
     sets = merged(args.set)
+    # An extent may have several names in the source, of which the IR keeps one.
+    spoken = set(re.findall(r"\w+", kernel.source.source.text))
     named = {tensor: dtype for tensor, dtype in args.dtype.items() if tensor}
     try:
         op = kernel.build(
             {**kernel.example, **sets},
-            named,
+            # What the file does not speak of is refused below, with what there is.
+            {name: dtype for name, dtype in named.items() if name in spoken},
             world_of(args, DEFAULT_WORLD),
             dtype=args.dtype.get("", "bf16"),
         )
@@ -181,8 +220,6 @@ def _build(kernel: Kernel, name: str, path: str, args: argparse.Namespace) -> Un
             error.span, kernel=name, names=values["names"], first=values["first"]
         ) from None
     extents = [child.symbol for child in op.find("extent")]
-    # An extent may have several names in the source, of which the IR keeps one.
-    spoken = set(re.findall(r"\w+", kernel.source.source.text))
     _check_extents({n: v for n, v in sets.items() if n not in spoken}, extents)
     _check_tensors(named, [child.symbol for child in op.find("tensor")])
     return Unit(name, path, op)

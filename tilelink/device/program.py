@@ -5,7 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilelink.device.signal import ABORT, ARRIVED, EPOCH, MAX_WORLD, Context, _words, rank_wait
+from tilelink.device.signal import (
+    ABORT,
+    ARRIVED,
+    EPOCH,
+    MAX_WORLD,
+    PROGRAM,
+    Context,
+    _abort,
+    _words,
+    rank_wait,
+)
 from tilelink.ir import layout
 
 EXITED = tl.constexpr(layout.EXITED)
@@ -13,7 +23,7 @@ ADVANCE = tl.constexpr(1 << 20)
 _CLEAR = tl.constexpr(1024)
 
 
-@triton.jit(do_not_specialize=["rank", "first", "last", "progress_ns", "arrival_ns"])
+@triton.jit(do_not_specialize=["rank", "first", "last", "progress_ns", "arrival_ns", "program"])
 def head_kernel(
     arena,
     peers,
@@ -26,20 +36,28 @@ def head_kernel(
     WORLD: tl.constexpr,
     WAIT: tl.constexpr,
     SIGNALS: tl.constexpr = True,
+    program=0,
 ):
     """Begin a call; one CTA. Launch ``head_kernel[(1,)](…)`` on the main stream.
 
     Advances the rank's epoch, tells all ranks that it has arrived, clears the counter words
     [``first``, ``last``) of the arena, and, where ``WAIT``, waits until every rank has acknowledged
     the previous epoch in the flags from word ``ACK``. ``arena``: int32 words; ``peers``: int64 table.
-    ``SIGNALS`` is false where the program has no flags: nobody acknowledges it, so it takes no epoch.
+    ``program``: a number for the error record. ``SIGNALS`` is false where the program has no flags:
+    nobody acknowledges it, so it takes no epoch.
     """
     epoch = tl.load(arena + EPOCH)
     if SIGNALS:
+        # The head alone writes both, and both alike.
+        here = tl.load(arena + ARRIVED + rank)
+        if here != epoch:
+            lost = Context(arena, peers, rank, epoch, WORLD, progress_ns, arrival_ns)
+            _abort(lost, EPOCH, here, epoch, rank, 0, 0, 4)
         epoch += 1
         tl.debug_barrier()
         tl.store(arena + EPOCH, epoch)
     tl.store(arena + EXITED, 0)
+    tl.store(arena + PROGRAM, program)
     for start in range(first, last, _CLEAR):
         words = start + tl.arange(0, _CLEAR)
         tl.store(arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)

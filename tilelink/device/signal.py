@@ -21,8 +21,12 @@ ABORT = tl.constexpr(layout.ABORT)
 RECORD = tl.constexpr(layout.RECORD)
 CLAIM = tl.constexpr(layout.RECORD + layout.RECORD_WORDS - 1)
 ARRIVED = tl.constexpr(layout.ARRIVED)
-LOOK = tl.constexpr(256)
-FIRST_LOOK = tl.constexpr(16)  # polls before the clock and the abort word are first looked at
+PROGRAM = tl.constexpr(layout.PROGRAM)
+LOST = tl.constexpr(layout.LOST)
+LOOK = tl.constexpr(256 if CUDA.value else 16)
+FIRST_LOOK = tl.constexpr(
+    16 if CUDA.value else 4
+)  # polls before the clock and the abort word are first looked at
 MAX_WORLD = tl.constexpr(layout.MAX_WORLD)
 POLL_NS = tl.constexpr(16_000)  # one poll of the interpreter, about
 
@@ -119,6 +123,8 @@ def _abort(ctx, word, expected, seen, producer, tile, wait, kind):
         tl.store(record + 7, producer)
         tl.store(record + 8, wait)
         tl.store(record + 9, kind)
+        tl.store(record + 10, tl.load(ctx.arena + PROGRAM))
+        tl.store(record + 11, ctx.epoch)
         tl.debug_barrier()
         tl.atomic_xchg(record, 1, sem="release", scope="sys")
     # This rank last: whoever stops waiting here signals tiles that are not there, and the peer that
@@ -149,7 +155,8 @@ def _wait(ctx, word, expected, arrival, producer, tile, wait, fence: tl.constexp
     spinning = seen - expected < 0
     while spinning:
         if polls % LOOK == FIRST_LOOK:
-            if tl.atomic_add(ctx.arena + ABORT, 0, sem="acquire", scope="sys") != 0:
+            stop = tl.atomic_add(ctx.arena + ABORT, 0, sem="acquire", scope="sys")
+            if stop == 1:
                 spinning = seen - seen != 0
             else:
                 now = _clock(polls)
@@ -164,12 +171,15 @@ def _wait(ctx, word, expected, arrival, producer, tile, wait, fence: tl.constexp
                     started = now
                 was_here = here
                 limit = tl.where(here != 0, ctx.progress_ns, ctx.arrival_ns)
-                if now - started > limit:
-                    if (here != 0) & (stuck == 0):
+                if (now - started > limit) | (stop != 0):
+                    if (here != 0) & (stuck == 0) & (stop == 0):
                         # The producer is here, but may itself wait for a rank that is not.
                         stuck = tl.full((), 1, tl.int32)
                     else:
-                        _abort(ctx, word, expected, seen, late, tile, wait, 2 - here)
+                        # The host has seen a rank die: it is the one that this call lacks.
+                        late = tl.where(stop != 0, stop - LOST, late)
+                        kind = tl.where(stop != 0, 3, 2 - here)
+                        _abort(ctx, word, expected, seen, late, tile, wait, kind)
                         spinning = seen - seen != 0
         if spinning:
             seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")

@@ -8,8 +8,12 @@ WORD: Final = 4
 
 # Control words, by word number. Every rank's arena has them at the same place.
 EPOCH: Final = 0  # calls made on this arena, advanced by head
-ABORT: Final = 1  # sticky: nonzero once a wait ran out here or on a peer
+ABORT: Final = (
+    1  # sticky: 1 once a wait ran out here or on a peer; LOST + r: the host saw rank r die
+)
+LOST: Final = 2
 EXITED: Final = 2  # workers of the running launch that have left; back to 0 by the last
+PROGRAM: Final = 3  # number of the program that the last head began
 RECORD: Final = 16  # error record, RECORD_WORDS words; the first is nonzero once it is written
 RECORD_WORDS: Final = 16
 ARRIVED: Final = 64  # [MAX_WORLD] epochs: rank r has started its call number so-and-so

@@ -89,10 +89,24 @@ def _attribute(value: Any) -> str:
 def parse_ir(text: str, name: str = "<ir>") -> Op:
     """The op that ``text`` describes, its spans pointing into ``text``; IRSyntaxError where it is malformed."""
     parser = _Parser(Source(name, text))
-    op = parser.op()
+    try:
+        op = parser.op()
+    except RecursionError:
+        raise IRSyntaxError(
+            parser.span, expected="less nesting", found="more than Python can follow"
+        ) from None
     if parser.kind != "end":
         parser.fail("the end of the text")
     return op
+
+
+def parse_expr(text: str) -> Expr:
+    """The expression that ``text`` holds; IRSyntaxError where it holds none."""
+    parser = _Parser(Source("<expression>", text))
+    expr = parser.expr()
+    if parser.kind != "end":
+        parser.fail("the end of the expression")
+    return expr
 
 
 class _Parser:
@@ -208,7 +222,10 @@ class _Parser:
         while not self.accept("}"):
             if found:
                 self.expect(",")
+            span = self.span
             key = self.take("word", "an attribute name")
+            if key in found:
+                raise IRSyntaxError(span, expected="each attribute once", found=f"`{key}` again")
             self.expect("=")
             found[key] = normalise(self.attribute())
         return tuple(sorted(found.items()))
@@ -291,6 +308,8 @@ class _Parser:
         return left
 
     def atom(self) -> Expr:
+        if self.kind == "int" and len(self.token) > 18:
+            self.fail("a number below 10^18")
         if self.kind == "int":
             return Expr.const(int(self.take("int", "a number")))
         if self.accept("("):

@@ -17,29 +17,30 @@ from tilelink.ir.node import DECLARATIONS, Op, Ref
 # Attributes by op; `!` marks those that must be there. docs/ir.md says what they mean.
 _TABLE = {
     "kernel": "world! file",
-    "program": "world! bytes file kernel schedule workspace",
+    "program": "world! bytes file kernel kernel_text schedule workspace",
     "extent": "value! dynamic",
     "tensor": "dims! dtype! move! role! block channel_rows comm_tile in_place into offsets over "
     "owner resource signal source table task_rows tasks_across tile",
     "scalar": "dtype!",
     "buffer": "dims! dtype! space! offset",
-    "flag": "dims! offset",
-    "counter": "dims! offset",
+    "flag": "dims! cleared offset",
+    "counter": "dims! cleared offset",
     "head": "",
     "stream": "after",
-    "launch": "after part stages warps workers!",
+    "launch": "after part resident stages warps workers!",
     "collective": "op! to! after",
     "finish": "",
+    "flush": "drain",
     "stage": "extent! tile! axis counter flatten group queue segment segments visit workers",
     "for_tiles": "bounds extent part part_axis part_of segment segments tile visit",
     "for_range": "hi! lo!",
     "yield": "",
-    "load": "own when",
-    "load_sum": "own",
-    "store": "final peer",
-    "wait": "count epoch if",
-    "notify": "count if peer through",
-    "transfer": "peer! to! if",
+    "load": "own via when wide",
+    "load_sum": "own wide",
+    "store": "final peer via wide",
+    "wait": "compare count epoch if order proxy scope",
+    "notify": "barrier count delay drain if order peer scope through",
+    "transfer": "peer! to! if wide",
     "param": "",
     "zeros": "",
     "full": "value!",
@@ -78,7 +79,7 @@ _ATTRIBUTE_REFERS = {
     "through": ("counter",),
     "counter": ("counter",),
 }
-_WHOLE = ("world", "workers", "warps", "stages", "offset", "bytes", "workspace")
+_WHOLE = ("world", "workers", "resident", "warps", "stages", "offset", "bytes", "workspace")
 _AGENTS = ("head", "stream", "launch", "collective")
 
 

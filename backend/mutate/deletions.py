@@ -10,7 +10,7 @@ from tilelink.ir import Op, op_line
 SYNCHRONISATION = ("wait", "notify")
 
 
-def mutants(program: Op) -> Iterator[tuple[str, Op]]:
+def deletions(program: Op) -> Iterator[tuple[str, Op]]:
     """Each single deletion of a `wait` or `notify` line of ``program``: (what was deleted, the rest)."""
     count = sum(op.name in SYNCHRONISATION for op in program.walk())
     for number in range(count):

@@ -1,0 +1,91 @@
+"""Broken programs on purpose: positive controls of the proof and of the simulator.
+
+Every operator takes a fused program and yields programs with one mistake each. A mistake that neither
+harms nor changes anything is *equivalent*; which ones are is decided by exhaustive exploration alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from tilelink.backend.mutate import count, place, target, weaken
+from tilelink.backend.mutate.deletions import deletions
+from tilelink.backend.mutate.sites import Mutant
+from tilelink.ir import Op, print_ir
+from tilelink.ir.vocabulary import check_names
+
+OPERATORS: tuple[Callable[[Op], Iterator[Mutant]], ...] = (
+    weaken.drop,
+    weaken.lost_data,
+    weaken.weaken,
+    weaken.no_barrier,
+    weaken.re_scope,
+    weaken.no_proxy_fence,
+    weaken.undrained,
+    weaken.forgotten_flush,
+    weaken.delay,
+    weaken.reset,
+    weaken.missing_ack,
+    place.re_order,
+    place.swap,
+    place.stage_order,
+    place.double,
+    place.agent_order,
+    place.oversize_grid,
+    place.lost_tasks,
+    target.wrong_peer,
+    target.wrong_flag,
+    target.wrong_tile,
+    target.wrong_buffer,
+    target.guard,
+    count.wrong_count,
+    count.stale,
+    count.equality,
+    count.memory,
+)
+
+CLASSES = (
+    "drop",
+    "lost-data",
+    "weaken",
+    "no-barrier",
+    "re-scope",
+    "no-proxy-fence",
+    "undrained",
+    "forgotten-flush",
+    "delay",
+    "reset",
+    "missing-ack",
+    "re-order",
+    "stage-order",
+    "double",
+    "agent-order",
+    "oversize-grid",
+    "lost-tasks",
+    "re-target",
+    "wrong-buffer",
+    "wrong-operand",
+    "guard",
+    "wrong-count",
+    "stale",
+    "equality",
+    "memory",
+)
+
+
+def mutants(program: Op) -> Iterator[Mutant]:
+    """Every mutant of a fused program, in a fixed order; their texts differ from it and each other.
+
+    Each is legal text (``check_names``). Where two operators make the same program, the first has it.
+    """
+    seen = {print_ir(program)}
+    for operator in OPERATORS:
+        for found in operator(program):
+            text = print_ir(found.program)
+            if text not in seen:
+                seen.add(text)
+                check_names(found.program)
+                yield found
+
+
+__all__ = ["CLASSES", "OPERATORS", "Mutant", "deletions", "mutants"]

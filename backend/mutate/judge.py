@@ -1,0 +1,133 @@
+"""Judges mutants: what the proof says, what the simulator finds, and who is right.
+
+The proof and the simulator are asked apart. What either of them misses is explored in full, with its
+numbers: only a mutant whose every interleaving ends with the right numbers is *equivalent*. What cannot be
+explored is *undecided*, and counts against whoever missed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tilelink.backend.mutate.sites import Mutant
+from tilelink.backend.simulate.attack import Outputs, attack
+from tilelink.backend.simulate.explore import explore
+from tilelink.backend.verify import verify
+from tilelink.errors import TilelinkError
+from tilelink.ir import Op
+
+EQUIVALENT, DIFFERENT, UNDECIDED = "equivalent", "different", "undecided"
+# What one run decides on, whatever the schedule: wrong numbers, indices and shapes.
+_PLAIN = ("numbers", "bounds", "execution")
+SCHEDULES = 20  # hostile schedules a mutant, at most
+LIMIT = 20_000  # states of an exploration, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a program is run on: inputs of the calls, over ranks, and the outputs that are right.
+
+    ``kernel`` is what the program was made from, where that is known: the proof holds the one against
+    the other.
+    """
+
+    inputs: Sequence[Sequence[Mapping[str, Any]]]
+    expected: Outputs
+    kernel: Op | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """Whether a program means what the intact one does: one of the three words, and why."""
+
+    word: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A mutant and what was said of it.
+
+    ``proof`` and ``simulator`` say what they object to, None where they were not asked; "" means that
+    they saw nothing. ``truth`` is None where nobody missed the mutant.
+    """
+
+    mutant: Mutant
+    proof: str | None
+    simulator: str | None
+    truth: Truth | None
+
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """The oracles, of `proof` and `simulator`, that missed a mutant that is not equivalent."""
+        if self.truth is None or self.truth.word == EQUIVALENT:
+            return ()
+        said = (("proof", self.proof), ("simulator", self.simulator))
+        return tuple(name for name, word in said if word == "")
+
+
+def prove(program: Op, kernel: Op | None = None) -> str:
+    """The code of the error that the proof refuses ``program`` with, or "" where it accepts."""
+    try:
+        verify(program, kernel)
+    except TilelinkError as error:
+        return error.code
+    return ""
+
+
+def simulate(program: Op, trial: Trial, schedules: int = SCHEDULES, seed: int = 0) -> str:
+    """The simulator's oracle that objects to ``program``, or "" where none does."""
+    failure = attack(program, _copied(trial).inputs, trial.expected, schedules, seed)
+    return "" if failure is None else failure.oracle
+
+
+def decide(program: Op, trial: Trial, limit: int = LIMIT, seed: int = 0) -> Truth:
+    """Run ``program`` once for its numbers, and explore every interleaving.
+
+    Agents have hardware queues of their own, then all one, in the order in which the host enqueues them.
+    A program without a bad state computes the same numbers in every schedule, so one run shows them. What
+    is too large to explore is undecided, whatever some schedules of it have shown.
+    """
+    failure = attack(program, _copied(trial).inputs, trial.expected, 1, seed)
+    if failure is not None and failure.oracle in _PLAIN:
+        return Truth(DIFFERENT, str(failure))
+    states = 0
+    for one_queue in (False, True):
+        found = explore(program, len(trial.inputs), limit=limit, one_queue=one_queue)
+        states += found.states
+        if found.bad is not None:
+            queue = ", one hardware queue" if one_queue else ""
+            return Truth(DIFFERENT, f"{found.bad}{queue}")
+        if not found.complete:
+            return Truth(UNDECIDED, found.why)
+    if failure is not None:
+        # Explored without a bad state, and yet this run had one: the two executors disagree.
+        return Truth(UNDECIDED, f"no bad state, but a run: {failure}")
+    return Truth(EQUIVALENT, f"{states} states, the same numbers")
+
+
+def _copied(trial: Trial) -> Trial:
+    """The trial with inputs of its own: a mutant may write what no program should."""
+    copied = [
+        [{n: v.clone() if hasattr(v, "clone") else v for n, v in rank.items()} for rank in call]
+        for call in trial.inputs
+    ]
+    return replace(trial, inputs=copied)
+
+
+def judge(
+    mutant: Mutant,
+    trial: Trial,
+    *,
+    proof: bool = True,
+    simulator: bool = True,
+    schedules: int = SCHEDULES,
+    seed: int = 0,
+) -> Verdict:
+    """Ask the proof and the simulator about ``mutant``; explore it where one of them missed it."""
+    proven = prove(mutant.program, trial.kernel) if proof else None
+    found = simulate(mutant.program, trial, schedules, seed) if simulator else None
+    missed = "" in (proven, found)
+    return Verdict(mutant, proven, found, decide(mutant.program, trial) if missed else None)

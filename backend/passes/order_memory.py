@@ -1,0 +1,261 @@
+"""``order-memory``: the path, the scope and the fences of every access and every signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from tilelink.backend.expand import environment, evaluate
+from tilelink.ir import DTYPES, All, At, Expr, Index, Op, Range, Ref, Value
+from tilelink.ir.node import DECLARATIONS
+
+_PURE = frozenset({"zeros", "full", "constant", "param"})
+_TMA_DTYPES = ("bf16", "fp16", "fp32")
+_TMA_BYTES = 16  # rows, and the starts of rows, are multiples of it
+_TMA_BLOCK = 256  # elements of a TMA box along one axis, at most
+_INT32_ELEMENTS = 1 << 31
+
+
+def order_memory(program: Op) -> Op:
+    """Write down by which path memory is accessed, and what every signal orders.
+
+    Before::
+
+        launch @main {…} do {
+          stage @gemm {flatten = true, …} do (%m: tile, %n: tile) {
+            … %a = load @A[%m, %k] …
+            store @C.partial[%m, %n] (%out)
+            notify @C.done[…]
+          }
+          stage @sum {…} do (%m: tile, %n: tile) { wait @C.ready[…] … }
+        }
+
+    After::
+
+        launch @main {…} do {
+          stage @gemm {flatten = true, …} do (%m: tile, %n: tile) {
+            … %a = load @A[%m, %k] {via = "tma"} …
+            store @C.partial[%m, %n] (%out) {via = "tma"}
+            notify @C.done[…] {delay = 1, drain = true, scope = "gpu"}
+          }
+          flush {drain = true}
+          stage @sum {…} do (%m: tile, %n: tile) { wait @C.ready[…] … }
+        }
+
+    ``scope = "gpu"`` where no stream waits for the counter; ``wide`` where a symbol has 2^31 elements or
+    more; ``proxy`` on the waits of a launch that loads through TMA what the program writes. Invariants:
+    a store that a notify releases goes through TMA only if the notify drains; every load through TMA
+    of what another worker, a peer or a copy engine writes has the proxy fence behind its wait; a notify
+    that is held back has a flush behind its stage. A second run changes nothing.
+    """
+    system = streamed(program)
+    ops = [
+        op if op.name != "launch" else _launch(program, op, system) for op in _widened(program).body
+    ]
+    return program.with_ops(tuple(ops))
+
+
+def streamed(program: Op) -> frozenset[str]:
+    """The counters for which a stream waits: their notifies must reach beyond the GPU."""
+    return frozenset(
+        op.symbol
+        for stream in program.find("stream")
+        for op in stream.walk()
+        if op.name == "wait" and op.ref is not None
+    )
+
+
+def can_flatten(program: Op, stage: Op) -> bool:
+    """Whether ``stage`` asks for the flattened form and has the shape for it.
+
+    Its body: constants, one tile loop that carries values and multiplies, then the epilogue; no waits,
+    and notifies of local counters alone, in the epilogue.
+    """
+    if not stage.get("flatten") or stage.get("queue", "static") != "static":
+        return False
+    loops = [i for i, op in enumerate(stage.body) if op.name in ("for_tiles", "for_range")]
+    if len(loops) != 1:
+        return False
+    loop, before = stage.body[loops[0]], stage.body[: loops[0]]
+    extent = loop.get("extent")
+    plain = loop.name == "for_tiles" and extent is not None and len(extent) == 1 and loop.results
+    if not plain or loop.get("segment") is not None or any(op.name not in _PURE for op in before):
+        return False
+    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
+    fixed = {op.symbol for op in program.find("extent")} - dynamic | {"WORLD"}
+    if not Expr.of(extent[0]).names <= fixed or any(op.blocks for op in loop.body):
+        return False
+    inside = list(stage.walk())[1:]
+    if any(op.name in ("wait", "transfer") or op.get("own") is not None for op in inside):
+        return False
+    signals = [op for op in inside if op.name == "notify"]
+    kept = all(
+        op in stage.body and op.get("if") is None and program.declared(op.symbol).name == "counter"
+        for op in signals
+    )
+    return kept and len(signals) <= 1 and any(op.name == "dot" for op in loop.body)
+
+
+def touched(ops: tuple[Op, ...]) -> frozenset[str]:
+    """Loads in tile loops whose value is anything but an operand of a product, as it is or transposed.
+
+    Triton 3.6 pipelines such a loop wrongly when the load is a TMA load: the value goes through
+    registers, and the next tile overwrites its shared memory before all warps have read it.
+    """
+    found: set[str] = set()
+    for loop in (op for top in ops for op in top.walk() if op.name == "for_tiles"):
+        loaded = {o.results[0].name for o in loop.body if o.name == "load"}
+        turned = {o.results[0].name: o.operands[0].name for o in loop.body if o.name == "transpose"}
+        for op in (inner for child in loop.body for inner in child.walk()):
+            if op.name == "transpose":
+                continue
+            plain = {v.name for v in op.operands[:2]} if op.name == "dot" else set()
+            for value in op.operands:
+                name = turned.get(value.name, value.name)
+                if name in loaded and value.name not in plain:
+                    found.add(name)
+    return frozenset(found)
+
+
+def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
+    through_registers = touched(launch.body)
+    children: list[Op] = []
+    for number, child in enumerate(launch.body):
+        if child.name == "stage":
+            child, held = _stage(program, child, through_registers)
+            children.append(child)
+            behind = launch.body[number + 1 : number + 2]
+            if held and not (behind and behind[0].name == "flush"):
+                children.append(Op("flush", attrs=(("drain", True),), span=child.span))
+        else:
+            children.append(child)
+    launch = launch.with_ops(tuple(children))
+    written = {op.symbol for op in program.walk() if op.name == "store"}
+    buffers = {op.symbol for op in program.find("buffer")}
+    fenced = any(
+        op.name == "load" and op.get("via") == "tma" and op.symbol in buffers | written
+        for op in launch.walk()
+    )
+
+    def signal(op: Op) -> Op:
+        if op.name == "wait" and fenced:
+            return op.with_attrs(proxy=True)
+        if op.name == "notify" and program.declared(op.symbol).name == "counter":
+            return op if op.symbol in system else op.with_attrs(scope="gpu")
+        return op
+
+    return rewrite(launch, signal)
+
+
+def _stage(program: Op, stage: Op, through_registers: frozenset[str]) -> tuple[Op, bool]:
+    """The stage with its paths, and whether it holds a notify back."""
+    signals = any(op.name == "notify" for op in stage.walk())
+    held = signals and can_flatten(program, stage)
+    blocks = _blocks(program, stage)
+
+    def mark(op: Op) -> Op:
+        if op.name == "notify" and held:
+            return op.with_attrs(delay=1, drain=True)
+        if op.name == "load" and op.results[0].name not in through_registers:
+            sides = [r for r in (op.ref, op.get("own")) if r is not None]
+            if all(_boxed(program, side, blocks) for side in sides):
+                return op.with_attrs(via="tma")
+        local = op.name == "store" and op.get("peer") is None and op.ref is not None
+        if local and (held or not signals):
+            assert op.ref is not None
+            if _boxed(program, op.ref, blocks, store=True):
+                return op.with_attrs(via="tma")
+        return op
+
+    return rewrite(stage, mark), held
+
+
+def _blocks(program: Op, stage: Op) -> dict[str, int]:
+    """The block of every tile variable of a stage: a power of two, at least 16 in a product."""
+    dotted = {
+        dim
+        for op in program.walk()
+        if op.name == "dot"
+        for operand in op.operands
+        for dim in operand.type.shape
+    }
+    found: dict[str, int] = {}
+    for op in stage.walk():
+        if op.name in ("stage", "for_tiles") and op.get("tile") is not None:
+            tiles = [a for a in op.args if a.type.is_tile]
+            sizes = tuple(op["tile"])
+            if len(sizes) > len(tiles):  # sizes of scalar variables stand among them
+                sizes = tuple(s for a, s in zip(op.args, sizes, strict=False) if a.type.is_tile)
+            for variable, size in zip(tiles, sizes, strict=False):
+                least = 16 if variable.name in dotted else 1
+                found[variable.name] = max(least, 1 << max(0, int(size) - 1).bit_length())
+    return found
+
+
+def _boxed(program: Op, ref: Ref, blocks: dict[str, int], store: bool = False) -> bool:
+    """Whether a region is a box of two axes that a TMA descriptor can have."""
+    declared = program.declared(ref.symbol)
+    dims = declared["dims"]
+    index: tuple[Index, ...] = ref.index or tuple(All() for _ in dims)
+    if declared["dtype"] not in _TMA_DTYPES or len(dims) != 2 or len(index) != 2:
+        return False
+    size = DTYPES[declared["dtype"]]
+    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
+    fixed = {k: v for k, v in environment(program).items() if k not in dynamic}
+    inner = Expr.of(dims[1])
+    if not inner.names <= fixed.keys():
+        return False
+    length = int(evaluate(inner, fixed, declared))
+    if declared.name == "tensor" and declared.get("over") == 1 and declared["role"] != "temp":
+        length //= int(program["world"])
+    if length * size % _TMA_BYTES:
+        return False
+    lengths: list[int | None] = []
+    for item in index:
+        if isinstance(item, At):
+            lengths.append(blocks.get(item.value.name))
+        elif isinstance(item, Value) and item.type.is_tile:
+            lengths.append(blocks.get(item.name))
+        elif isinstance(item, Range | All):
+            lengths.append(None)  # the emitter knows the block
+        else:
+            return False
+    rows, columns = lengths
+    if store and rows is not None and columns is not None and columns >= 256 and rows >= 64:
+        columns //= 2  # a wide tile leaves in two halves
+    if columns is not None and columns * size < _TMA_BYTES:
+        return False
+    return all(n is None or n <= _TMA_BLOCK for n in (rows, columns))
+
+
+def _widened(program: Op) -> Op:
+    """``wide`` on every access of a symbol that has 2^31 elements or more."""
+    env = environment(program)
+    large: set[str] = set()
+    for op in program.body:
+        if op.name in DECLARATIONS and op.name in ("tensor", "buffer"):
+            count = 1
+            for axis, dim in enumerate(op["dims"]):
+                length = int(evaluate(dim, env, op))
+                shard = op.name == "tensor" and op["role"] != "temp" and op.get("over") == axis
+                count *= length // int(program["world"]) if shard else length
+            if count >= _INT32_ELEMENTS:
+                large.add(op.symbol)
+
+    def mark(op: Op) -> Op:
+        if op.name not in ("load", "store", "load_sum", "transfer"):
+            return op
+        refs = (op.ref, op.get("own"), op.get("to"))
+        return op.with_attrs(wide=True) if any(r and r.symbol in large for r in refs) else op
+
+    return rewrite(program, mark) if large else program
+
+
+def rewrite(op: Op, change: Callable[[Op], Op]) -> Op:
+    """``op`` with ``change`` applied to every op inside of it, and to itself last."""
+    if op.blocks:
+        blocks = tuple(
+            replace(b, ops=tuple(rewrite(inner, change) for inner in b.ops)) for b in op.blocks
+        )
+        op = replace(op, blocks=blocks)
+    return change(op)

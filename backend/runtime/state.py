@@ -1,0 +1,294 @@
+"""What the runtime keeps for one process group: who is in it, what was agreed, what became of calls.
+
+Nothing here knows what the memory is. A GPU's is in :mod:`tilelink.backend.runtime.arena`, shared memory
+of processes in :mod:`tilelink.backend.runtime.local`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tilelink import knobs
+from tilelink.backend.runtime import watch
+from tilelink.backend.runtime.agree import Absent, agree, greet, join
+from tilelink.backend.runtime.errors import PeerTimeout, Unavailable
+from tilelink.backend.runtime.image import Image
+from tilelink.backend.runtime.roster import Meeting, Roster
+from tilelink.errors import TilelinkError
+from tilelink.ir import layout
+
+CONTROL_WORDS = layout.ACK + layout.MAX_WORLD  # of an arena, from its start
+GRACE = 1.0  # seconds beyond a time limit until a call that was stopped must have left
+AHEAD = 12  # looks in a row, four a second: a replayed graph may be on a stream unknown here
+
+
+class Memory(Protocol):
+    """An arena on every rank of a group; ``size`` in bytes."""
+
+    size: int
+
+
+class GroupState:
+    """A process group of ``world`` ranks, seen by one of them, and its arenas."""
+
+    def __init__(self, group: Any, rank: int, world: int, store: Any) -> None:
+        if world > layout.MAX_WORLD:
+            raise Unavailable(backend="cuda", reason=f"{world} ranks, at most {layout.MAX_WORLD}")
+        self.group, self.rank, self.world, self.store = group, rank, world, store
+        self.arenas: list[Any] = []
+        self.images: list[Image] = []
+        self.roster: Roster | None = None
+        self._hello: Meeting | None = None
+        if store is not None:
+            # Before this rank compiles anything, so that its death meanwhile is seen. A store that cannot
+            # be reached is an error of the first agreement.
+            with contextlib.suppress(RuntimeError):
+                self._hello = greet(store, rank, world)
+        self._agreements = 0
+        self._suspects: dict[int, int] = {}
+        self._given_up = ""
+        self._stopped: float | None = None
+        self._pending: float | None = None
+        self._dead: list[int] = []  # as the watchdog last saw it
+        self._raising = threading.Lock()
+        watch.watch(self)
+
+    # What the memory's module gives.
+
+    def allocate(self, size: int) -> Memory:
+        """An arena of ``size`` bytes on every rank; collective."""
+        raise NotImplementedError
+
+    def control(self, arena: Any, rank: int) -> Sequence[int]:
+        """The first ``CONTROL_WORDS`` words of the arena of ``rank`` now, whatever runs meanwhile."""
+        raise NotImplementedError
+
+    def set_abort(self, arena: Any, rank: int, value: int) -> None:
+        """Writes the abort word of ``rank``, whatever runs meanwhile."""
+        raise NotImplementedError
+
+    def idle(self) -> bool:
+        """Whether all calls of this rank that the host has enqueued have ended."""
+        raise NotImplementedError
+
+    def stop_collectives(self) -> None:
+        """Ends collectives of the library that wait for a rank that will not come."""
+
+    @property
+    def host(self) -> watch.HostRecord:
+        """Where a call that was stopped leaves its record."""
+        raise NotImplementedError
+
+    # Programs and agreements.
+
+    def number_of(self, image: Image) -> int:
+        """The number that stands for a program in error records: 1 for the first that was met."""
+        self.images.append(image)
+        return len(self.images)
+
+    def arena_for(self, size: int) -> Any:
+        """An arena of at least ``size`` bytes: the newest, or a further one; collective where it is."""
+        if not self.arenas or self.arenas[-1].size < size:
+            least = knobs.ARENA_MB.get() << 20
+            grown = max(size, least, 2 * self.arenas[-1].size if self.arenas else 0)
+            grown = -(-grown // (2 << 20)) * (2 << 20)
+            self.arenas.append(self.allocate(grown))
+        return self.arenas[-1]
+
+    def agree(
+        self, kernel: str, facts: dict[str, str], error: BaseException | None, least: float = 0.0
+    ) -> None:
+        """See :func:`tilelink.backend.runtime.agree.agree`; a group of one always agrees.
+
+        The time limit is that for arrival, and at least ``least`` seconds.
+        """
+        if self.store is None:
+            return
+        limit = max(least, knobs.ARRIVAL_TIMEOUT.get())
+        try:
+            if self.roster is None:
+                if self._hello is None:
+                    self._hello = greet(self.store, self.rank, self.world)
+                self.roster = join(self._hello, kernel, limit, min(limit, knobs.TIMEOUT.get()))
+            number, self._agreements = self._agreements, self._agreements + 1
+            agree(
+                self.store,
+                self.rank,
+                self.world,
+                f"tilelink/{self.roster.name}/agree/{number}",
+                kernel,
+                facts,
+                error,
+                limit,
+                self._elsewhere,
+                self.lost,
+            )
+        except Absent as problem:
+            self.give_up(str(problem))
+            raise
+
+    def meet_here(self, name: str, timeout: float) -> None:
+        """Returns once every rank has come to the point ``name``, which is passed once a group."""
+        if self.store is None:
+            return
+        assert self.roster is not None
+        key = f"tilelink/{self.roster.name}/{name}"
+        agree(self.store, self.rank, self.world, key, name, {}, None, timeout, lost=self.lost)
+
+    def lost(self) -> list[int]:
+        """Ranks whose process has ended, as far as this host can see."""
+        return self.roster.lost() if self.roster is not None else []
+
+    # The end of a call that lacks something.
+
+    def give_up(self, why: str, word: int = 1) -> None:
+        """Sets the abort word of every rank to ``word``, so that ranks that spin leave, and refuses
+        further calls."""
+        if not self._given_up:
+            self._given_up = why.splitlines()[0]
+        if self._stopped is None:
+            self._stopped = time.monotonic()
+        for arena in self.arenas:
+            # This rank last; see `tilelink.device.signal`.
+            for step in range(1, self.world + 1):
+                self.set_abort(arena, (self.rank + step) % self.world, word)
+
+    def tend(self) -> None:
+        """Called a few times a second by the watchdog: stops calls that wait for a rank that is dead.
+
+        A dead rank that had started a call may have sent all that it needs, so that one is left to its
+        own time limit; one that it had not started never ends by itself before the limit for arrival.
+        """
+        if self.world == 1 or self._given_up:
+            return
+        now = time.monotonic()
+        busy = not self.idle()
+        self._pending = (self._pending or now) if busy else None
+        self._dead = lost = self.lost()
+        if not lost and (self._pending is None or now - self._pending < 1.0):
+            return
+        for arena in self.arenas:
+            words = self.control(arena, self.rank)
+            if words[layout.ABORT] == 0:
+                missing = [
+                    r for r in lost if _before(words[layout.ARRIVED + r], words[layout.EPOCH])
+                ]
+                if missing:
+                    self.set_abort(arena, self.rank, layout.LOST + missing[0])
+            if (words[layout.ABORT] or lost) and busy and self._stopped is None:
+                self._stopped = now
+        if lost and busy:
+            self.stop_collectives()
+
+    def settle(self) -> None:
+        """Waits for this rank's calls; PeerTimeout if the group was stopped and they do not end."""
+        started = time.monotonic()
+        limit = knobs.TIMEOUT.get() + GRACE
+        while not self.idle():
+            now = time.monotonic()
+            if self._stopped is not None and now - max(self._stopped, started) > limit:
+                self.give_up("its call could not start")
+                raise PeerTimeout(
+                    rank=self.rank,
+                    why="the group was stopped, and a call of this rank has not ended since: its stream "
+                    "is held up by other work",
+                )
+            if now - started > 0.002:
+                time.sleep(2e-4)
+
+    def check(self) -> None:
+        """Raises WaitTimeout if a call has run into one since this was last asked."""
+        with self._raising:
+            error = self._take()
+        if error is None:
+            return
+        first = not self._given_up
+        # A kernel aborts its own arena; a peer may already run a program on another one.
+        if first and len(self.arenas) > 1:
+            self.give_up(str(error))
+        self._given_up = self._given_up or str(error).splitlines()[0]
+        raise error
+
+    def check_usable(self) -> None:
+        """Raises WaitTimeout if a call has run into one, ever, or a rank is dead: the workspace holds no
+        promise any more."""
+        self.check()
+        if self._given_up:
+            raise PeerTimeout(
+                rank=self.rank, why=f"this process group was given up: {self._given_up}"
+            )
+        if self._dead:
+            why = f"the process of rank {', '.join(map(str, self._dead))} has ended"
+            self.give_up(why, layout.LOST + self._dead[0])
+            raise PeerTimeout(rank=self.rank, why=why)
+
+    def _take(self) -> TilelinkError | None:
+        """The error of a call that was stopped, once."""
+        if not self.host.aborted:
+            return None
+        self.drain()
+        error = self._error()
+        self.host.clear()
+        return error
+
+    def drain(self) -> None:
+        """Waits, for a bounded time, until calls that were stopped have left."""
+        # Word 0 may be seen before the rest of the record: the kernel that writes them must have ended.
+        deadline = time.monotonic() + knobs.TIMEOUT.get() + GRACE
+        while not self.idle() and time.monotonic() < deadline:
+            time.sleep(2e-4)
+
+    def _error(self) -> TilelinkError:
+        record = self.host.record
+        if record[watch.WRITTEN]:
+            return self._described(record)
+        first = self._first_hand()
+        if first is None:
+            lost = ", ".join(map(str, self.lost()))
+            why = f"the process of rank {lost} has ended" if lost else "another rank gave up"
+            return PeerTimeout(rank=self.rank, why=why)
+        note = str(first).splitlines()[0].partition(": ")[2]
+        return PeerTimeout(first.span, notes=(note,), rank=self.rank, why="another rank stopped it")
+
+    def _first_hand(self) -> TilelinkError | None:
+        """What the rank says that stopped the others, if it has left a record."""
+        for arena in self.arenas:
+            for rank in range(self.world):
+                words = self.control(arena, rank)
+                record = words[layout.RECORD : layout.RECORD + layout.RECORD_WORDS]
+                if record[watch.WRITTEN]:
+                    return self._described(record)
+        return None
+
+    def _described(self, record: Sequence[int]) -> TilelinkError:
+        kind, number = record[watch.KIND], record[watch.PROGRAM]
+        limit = knobs.ARRIVAL_TIMEOUT if kind == watch.ARRIVAL else knobs.TIMEOUT
+        # Ranks that agree number programs alike.
+        image = self.images[number - 1] if 0 < number <= len(self.images) else self.images[-1]
+        return watch.timeout_error(image, record, limit.get(), self.rank)
+
+    def _elsewhere(self) -> list[int]:
+        """Ranks that have started a fused call which this rank has not made.
+
+        They have if their epoch has arrived here and is ahead of this rank's while all work of this
+        rank is done.
+        """
+        if not self.idle():
+            return []
+        ahead: set[int] = set()
+        for arena in self.arenas:
+            words = self.control(arena, self.rank)
+            for rank in range(self.world):
+                if (words[layout.ARRIVED + rank] - words[layout.EPOCH]) % (1 << 32) == 1:
+                    ahead.add(rank)
+        self._suspects = {rank: self._suspects.get(rank, 0) + 1 for rank in sorted(ahead)}
+        return [rank for rank, times in self._suspects.items() if times >= AHEAD]
+
+
+def _before(left: int, right: int) -> bool:
+    """Whether epoch ``left`` lies before ``right``, cyclically."""
+    return (left - right) % (1 << 32) >= 1 << 31

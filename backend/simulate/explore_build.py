@@ -1,0 +1,599 @@
+"""Compiles a fused program, for so many calls in a row, to the processes that the explorer interleaves.
+
+Written from ``docs/ir.md``; only :mod:`geometry` is shared with the scheduler of the simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tilelink.backend.simulate.explore_nodes import (
+    ADD,
+    ASYNC_READ,
+    ASYNC_WRITE,
+    CLEAR,
+    END,
+    HOLD,
+    IN_KERNEL,
+    IN_KERNEL_GPU,
+    IN_STREAM,
+    KERNEL,
+    KERNEL_GPU,
+    NOBODY,
+    NONE,
+    OTHER,
+    PERFORM,
+    READ,
+    RETURN,
+    SET,
+    SLOT,
+    STREAM_GPU,
+    TAKE,
+    TAKES_NOTHING,
+    WAIT,
+    WRITE,
+    Node,
+    Unsupported,
+    find_conflicts,
+)
+from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args
+from tilelink.ir import Expr, Op, Ref
+
+CONTROL = "<epoch and counters>"
+PSEUDO = "<order of agents>"
+_INTEGER: dict[str, Callable[[int, int], int]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "floordiv": lambda a, b: a // b,
+    "mod": lambda a, b: a % b,
+    "minimum": min,
+    "maximum": max,
+}
+
+
+@dataclass(slots=True)
+class Processes:
+    """The whole instance."""
+
+    nodes: list[Node]
+    begins: list[int]  # the first node of every process
+    groups: list[tuple[int, int]]  # workers of one launch and call: [first, last + 1) processes
+    names: list[str]  # of elements
+    initial: list[int]  # their values
+    segments: list[str]  # names of the bits of clocks
+    flag_checks: list[tuple[int, int | None]]  # flag words and the most that they may be at the end
+    elements: dict[tuple[Any, ...], int]
+    ordered: set[int]  # words that are cleared by `head` and used behind it only
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where ops are being compiled: the agent, and the chain of nodes so far."""
+
+    rank: int
+    call: int
+    name: str
+    kernel: bool
+    env: Env
+    values: dict[str, Any]
+    chain: list[Node] = field(default_factory=list)
+    perform_first: bool = False
+    deferred: list[Node] = field(default_factory=list)
+    in_stage: bool = False
+    control: bool = False
+
+
+class Builder:
+    """See :func:`build`."""
+
+    def __init__(
+        self, geometry: Geometry, calls: int, resident: int | None, one_queue: bool
+    ) -> None:
+        self.geometry = geometry
+        self.calls = calls
+        self.resident = resident
+        self.one_queue = one_queue
+        self.nodes: list[Node] = []
+        self.elements: dict[tuple[Any, ...], int] = {}
+        self.names: list[str] = []
+        self.initial: list[int] = []
+        self.begins: list[int] = []
+        self.groups: list[tuple[int, int]] = []
+        self.after_head = _after_head(geometry)
+        # By element: counters asked for by waits and counted notifies, and words set or waited for.
+        self.asked: dict[tuple[int, int], int] = {}
+        self.counted: set[tuple[int, int]] = set()
+        self.flag_asked: dict[int, int] = {}
+        self.flag_set: set[int] = set()
+        self.queues: set[int] = set()
+        self.unordered: set[int] = set()
+        self.cleared: set[int] = set()
+
+    # Elements: words of flags and counters, and the ends of agents, which order them.
+
+    def element(self, *key: Any, value: int = 0) -> int:
+        found = self.elements.get(key)
+        if found is None:
+            found = self.elements[key] = len(self.names)
+            self.initial.append(value)
+            if key[0] == PSEUDO:
+                self.names.append(" ".join(str(k) for k in key))
+            else:
+                rank, symbol, at = key
+                self.names.append(f"@{symbol}[{', '.join(map(str, at))}] on rank {rank}")
+        return found
+
+    def words(self, rank: int, ref: Ref, env: Env) -> list[int]:
+        try:
+            found = self.geometry.elements(ref, env)
+        except KeyError as error:
+            raise Unsupported(f"@{ref.symbol}: {error} is known at run time only") from None
+        return [self.element(rank, ref.symbol, at) for at in found]
+
+    def all_words(self, rank: int, symbol: str) -> list[int]:
+        return self.words(rank, Ref(symbol, ()), self.geometry.env(rank))
+
+    # Chains of nodes.
+
+    def link(self, chain: list[Node], after: int) -> int:
+        """Number the nodes of ``chain`` and let the last go on at ``after``; the first of them."""
+        first = len(self.nodes)
+        for offset, node in enumerate(chain):
+            node.next = first + offset + 1 if offset + 1 < len(chain) else after
+            self.nodes.append(node)
+        return first if chain else after
+
+    def single(self, node: Node) -> int:
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    # The instance.
+
+    def build(self) -> Processes:
+        for rank in range(self.geometry.world):
+            self._user(rank)
+            for call in range(self.calls):
+                for number in range(len(self.geometry.agents)):
+                    self._agent(rank, call, number)
+        for node in self.nodes:
+            if node.checks:
+                rank, call = node.checks[0]
+                node.checks = self._counter_checks(rank, call)
+        segments = find_conflicts(self.nodes)
+        return Processes(
+            self.nodes,
+            self.begins,
+            self.groups,
+            self.names,
+            self.initial,
+            segments,
+            self._flag_checks(),
+            self.elements,
+            self.cleared - self.unordered - self.flag_set,
+        )
+
+    def _user(self, rank: int) -> None:
+        """The user writes inputs, calls, and reads outputs when all agents of the call have ended."""
+        ins = [d for d in self._user_tensors() if d.op["role"] in ("in", "inout")]
+        outs = [d for d in self._user_tensors() if d.op["role"] in ("out", "inout")]
+        chain: list[Node] = []
+        for call in range(self.calls):
+            node = Node(NONE, where=f"the user of rank {rank} before call {call}")
+            boxes = [(d.name, tuple((0, n) for n in d.shape)) for d in ins]
+            node.accesses = [(rank, name, box, WRITE) for name, box in boxes]
+            start = Node(ADD, elements=(self.element(PSEUDO, "start", rank, call),), mode=KERNEL)
+            end = Node(WAIT, where=f"the user of rank {rank} after call {call}")
+            end.elements = (self.element(PSEUDO, "end", rank, call),)
+            end.need = len(self.geometry.agents)
+            boxes = [(d.name, tuple((0, n) for n in d.shape)) for d in outs]
+            end.accesses = [(rank, name, box, READ) for name, box in boxes]
+            end.checks = ((rank, call),)  # filled in when all agents are known
+            chain += [node, start, end]
+        self.begins.append(self.link(chain, self.single(Node(END))))
+
+    def _user_tensors(self) -> list[Any]:
+        return [d for d in self.geometry.decls.values() if d.kind == "tensor"]
+
+    def _begin(self, rank: int, call: int, number: int, where: str) -> tuple[list[Node], int]:
+        """The nodes that a process of an agent starts with, and the word that counts its beginnings."""
+        agent, names = self.geometry.agents[number], self.geometry.agent_names
+        elements = [self.element(PSEUDO, "start", rank, call)]
+        elements += [self.element(PSEUDO, "end of", a, rank, call) for a in agent.get("after", ())]
+        chain = [Node(WAIT, None, where, elements=tuple(elements), need=1, proxy=True)]
+        for earlier in range(number if self.one_queue else 0):
+            other = self.geometry.agents[earlier]
+            which = "end of" if other.name == "stream" else "begun"
+            word = self.element(PSEUDO, which, names[earlier], rank, call)
+            need = self.geometry.workers.get(names[earlier], 1)
+            # The queue orders beginnings, not memory.
+            chain.insert(0, Node(WAIT, None, where, elements=(word,), need=need))
+            chain[0].mode = TAKES_NOTHING
+        return chain, self.element(PSEUDO, "begun", names[number], rank, call)
+
+    def _end(self, rank: int, call: int, name: str) -> Node:
+        ends = self.element(PSEUDO, "end of", name, rank, call)
+        return Node(END, late=(ends, self.element(PSEUDO, "end", rank, call)))
+
+    def _agent(self, rank: int, call: int, number: int) -> None:
+        agent, name = self.geometry.agents[number], self.geometry.agent_names[number]
+        if agent.name == "launch":
+            self._launch(rank, call, number)
+            return
+        where = f"rank {rank} call {call} {'head' if name == 'head' else '@' + name}"
+        chain, begun = self._begin(rank, call, number, where)
+        at = _Place(rank, call, name, agent.name == "head", self.geometry.env(rank), {}, chain)
+        at.chain.append(Node(ADD, None, where, elements=(begun,), mode=KERNEL))
+        if agent.name == "head":
+            self._head(at, agent)
+        elif agent.name == "collective":
+            self._collective(at, agent)
+        self._block(at, agent.body, where)
+        self.begins.append(self.link(at.chain, self.single(self._end(rank, call, name))))
+
+    def _head(self, at: _Place, op: Op) -> None:
+        where = at.chain[0].where
+        at.chain[-1].accesses.append((at.rank, CONTROL, ((0, 1),), WRITE))
+        cleared: list[int] = []
+        for decl in self.geometry.decls.values():
+            if decl.kind not in ("counter", "flag"):
+                continue
+            if not decl.op.get("cleared", decl.kind == "counter"):
+                continue
+            words = self.all_words(at.rank, decl.name)
+            self.cleared.update(words)
+            if decl.kind == "counter":
+                cleared += words
+            else:
+                at.chain += [Node(CLEAR, op, where, elements=(word,)) for word in words]
+        if cleared:
+            at.chain.append(Node(CLEAR, op, where, elements=tuple(cleared)))
+
+    def _collective(self, at: _Place, op: Op) -> None:
+        where, world = at.chain[0].where, self.geometry.world
+        source, to = op.symbol, op["to"].symbol if op.get("to") is not None else op.symbol
+        for half in (0, 1):
+            joined = self.element(PSEUDO, "joined", at.name, at.call, half)
+            at.chain.append(Node(ADD, op, where, elements=(joined,), mode=KERNEL))
+            at.chain.append(Node(WAIT, op, where, elements=(joined,), need=world))
+            if half == 0:
+                box = tuple((0, n) for n in self.geometry.decls[source].shape)
+                at.chain[-1].accesses += [(r, source, box, READ) for r in range(world)]
+                box = tuple((0, n) for n in self.geometry.decls[to].shape)
+                at.chain[-1].accesses.append((at.rank, to, box, WRITE))
+
+    def _launch(self, rank: int, call: int, number: int) -> None:
+        launch, name = self.geometry.agents[number], self.geometry.agent_names[number]
+        where = f"rank {rank} call {call} @{name}"
+        count = self.geometry.workers[name]
+        resident = self.resident if self.resident is not None else launch.get("resident")
+        resident = count if resident is None else min(count, int(resident))
+        slots = self.element(PSEUDO, "slots", name, rank, call, value=resident)
+        finish = launch.find("finish")
+        left = self.element(PSEUDO, "left", name, rank, call)
+        done = self.element(PSEUDO, "done", name, rank, call)
+        end = self.single(Node(END, where=where, elements=(left, slots), late=(done,)))
+        first = len(self.begins)
+        programs = self._workers(launch, rank, call, where, count, end)
+        for worker, program in enumerate(programs):
+            who = f"{where} worker {worker}"
+            chain, begun = self._begin(rank, call, number, who)
+            if resident < count:
+                chain.append(Node(SLOT, None, who, elements=(slots,)))
+            chain.append(Node(ADD, None, who, elements=(begun,), mode=KERNEL))
+            self.begins.append(self.link(chain, program))
+        self.groups.append((first, len(self.begins)))
+        at = _Place(rank, call, name, True, self.geometry.env(rank), {})
+        at.chain = [Node(WAIT, where=f"{where} finish", elements=(left,), need=count)]
+        if finish:
+            self._block(at, finish[0].body, f"{where} finish")
+        at.chain.append(Node(WAIT, where=f"{where} finish", elements=(done,), need=count))
+        self.begins.append(self.link(at.chain, self.single(self._end(rank, call, name))))
+
+    def _workers(
+        self, launch: Op, rank: int, call: int, where: str, count: int, end: int
+    ) -> list[int]:
+        """The first node of every worker; workers with the same future share its nodes."""
+        programs, memo = [end] * count, dict[tuple[int, int], int]()
+        for position in reversed(range(len(launch.body))):
+            stage = launch.body[position]
+            if stage.name == "flush":
+                for worker in range(count):
+                    key = (position, programs[worker])
+                    if key not in memo:
+                        drain = bool(stage.get("drain"))
+                        node = Node(PERFORM, stage, where, programs[worker], drain=drain)
+                        memo[key] = self.single(node)
+                    programs[worker] = memo[key]
+            elif stage.name == "stage":
+                lo, hi = self.geometry.worker_range(launch, stage)
+                env = self.geometry.env(rank)
+                queue = self.geometry.queue(stage, env)
+                if stage.get("queue", "static") == "dynamic":
+                    tasks = self._dynamic(launch, stage, rank, call, where, queue)
+                    for worker in range(lo, min(hi, count)):
+                        key = (position, programs[worker])
+                        if key not in memo:
+                            node = Node(TAKE, stage, where, programs[worker], tasks=tasks)
+                            word = self._queue_word(stage, launch.symbol, rank, call, position)
+                            node.elements = (word,)
+                            memo[key] = self.single(node)
+                        programs[worker] = memo[key]
+                    self.nodes[end].tasks += tasks
+                    continue
+                for worker in range(lo, min(hi, count)):
+                    mine = queue[worker - lo :: hi - lo]
+                    chain: list[Node] = []
+                    for tiles in mine:
+                        who = f"{where} worker {worker}"
+                        chain += self._task(launch, stage, rank, call, who, tiles)
+                    programs[worker] = self.link(chain, programs[worker])
+        return programs
+
+    def _queue_word(self, stage: Op, name: str, rank: int, call: int, position: int) -> int:
+        counter = stage.get("counter")
+        if counter is None:
+            word = self.element(PSEUDO, "queue", stage.symbol, rank, call, position)
+        else:
+            (word,) = self.words(rank, counter, self.geometry.env(rank))
+            if name not in self.after_head:
+                self.unordered.add(word)
+        self.queues.add(word)
+        return word
+
+    def _dynamic(
+        self,
+        launch: Op,
+        stage: Op,
+        rank: int,
+        call: int,
+        where: str,
+        queue: list[tuple[Tile, ...]],
+    ) -> tuple[int, ...]:
+        back = self.single(Node(RETURN))
+        tasks = [self._task(launch, stage, rank, call, where, tiles) for tiles in queue]
+        return tuple(self.link(task, back) for task in tasks)
+
+    def _task(
+        self, launch: Op, stage: Op, rank: int, call: int, where: str, tiles: tuple[Tile, ...]
+    ) -> list[Node]:
+        text = " ".join(f"{a.name}={t.start}" for a, t in zip(stage.args, tiles, strict=False))
+        at = _Place(rank, call, launch.symbol, True, self.geometry.env(rank), {}, in_stage=True)
+        at.perform_first = any(o.get("delay") for o in stage.walk() if o.name == "notify")
+        where = f"{where} stage @{stage.symbol} {text}"
+        at.chain = [Node(NONE, where=where)]
+        bind_args(stage.args, tiles, at.env, at.values)
+        self._block(at, stage.body, where)
+        if at.perform_first:
+            at.chain += at.deferred
+        return at.chain
+
+    # Ops.
+
+    def _block(self, at: _Place, ops: Iterable[Op], where: str) -> None:
+        for op in ops:
+            if op.name in ("wait", "notify", "transfer"):
+                condition = op.get("if")
+                if condition is None or self._value(condition, at):
+                    {"wait": self._wait, "notify": self._notify, "transfer": self._transfer}[
+                        op.name
+                    ](at, op, where)
+            elif op.name in ("for_tiles", "for_range"):
+                for tiles in self._positions(at, op):
+                    bind_args(op.args[: len(tiles)], tiles, at.env, at.values)
+                    self._block(at, op.body, where)
+            elif op.name in ("load", "load_sum"):
+                self._load(at, op)
+            elif op.name == "store":
+                self._store(at, op, where)
+            else:
+                self._scalar(at, op)
+
+    def _value(self, expr: Any, at: _Place) -> int:
+        try:
+            return self.geometry.value(expr, at.env)
+        except KeyError as error:
+            raise Unsupported(f"{error} is known at run time only") from None
+
+    def _positions(self, at: _Place, op: Op) -> list[tuple[Tile, ...]]:
+        if op.name == "for_range":
+            lo, hi = (self._value(op[k], at) for k in ("lo", "hi"))
+            return [(Tile(i, i + 1, i),) for i in range(lo, hi)]
+        if op.get("bounds"):
+            low, high = (at.values.get(v.name) for v in op.operands[:2])
+            if not (isinstance(low, int) and isinstance(high, int)):
+                raise Unsupported("a loop whose bounds are known at run time only")
+            return self.geometry.bounded(op, low, high)
+        return self.geometry.queue(op, at.env)
+
+    def _scalar(self, at: _Place, op: Op) -> None:
+        """Keep the integers that bounds and indices are made of."""
+        if not op.results or op.results[0].type.shape:
+            return
+        name, value = op.results[0].name, None
+        if op.name == "constant":
+            value = op["value"]
+        elif op.name == "bound":
+            value = at.env[f"{op.operands[0].name}.{op['which']}"]
+        elif op.name in _INTEGER:
+            left, right = (at.values.get(v.name) for v in op.operands)
+            if isinstance(left, int) and isinstance(right, int):
+                value = _INTEGER[op.name](left, right)
+        if isinstance(value, int):
+            at.values[name] = at.env[name] = value
+        else:
+            at.values.pop(name, None)
+
+    def _touch(self, at: _Place, rank: int, ref: Ref, kind: int) -> None:
+        try:
+            _, box = self.geometry.region(ref, at.env, at.values)
+        except KeyError as error:
+            raise Unsupported(f"@{ref.symbol}: {error} is known at run time only") from None
+        touch = (rank, ref.symbol, box, kind)
+        if touch not in at.chain[-1].accesses[-64:]:
+            at.chain[-1].accesses.append(touch)
+
+    def _load(self, at: _Place, op: Op) -> None:
+        assert op.ref is not None
+        own, when = op.get("own"), op.get("when")
+        kind = ASYNC_READ if op.get("via") == "tma" else READ
+        if op.name == "load":
+            ref = own if when is not None and self._value(when, at) else op.ref
+            self._touch(at, at.rank, ref, kind)
+            return
+        for source in range(self.geometry.world):
+            if own is not None and source == at.rank:
+                self._touch(at, at.rank, own, READ)
+            else:
+                part = Ref(op.ref.symbol, (Expr.const(source), *op.ref.index[1:]))
+                self._touch(at, at.rank, part, READ)
+
+    def _peer(self, at: _Place, op: Op) -> int:
+        peer = op.get("peer")
+        rank = at.rank if peer is None else self._value(peer, at)
+        if not 0 <= rank < self.geometry.world:
+            raise IndexError(f"peer {rank} of {self.geometry.world} ranks")
+        return rank
+
+    def _store(self, at: _Place, op: Op, where: str) -> None:
+        assert op.ref is not None
+        if at.perform_first:
+            at.chain.append(Node(PERFORM, op, where))
+            at.perform_first = False
+            at.chain += at.deferred
+        rank = self._peer(at, op)
+        through_tma = op.get("via") == "tma" and op.get("peer") is None
+        self._touch(at, rank, op.ref, ASYNC_WRITE if through_tma else WRITE)
+
+    def _transfer(self, at: _Place, op: Op, where: str) -> None:
+        assert op.ref is not None
+        self._touch(at, at.rank, op.ref, READ)
+        self._touch(at, self._peer(at, op), op["to"], WRITE)
+
+    def _use_control(self, at: _Place) -> None:
+        """The epoch and the counters are read, which `head` writes; what comes later is ordered then."""
+        if not at.control:
+            at.control = True
+            at.chain[-1].accesses.append((at.rank, CONTROL, ((0, 1),), READ))
+
+    def _wait(self, at: _Place, op: Op, where: str) -> None:
+        assert op.ref is not None
+        self._use_control(at)
+        words = self.words(at.rank, op.ref, at.env)
+        gpu = op.get("scope", "sys") == "gpu"
+        mode = (IN_KERNEL_GPU if gpu else IN_KERNEL) if at.kernel else IN_STREAM + gpu
+        if op.get("order") == "relaxed":
+            mode = TAKES_NOTHING
+        if self.geometry.decls[op.symbol].kind == "counter":
+            need = self._value(op.get("count", 1), at)
+            for word in words:
+                self.asked[at.call, word] = max(self.asked.get((at.call, word), 0), need)
+        else:
+            need = at.call + 1 + self._value(op.get("epoch", 0), at)
+            for word in words:
+                self.flag_asked[word] = max(self.flag_asked.get(word, need), need)
+        self._mark(at, words)
+        node = Node(WAIT, op, where, elements=tuple(words), need=need, mode=mode)
+        node.equal, node.proxy = op.get("compare") == "equal", bool(op.get("proxy"))
+        at.chain.append(node)
+
+    def _mark(self, at: _Place, words: Iterable[int]) -> None:
+        """Note the words that a process uses without being ordered behind `head`."""
+        if at.name and at.name not in self.after_head:
+            self.unordered.update(words)
+
+    def _notify(self, at: _Place, op: Op, where: str) -> None:
+        assert op.ref is not None
+        self._use_control(at)
+        counter = self.geometry.decls[op.symbol].kind == "counter"
+        rank = at.rank if counter else self._peer(at, op)
+        words = self.words(rank, op.ref, at.env)
+        weak = op.get("order") == "relaxed" or op.get("barrier") is False
+        gpu = op.get("scope", "sys") == "gpu"
+        mode = self._good_for(at, rank, weak, gpu)
+        self._mark(at, words)
+        drain, delayed = bool(op.get("drain")), bool(op.get("delay")) and counter and at.in_stage
+        if counter:
+            for word in words:
+                self.counted.add((at.call, word))
+                node = Node(HOLD if delayed else ADD, op, where, elements=(word,), mode=mode)
+                node.drain = drain
+                # The task's first store performs what tasks before it have held back, not its own.
+                (at.deferred if delayed and at.perform_first else at.chain).append(node)
+            return
+        count, slot = self._value(op.get("count", 1), at), -1
+        if op.get("through") is not None:
+            (slot,) = self.words(at.rank, op["through"], at.env)
+            self._mark(at, [slot])
+            self.asked[at.call, slot] = count
+            self.counted.add((at.call, slot))
+        elif count > 1:
+            raise IndexError("a counted notify without a counter (`through`)")
+        for number, word in enumerate(words):
+            self.flag_set.add(word)
+            node = Node(SET, op, where, elements=(word,), mode=mode, need=at.call + 1)
+            node.drain, node.slot, node.count = drain, slot, count
+            if number and slot >= 0:
+                raise Unsupported("a counted notify of several elements")
+            at.chain.append(node)
+
+    def _good_for(self, at: _Place, home: int, weak: bool, gpu: bool) -> int:
+        if weak:
+            return NOBODY
+        if at.kernel and home == at.rank:
+            return KERNEL_GPU if gpu else KERNEL
+        if not gpu:
+            return OTHER
+        return STREAM_GPU if home == at.rank else NOBODY
+
+    # Balance.
+
+    def _counter_checks(self, rank: int, call: int) -> tuple[tuple[int, int], ...]:
+        """What the counters of ``rank`` must have come to; -1 where nothing waits for one."""
+        found: dict[int, int] = {}
+        mine = {
+            word
+            for key, word in self.elements.items()
+            if key[0] == rank and self.geometry.decls[key[1]].kind == "counter"
+        }
+        for number, word in sorted(self.counted | set(self.asked)):
+            if number == call and word in mine and word not in self.queues:
+                found[word] = self.asked.get((call, word), -1)
+        return tuple(sorted(found.items()))
+
+    def _flag_checks(self) -> list[tuple[int, int | None]]:
+        slack: dict[str, int] = {}
+        for op in self.geometry.program.walk():
+            if op.name == "wait" and self.geometry.decls[op.symbol].kind == "flag":
+                late = -self.geometry.value(op.get("epoch", 0), self.geometry.env(0))
+                slack[op.symbol] = max(slack.get(op.symbol, 0), late)
+        found: list[tuple[int, int | None]] = []
+        symbols = {word: key[1] for key, word in self.elements.items() if key[0] != PSEUDO}
+        for word in sorted(self.flag_set):
+            asked = self.flag_asked.get(word)
+            most = None if asked is None else asked + slack.get(symbols[word], 0)
+            found.append((word, most))
+        return found
+
+
+def _after_head(geometry: Geometry) -> set[str]:
+    """The agents that start when `head` has ended, and `head`."""
+    found = {"head"}
+    for agent, name in zip(geometry.agents, geometry.agent_names, strict=True):
+        if found & set(agent.get("after", ())):
+            found.add(name)
+    return found
+
+
+def build(
+    geometry: Geometry, calls: int, resident: int | None = None, one_queue: bool = False
+) -> Processes:
+    """The processes of ``calls`` calls of a program.
+
+    ``one_queue``: all agents of a rank go through one hardware queue in the order in which the host
+    enqueues them; a kernel leaves it when all of its workers have begun, a stream when it has ended.
+    Raises Unsupported, BoundsError, or IndexError for what no rank can do.
+    """
+    return Builder(geometry, calls, resident, one_queue).build()

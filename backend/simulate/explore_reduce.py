@@ -1,0 +1,246 @@
+"""Persistent sets: which steps of a state are enough to explore.
+
+A set T of steps is *persistent* in a state if nothing that the other processes can do without a step of
+T depends on one of T (Godefroid, 1996). What they can do is overestimated: they run as far as they can
+with every word as large as it can get, while the processes of T stand still. Searching only T from each
+state keeps every deadlock and, up to steps that commute, every execution; races, versions and counts
+are the same in executions that differ only in the order of such steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tilelink.backend.simulate.explore_build import PSEUDO, Processes
+from tilelink.backend.simulate.explore_nodes import (
+    ADD,
+    CLEAR,
+    END,
+    HOLD,
+    PERFORM,
+    RETURN,
+    SET,
+    SLOT,
+    TAKE,
+    WAIT,
+    Node,
+)
+
+if TYPE_CHECKING:
+    from tilelink.backend.simulate.explore_search import Search
+
+
+def settled(instance: Processes) -> set[int]:
+    """Counters on which the order of steps never matters: no wait passes before the last notify.
+
+    Every process that uses one starts behind the head that clears it, a call's notifies are at most
+    what each of its waits asks for, and nothing else uses it. Waits then pass after all notifies or
+    never.
+    """
+    users: dict[int, list[Node]] = {}
+    for node in instance.nodes:
+        for word in node.elements:
+            users.setdefault(word, []).append(node)
+        if node.slot >= 0:
+            users.setdefault(node.slot, []).append(node)
+    found: set[int] = set()
+    for key, word in instance.elements.items():
+        if key[0] == PSEUDO or word not in instance.ordered:
+            continue
+        mine = users.get(word, [])
+        if any(n.kind not in (WAIT, ADD, HOLD, CLEAR) or n.slot == word for n in mine):
+            continue
+        adds = sum(n.kind in (ADD, HOLD) for n in mine)
+        calls = sum(n.kind == CLEAR for n in mine)
+        waits = [n for n in mine if n.kind == WAIT]
+        # Every call does the same.
+        if all(n.need * calls >= adds for n in waits):
+            found.add(word)
+    return found
+
+
+class Reducer:
+    """Chooses the steps to take from a state."""
+
+    def __init__(self, instance: Processes) -> None:
+        self.instance = instance
+        self.nodes = instance.nodes
+        self.settled = settled(instance)
+        # Words of one call alone, and those that start every call at 0.
+        inside = {word for key, word in instance.elements.items() if key[0] == PSEUDO}
+        self.ordered = instance.ordered | inside
+
+    def persistent(
+        self, search: Search, key: tuple[int, ...], count: int, enabled: list[int]
+    ) -> list[int]:
+        """The smallest persistent set found; all of ``enabled`` if none is smaller."""
+        process_of = search.process_of
+        kinds = [self.nodes[process_of[key[n]][0]].kind for n in enabled]
+        order = sorted(range(len(enabled)), key=lambda i: (kinds[i] in (TAKE, SLOT), kinds[i]))
+        best = enabled
+        for i in order:
+            found = self._close(search, key, count, enabled, enabled[i])
+            if found is None:
+                continue
+            if len(found) < len(best):
+                best = found
+            # Always the same queue first: turning from one to another multiplies their states.
+            if len(found) == 1 or kinds[i] in (TAKE, SLOT):
+                return found
+        return best
+
+    def _close(
+        self,
+        search: Search,
+        key: tuple[int, ...],
+        count: int,
+        enabled: list[int],
+        start: int,
+    ) -> list[int] | None:
+        """Grow {start} until nothing outside depends on it; None if that takes a disabled process."""
+        process_of = search.process_of
+        alike: dict[int, list[int]] = {}
+        for number in range(count):
+            alike.setdefault(key[number], []).append(number)
+        can = {key[n] for n in enabled}
+        chosen = {start}
+        while True:
+            touched = self._reach(search, key, count, chosen)
+            more: set[int] = set()
+            for number in chosen:
+                process = process_of[key[number]]
+                more |= self._dependent(self.nodes[process[0]], process, touched)
+            more -= chosen
+            if not more:
+                break
+            if any(key[n] not in can for n in more):
+                return None
+            chosen |= more
+        # One of several processes in the same state stands for all.
+        picked: dict[int, int] = {}
+        for number in sorted(chosen):
+            picked.setdefault(key[number], number)
+        return sorted(picked.values())
+
+    def _dependent(
+        self, node: Node, process: tuple[object, ...], touched: dict[int, dict[int, set[object]]]
+    ) -> set[int]:
+        """The processes that do, among ``touched``, what does not commute with the step of ``node``."""
+        found: set[int] = set()
+
+        def add(word: int, harmless: tuple[object, ...]) -> None:
+            for kind, numbers in touched.get(word, {}).items():
+                if kind not in harmless:
+                    found.update(numbers)  # type: ignore[arg-type]
+
+        if node.kind == WAIT:
+            for word in node.elements:
+                add(word, (WAIT,))
+        elif node.kind == ADD:
+            add(node.elements[0], (ADD,))
+        elif node.kind == PERFORM:
+            held = process[5]
+            assert isinstance(held, tuple)
+            add(held[0][0], (ADD,))
+        elif node.kind == SET:
+            add(node.elements[0], ())
+            if node.slot >= 0:
+                add(node.slot, (_counted(node),))
+        elif node.kind in (TAKE, CLEAR):
+            for word in node.elements:
+                add(word, ())
+        elif node.kind == SLOT:
+            add(node.elements[0], ())
+        return found
+
+    def _reach(
+        self, search: Search, key: tuple[int, ...], count: int, frozen: set[int]
+    ) -> dict[int, dict[int, set[object]]]:
+        """What the processes outside ``frozen`` may do: word to kind of step to processes."""
+        nodes, process_of = self.nodes, search.process_of
+        high = [search.word_of[w][0] for w in key[count:]]
+        touched: dict[int, dict[int, set[object]]] = {}
+
+        def touch(word: int, kind: object, who: Sequence[int]) -> None:
+            touched.setdefault(word, {}).setdefault(kind, set()).update(who)  # type: ignore[arg-type]
+
+        # A cursor: the node, who may stand there, where a task returns to, and the task. Tasks of a
+        # dynamic queue are started once for all.
+        cursors: list[tuple[int, tuple[int, ...], int, int]] = []
+        open_tasks: set[int] = set()
+        started: set[int] = set()
+        for number in range(count):
+            at, back, _, _, _, held = process_of[key[number]]
+            if at < 0 or number in frozen:
+                continue
+            for element, _, _ in held:
+                high[element] += 1
+                touch(element, ADD, (number,))
+            cursors.append((at, (number,), back, -1))
+        moved = True
+        while moved:
+            moved = False
+            still: list[tuple[int, tuple[int, ...], int, int]] = []
+            for at, who, back, task in cursors:
+                while at >= 0:
+                    node = nodes[at]
+                    kind = node.kind
+                    if kind == WAIT:
+                        if any(high[e] < node.need for e in node.elements):
+                            still.append((at, who, back, task))
+                            break
+                        for word in node.elements:
+                            touch(word, WAIT, who)
+                    elif kind in (ADD, HOLD):
+                        high[node.elements[0]] += 1
+                        touch(node.elements[0], ADD, who)
+                    elif kind == SET:
+                        reached = True
+                        if node.slot >= 0:
+                            high[node.slot] += 1
+                            touch(node.slot, _counted(node), who)
+                            reached = high[node.slot] >= node.count
+                        if reached:
+                            word = node.elements[0]
+                            high[word] = max(high[word], node.need)
+                            touch(word, SET, who)
+                    elif kind == TAKE:
+                        word = node.elements[0]
+                        touch(word, TAKE, who)
+                        position = high[word] if word in self.ordered else 0
+                        for other in node.tasks[position:]:
+                            if other not in started:
+                                started.add(other)
+                                open_tasks.add(other)
+                                still.append((other, who, -1, other))
+                    elif kind == CLEAR:
+                        for word in node.elements:
+                            touch(word, CLEAR, who)
+                            if word in self.ordered:
+                                high[word] = 0
+                    elif kind == SLOT:
+                        touch(node.elements[0], SLOT, who)
+                    elif kind == RETURN:
+                        open_tasks.discard(task)
+                        moved = True
+                        at, back = back, -1
+                        continue
+                    elif kind == END:
+                        # The launch ends when all its workers have, and so all tasks of its queues.
+                        if not open_tasks.isdisjoint(node.tasks):
+                            still.append((at, who, back, task))
+                            break
+                        for word in (*node.elements, *node.late):
+                            high[word] += 1
+                        moved = True
+                        break
+                    moved = True
+                    at = node.next
+            cursors = still
+        return touched
+
+
+def _counted(node: Node) -> tuple[object, ...]:
+    """Counted notifies of one kind commute: whichever is last sets the word, and carries all."""
+    return (SET, node.mode, node.count, node.elements, node.need)

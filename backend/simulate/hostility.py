@@ -1,0 +1,74 @@
+"""Who runs next, and how late stores land: the choices of a hostile machine, all made by one seed.
+
+Four ways to be hostile, taken in turn by the seed: any order; priorities with a few changes (PCT,
+Burckhardt et al., ASPLOS 2010), which finds a fault that needs d choices with a probability of at least
+1 / (n k^(d-1)) for n agents and k steps; some ranks or agents that run only when nothing else can; and
+streams last, with the ranks in a fixed order, so that one is as many calls ahead as the program lets it.
+"""
+
+from __future__ import annotations
+
+import random
+
+RANDOM, PRIORITIES, STARVED, SKEWED = range(4)
+
+
+class Hostility:
+    """The choices of one run. ``components`` are (rank, agent, worker) in the order of their numbers,
+    ``streams`` the names of streams, ``steps`` about how many steps the run takes."""
+
+    def __init__(
+        self,
+        seed: int,
+        components: list[tuple[int, str, int]],
+        streams: frozenset[str],
+        steps: int,
+    ) -> None:
+        self.random = random.Random(seed)
+        self.mode = seed % 4
+        # CUDA promises no concurrency between streams: sometimes all agents share one hardware queue.
+        self.one_queue = seed % 5 == 3
+        self.lateness = (1.0, 0.5, 0.0)[seed // 4 % 3]
+        ranks = sorted({rank for rank, _, _ in components})
+        agents = sorted({agent for _, agent, _ in components})
+        draw = self.random.random
+        self.bias = [0.0] * len(components)
+        self._changes: list[int] = []
+        self._steps = 0
+        if self.mode == PRIORITIES:
+            self.bias = [draw() for _ in components]
+            depth = self.random.randrange(4)
+            self._changes = sorted(self.random.randrange(1, steps + 1) for _ in range(depth))
+        elif self.mode == STARVED:
+            slow_ranks = {r for r in ranks if draw() < 0.4}
+            slow_agents = {a for a in agents if draw() < 0.3}
+            self.bias = [
+                2.0 * (rank in slow_ranks) + 1.0 * (agent in slow_agents)
+                for rank, agent, _ in components
+            ]
+        elif self.mode == SKEWED:
+            order = list(ranks)
+            self.random.shuffle(order)
+            self.bias = [
+                2.0 * order.index(rank) + 2.0 * len(order) * (agent in streams)
+                for rank, agent, _ in components
+            ]
+
+    def key(self, component: int) -> float:
+        """What the next step of a task is sorted by: the smallest runs first."""
+        if self.mode == PRIORITIES:
+            return self.bias[component]
+        return self.bias[component] + self.random.random()
+
+    def ran(self, component: int) -> None:
+        """A task has made a step."""
+        self._steps += 1
+        if self._changes and self._steps >= self._changes[0]:
+            self._changes.pop(0)
+            self.bias[component] += 1.0 + len(self._changes)
+
+    def late(self) -> bool:
+        """Whether a store stays in the store buffer until a release."""
+        return self.lateness > 0.0 and (
+            self.lateness == 1.0 or self.random.random() < self.lateness
+        )

@@ -1,0 +1,114 @@
+"""The version oracle: which write every read saw, against what it must see.
+
+Each element of memory carries the number of the write that made it and the call of that write. Two rules
+hold for every program that is free of faults: a read sees writes of its own call only, since nothing
+flows from one call into the next; and a read sees the same writes in every call and under every
+schedule, since the graph has one producer for each element that is read (where tables of a call decide
+who writes what, the calls are not compared with each other, only the schedules). So one run whose numbers are
+right settles all others of the same program in which every read sees the same versions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilelink.backend.simulate.errors import VersionError
+from tilelink.backend.simulate.geometry import Decl
+from tilelink.backend.simulate.memory import Memory
+from tilelink.backend.simulate.trace import Load, Place, Region, Traces, Transfer
+from tilelink.ir import Op
+
+CALLS = 16  # bits of a version that hold the call
+UNWRITTEN = -1
+
+
+class Versions:
+    """What each read saw; shared by the runs of one program that are to be compared."""
+
+    def __init__(self, traces: Traces) -> None:
+        self.traces = traces
+        self._seen: dict[tuple[int, int, int], bytes] = {}
+
+    def fresh(self, memory: Memory, decl: Decl, call: int | None = None) -> None:
+        """Nobody has written ``decl``; with ``call``, the user has."""
+        value = UNWRITTEN
+        if call is not None:
+            place = Place(memory.rank, "<host>")
+            uid = self.traces.uid(("input", memory.rank, decl.name), decl.op, place)
+            value = (uid << CALLS) + call
+        memory.versions[decl.name] = np.full(decl.shape, value, dtype=np.int64)
+
+    def written(self, memory: Memory, symbol: str, mask: Any, uid: int, call: int) -> None:
+        """A write has reached memory."""
+        memory.versions[symbol][mask] = (uid << CALLS) + call
+
+    def read(
+        self, memory: Memory, ins: Load | Transfer, part: int, region: Region, call: int, who: Any
+    ) -> None:
+        """Compare what a read sees with what it saw before; VersionError where it differs."""
+        found = memory.versions[region.symbol][region.mask] - call
+        seen = found.tobytes()
+        key = (ins.uid, part, call if self.traces.dynamic else 0)
+        known = self._seen.get(key)
+        if seen == known:
+            return
+        if known is None:
+            bad = found & ((1 << CALLS) - 1)
+            if not bad.any():
+                self._seen[key] = seen
+                return
+        self._fail(memory.rank, region.symbol, ins.op, ins.place, found, known, call, who)
+
+    def output(self, memory: Memory, decl: Decl, call: int, who: Any) -> None:
+        """The user reads an output: like :meth:`read`, but elements may be left unwritten."""
+        place = Place(memory.rank, "<host>")
+        uid = self.traces.uid(("output", memory.rank, decl.name), decl.op, place)
+        found = memory.versions[decl.name] - call
+        found[found == UNWRITTEN - call] = UNWRITTEN << CALLS
+        seen = found.tobytes()
+        known = self._seen.setdefault((uid, 0, call if self.traces.dynamic else 0), seen)
+        if seen != known:
+            self._fail(memory.rank, decl.name, decl.op, place, found, known, call, who)
+
+    def _fail(
+        self,
+        rank: int,
+        symbol: str,
+        op: Op,
+        place: Place,
+        found: NDArray[np.int64],
+        known: bytes | None,
+        call: int,
+        who: Any,
+    ) -> None:
+        flat = found.reshape(-1)
+        if known is None:
+            at = int(np.flatnonzero(flat & ((1 << CALLS) - 1))[0])
+            expected = f"a write of call {call}"
+        else:
+            wanted = np.frombuffer(known, dtype=np.int64)
+            at = int(np.flatnonzero(flat != wanted)[0])
+            expected = self._writer(int(wanted[at]), call)
+        raise VersionError(
+            op.span,
+            symbol=symbol,
+            rank=rank,
+            reader=f"`{op.name}` by {who.describe(place)}",
+            found=self._writer(int(flat[at]), call),
+            expected=expected,
+        )
+
+    def _writer(self, version: int, call: int) -> str:
+        version += call
+        if version < 0:
+            return "what nobody has written"
+        op, place = self.traces.sources[version >> CALLS]
+        of = version & ((1 << CALLS) - 1)
+        if place.agent == "<host>":
+            return f"the input of call {of}"
+        where = f" ({op.span})" if op.span is not None else ""
+        agent = place.agent if place.agent == "head" else f"@{place.agent}"
+        return f"`{op.name}`{where} by rank {place.rank} {agent}{place.text} (call {of})"

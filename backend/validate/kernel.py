@@ -1,0 +1,388 @@
+"""Calls of device primitives in emitted kernels: what waits, notifies, queues and pushes mean."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import numpy as np
+
+from tilelink.backend.validate.accesses import AccessMachine
+from tilelink.backend.validate.layout import constant
+from tilelink.backend.validate.trace import FINISH, Signal
+from tilelink.backend.validate.values import (
+    Context,
+    Ints,
+    Mask,
+    Name,
+    Num,
+    Pointer,
+    Special,
+    full,
+)
+from tilelink.ir.layout import COUNTERS, WORD
+
+
+class KernelMachine(AccessMachine):
+    """An emitted kernel, run by all workers of all ranks in step; see :mod:`accesses`."""
+
+    def on_tl_program_id(self, axis: Any) -> Num:
+        """``tl.program_id(0)``: the worker."""
+        if axis != 0:
+            self.unclear("a grid with more than one axis")
+        return Num(self.worker)
+
+    def on_tl_num_programs(self, axis: Any) -> Num:
+        """``tl.num_programs(0)``."""
+        if axis != 0:
+            self.unclear("a grid with more than one axis")
+        return Num(self.workers)
+
+    def special(self, value: Any, name: str) -> None:
+        """Refuses an argument that is not the parameter called ``name``."""
+        if not isinstance(value, Special) or value.name != name:
+            self.unclear(f"an argument where `{name}` belongs")
+
+    def on_device_context(
+        self, arena: Any, peers: Any, rank: Any, world: Any, progress: Any, arrival: Any
+    ) -> Context:
+        """``device.context``."""
+        self.special(arena, "arena")
+        self.special(peers, "peers")
+        self.special(progress, "progress_ns")
+        self.special(arrival, "arrival_ns")
+        if world != self.layout.world:
+            self.hazard(f"the context is for {world} ranks, the program for {self.layout.world}")
+        if np.any(full(self.number(rank).v, self.lanes) != self.rank):
+            self.hazard("the context is that of another rank")
+        return Context()
+
+    def attribute(self, value: Any, node: ast.Attribute) -> Any:
+        """``ctx.epoch``, or a dotted name."""
+        if isinstance(value, Context):
+            if node.attr != "epoch":
+                self.unclear(f"`{node.attr}` of the context", node)
+            return Name("epoch", Num(0))
+        return super().attribute(value, node)
+
+    def other(self, op: type[ast.operator], a: Any, b: Any, node: ast.AST) -> Any:
+        """``ctx.epoch + n``, or arithmetic of tiles."""
+        if isinstance(a, Name) and a.path == "epoch":
+            shift = self.binary(op, a.of, b, node)
+            if op in (ast.Add, ast.Sub) and isinstance(shift, Num):
+                return Name("epoch", shift)
+        if isinstance(a, Pointer | Name | Special) or isinstance(b, Pointer | Name | Special):
+            self.unclear("arithmetic with an address", node)
+        return super().other(op, a, b, node)
+
+    def on_device_pointer(self, arena: Any, offset: Any, dtype: Any) -> Pointer:
+        """``device.pointer``: a place in this rank's arena."""
+        self.special(arena, "arena")
+        return self.arena(self.rank, offset, dtype)
+
+    def on_device_peer_pointer(self, peers: Any, rank: Any, offset: Any, dtype: Any) -> Pointer:
+        """``device.peer_pointer``: a place in the arena of a peer."""
+        self.special(peers, "peers")
+        home = full(self.number(rank).v, self.lanes)
+        self.peer(home)
+        return self.arena(home, offset, dtype)
+
+    def peer(self, home: Ints) -> None:
+        """Refuses a rank that does not exist."""
+        if np.any((home[self.on] < 0) | (home[self.on] >= self.layout.world)):
+            self.hazard("a rank that does not exist")
+
+    def arena(self, home: Ints, offset: Any, dtype: Any) -> Pointer:
+        """A pointer to a symmetric buffer."""
+        if not isinstance(offset, int) or offset % 16:
+            self.unclear("an offset in the arena that is not a constant multiple of 16")
+        symbol, byte = self.layout.buffer(offset, self.dtype(dtype))
+        return Pointer(symbol, home, byte, self.layout.item[symbol])
+
+    def context(self, ctx: Any) -> None:
+        """Refuses anything but the context."""
+        if not isinstance(ctx, Context):
+            self.unclear("an argument where the context belongs")
+
+    def element(self, word: Any, on: Mask) -> tuple[str, Ints]:
+        """The flag or counter of a word, and the flat elements in all lanes."""
+        (words,) = self.subset(on, self.number(word).v)
+        symbol, flat = self.layout.word(words)
+        return symbol, self.spread(on, flat)
+
+    def signal(self, on: Mask, symbol: str, home: Ints, flat: Ints, **facts: Any) -> int:
+        """Records a wait or notify; returns its number."""
+        lane = np.flatnonzero(on)
+        seq = self.trace.next()
+        bound = full(facts.pop("bound", 1), self.lanes)[lane]
+        stage = facts.pop("stage", self.next_stage())
+        segment = facts.pop("segment", self.segment)
+        for name in ("through_flat", "producer"):
+            if facts.get(name) is not None:
+                facts[name] = facts[name][lane]
+        wait = facts.pop("wait")
+        facts["drained"] = not wait and not any(np.any(m & on) for m in self.tma.values())
+        self.trace.signals.append(
+            Signal(
+                self.site, symbol, wait, lane, stage, segment[lane], seq,
+                home[lane], flat[lane], bound, **facts,
+            )
+        )  # fmt: skip
+        self.trace.passed = self.trace.passed + on
+        return seq
+
+    def waited(
+        self, on: Mask, symbol: str, flat: Ints, fence: bool, wait: Any, **facts: Any
+    ) -> Num:
+        """A wait; its token."""
+        if not on.any():
+            return Num(0)
+        if isinstance(wait, int):
+            self.wait_names.append(wait)
+        else:
+            self.unclear("the number of a wait that is not constant")
+        seq = self.signal(on, symbol, self.rank, flat, wait=True, fence=fence, **facts)
+        self.last_wait = np.where(on, seq, self.last_wait)
+        (self.inside if self.stage != -1 else self.outside)[seq] = (on.copy(), fence)
+        return Num(np.zeros(self.lanes, dtype=np.int64), tokens={seq: on.copy()})
+
+    def fenced(self, fence: Any) -> bool:
+        """A constant truth value."""
+        if fence is True or fence is False:
+            return bool(fence)
+        self.unclear("a flag that is not constant")
+
+    def on_device_peer_tile_wait(
+        self,
+        ctx: Any,
+        word: Any,
+        epoch: Any,
+        producer: Any,
+        tile: Any,
+        wait: Any,
+        fence: Any = False,
+    ) -> Num:
+        """``device.peer_tile_wait``."""
+        self.context(ctx)
+        self.number(tile)
+        if not isinstance(epoch, Name) or epoch.path != "epoch":
+            self.hazard("a flag is compared with a number that is no epoch")
+        shift = constant(full(epoch.of.v, self.lanes)[self.on])
+        if shift not in (0, -1):
+            self.hazard(f"the epoch waited for is {shift} calls away")
+        symbol, flat = self.element(word, self.on)
+        if self.layout.declared[symbol].name != "flag":
+            self.hazard(f"@{symbol} is a counter, and is waited for as a flag")
+        named = full(self.number(producer).v, self.lanes)
+        return self.waited(
+            self.on, symbol, flat, self.fenced(fence), wait, epoch=shift, producer=named
+        )
+
+    def on_device_consumer_tile_wait(
+        self, ctx: Any, word: Any, count: Any, tile: Any, wait: Any, fence: Any = False
+    ) -> Num:
+        """``device.consumer_tile_wait``."""
+        self.context(ctx)
+        self.number(tile)
+        symbol, flat = self.element(word, self.on)
+        if self.layout.declared[symbol].name != "counter":
+            self.hazard(f"@{symbol} is a flag, and is waited for as a counter")
+        bound = self.number(count).v
+        return self.waited(self.on, symbol, flat, self.fenced(fence), wait, bound=bound)
+
+    def on_device_rank_wait(
+        self, ctx: Any, word: Any, epoch: Any, wait: Any, fence: Any = False
+    ) -> Num:
+        """``device.rank_wait``: one wait a rank."""
+        total = Num(0)
+        for peer in range(self.layout.world):
+            at = self.binary(ast.Add, self.number(word), Num(peer), self.node or ast.Pass())
+            one = self.on_device_peer_tile_wait(ctx, at, epoch, Num(peer), Num(peer), wait, fence)
+            total = self.arithmetic(ast.Add, total, one, self.node or ast.Pass())
+        return total
+
+    def released(self, on: Mask) -> None:
+        """Refuses a release behind TMA stores that may still be under way."""
+        for symbol, lanes in self.tma.items():
+            if symbol in self.layout.read_back and np.any(lanes & on):
+                self.hazard(f"TMA stores to @{symbol} are not drained before this release")
+
+    def on_device_drain_tma_stores(self) -> None:
+        """``device.drain_tma_stores``."""
+        self.tma = {s: lanes & ~self.on for s, lanes in self.tma.items()}
+
+    def counted(self, symbol: str, system: Any) -> bool:
+        """The scope of a counter's notify: system where a stream waits for it."""
+        if self.layout.declared[symbol].name != "counter":
+            self.hazard(f"@{symbol} is a flag, and is notified as a counter")
+        wide = self.fenced(system)
+        if symbol in self.streamed and not wide:
+            self.hazard(f"a stream waits for @{symbol}: its notifies need system scope")
+        return wide
+
+    def on_device_producer_tile_notify(self, ctx: Any, word: Any, system: Any = False) -> None:
+        """``device.producer_tile_notify``."""
+        self.context(ctx)
+        symbol, flat = self.element(word, self.on)
+        self.released(self.on)
+        self.signal(
+            self.on, symbol, self.rank, flat, wait=False, system=self.counted(symbol, system)
+        )
+
+    def on_device_delayed_tile_notify(self, ctx: Any, pending: Any, system: Any = False) -> None:
+        """``device.delayed_tile_notify``: for the task whose stores came last."""
+        self.context(ctx)
+        words = full(self.number(pending).v, self.lanes)
+        on = self.on & (words >= 0)
+        if not on.any():
+            return
+        if np.any(on & (self.last_wait > self.last_write)):
+            self.hazard("a notify is held back while its worker waits")
+        symbol, flat = self.element(pending, on)
+        wide = self.counted(symbol, system)
+        if self.stage >= 0:
+            stage, final = self.stage, self.segment
+            # Before the task's first store it is the task before that the notify is for.
+            segment = np.where(self.dirty, final, final - 1)
+        else:
+            line = self.site[0]
+            before = [n for n, loop in enumerate(self.loops) if loop.lineno < line]
+            if not before or before[-1] not in self.trace.segments:
+                self.hazard("a delayed notify that follows no stores")
+            stage = before[-1]
+            self.trace.flushed.add(stage)
+            segment = self.trace.segments[stage] - 1
+        if np.any(segment[on] < 0):
+            self.hazard("a delayed notify that follows no stores")
+        self.tma = {s: lanes & ~on for s, lanes in self.tma.items()}
+        self.signal(
+            on, symbol, self.rank, flat, wait=False, system=wide, delayed=True,
+            stage=stage, segment=segment,
+        )  # fmt: skip
+
+    def flagged(self, word: Any, peer: Any, **facts: Any) -> None:
+        """A notify of a peer's flag."""
+        symbol, flat = self.element(word, self.on)
+        if self.layout.declared[symbol].name != "flag":
+            self.hazard(f"@{symbol} is a counter, and is notified as a flag")
+        home = full(self.number(peer).v, self.lanes)
+        self.peer(home)
+        self.released(self.on)
+        self.signal(self.on, symbol, home, flat, wait=False, **facts)
+
+    def on_device_peer_tile_notify(self, ctx: Any, word: Any, peer: Any) -> None:
+        """``device.peer_tile_notify``."""
+        self.context(ctx)
+        self.flagged(word, peer)
+
+    def on_device_counted_tile_notify(
+        self, ctx: Any, word: Any, peer: Any, through: Any, count: Any
+    ) -> None:
+        """``device.counted_tile_notify``."""
+        self.context(ctx)
+        symbol, flat = self.element(through, self.on)
+        if self.layout.declared[symbol].name != "counter":
+            self.hazard(f"@{symbol} is a flag, and counts notifies")
+        bound = self.number(count).v
+        self.flagged(word, peer, bound=bound, through=symbol, through_flat=flat)
+
+    def on_device_rank_notify(self, ctx: Any, word: Any) -> None:
+        """``device.rank_notify``: one notify a peer."""
+        self.context(ctx)
+        mine = self.binary(ast.Add, self.number(word), Num(self.rank), self.node or ast.Pass())
+        for peer in range(self.layout.world):
+            self.flagged(mine, Num(peer))
+
+    def on_device_tile_push_data(
+        self,
+        source: Any,
+        target: Any,
+        rows: Any,
+        columns: Any,
+        source_stride: Any,
+        target_stride: Any,
+    ) -> None:
+        """``device.tile_push_data``: rows of columns from here to a peer."""
+        if not isinstance(source, Pointer) or not isinstance(target, Pointer):
+            self.unclear("a push between things that are no addresses")
+        if source.shape or target.shape or source.unit != target.unit:
+            self.unclear("a push between addresses of different kinds")
+        sides = []
+        for pointer, stride in ((source, source_stride), (target, target_stride)):
+            numbers = [self.number(v).v for v in (rows, columns, stride)]
+            height, width, step = self.subset(self.on, *numbers)
+            (base,) = self.subset(self.on, pointer.base)
+            if np.all((step == width) | (height == 1)):
+                extents, steps = [height * width], [np.ones_like(width)]
+            else:
+                extents, steps = [height, width], [step, np.ones_like(width)]
+            lo, hi, _ = self.layout.box(pointer.symbol, base, pointer.unit, extents, steps)
+            home = full(pointer.home, self.lanes)
+            sides.append((self.spread(self.on, lo), self.spread(self.on, hi), home))
+        if np.any(sides[0][2][self.on] != self.rank[self.on]):
+            self.unclear("a read from memory of a peer")
+        pair = self.trace.next()
+        # A copy of its own loops: the compiler moves no load of it above an acquiring atomic.
+        lo, hi, _ = sides[0]
+        self.read(source.symbol, "generic", self.on, self.rank, lo, hi, None, pair)
+        self.write(target.symbol, "generic", self.on, sides[1][2], *sides[1][:2], {}, (), pair)
+        self.trace.pairs[pair] = self.site
+
+    def on_device_queue_next(self, ctx: Any, word: Any) -> Num:
+        """``device.queue_next``: positions in the order in which workers ask."""
+        self.context(ctx)
+        symbol, flat = self.element(word, self.on)
+        if self.layout.declared[symbol].name != "counter":
+            self.hazard(f"@{symbol} is a flag, and is used as a queue")
+        if constant(flat[self.on]) is None:
+            self.unclear("workers of one queue that draw from different counters")
+        number = int(flat[np.flatnonzero(self.on)[0]])
+        key = (self.layout.declared[symbol]["offset"] + number * WORD - COUNTERS) // WORD
+        taken = self.queues.setdefault(key, np.zeros(self.layout.world, dtype=np.int64))
+        self.trace.queues.add((symbol, number))
+        place = self.ticket.copy()
+        for rank in range(self.layout.world):
+            lanes = np.flatnonzero(self.on & (self.rank == rank))
+            drawn = taken[rank] + np.arange(len(lanes))
+            place[lanes] = drawn[::-1] if self.reverse else drawn
+            taken[rank] += len(lanes)
+        self.ticket = place
+        return Num(place)
+
+    def on_device_finish_arrive(self, ctx: Any) -> Num:
+        """``device.finish_arrive``: true for the last worker of each rank."""
+        self.context(ctx)
+        if (
+            not self.all
+            or self.stage != -1
+            or self.left
+            or any(n not in self.trace.segments for n in range(len(self.loops)))
+        ):
+            self.hazard("not every worker leaves the launch once, behind its last stage")
+        self.left, self.stage = True, FINISH
+        self.segment = np.zeros(self.lanes, dtype=np.int64)
+        # The last to leave has acquired what all others released on their way out.
+        self.tma.clear()
+        return Num((self.worker == self.workers - 1).astype(np.int64))
+
+    def on_device_finish_leave(self, ctx: Any, first: Any, last: Any) -> None:
+        """``device.finish_leave``: after an abort, frees streams that wait for counters."""
+        self.context(ctx)
+        if self.stage != FINISH or not isinstance(first, int) or not isinstance(last, int):
+            self.unclear("streams are freed before the launch is left")
+        self.trace.freed.append((first, last))
+
+    def on_device_grouped_tile(self, position: Any, rows: Any, columns: Any, group: Any) -> Any:
+        """``device.grouped_tile``: see its definition."""
+        q, height, width, deep = (self.number(v) for v in (position, rows, columns, group))
+        node = self.node or ast.Pass()
+        across = self.arithmetic(ast.Mult, deep, width, node)
+        first = self.arithmetic(ast.FloorDiv, q, across, node)
+        first = self.arithmetic(ast.Mult, first, deep, node)
+        tall = self.extremum(np.minimum, self.arithmetic(ast.Sub, height, first, node), deep)
+        inside = self.arithmetic(ast.Mod, q, across, node)
+        row = self.arithmetic(ast.Mod, inside, tall, node)
+        return (
+            self.arithmetic(ast.Add, first, row, node),
+            self.arithmetic(ast.FloorDiv, inside, tall, node),
+        )

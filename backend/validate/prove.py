@@ -1,0 +1,363 @@
+"""One emitted module against the program of its kernel: read, compared, proven."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tilelink.backend.expand_rows import Access, Phase, Sync
+from tilelink.backend.expand_walk import expand
+from tilelink.backend.validate.demand import flows
+from tilelink.backend.validate.errors import EmittedDiffers, EmittedHazard, Unclear
+from tilelink.backend.validate.host import Agent, HostMachine, View
+from tilelink.backend.validate.kernel import KernelMachine
+from tilelink.backend.validate.layout import Layout
+from tilelink.backend.validate.module import Module
+from tilelink.backend.validate.rows import Placed, Rows
+from tilelink.backend.validate.trace import Signal, Trace
+from tilelink.backend.validate.values import (
+    Data,
+    Descriptor,
+    Num,
+    Pointer,
+    Special,
+    full,
+)
+from tilelink.backend.verify import Report, VerifyError, prove
+from tilelink.errors import Span, TilelinkError
+from tilelink.ir import Op, make, parse_ir, print_ir
+from tilelink.ir.layout import ACK, WORD
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What was read from a module and proven: rows over all ranks and one call."""
+
+    program: str
+    lanes: int
+    accesses: int
+    signals: int
+    report: Report
+
+
+def validate(module: Module, program: Op) -> Validation:
+    """Prove that ``module`` does what ``program`` says, and that it cannot hang or race.
+
+    ``program`` is the fused program of the kernel, compiled from its source: declarations, maps and
+    what each task has to read and store are taken from it. Errors: EmittedDiffers, EmittedHazard and
+    Unclear at a place of the module, with the tasks concerned.
+    """
+    return Validator(module, program).run()
+
+
+class Validator:
+    """The steps of :func:`validate`."""
+
+    def __init__(self, module: Module, program: Op) -> None:
+        self.module, self.program = module, program
+        self.layout = Layout(program)
+        self.expected = expand(program)
+        self.rows = Rows(self.expected, module.source, flows(program))
+        self.wait_names: list[int] = []
+        self.lanes = 0
+        self.traces: list[Trace] = []
+        self.flushes: list[int] = []  # phases behind which every worker performs what it holds back
+
+    def run(self) -> Validation:
+        """All steps in order."""
+        self.same_text()
+        agents = HostMachine(self.module.source, self.layout, frozenset(self.module.kernels)).start(
+            self.module.host
+        )
+        self.same_agents(agents)
+        streamed = frozenset(
+            s.symbol for a in agents if a.kind == "stream" for s in self.of(a).signals if s.wait
+        )
+        used = [a.kernel for a in agents if a.kind == "launch"]
+        if sorted(used) != sorted(self.module.kernels):
+            self.differs(None, "a kernel is launched never or twice")
+        placed: list[tuple[Agent, Placed]] = []
+        for number, agent in enumerate(agents):
+            if agent.kind == "stream":
+                self.traces.append(self.of(agent))
+                placed.append((agent, self.stream(number, agent)))
+            elif agent.kind == "launch":
+                traces = [self.launch(agent, streamed, False)]
+                if traces[0].queues:
+                    # Positions are given to whoever asks: the text must do the same for another.
+                    traces.append(self.launch(agent, streamed, True))
+                    self.queues(number, traces[0])
+                self.freed(agent, traces[0], streamed)
+                self.traces += traces
+                for trace in traces[::-1]:
+                    self.rows.accesses = [a for a in self.rows.accesses if not self.at(number, a)]
+                    self.rows.syncs = [s for s in self.rows.syncs if not self.at(number, s)]
+                    self.rows.volume = {}
+                    one = self.rows.launch(number, trace, agent.workers)
+                    self.place(number, one)
+                self.flushes += [id(one.phases[n]) for n in sorted(traces[0].flushed)]
+                placed.append((agent, one))
+            elif agent.kind == "head":
+                self.head(number, agent)
+            else:
+                kept = [a for a in self.expected.accesses if self.at(number, a)]
+                self.rows.accesses += kept
+        self.rows.same_signals()
+        self.producers(placed)
+        self.named_waits()
+        return self.proven()
+
+    def of(self, agent: Agent) -> Trace:
+        """The trace of an agent that has one."""
+        assert agent.trace is not None
+        return agent.trace
+
+    def at(self, agent: int, row: Access | Sync) -> bool:
+        """Whether rows are those of an agent."""
+        if not len(row.task):
+            return False
+        return self.expected.phases[int(self.expected.task_phase[row.task[0]])].agent == agent
+
+    def differs(self, node: ast.AST | None, detail: str) -> None:
+        """Refuses a difference."""
+        line = getattr(node, "lineno", 0)
+        source = self.module.source
+        span = Span(source, line, 1, len(source.line(line)) + 1) if line else None
+        raise EmittedDiffers(span, detail=detail)
+
+    # The host ---------------------------------------------------------------------------------
+
+    def same_text(self) -> None:
+        """The program that the runtime takes memory and names from must be the kernel's."""
+        try:
+            carried = parse_ir(self.module.text, self.module.source.name)
+        except TilelinkError as error:
+            raise EmittedDiffers(
+                None, detail="the program that it carries does not parse", notes=(str(error),)
+            ) from None
+        ours = parse_ir(print_ir(self.program))
+        if carried.with_attrs(file=None) == ours.with_attrs(file=None):
+            return
+        for one, two in zip(carried.body, ours.body, strict=False):
+            if one != two:
+                names = [f"`{o.name} @{o.symbol}`" if o.ref else f"`{o.name}`" for o in (one, two)]
+                self.differs(None, f"it carries {names[0]} where the kernel gives {names[1]}")
+        self.differs(None, "the program that it carries is not that of the kernel")
+
+    def same_agents(self, agents: list[Agent]) -> None:
+        """Agents, their order and what they come after, sizes of launches, sides of collectives."""
+        wanted = self.expected.agents
+        for agent, op in zip(agents, wanted, strict=False):
+            name = op.symbol if op.ref is not None else "head"
+            if (agent.kind, agent.name) != (op.name, name):
+                self.differs(
+                    agent.node, f"{agent.kind} `{agent.name}` where {op.name} `{name}` belongs"
+                )
+            if agent.after != tuple(op.get("after", ())):
+                self.differs(
+                    agent.node, f"`{name}` comes after {agent.after}, not {op.get('after', ())}"
+                )
+            if agent.kind == "launch":
+                for label, have, key, default in (
+                    ("workers", agent.workers, "workers", 1),
+                    ("warps", agent.warps, "warps", 4),
+                    ("stages of its pipeline", agent.stages, "stages", 3),
+                ):
+                    if have != int(op.get(key, default)):
+                        self.differs(
+                            agent.node, f"{have} {label}; the program has {op.get(key, default)}"
+                        )
+            if agent.kind == "collective":
+                assert op.ref is not None
+                sides = (op["op"], op.ref.symbol, op["to"].symbol)
+                if (agent.op, agent.source, agent.target) != sides:
+                    self.differs(agent.node, f"another collective than {' '.join(sides)}")
+        if len(agents) != len(wanted):
+            self.differs(
+                None, f"the host enqueues {len(agents)} agents, the program has {len(wanted)}"
+            )
+
+    def head(self, number: int, agent: Agent) -> None:
+        """`call.head`: advances the epoch, clears counters and waits for acknowledgements."""
+        wanted = [s for s in self.expected.syncs if self.at(number, s)]
+        if not agent.waits:
+            if wanted:
+                self.differs(agent.node, "`head` does not wait for the acknowledgements")
+            return
+        task = next(p.first for p in self.expected.phases if p.agent == number)
+        world = self.layout.world
+        words = np.arange(ACK, ACK + world, dtype=np.int64)
+        symbol, flat = self.layout.word(words)
+        rank = np.repeat(np.arange(world, dtype=np.int64), world)
+        signal = Signal(
+            (getattr(agent.node, "lineno", 0), 0), symbol, True, rank, 0, np.zeros_like(rank), 1,
+            rank, np.tile(flat, world), np.ones_like(rank), epoch=-1,
+        )  # fmt: skip
+        trace = Trace(world)
+        trace.signals.append(signal)
+        table = {0: (task + np.arange(world))[:, None]}
+        self.rows.signals(Placed(trace, {}, table, np.arange(world, dtype=np.int64)))
+
+    def stream(self, number: int, agent: Agent) -> Placed:
+        """A side stream: one task a rank."""
+        trace = self.of(agent)
+        world = self.layout.world
+        first = next(p.first for p in self.expected.phases if p.agent == number)
+        table = {0: (first + np.arange(world, dtype=np.int64))[:, None]}
+        placed = Placed(trace, {}, table, np.arange(world, dtype=np.int64))
+        self.place(number, placed)
+        return placed
+
+    def place(self, number: int, placed: Placed) -> None:
+        """Matches everything of one agent."""
+
+        def mine(access: Access) -> bool:
+            return self.at(number, access)
+
+        self.rows.touches(placed, mine)
+        self.rows.complete(mine)
+        self.rows.signals(placed)
+
+    # Kernels ----------------------------------------------------------------------------------
+
+    def launch(self, agent: Agent, streamed: frozenset[str], reverse: bool) -> Trace:
+        """Runs a kernel with the arguments of its launch."""
+        function = self.module.kernels[agent.kernel]
+        machine = KernelMachine(
+            self.module.source, function, self.layout, agent.workers, streamed, reverse
+        )
+        names = [a.arg for a in function.args.args]
+        if len(names) != len(agent.arguments):
+            self.differs(
+                agent.node, f"{len(agent.arguments)} arguments for {len(names)} parameters"
+            )
+        given: dict[str, Any] = {}
+        for argument, value in zip(function.args.args, agent.arguments, strict=True):
+            given[argument.arg] = self.argument(machine, argument, value, agent)
+        trace = machine.start(given)
+        if not reverse:
+            self.wait_names += list(dict.fromkeys(machine.wait_names))
+            self.lanes += machine.lanes
+        has_finish = any(
+            p.kind == "finish" and self.expected.agents[p.agent].symbol == agent.name
+            for p in self.expected.phases
+        )
+        if has_finish and not machine.left:
+            self.differs(function, "the launch is not left through `finish_arrive`")
+        return trace
+
+    def argument(self, machine: KernelMachine, parameter: ast.arg, value: Any, agent: Agent) -> Any:
+        """An argument of the host as the kernel sees it."""
+        kind = ast.unparse(parameter.annotation) if parameter.annotation is not None else ""
+        if isinstance(value, Num):
+            if kind != "tl.int32":
+                self.differs(agent.node, f"an integer for the parameter `{parameter.arg}`")
+            array = full(value.v, self.layout.world)
+            machine.fits(np.repeat(array, agent.workers), False, None)
+            return Num(np.repeat(array, agent.workers))
+        if isinstance(value, Special):
+            typed = {"arena": "", "peers": "", "progress_ns": "tl.int64", "arrival_ns": "tl.int64"}
+            if value.name in typed:
+                if kind != typed[value.name]:
+                    self.differs(agent.node, f"`{value.name}` for the parameter `{parameter.arg}`")
+                return value
+            return Data(())
+        if kind:
+            self.differs(agent.node, f"a tensor for the parameter `{parameter.arg}`")
+        if isinstance(value, Descriptor):
+            return value
+        if isinstance(value, View) and value.whole:
+            if np.any(value.home != np.arange(self.layout.world)):
+                raise Unclear(None, detail="an argument in memory of a peer")
+            return Pointer(value.symbol, machine.rank, 0, self.layout.item[value.symbol])
+        raise Unclear(None, detail=f"the argument for `{parameter.arg}`")
+
+    def queues(self, number: int, trace: Trace) -> None:
+        """Queues draw from the counters that the program gives them, which nothing else touches."""
+        wanted = {
+            stage["counter"].symbol
+            for stage in self.expected.agents[number].find("stage")
+            if stage.get("queue", "static") == "dynamic" and stage.get("counter") is not None
+        }
+        drawn = {symbol for symbol, _ in trace.queues}
+        if drawn != wanted:
+            self.differs(None, f"queues draw from {sorted(drawn)}, not {sorted(wanted)}")
+        if any(s.symbol in drawn for s in self.expected.syncs):
+            self.differs(None, "a queue draws from a counter that is waited for")
+
+    def freed(self, agent: Agent, trace: Trace, streamed: frozenset[str]) -> None:
+        """After an abort, the counters that streams wait for must be advanced by whom raises them."""
+        raised = sorted({s.symbol for s in trace.signals if not s.wait and s.symbol in streamed})
+        wanted = []
+        for symbol in raised:
+            first = int(self.layout.declared[symbol]["offset"]) // WORD
+            wanted.append((first, first + int(np.prod(self.layout.dims[symbol]))))
+        if sorted(trace.freed) != sorted(wanted):
+            raise EmittedHazard(
+                None,
+                detail=f"after an abort `{agent.name}` frees the counter words {trace.freed}, "
+                f"while streams wait for {wanted}",
+            )
+
+    # All together -----------------------------------------------------------------------------
+
+    def producers(self, placed: list[tuple[Agent, Placed]]) -> None:
+        """A wait that runs out must blame the rank that raises its flag."""
+        raised: dict[tuple[str, int, int], int] = {}
+        for sync in self.rows.syncs:
+            if not sync.wait:
+                rows = zip(sync.home.tolist(), sync.flat.tolist(), sync.rank.tolist(), strict=True)
+                raised |= {(sync.symbol, home, flat): rank for home, flat, rank in set(rows)}
+        for _, one in placed:
+            for signal in one.trace.signals:
+                if signal.producer is None:
+                    continue
+                table = np.unique(
+                    np.column_stack((signal.home, signal.flat, signal.producer)), axis=0
+                )
+                for home, flat, named in table.tolist():
+                    if raised.get((signal.symbol, home, flat), named) != named:
+                        raise EmittedHazard(
+                            self.rows.span(signal.site),
+                            detail=f"the wait names rank {named} as the one it waits for, which "
+                            "does not raise this flag",
+                        )
+
+    def named_waits(self) -> None:
+        """Waits are numbered through the module, so that a record of a time-out finds its line."""
+        if self.wait_names != list(range(1, len(self.wait_names) + 1)):
+            self.differs(None, f"waits are numbered {self.wait_names}")
+
+    def proven(self) -> Validation:
+        """The proof, with the rows of the module in place of the program's."""
+        phases: list[Phase] = []
+        moved = np.zeros(len(self.expected.phases), dtype=np.int64)
+        for number, phase in enumerate(self.expected.phases):
+            if phase.kind == "flush":
+                continue
+            moved[number] = len(phases)
+            phases.append(phase)
+            if id(phase) in self.flushes:
+                end = phase.first + phase.count * self.layout.world
+                flush = make("flush", drain=True, span=phase.op.span)
+                phases.append(Phase("flush", phase.agent, flush, end, 0))
+        out = replace(
+            self.expected,
+            phases=phases,
+            task_phase=moved[self.expected.task_phase],
+            accesses=self.rows.accesses,
+            syncs=self.rows.syncs,
+        )
+        try:
+            report = prove(out)
+        except VerifyError as error:
+            lines = tuple(str(error).splitlines())
+            raise EmittedHazard(
+                None, detail="the proof refuses what the module does", notes=lines
+            ) from error
+        rows = sum(len(a.task) for a in self.rows.accesses)
+        signals = sum(len(s.task) for s in self.rows.syncs)
+        return Validation(self.program.symbol, self.lanes, rows, signals, report)

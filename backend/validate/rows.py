@@ -1,0 +1,543 @@
+"""From traces to rows of the proof: every event is found again in the program, and keeps its own order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import numpy as np
+
+from tilelink.backend.expand_rows import Access, Expansion, Phase, Sync
+from tilelink.backend.validate.demand import Loads
+from tilelink.backend.validate.errors import EmittedDiffers
+from tilelink.backend.validate.trace import FINISH, PREFIX, Signal, Touch, Trace
+from tilelink.backend.validate.values import Ints, Mask
+from tilelink.errors import Source, Span
+
+
+@dataclass(slots=True)
+class Placed:
+    """A trace with the tasks of the program that its lanes ran: ``task[stage][lane, segment]``."""
+
+    trace: Trace
+    phases: dict[int, Phase]
+    task: dict[int, Ints]
+    rank: Ints
+
+    def tasks(self, stage: int, lane: Ints, segment: Ints) -> Ints:
+        """The task of each lane's segment."""
+        return self.task[stage][lane, segment]
+
+
+class Rows:
+    """Rows for the proof. ``expected`` is the program's own expansion."""
+
+    def __init__(self, expected: Expansion, source: Source, demands: dict[int, Loads]) -> None:
+        self.expected, self.source, self.demands = expected, source, demands
+        self.accesses: list[Access] = []
+        self.syncs: list[Sync] = []
+        self.volume: dict[int, Ints] = {}
+        self.sorted: dict[int, tuple[Ints, Ints]] = {}
+
+    # Refusals ---------------------------------------------------------------------------------
+
+    def span(self, site: tuple[int, int]) -> Span:
+        """A place of the emitted text."""
+        line, column = site
+        return Span(self.source, line, column + 1, len(self.source.line(line)) + 1)
+
+    def differs(self, site: tuple[int, int] | None, detail: str, *notes: str) -> NoReturn:
+        """Refuses a difference."""
+        span = self.span(site) if site is not None else None
+        raise EmittedDiffers(span, detail=detail, notes=notes)
+
+    # Tasks ------------------------------------------------------------------------------------
+
+    def launch(self, agent: int, trace: Trace, workers: int) -> Placed:
+        """The tasks of a launch: each stage's in queue order, and `finish`."""
+        world = self.expected.world
+        rank = np.repeat(np.arange(world, dtype=np.int64), workers)
+        mine = [p for p in self.expected.phases if p.agent == agent]
+        stages = [p for p in mine if p.kind == "stage"]
+        if len(stages) != len(trace.segments):
+            self.differs(None, f"{len(trace.segments)} stages; the program has {len(stages)}")
+        found = Placed(trace, {}, {}, rank)
+        for number, phase in enumerate(stages):
+            found.phases[number] = phase
+            found.task[number] = self.queue(trace, number, phase, rank)
+        for phase in mine:
+            if phase.kind == "finish":
+                found.phases[FINISH] = phase
+                found.task[FINISH] = (phase.first + rank)[:, None]
+        return found
+
+    def queue(self, trace: Trace, number: int, phase: Phase, rank: Ints) -> Ints:
+        """The task of each lane and segment of a stage (-1 where there is none)."""
+        counts = trace.segments[number]
+        site = trace.stage_sites[number]
+        most = int(counts.max()) if len(counts) else 0
+        table = np.full((len(counts), most + 1), -1, dtype=np.int64)
+        drawn = trace.tickets.get(number)
+        for r in range(self.expected.world):
+            lanes = np.flatnonzero(rank == r)
+            total = int(counts[lanes].sum())
+            if total != phase.count:
+                self.differs(
+                    site,
+                    f"rank {r} runs {total} tasks of the stage @{phase.op.symbol}, "
+                    f"the program {phase.count}",
+                )
+            if drawn is None:
+                # Turn by turn, worker by worker: the order in which one worker would run them.
+                grid = np.arange(most)[None, :] < counts[lanes][:, None]
+                turn, who = np.nonzero(grid.T)
+                table[lanes[who], turn] = phase.first + r * phase.count + np.arange(total)
+        for lane, segment, ticket in drawn or ():
+            if np.any(ticket >= phase.count):
+                self.differs(site, "a worker takes a position that the queue does not have")
+            table[lane, segment] = phase.first + rank[lane] * phase.count + ticket
+        return table
+
+    # Accesses ---------------------------------------------------------------------------------
+
+    def touches(self, placed: Placed, choose: Callable[[Access], bool]) -> None:
+        """All reads and writes of an agent, each matched with an access of the program."""
+        groups: dict[tuple[Any, ...], list[Touch]] = {}
+        for touch in placed.trace.touches:
+            key = (touch.site, touch.symbol, touch.write, touch.stage, touch.pair >= 0, touch.via)
+            groups.setdefault(key, []).append(touch)
+        sides: dict[tuple[int, int], tuple[Ints, Ints, Ints]] = {}
+        candidates = [a for a in self.expected.accesses if choose(a)]
+        # Of a copy the side that is written comes first: it says which copy of the task it is.
+        ordered = sorted(groups.items(), key=lambda g: (g[0][0], not g[0][2], g[1][0].seq))
+        for (site, symbol, write, stage, paired, via), parts in ordered:
+            task = np.concatenate([placed.tasks(stage, t.lane, t.segment) for t in parts])
+            seq = np.concatenate([np.full(len(t.lane), t.seq) for t in parts])
+            home = np.concatenate([t.home for t in parts])
+            lo = np.concatenate([t.lo for t in parts])
+            hi = np.concatenate([t.hi for t in parts])
+            if paired and not write and site in sides:
+                which, row = self.source_side(site, symbol, sides[site], task, lo, hi, candidates)
+            else:
+                which, row = self.match(site, symbol, write, paired, task, home, lo, hi, candidates)
+            if paired and write:
+                sides[site] = (which, row, task)
+            for number in np.unique(which).tolist():
+                access = candidates[number]
+                some = np.flatnonzero(which == number)
+                at = row[some]
+                first = lo[some]
+                # What is read past the tile is not used: the flows into stores are compared below.
+                last = np.minimum(hi[some], access.hi[at]) if not write else hi[some]
+                self.accesses.append(
+                    replace(
+                        access,
+                        task=task[some],
+                        seq=seq[some],
+                        rank=access.rank[at],
+                        home=home[some],
+                        lo=first,
+                        hi=last,
+                        want=access.want[at] + first - access.lo[at],
+                        origin=None,
+                        tma=via == "tma",
+                        # Offsets in 32 bits that wrap have been refused.
+                        wide=True,
+                    )
+                )
+                self.count(access, at, first, last, write)
+                if write and not paired:
+                    self.flows(site, parts, some, access, at, task, first, last)
+
+    def source_side(
+        self,
+        site: tuple[int, int],
+        symbol: str,
+        written: tuple[Ints, Ints, Ints],
+        task: Ints,
+        lo: Ints,
+        hi: Ints,
+        candidates: list[Access],
+    ) -> tuple[Ints, Ints]:
+        """The rows that the program copies to the places that this copy writes."""
+        which = np.full(len(task), -1, dtype=np.int64)
+        targets, row, tasks = written
+        if not np.array_equal(task, tasks):
+            self.differs(site, "a copy of which one side is empty")
+        for target in np.unique(targets).tolist():
+            pair = candidates[target].pair
+            number = next(
+                n for n, a in enumerate(candidates) if a.pair == pair and not a.write and pair >= 0
+            )
+            access, some = candidates[number], targets == target
+            at = row[some]
+            fits = np.all((access.lo[at] == lo[some]) & (access.hi[at] == hi[some]), axis=1)
+            if access.symbol != symbol or not fits.all():
+                self.differs(
+                    site, f"another part of @{symbol} is copied there than the program copies"
+                )
+            which[some] = number
+        return which, row
+
+    def order(self, access: Access) -> tuple[Ints, Ints]:
+        """The rows of an access sorted by task, and their tasks."""
+        held = self.sorted.get(id(access))
+        if held is None:
+            by = np.argsort(access.task, kind="stable")
+            held = self.sorted[id(access)] = (by, access.task[by])
+        return held
+
+    def match(
+        self,
+        site: tuple[int, int],
+        symbol: str,
+        write: bool,
+        paired: bool,
+        task: Ints,
+        home: Ints,
+        lo: Ints,
+        hi: Ints,
+        candidates: list[Access],
+    ) -> tuple[Ints, Ints]:
+        """For each row the access of the program that it is part of (its number), and the row there."""
+        which = np.full(len(task), -1, dtype=np.int64)
+        row = np.full(len(task), -1, dtype=np.int64)
+        for number, access in enumerate(candidates):
+            kind = access.op.name == "transfer"
+            if access.symbol != symbol or access.write != write or kind != paired:
+                continue
+            by, tasks = self.order(access)
+            begin = np.searchsorted(tasks, task, side="left")
+            end = np.searchsorted(tasks, task, side="right")
+            many = int((end - begin).max()) if len(task) else 0
+            for step in range(many):
+                at = by[np.minimum(begin + step, len(by) - 1)]
+                fits = (which < 0) & (begin + step < end) & (access.home[at] == home)
+                fits &= np.all((lo >= access.lo[at]) & (lo < access.hi[at]), axis=1)
+                if write:
+                    fits &= np.all(hi <= access.hi[at], axis=1)
+                elif paired:
+                    fits &= np.all((lo == access.lo[at]) & (hi == access.hi[at]), axis=1)
+                which = np.where(fits, number, which)
+                row = np.where(fits, at, row)
+        bad = np.flatnonzero(which < 0)
+        if len(bad):
+            n = int(bad[0])
+            region = ", ".join(
+                f"{a}..{b}" for a, b in zip(lo[n].tolist(), hi[n].tolist(), strict=True)
+            )
+            verb = "writes" if write else "reads"
+            self.differs(
+                site,
+                f"this {verb} @{symbol}[{region}] of rank {int(home[n])}, which its task does not do",
+                f"the task: {self.expected.describe(int(task[n]))}",
+            )
+        return which, row
+
+    def count(self, access: Access, at: Ints, lo: Ints, hi: Ints, write: bool) -> None:
+        """Adds up what is touched of each row of an access; reads of the same again count once."""
+        size = np.prod(hi - lo, axis=1)
+        held = self.volume.setdefault(id(access), np.zeros(len(access.task), dtype=np.int64))
+        if not write:
+            boxes = np.unique(np.column_stack((at, lo, hi)), axis=0)
+            axes = lo.shape[1]
+            at = boxes[:, 0]
+            size = np.prod(boxes[:, 1 + axes :] - boxes[:, 1 : 1 + axes], axis=1)
+            mine = np.zeros_like(held)
+            np.add.at(mine, at, size)
+            # Two loads of the same region are two sites.
+            np.maximum(held, mine, out=held) if access.op.name == "load" else np.add(
+                held, mine, out=held
+            )
+            return
+        np.add.at(held, at, size)
+
+    def complete(self, choose: Callable[[Access], bool]) -> None:
+        """Refuses where the program touches more, or (in writes) less, than the module."""
+        for access in self.expected.accesses:
+            if not choose(access) or access.op.name == "collective":
+                continue
+            size = np.prod(access.hi - access.lo, axis=1)
+            held = self.volume.get(id(access))
+            if held is not None and np.array_equal(held, size):
+                continue
+            if held is None and not access.write and self.twin(access):
+                continue
+            n = 0 if held is None else int(np.flatnonzero(held != size)[0])
+            have = 0 if held is None else int(held[n])
+            verb = "written" if access.write else "read"
+            raise EmittedDiffers(
+                access.op.span,
+                detail=f"{have} of {int(size[n])} elements of @{access.symbol} are {verb} "
+                f"by {self.expected.describe(int(access.task[n]))}",
+            )
+
+    def twin(self, access: Access) -> bool:
+        """Whether another access of the program reads the same, and is complete."""
+        for other in self.expected.accesses:
+            same = other is not access and other.symbol == access.symbol and not other.write
+            if not same or id(other) not in self.volume or other.op.name != access.op.name:
+                continue
+            if all(
+                np.array_equal(a, b)
+                for a, b in (
+                    (other.task, access.task),
+                    (other.lo, access.lo),
+                    (other.hi, access.hi),
+                )
+            ):
+                return True
+        return False
+
+    # Flows ------------------------------------------------------------------------------------
+
+    def flows(
+        self,
+        site: tuple[int, int],
+        parts: list[Touch],
+        some: Ints,
+        access: Access,
+        at: Ints,
+        task: Ints,
+        lo: Ints,
+        hi: Ints,
+    ) -> None:
+        """Compares the regions that flow into a store with those that the program stores."""
+        from tilelink.backend.validate.demand import axes_of
+
+        loads = self.demands.get(id(access.op), {})
+        ref = access.op.ref
+        assert ref is not None
+        placed = axes_of(ref, lo.shape[1])
+        offset, length = lo - access.lo[at], hi - lo
+        n = len(some)
+        need: dict[str, Ints] = {}
+        boxes: dict[str, list[tuple[Ints, Ints, Ints]]] = {}
+        for (_, own), (op, axes) in loads.items():
+            for other in self.expected.accesses:
+                if other.op is not op or other.own != own or other.write:
+                    continue
+                by, tasks = self.order(other)
+                begin = np.searchsorted(tasks, task[some], side="left")
+                end = np.searchsorted(tasks, task[some], side="right")
+                for step in range(int((end - begin).max()) if n else 0):
+                    there = begin + step < end
+                    r = by[np.minimum(begin + step, len(by) - 1)]
+                    first, last = other.lo[r].copy(), other.hi[r].copy()
+                    for tile_axis, axis in enumerate(axes):
+                        if axis < 0 or tile_axis >= len(placed) or placed[tile_axis] < 0:
+                            continue
+                        shift = offset[:, placed[tile_axis]]
+                        first[:, axis] += shift
+                        last[:, axis] = np.minimum(
+                            last[:, axis], first[:, axis] + length[:, placed[tile_axis]]
+                        )
+                    size = np.prod(np.maximum(last - first, 0), axis=1) * there
+                    need[other.symbol] = need.get(other.symbol, np.zeros(n, np.int64)) + size
+                    boxes.setdefault(other.symbol, []).append((there.astype(np.int64), first, last))
+        starts = np.cumsum([0, *(len(t.lane) for t in parts)])
+        have = {symbol: np.zeros(n, dtype=np.int64) for symbol in need}
+        for number, touch in enumerate(parts):
+            mine = np.flatnonzero((some >= starts[number]) & (some < starts[number + 1]))
+            if len(mine) == 0:
+                continue
+            local = some[mine] - starts[number]
+            for (line, _, symbol), flow in touch.flows.items():
+                on = flow.have[local]
+                if not on.any():
+                    continue
+                first, last = flow.lo[local], flow.hi[local]
+                inside: Mask = ~on
+                for known, low, high in boxes.get(symbol, ()):
+                    part: Mask = np.all(first >= low[mine], axis=1)
+                    part = part & np.all(last <= high[mine], axis=1) & (known[mine] > 0)
+                    inside = inside | part
+                if not inside.all():
+                    k = int(np.flatnonzero(~inside)[0])
+                    region = ", ".join(
+                        f"{a}..{b}"
+                        for a, b in zip(first[k].tolist(), last[k].tolist(), strict=True)
+                    )
+                    self.differs(
+                        site,
+                        f"@{symbol}[{region}] (line {line}) flows into this store of "
+                        f"@{access.symbol}, which should not",
+                        f"the task: {self.expected.describe(int(task[some][mine[k]]))}",
+                    )
+                have[symbol][mine] += np.prod(last - first, axis=1) * on
+        for symbol, size in need.items():
+            bad = np.flatnonzero(size != have[symbol])
+            if len(bad):
+                k = int(bad[0])
+                self.differs(
+                    site,
+                    f"{int(have[symbol][k])} elements of @{symbol} flow into this store of "
+                    f"@{access.symbol}, where the program has {int(size[k])}",
+                    f"the task: {self.expected.describe(int(task[some][k]))}",
+                )
+
+    # Signals ----------------------------------------------------------------------------------
+
+    def signals(self, placed: Placed) -> None:
+        """All waits and notifies of an agent, each matched with one of the program."""
+        for signal, seq in _grouped(placed.trace.signals):
+            if signal.stage not in placed.task:
+                self.differs(signal.site, "a signal that belongs to no task of the program")
+            lane, segment, pick = signal.lane, signal.segment, np.arange(len(signal.lane))
+            before = segment == PREFIX
+            if before.any():
+                if not signal.wait:
+                    self.differs(signal.site, "a notify before any task")
+                self.idle(placed, signal)
+                lane, segment, pick = self.repeated(placed, signal)
+            if before.any() and not before.all():
+                self.differs(signal.site, "a wait that some workers make before their first task")
+            task = placed.tasks(signal.stage, lane, segment)
+            self.sync(placed, signal, task, pick, seq[pick])
+
+    def repeated(self, placed: Placed, signal: Signal) -> tuple[Ints, Ints, Ints]:
+        """A wait before the first task orders all tasks of its worker."""
+        counts = placed.trace.segments[signal.stage][signal.lane]
+        pick = np.repeat(np.arange(len(signal.lane)), counts)
+        ends = np.cumsum(counts)
+        segment = np.arange(len(pick)) - np.repeat(ends - counts, counts)
+        return signal.lane[pick], segment, pick
+
+    def idle(self, placed: Placed, signal: Signal) -> None:
+        """A worker without tasks may wait only for what a worker with tasks waits for."""
+        counts = placed.trace.segments[signal.stage][signal.lane]
+        rank = placed.rank[signal.lane]
+        key = (rank * self.expected.world + signal.home) * (1 << 32) + signal.flat
+        busy = np.unique(key[counts > 0])
+        if not np.all(np.isin(key[counts == 0], busy)):
+            self.differs(signal.site, "a worker without a task waits for what no task waits for")
+
+    def sync(self, placed: Placed, signal: Signal, task: Ints, pick: Ints, seq: Ints) -> None:
+        """Rows of one signal, found again in the program."""
+        flat, home, bound = signal.flat[pick], signal.home[pick], signal.bound[pick]
+        rank = placed.rank[signal.lane][pick]
+        through = (
+            signal.through_flat[pick]
+            if signal.through_flat is not None
+            else np.full(len(pick), -1, dtype=np.int64)
+        )
+        left = np.ones(len(pick), dtype=bool)
+        for old in self.expected.syncs:
+            same = old.symbol == signal.symbol and old.wait == signal.wait
+            if not same or (old.wait and old.epoch != signal.epoch):
+                continue
+            if old.via != signal.through and (old.wait or (old.bound > 1).any()):
+                continue
+            mine, keys = packed(
+                (task, home, flat, bound), (old.task, old.home, old.flat, old.bound)
+            )
+            hit = left & np.isin(mine, keys)
+            if not hit.any():
+                continue
+            left &= ~hit
+            some = np.flatnonzero(hit)
+            self.syncs.append(
+                replace(
+                    old,
+                    task=task[some],
+                    seq=seq[some],
+                    rank=rank[some],
+                    home=home[some],
+                    flat=flat[some],
+                    bound=bound[some],
+                    through=through[some],
+                    inside=np.ones(len(some), dtype=bool),
+                    relaxed=False,
+                    gpu=not signal.system,
+                    proxy=signal.fence,
+                    drain=signal.drained,
+                    delay=signal.delayed,
+                    equal=False,
+                )
+            )
+        if left.any():
+            n = int(np.flatnonzero(left)[0])
+            verb = "waits for" if signal.wait else "notifies"
+            self.differs(
+                signal.site,
+                f"this {verb} element {int(flat[n])} of @{signal.symbol} of rank {int(home[n])} "
+                f"(count {int(bound[n])}), which its task does not do",
+                f"the task: {self.expected.describe(int(task[n]))}",
+            )
+
+    def same_signals(self) -> None:
+        """Refuses where a wait or notify of the program is missing, or made twice."""
+        names = {name: n for n, name in enumerate(sorted(self.expected.declarations))}
+        old, new = packed(_columns(self.expected.syncs, names), _columns(self.syncs, names))
+        old, new = np.sort(old), np.sort(new)
+        if np.array_equal(old, new):
+            return
+        for sync in self.expected.syncs:
+            mine = _columns([sync], names)
+            one, all_ = packed(mine, _columns(self.syncs, names))
+            short = np.flatnonzero(~np.isin(one, all_))
+            if len(short):
+                n = int(short[0])
+                verb = "wait for" if sync.wait else "notify of"
+                raise EmittedDiffers(
+                    sync.op.span,
+                    detail=f"it lacks the {verb} element {int(sync.flat[n])} of @{sync.symbol} by "
+                    f"{self.expected.describe(int(sync.task[n]))}",
+                )
+        self.differs(
+            None,
+            f"some of its {len(new)} waits and notifies are made twice; the program has {len(old)}",
+        )
+
+
+def _grouped(signals: Sequence[Signal]) -> list[tuple[Signal, Ints]]:
+    """Signals of the same call as one, each with the number of each row in the order of events."""
+    groups: dict[tuple[Any, ...], list[Signal]] = {}
+    for s in signals:
+        facts = (s.site, s.symbol, s.wait, s.stage, s.epoch, s.through, s.fence, s.system)
+        groups.setdefault((*facts, s.delayed, s.drained), []).append(s)
+    found: list[tuple[Signal, Ints]] = []
+    for some in groups.values():
+        columns = {
+            name: np.concatenate([getattr(s, name) for s in some])
+            for name in ("lane", "segment", "home", "flat", "bound")
+        }
+        seq = np.concatenate([np.full(len(s.lane), s.seq, dtype=np.int64) for s in some])
+        through = [s.through_flat for s in some if s.through_flat is not None]
+        whole = replace(
+            some[0], **columns, through_flat=np.concatenate(through) if through else None
+        )
+        found.append((whole, seq))
+    return found
+
+
+def packed(first: Sequence[Ints], second: Sequence[Ints]) -> tuple[Ints, Ints]:
+    """Rows of two tables, given as columns, as numbers: the same number for the same row."""
+    size = len(first[0])
+    key = np.zeros(size + len(second[0]), dtype=np.int64)
+    for a, b in zip(first, second, strict=True):
+        column = np.concatenate((a, b)).astype(np.int64)
+        if len(column):
+            column = column - column.min()
+            both = key * (int(column.max()) + 1) + column
+            key = np.unique(both, return_inverse=True)[1].ravel().astype(np.int64)
+    return key[:size], key[size:]
+
+
+def _columns(syncs: Sequence[Sync], names: dict[str, int]) -> list[Ints]:
+    empty = np.zeros(0, dtype=np.int64)
+    table = [
+        (
+            np.full(len(s.task), names[s.symbol]),
+            np.full(len(s.task), s.wait),
+            np.full(len(s.task), s.epoch),
+            s.task,
+            s.home,
+            s.flat,
+            s.bound,
+            s.through,
+        )
+        for s in syncs
+    ]
+    return [np.concatenate([empty, *(row[n] for row in table)]) for n in range(8)]

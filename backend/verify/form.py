@@ -1,0 +1,201 @@
+"""What a fused program must look like before its rows mean anything: which op stands where, and shapes.
+
+The parser takes any op anywhere, and the expansion follows the places that docs/ir.md names. A store in
+a place that it does not visit would be an access that no rule sees.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from tilelink.backend.expand import environment, evaluate
+from tilelink.backend.verify.errors import UndecidedError
+from tilelink.ir import All, At, Broadcast, Expr, Op, Range, Ref, Value, parse_ir
+from tilelink.ir.node import DECLARATIONS
+
+AGENTS = ("head", "stream", "launch", "collective")
+LOOPS = ("for_tiles", "for_range")
+ACCESSES = ("load", "load_sum", "store", "transfer")
+# What copy engines and stream memory operations can do.
+STREAM = ("wait", "notify", "transfer", "for_range", "for_tiles", "yield", "constant", "bound")
+STREAM_SCALARS = ("add", "sub", "mul", "floordiv", "mod", "minimum", "maximum")
+WORDS = {
+    "scope": ("sys", "gpu"),
+    "order": ("relaxed",),
+    "compare": ("equal",),
+    "via": ("tma",),
+    "delay": (1,),
+    "queue": ("static", "dynamic"),
+    "space": ("symmetric", "local"),
+}
+SWITCHES = ("barrier", "proxy", "drain", "wide", "cleared")
+Dim: TypeAlias = "str | int | None"  # a tile's length by its name, a number, or unknown
+
+
+def check_form(program: Op) -> None:
+    """Raise UndecidedError for an op out of place, a word of another kind, or shapes that differ."""
+    for op in program.body:
+        if op.name not in (*DECLARATIONS, *AGENTS):
+            _fail(op, "it stands outside of every agent")
+        if op.name in DECLARATIONS and op.ref is None:
+            _fail(op, "it declares nothing")
+    symbols = [op.symbol for op in program.body if op.name in DECLARATIONS and op.ref is not None]
+    if len(symbols) != len(set(symbols)):
+        twice = next(s for s in symbols if symbols.count(s) > 1)
+        _fail(program.body[symbols.index(twice)], f"`@{twice}` is declared twice")
+    checker = _Checker(program)
+    for agent in program.body:
+        if agent.name == "launch":
+            checker.launch(agent)
+        elif agent.name in AGENTS:
+            checker.block(agent.body, agent.name)
+
+
+class _Checker:
+    def __init__(self, program: Op) -> None:
+        self.program = program
+        self.env = environment(program)
+        known = (op for op in program.body if op.name in DECLARATIONS)
+        self.declared = {op.symbol: op for op in known}
+        self.lengths: dict[str, Dim] = {}
+        self.tiles: set[str] = set()
+
+    def launch(self, launch: Op) -> None:
+        for place, child in enumerate(launch.body):
+            if child.name not in ("stage", "flush", "finish"):
+                _fail(child, "a launch holds stages, flushes between them, and a finish")
+            if child.name == "finish" and place != len(launch.body) - 1:
+                _fail(child, "a finish comes last in its launch")
+            self.words(child)
+            self.tiles |= {v.name for v in child.args if v.type.is_tile}
+            if child.name == "stage":
+                self.held_back(child)
+            if child.name != "flush":
+                self.block(child.body, child.name)
+
+    def held_back(self, stage: Op) -> None:
+        """A notify that is held back stands behind all accesses of its task, which it releases.
+
+        It is performed when a task comes to its first store: in front of that, its own could be meant.
+        """
+        for place, op in enumerate(stage.body):
+            if not any(o.name == "notify" and o.get("delay") is not None for o in op.walk()):
+                continue
+            later = [o for after in stage.body[place + 1 :] for o in after.walk()]
+            if op.blocks or any(o.name in ACCESSES for o in later):
+                _fail(op, "a notify with `delay` comes behind every access of its task")
+
+    def block(self, ops: tuple[Op, ...], place: str) -> None:
+        for op in ops:
+            if op.name in (*AGENTS, *DECLARATIONS, "stage", "finish", "flush"):
+                _fail(op, f"it cannot stand in a {place}")
+            if op.blocks and op.name not in LOOPS:
+                _fail(op, "it has a body of its own")
+            if place == "stream" and op.name not in (*STREAM, *STREAM_SCALARS):
+                _fail(op, "a copy engine cannot do it")
+            self.words(op)
+            if op.name in LOOPS:
+                if not op.args:
+                    _fail(op, "a loop without a variable")
+                self.tiles |= {v.name for v in op.args if v.type.is_tile}
+                self.block(op.body, place)
+            elif op.name in ("load", "load_sum", "store"):
+                self.memory(op)
+            elif op.name in ("wait", "notify"):
+                self.whole(op, op.ref)
+            elif op.name == "dot":
+                self.dot(op)
+
+    def words(self, op: Op) -> None:
+        for key, value in op.attrs:
+            if key in WORDS and value not in WORDS[key]:
+                _fail(op, f"`{key} = {value}` means nothing")
+            if key in SWITCHES and not isinstance(value, bool):
+                _fail(op, f"`{key}` is true or false")
+        if op.name == "store" and op.get("via") is not None and op.get("peer") is not None:
+            _fail(op, "a store to a peer does not go through the async proxy")
+
+    def whole(self, op: Op, ref: Ref | None) -> None:
+        """Every axis of an array of words is indexed."""
+        if ref is None:
+            _fail(op, "it names nothing")
+        elif len(ref.index) != len(self.declared[ref.symbol]["dims"]):
+            _fail(op, f"`@{ref.symbol}` has {len(self.declared[ref.symbol]['dims'])} axes")
+
+    def memory(self, op: Op) -> None:
+        if op.ref is None or (not op.operands if op.name == "store" else not op.results):
+            _fail(op, "it lacks its memory or its value")
+            return
+        kind = op.operands[0].type if op.name == "store" else op.results[0].type
+        have = [self.dim(d) for d in kind.shape]
+        if op.name == "store" and not have:
+            return  # a scalar fills the region
+        own = op.get("own")
+        for ref in (op.ref, own):
+            if not isinstance(ref, Ref):
+                continue
+            want = self.region(ref)
+            if op.name == "load_sum" and ref is op.ref:
+                want = want[1:]
+            same = len(have) == len(want) and all(
+                a is None or b is None or a == b for a, b in zip(have, want, strict=True)
+            )
+            if not same:
+                shape = ", ".join("?" if d is None else str(d) for d in want)
+                detail = f"@{ref.symbol} has [{shape}] there, the value is {kind}"
+                _fail(op, detail)
+
+    def region(self, ref: Ref) -> list[Dim]:
+        """The shape of what ``ref`` names; axes without an index are whole."""
+        declared = self.declared[ref.symbol]
+        dims = list(declared["dims"])
+        found: list[Dim] = []
+        axis = 0
+        for item in ref.index:
+            if isinstance(item, Broadcast):
+                found.append(1)
+                continue
+            value = item.value if isinstance(item, At) else item
+            if isinstance(item, All):
+                found.append(self.axis(declared, axis) if axis < len(dims) else None)
+            elif isinstance(item, Range):
+                found.append(self.length(item.hi - item.lo))
+            elif isinstance(value, Value) and value.type.is_tile:
+                found.append(value.name)
+            elif isinstance(value, Value):
+                found += [self.dim(d) for d in value.type.shape]
+            axis += 1
+        found += [self.axis(declared, a) for a in range(axis, len(dims))]
+        return found
+
+    def axis(self, declared: Op, axis: int) -> Dim:
+        length = self.length(declared["dims"][axis])
+        over = declared.get("over")
+        held = declared.name == "tensor" and declared.get("role") in ("in", "out", "inout")
+        if held and over == axis and isinstance(length, int):
+            return length // self.env["WORLD"]
+        return length
+
+    def dim(self, text: str) -> Dim:
+        if text in self.tiles:
+            return text
+        if text not in self.lengths:
+            value = int(text) if text.isdigit() else parse_ir(f"dim {{value = {text}}}")["value"]
+            self.lengths[text] = self.length(value)
+        return self.lengths[text]
+
+    def length(self, value: Expr | int) -> Dim:
+        if isinstance(value, Expr) and not value.names <= self.env.keys():
+            return None
+        return int(evaluate(value, self.env))
+
+    def dot(self, op: Op) -> None:
+        left, right = ([self.dim(d) for d in v.type.shape] for v in op.operands[:2])
+        out = [self.dim(d) for d in op.results[0].type.shape]
+        if len(left) != 2 or len(right) != 2 or left[1] != right[0] or out != [left[0], right[1]]:
+            types = ", ".join(str(v.type) for v in op.operands[:2])
+            _fail(op, f"a product of {types} that is {op.results[0].type}")
+
+
+def _fail(op: Op, detail: str) -> None:
+    raise UndecidedError(op.span, name=op.name, detail=detail)

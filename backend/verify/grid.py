@@ -1,0 +1,53 @@
+"""Whether the tiles of a loop, or the tasks of a queue, are each point of their domain once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from tilelink.backend.expand import Ints, Tile
+
+# For every index of a variable the rank whose part it is, or None where each rank visits all.
+Ownership: TypeAlias = "Ints | None"
+
+
+def partition_fault(
+    tiles: Sequence[Tile], extents: Sequence[int], owned: Sequence[Ownership]
+) -> str:
+    """ "" where, on each rank, the boxes of ``tiles`` (arrays ``[ranks, n]``) cover the domain once.
+
+    The domain is the product of ``0..extent``, of an owned variable only what is the rank's own. Tiles of
+    one variable must be equal or disjoint, as those of a grid are.
+    """
+    if not tiles:
+        return ""
+    ranks, count = tiles[0].start.shape
+    volume = np.ones((ranks, count), dtype=np.int64)
+    domain = np.ones(ranks, dtype=np.int64)
+    key = np.zeros((ranks, count), dtype=np.int64)
+    for tile, extent, owner in zip(tiles, extents, owned, strict=True):
+        length = tile.stop - tile.start
+        if ((tile.start < 0) | (tile.stop > extent) | (length <= 0)).any():
+            return "leave the extents of the loop"
+        volume *= length
+        key = key * extent + tile.start
+        if owner is None:
+            domain *= extent
+        else:
+            for rank in range(ranks):
+                before = np.concatenate([[0], np.cumsum(owner == rank)])
+                if (before[tile.stop[rank]] - before[tile.start[rank]] != length[rank]).any():
+                    return "are of another rank's part"
+                domain[rank] *= before[-1]
+        for rank in range(ranks):
+            both = np.unique(np.stack([tile.start[rank], tile.stop[rank]]), axis=1)
+            if (both[0, 1:] < both[1, :-1]).any():
+                return "overlap"
+    if (volume.sum(axis=1) != domain).any():
+        return "do not cover the loop once"
+    for rank in range(ranks):
+        if len(np.unique(key[rank])) != count:
+            return "are visited twice"
+    return ""

@@ -1,0 +1,404 @@
+"""meaning: the stages compute, op for op, what the kernel says, on each point of its loops once.
+
+The kernel (Tile IR, before any pass) is sequential: nests of loops, one behind the other, whose bodies
+load tiles of whole tensors, compute and store. A stage must be one of these nests: the same ops with the
+same attributes on the same values, every buffer standing for the tensor that it serves. Tiles and their
+order are free, since the language leaves them open. Where a tensor moves, the place along the moved axis is
+that of *dataflow*, which follows contents; this rule says which variable it is that the place belongs to.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import numpy as np
+
+from tilelink.backend.expand import Tile, environment, evaluate, loop_tiles, owner_order
+from tilelink.backend.expand_rows import Expansion
+from tilelink.backend.verify.dataflow import summed_symbols
+from tilelink.backend.verify.errors import DataflowError
+from tilelink.backend.verify.grid import Ownership, partition_fault
+from tilelink.backend.verify.sameness import Names, padded
+from tilelink.errors import Span
+from tilelink.ir import TILE, All, At, Block, Expr, Op, Ref, Type, Value, make, op_line
+
+CONTRIBUTED = ("scatter", "reduce")
+# Attributes that say how and when, never what; other rules hold them against the program.
+FREE = {
+    "load": {"own", "when", "via", "wide"},
+    "load_sum": {"own", "wide"},
+    "store": {"peer", "via", "wide", "final"},
+    "for_tiles": {"tile", "segment", "segments", "visit", "part", "part_axis", "part_of", "extent"},
+    "for_range": {"lo", "hi"},
+}
+ORDERING = ("wait", "notify", "transfer")
+
+
+def check_meaning(out: Expansion, kernel: Op) -> None:
+    """Raise DataflowError for the first op of a stage that is not the kernel's."""
+    _Meaning(out, kernel).check()
+
+
+class _Meaning:
+    def __init__(self, out: Expansion, kernel: Op) -> None:
+        self.out = out
+        self.kernel = kernel
+        self.env = environment(kernel)
+        self.tensors = {op.symbol: op for op in kernel.find("tensor")}
+        self.prelude = tuple(
+            op
+            for op in kernel.body
+            if op.name not in ("extent", "tensor", "scalar") and not op.blocks
+        )
+        self.nests = tuple(op for op in kernel.body if op.blocks)
+        self.summed = summed_symbols(out)
+        self.last_store = {
+            op.symbol: number
+            for number, nest in enumerate(self.nests)
+            for op in nest.walk()
+            if op.name == "store" and op.ref is not None
+        }
+        self.number = 0  # of the nest that is compared
+        self.final = False  # whether it is the delivery of an output's sum
+        self.names = Names(self.env)
+
+    def check(self) -> None:
+        self.declarations()
+        stored = set(self.last_store)
+        for op in self.prelude:
+            if op.name == "load" and op.ref is not None and op.symbol in stored:
+                self.fail(op, "the kernel reads it between its loops, and stores it in one")
+        done = 0
+        for phase in self.out.phases:
+            if phase.kind == "stage":
+                stage = phase.op
+                if not any(op.name in ("load", "load_sum", "store") for op in stage.walk()):
+                    self.moves_only(stage)
+                    continue
+                delivered = self.delivers(stage)
+                self.final = delivered is not None
+                if delivered is not None:
+                    if self.last_store.get(delivered, -1) >= done:
+                        self.fail(stage, f"`{delivered}` is still stored behind it")
+                    self.number = len(self.nests)
+                    self.stage(stage, phase.tiles, self.delivery(delivered), ())
+                elif done == len(self.nests):
+                    self.fail(stage, "the kernel has no such loop")
+                else:
+                    self.number = done
+                    self.stage(stage, phase.tiles, self.nests[done], self.prelude)
+                    done += 1
+            elif phase.kind != "collective":
+                for op in phase.op.walk():
+                    if op.name in ("load", "load_sum", "store"):
+                        self.fail(op, "the kernel has no such access")
+        if done < len(self.nests):
+            missing = self.nests[done]
+            self.fail(self.out.program, f"no stage is the kernel's loop {self.loop_text(missing)}")
+
+    # Declarations -----------------------------------------------------------------------------
+
+    def declarations(self) -> None:
+        program, out = self.out.program, self.out
+        if environment(program) != self.env:
+            self.fail(program, "its extents or its world are not those of the kernel")
+        scalars = [
+            {op.symbol: op["dtype"] for op in p.find("scalar")} for p in (program, self.kernel)
+        ]
+        if scalars[0] != scalars[1]:
+            self.fail(program, "its scalars are not those of the kernel")
+        for op in program.find("tensor"):
+            if op.symbol not in self.tensors:
+                self.fail(op, "the kernel has no such tensor")
+        for name, tensor in self.tensors.items():
+            held = [op for s, op in out.declarations.items() if out.base(s) == name]
+            for op in held:
+                if op.name in ("tensor", "buffer") and op["dtype"] != tensor["dtype"]:
+                    self.fail(op, f"`{name}` is {tensor['dtype']}")
+            mine = out.declarations.get(name)
+            if mine is None or mine is tensor:
+                continue
+            keys = ["role"] if mine.name == "tensor" else []
+            if out.world > 1 and mine.name == "tensor":
+                keys += ["move", "over"]
+            same = all(mine.get(key) == tensor.get(key) for key in keys)
+            if mine.name == "buffer":
+                same = tensor["role"] == "temp" and mine["space"] == "local"
+            dims = [[int(evaluate(d, self.env, op)) for d in op["dims"]] for op in (mine, tensor)]
+            if same and out.world > 1 and tensor.get("over") is not None:
+                owners = [owner_order(op, self.env)[0] for op in (mine, tensor)]
+                same = bool((owners[0] == owners[1]).all()) if dims[0] == dims[1] else False
+            if not same or dims[0] != dims[1]:
+                self.fail(mine, f"the kernel declares `{name}` otherwise")
+
+    def moved(self, name: str) -> str:
+        """How a tensor moves; on one rank none does."""
+        return str(self.tensors[name]["move"]) if self.out.world > 1 else "local"
+
+    def axis(self, name: str) -> int | None:
+        """The axis along which ranks hold parts of a tensor."""
+        over = self.tensors[name].get("over")
+        return int(over) if over is not None and self.out.world > 1 else None
+
+    # Stages -----------------------------------------------------------------------------------
+
+    def moves_only(self, stage: Op) -> None:
+        """A stage of transfers computes nothing that anything could rest on."""
+        for op in stage.walk():
+            if op.name == "collective":
+                self.fail(op, "it cannot stand in a stage")
+
+    def delivers(self, stage: Op) -> str | None:
+        """The output whose sum a stage brings into the user's tensor and does nothing else, or None."""
+        stores = [op for op in stage.walk() if op.name == "store" and op.ref is not None]
+        name = stores[0].symbol if stores else None
+        if name in self.tensors and self.moved(name) in CONTRIBUTED:
+            return name
+        return None
+
+    def delivery(self, name: str) -> Op:
+        """What the mapping says of an output: each tile of this rank's part is the sum."""
+        tensor = self.tensors[name]
+        letters = tuple(Value(f"tile.{n}", TILE) for n in range(len(tensor["dims"])))
+        value = Value("the.sum", Type(tensor["dtype"], tuple(v.name for v in letters)))
+        ref = Ref(name, letters)
+        body = (
+            make("load", results=(value,), ref=ref),
+            make("store", ref=ref, operands=(value,)),
+        )
+        own = {"part": "own", "part_axis": tensor.get("over"), "part_of": name}
+        attrs = own if tensor.get("over") is not None else {}
+        blocks = (Block(letters, body),)
+        return make("for_tiles", extent=tensor["dims"], blocks=blocks, **attrs)
+
+    def stage(
+        self, stage: Op, tiles: tuple[tuple[str, Tile], ...], nest: Op, prelude: tuple[Op, ...]
+    ) -> None:
+        """``stage`` is ``nest``: its outer loops are the queue, what is inside them the body."""
+        self.names = Names(self.env)
+        args: list[Value] = []
+        extents: list[Expr | int] = []
+        owned: list[Ownership] = []
+        body: tuple[Op, ...] = (nest,)
+        while len(args) < len(stage.args):
+            loop = body[0]
+            if len(body) != 1 or not self.parallel(loop):
+                self.fail(stage, "its queue has other variables than the kernel's loops")
+            args += loop.args
+            bounds = loop["extent"] if loop.name == "for_tiles" else [loop["hi"]]
+            owned += self.owned(loop, len(bounds))
+            extents += bounds
+            body = loop.body
+        if len(args) != len(stage.args) or len(stage["extent"]) != len(args):
+            self.fail(stage, "its queue has other variables than the kernel's loops")
+        self.bind(stage, stage.args, tuple(args))
+        lengths = [int(evaluate(e, self.env, nest)) for e in extents]
+        if [int(evaluate(e, self.env, stage)) for e in stage["extent"]] != lengths:
+            self.fail(stage, f"the kernel's loop is {self.loop_text(nest)}")
+        grids = [tile for _, tile in tiles]
+        fault = partition_fault(grids, lengths, owned)
+        if fault:
+            self.fail(stage, f"its tasks {fault}")
+        self.block(stage, stage.body, (*prelude, *body))
+
+    def parallel(self, loop: Op) -> bool:
+        if loop.results:
+            return False
+        if loop.name == "for_range":
+            return bool(Expr.of(loop.get("lo", 0)).value == 0)
+        return loop.name == "for_tiles" and loop.get("extent") is not None
+
+    def owned(self, loop: Op, count: int) -> list[Ownership]:
+        """For each variable of a loop: which indices are this rank's part, or None for all."""
+        found: list[Ownership] = [None] * count
+        if loop.get("part") == "own" and self.out.world > 1:
+            found[int(loop.get("part_axis", 0))] = owner_order(
+                self.tensors[loop["part_of"]], self.env
+            )[0]
+        return found
+
+    # Ops --------------------------------------------------------------------------------------
+
+    def block(self, parent: Op, mine: tuple[Op, ...], theirs: tuple[Op, ...]) -> None:
+        """The ops of a block are the kernel's, in its order; synchronisation stands between them."""
+        left = [op for op in mine if not _ordering_only(op)]
+        before: Op | None = None
+        for op in theirs:
+            while before is not None and left and self.again(left[0], before):
+                left.pop(0)
+            if not left:
+                self.fail(parent, f"the kernel's `{op.name}` is not in it", theirs=op)
+            if op.name == "store":
+                self.deliver(left.pop(0), op)
+            else:
+                self.op(left.pop(0), op)
+            before = op if op.name == "store" else None
+        while before is not None and left and self.again(left[0], before):
+            left.pop(0)
+        if left:
+            self.fail(left[0], "the kernel has no such op there")
+
+    def again(self, mine: Op, theirs: Op) -> bool:
+        """Whether ``mine`` stores once more what was stored last, such as into another rank."""
+        if mine.name != "store" or mine.get("peer") is None:
+            return False
+        return [self.names.value(v) for v in mine.operands] == [v.name for v in theirs.operands]
+
+    def deliver(self, mine: Op, theirs: Op) -> None:
+        """A store of the kernel: a store, or a loop over peers that stores the same into each."""
+        if mine.name != "for_range" or mine.results:
+            self.op(mine, theirs)
+            return
+        inside = [op for op in mine.body if not _ordering_only(op)]
+        if not inside:
+            self.fail(mine, "the kernel has no such loop there")
+        for op in inside:
+            self.deliver(op, theirs)
+
+    def op(self, mine: Op, theirs: Op) -> None:
+        wanted = ("load", "load_sum") if theirs.name == "load" else (theirs.name,)
+        if mine.name not in wanted:
+            self.fail(mine, f"the kernel has `{theirs.name}` there", theirs=theirs)
+        if [self.names.value(v) for v in mine.operands] != [v.name for v in theirs.operands]:
+            self.fail(mine, "its operands are other values than the kernel's", theirs=theirs)
+        if len(mine.blocks) != len(theirs.blocks) or len(mine.results) != len(theirs.results):
+            self.fail(mine, "it is of another shape than the kernel's", theirs=theirs)
+        self.attributes(mine, theirs)
+        if theirs.name in ("load", "store"):
+            self.memory(mine, theirs)
+        elif mine.ref != theirs.ref:
+            self.fail(mine, f"the kernel names {theirs.ref}", theirs=theirs)
+        for one, other in zip(mine.blocks, theirs.blocks, strict=True):
+            self.bind(mine, one.args, other.args)
+            self.block(mine, one.ops, other.ops)
+        self.bind(mine, mine.results, theirs.results)
+
+    def bind(self, op: Op, mine: tuple[Value, ...], theirs: tuple[Value, ...]) -> None:
+        if len(mine) != len(theirs):
+            self.fail(op, "it has other variables than the kernel's", theirs=None)
+        for one, other in zip(mine, theirs, strict=True):
+            self.names.add(one.name, other.name)
+        for one, other in zip(mine, theirs, strict=True):
+            if self.names.type(one.type) != self.names.plain(other.type):
+                self.fail(op, f"`%{one.name}` is {one.type}, in the kernel {other.type}")
+
+    def attributes(self, mine: Op, theirs: Op) -> None:
+        free = FREE.get(mine.name, set()) | FREE.get(theirs.name, set())
+        one = {k: self.names.attribute(v) for k, v in mine.attrs if k not in free}
+        other = {k: self.names.same(v) for k, v in theirs.attrs if k not in free}
+        # Compared as text: a NaN is not equal to itself, and 1 is not 1.0 or true.
+        if {k: repr(v) for k, v in one.items()} != {k: repr(v) for k, v in other.items()}:
+            self.fail(mine, "its attributes are not the kernel's", theirs=theirs)
+        if theirs.name == "for_range":
+            for key in ("lo", "hi"):
+                if self.names.attribute(mine.get(key, 0)) != self.names.same(theirs.get(key, 0)):
+                    self.fail(mine, f"`{key}` is not the kernel's", theirs=theirs)
+        elif theirs.name == "for_tiles":
+            self.loop(mine, theirs)
+
+    def loop(self, mine: Op, theirs: Op) -> None:
+        """A loop over tiles visits each point of the kernel's loop once, in any order."""
+        extent = theirs.get("extent")
+        segmented = any(mine.get(key) is not None for key in ("segment", "segments", "visit"))
+        if extent is None:
+            if mine.get("extent") is not None or segmented:
+                self.fail(mine, "it walks another range than the kernel's", theirs=theirs)
+            return
+        lengths = [int(evaluate(e, self.env, theirs)) for e in extent]
+        given = [int(evaluate(e, self.env, mine)) for e in mine.get("extent", ())]
+        if given != lengths:
+            self.fail(mine, f"the kernel's loop is {self.loop_text(theirs)}", theirs=theirs)
+        ranks = np.arange(self.out.world, dtype=np.int64)
+        tiles = loop_tiles(mine, {**self.env, "RANK": ranks}, len(ranks))
+        fault = partition_fault(tiles, lengths, self.owned(theirs, len(lengths)))
+        if fault:
+            self.fail(mine, f"its tiles {fault}", theirs=theirs)
+
+    # Memory -----------------------------------------------------------------------------------
+
+    def memory(self, mine: Op, theirs: Op) -> None:
+        """An access is of the tensor that the kernel accesses, in its right form, at the same tile."""
+        assert mine.ref is not None and theirs.ref is not None
+        name = theirs.ref.symbol
+        kind = self.moved(name)
+        if self.out.base(mine.ref.symbol) != name:
+            self.fail(mine, f"the kernel accesses `{name}` there", theirs=theirs)
+        buffered = mine.ref.symbol != name
+        stacked = len(self.out.dims[mine.ref.symbol]) - len(self.tensors[name]["dims"])
+        contributed = kind in CONTRIBUTED
+        later = self.number <= self.last_store.get(name, -1)
+        total = mine.ref.symbol in self.summed
+        if theirs.name == "store":
+            partial = contributed and not self.final
+            fits = buffered and not total if partial else not buffered
+        elif contributed and later:
+            fits = mine.name == "load" and buffered and not total and stacked == 0
+        elif contributed:
+            fits = (mine.name == "load_sum" and buffered and not total and stacked == 1) or (
+                mine.name == "load" and total and stacked == 0
+            )
+        elif kind == "gather":
+            fits = mine.name == "load" and stacked == 0
+        else:
+            fits = mine.name == "load" and not buffered
+        if not fits:
+            what = f"a {mine.name} of `{mine.ref.symbol}` is not"
+            self.fail(mine, f"{what} what the kernel's {theirs.name} of `{name}` means")
+        index = padded(mine.ref.index, len(self.out.dims[mine.ref.symbol]))
+        lead = index[:stacked]
+        index = index[stacked:]
+        right = Expr.name("RANK") if theirs.name == "store" else All()
+        if stacked > 1 or (stacked == 1 and lead[0] != right):
+            self.fail(mine, "its first index is not the rank that contributes", theirs=theirs)
+        self.index(mine, index, theirs)
+        own = mine.get("own")
+        if isinstance(own, Ref):
+            here = own.symbol == name if kind == "gather" else own.symbol not in self.summed
+            if (
+                self.out.base(own.symbol) != name
+                or not here
+                or (contributed and own.symbol == name)
+            ):
+                self.fail(mine, f"its own part is not that of `{name}`", theirs=theirs)
+            self.index(mine, padded(own.index, len(self.out.dims[own.symbol])), theirs)
+
+    def index(self, mine: Op, index: tuple[object, ...], theirs: Op) -> None:
+        assert theirs.ref is not None
+        name = theirs.ref.symbol
+        wanted = padded(theirs.ref.index, len(self.tensors[name]["dims"]))
+        if len(index) != len(wanted):
+            self.fail(mine, f"the kernel's index is {theirs.ref}", theirs=theirs)
+        axis = self.axis(name)
+        at = 0
+        for one, other in zip(index, wanted, strict=True):
+            placed = at == axis and isinstance(one, At) and isinstance(other, Value)
+            if placed:
+                # Where the tile lies in a shard or a buffer is what dataflow follows.
+                assert isinstance(one, At)
+                one = one.value
+            if self.names.element(one) != self.names.same(other):
+                if at == axis and isinstance(one, Expr) and isinstance(other, Expr):
+                    self.out.assumptions.append(f"single indices of @{name} along its moved axis")
+                else:
+                    self.fail(mine, f"the kernel's index is {theirs.ref}", theirs=theirs)
+            at += str(other) != "+"
+
+    # Words ------------------------------------------------------------------------------------
+
+    def loop_text(self, loop: Op) -> str:
+        bounds = loop.get("extent") or (loop.get("hi"),)
+        names = ", ".join(v.name for v in loop.args[: len(bounds)])
+        return f"{names} over {', '.join(map(str, bounds))}"
+
+    def fail(self, op: Op, detail: str, *, theirs: Op | None = None) -> NoReturn:
+        symbol = op.symbol if op.ref is not None else op.name
+        span: Span | None = op.span
+        notes = () if theirs is None else (f"in the kernel: {op_line(theirs)}",)
+        raise DataflowError(span, symbol=symbol, detail=detail, notes=notes)
+
+
+def _ordering_only(op: Op) -> bool:
+    """Whether an op, or a loop with all in it, only waits, notifies or transfers."""
+    if op.blocks:
+        return not op.results and op.name == "for_range" and all(map(_ordering_only, op.body))
+    return op.name in ORDERING

@@ -1,0 +1,120 @@
+"""Bad schedules: JSON and shorthands of the command line, and schedules given to a call."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tests.assurance.bad_calls import shards
+from tests.assurance.bad_case import ROOT, Call, Case, Command
+from tilelink.schedules import Move, Schedule
+
+FILE = str(ROOT / "examples" / "ag_gemm.py")
+
+
+def schedule(name: str, value: object, *words: str, code: int = 2) -> Command:
+    """``check --schedule`` with ``value``: text as it is, anything else as JSON."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    files = {"s.json": text}
+    arguments = ("check", FILE, "--schedule", "s.json")
+    return Command(f"schedule: {name}", arguments, words, code=code, files=files)
+
+
+def option(name: str, *arguments: str, words: tuple[str, ...], code: int = 2) -> Command:
+    """``check`` with options for the schedule."""
+    return Command(f"schedule: {name}", ("check", FILE, *arguments), words, code=code)
+
+
+def on(name: str, value: Any, *words: str) -> Call:
+    """A schedule given to ``Kernel.on``."""
+
+    def call() -> Any:
+        kernel, a, b = shards()
+        return kernel.on("simulate", world=2, schedule=value)(a, b)
+
+    return Call(f"schedule: {name}", call, words)
+
+
+def move(**fields: object) -> dict[str, object]:
+    """A schedule whose move of A has ``fields``."""
+    return {"moves": {"A": fields}}
+
+
+CASES: tuple[Case, ...] = (
+    schedule("empty file", "", "JSON", "(all)"),
+    schedule("not JSON", "{workers: 3}", "JSON"),
+    schedule("cut off", '{"workers": 3', "JSON"),
+    schedule("a list", [1, 2], "object"),
+    schedule("a number", 3, "object"),
+    schedule("null", None, "object"),
+    schedule("NaN", '{"workers": NaN}', "workers"),
+    schedule("deep JSON", "[" * 100_000, "JSON"),
+    schedule("a key twice", '{"workers": 4, "workers": 8}', "workers", "twice"),
+    schedule("unknown key", {"worker": 4}, "worker", "no such field"),
+    schedule("workers text", {"workers": "4"}, "workers", "'4'"),
+    schedule("workers float", {"workers": 4.5}, "workers", "4.5"),
+    schedule("workers true", {"workers": True}, "workers", "True"),
+    schedule("workers null", {"workers": None}, "workers", "None"),
+    schedule("workers 0", {"workers": 0}, "workers", "0"),
+    schedule("workers negative", {"workers": -1}, "workers", "-1"),
+    schedule("workers huge", {"workers": 10**30}, "workers"),
+    schedule("warps 3", {"warps": 3}, "warps", "3"),
+    schedule("warps 64", {"warps": 64}, "warps", "64"),
+    schedule("stages 0", {"stages": 0}, "stages", "0"),
+    schedule("stages huge", {"stages": 10**9}, "stages"),
+    schedule("order unknown", {"order": "best"}, "order", "best"),
+    schedule("emitter unknown", {"emitter": "cuda"}, "emitter", "cuda"),
+    schedule("flatten text", {"flatten": "yes"}, "flatten", "yes"),
+    schedule("tiles a list", {"tiles": [["M", 64]]}, "tiles"),
+    schedule("tiles 0", {"tiles": {"M": 0}}, "tiles.M", "0"),
+    schedule("tiles negative", {"tiles": {"M": -16}}, "tiles.M", "-16"),
+    schedule("tiles no power of two", {"tiles": {"M": 48}}, "tiles.M", "48"),
+    schedule("tiles null", {"tiles": {"M": None}}, "tiles.M", "None"),
+    schedule("tiles of another kernel", {"tiles": {"Q": 64}}, "`Q`"),
+    schedule("tiles huge", {"tiles": {"M": 2**40}}, "tiles.M"),
+    schedule("moves a list", {"moves": ["A"]}, "moves"),
+    schedule("a move that is text", {"moves": {"A": "sm:4"}}, "moves.A"),
+    schedule("a move of another kernel", {"moves": {"Q": {}}}, "`Q`"),
+    schedule("a move of what does not move", {"moves": {"B": {}}}, "`B`"),
+    schedule("an unknown key of a move", move(speed=3), "moves.A.speed"),
+    schedule("an unknown resource", move(resource="dma"), "resource", "dma"),
+    schedule("sm:0", move(resource="sm:0"), "resource", "sm:0"),
+    schedule("sm:-1", move(resource="sm:-1"), "resource", "sm:-1"),
+    schedule("sm:", move(resource="sm:"), "resource", "sm:"),
+    schedule("sm:999", move(resource="sm:999"), "moves.A.resource", "sm:999"),
+    schedule("sm of many digits", move(resource="sm:" + "9" * 5000), "resource"),
+    schedule("a resource that is a number", move(resource=4), "resource", "4"),
+    schedule("a move's tile 0", move(tile=0), "tile", "0"),
+    schedule("a move's tile text", move(tile="8"), "tile", "'8'"),
+    schedule("a move's channels negative", move(channels=-2), "channels", "-2"),
+    schedule("epilogue of a gather", move(resource="epilogue"), "A", "epilogue"),
+    Command(
+        "schedule: the file is missing",
+        ("check", FILE, "--schedule", "nowhere.json"),
+        ("nowhere.json",),
+        code=2,
+    ),
+    Command("schedule: the file is a folder", ("check", FILE, "--schedule", "."), ("`.`",), code=2),
+    Command(
+        "schedule: the file is binary",
+        ("check", FILE, "--schedule", "s.json"),
+        ("s.json",),
+        code=2,
+        files={"s.json": b"\xff\xfe\x80"},
+    ),
+    option("tile of a stranger", "--tile", "Q=64", words=("--tile", "`Q`")),
+    option("tile no power of two", "--tile", "M=48", words=("M", "48")),
+    option("tile 0", "--tile", "M=0", words=("--tile", "0")),
+    option("tile without a number", "--tile", "M", words=("--tile", "`M`")),
+    option("resource unknown", "--resource", "dma", words=("--resource", "dma")),
+    option("resource of a stranger", "--resource", "Q=sm:4", words=("--resource", "`Q`")),
+    option("resource sm:999", "--resource", "sm:999", words=("sm:999",)),
+    option("--workers 0", "--workers", "0", words=("--workers", "0")),
+    on("a call with text", "fast", "schedule", "str"),
+    on("a call with a dict", {"workers": 4}, "schedule", "dict"),
+    on("a call with tiles of another kernel", Schedule(tiles=(("Q", 64),)), "`Q`"),
+    on("a call with a move of another kernel", Schedule(moves=(("Q", Move()),)), "`Q`"),
+    Call("schedule: tiles is a number", lambda: Schedule(tiles=3), ("tiles",)),  # type: ignore[arg-type]
+    Call("schedule: moves is text", lambda: Schedule(moves="A"), ("moves",)),  # type: ignore[arg-type]
+    Call("schedule: from_json of None", lambda: Schedule.from_json(None), ("(all)",)),  # type: ignore[arg-type]
+)

@@ -1,0 +1,137 @@
+"""Small programs for assurance: every ready-made kernel, every resource, several schedules."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from tilelink import kernels
+from tilelink.backend import reference
+from tilelink.backend.mutate.judge import Trial
+from tilelink.backend.pipeline import run_passes
+from tilelink.cli.inputs import random_inputs
+from tilelink.ir import Op
+from tilelink.schedules import Move, Schedule
+
+CALLS = 2
+ADD = ("bias", "residual")
+# Kernel, the tensor that moves, whether its moved axis is cut by rank, and the resources that fit.
+FAMILIES: tuple[tuple[str, str, bool, tuple[str, ...]], ...] = (
+    ("ag_gemm", "A", True, ("copy_engine", "sm:1", "sm:2", "none")),
+    ("ag_gemm_swiglu", "A", True, ("copy_engine", "sm:1", "sm:2", "none")),
+    ("gemm_rs", "C", True, ("copy_engine", "sm:1", "sm:2", "epilogue", "none")),
+    ("gemm_rs_add", "P", True, ("copy_engine", "sm:1", "sm:2", "epilogue", "none")),
+    ("gemm_ar", "C", False, ("copy_engine", "sm:1", "sm:2", "epilogue", "none")),
+    ("gemm_ar_add", "P", False, ("copy_engine", "sm:1", "sm:2", "epilogue", "none")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A program of the grid. ``tiles`` counts tiles of ``tile`` rows along the moved axis, of all ranks."""
+
+    kernel: str
+    tensor: str
+    resource: str
+    world: int
+    tiles: int
+    columns: int = 1
+    tile: int = 8
+    workers: int = 2
+    channels: int | None = None
+    order: str = "auto"
+    flatten: bool = True
+    group: int = 1
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        """A short name that no other sample has."""
+        parts = [self.kernel, self.resource, f"w{self.world}", f"t{self.tiles}x{self.columns}"]
+        parts += [f"p{self.workers}", f"c{self.channels or 0}", self.order, f"g{self.group}"]
+        return ".".join([*parts, "flat" if self.flatten else "nested", self.dtype])
+
+    def op(self) -> Op:
+        """The kernel (Tile IR)."""
+        kernel: Any = getattr(kernels, self.kernel)
+        extents = {"M": self.tile * self.tiles, "N": self.tile * self.columns, "K": self.tile}
+        return kernel.build(extents, {}, self.world, dtype=self.dtype)  # type: ignore[no-any-return]
+
+    def program(self) -> Op:
+        """The fused program, not proven."""
+        moves = ((self.tensor, Move(resource=self.resource, channels=self.channels)),)
+        tiles = tuple((name, self.tile) for name in "KMN")
+        schedule = Schedule(
+            tiles=tiles,
+            order=self.order,
+            group=self.group,
+            workers=self.workers,
+            flatten=self.flatten,
+            moves=moves,
+        )
+        return run_passes(self.op(), schedule)
+
+    def trial(self, seed: int = 0) -> Trial:
+        """Random inputs of a few calls, and the reference's outputs."""
+        kernel = self.op()
+        inputs = [random_inputs(kernel, CALLS * seed + call) for call in range(CALLS)]
+        return Trial(inputs, [reference.run(kernel, given) for given in inputs], kernel)
+
+
+def samples() -> list[Sample]:
+    """Programs to break: each kernel and resource, at two ranks, and with other schedules at three."""
+    found = []
+    for kernel, tensor, by_rank, resources in FAMILIES:
+        for resource in resources:
+            plain = Sample(
+                kernel, tensor, resource, 2, 4 if by_rank else 3, workers=_least(resource)
+            )
+            found.append(plain)
+            if kernel in ("ag_gemm", "gemm_rs", "gemm_ar"):
+                other = replace(plain, world=3, tiles=3, channels=2, flatten=False, order="row")
+                found.append(other)
+    return found
+
+
+def _least(resource: str) -> int:
+    return 3 if resource == "sm:2" else 2
+
+
+def wide_grid() -> Iterator[Sample]:
+    """Many programs that must be proven: worlds, tiles, channels, orders, workers, loops."""
+    choices = itertools.product(
+        (2, 3, 4),
+        (None, 1, 3),
+        ("auto", "row", "grouped", "arrival", "departure"),
+        ((3, 1), (7, 2)),
+    )
+    for number, (world, channels, order, (workers, group)) in enumerate(choices):
+        for kernel, tensor, by_rank, resources in FAMILIES:
+            resource = resources[number % len(resources)]
+            tiles = world * (1 + number % 3) if by_rank else 1 + number % 5
+            yield Sample(
+                kernel,
+                tensor,
+                resource,
+                world,
+                tiles,
+                columns=1 + number % 2,
+                workers=workers,
+                channels=channels,
+                order=order,
+                flatten=number % 2 == 0,
+                group=group,
+                dtype=("bf16", "fp32")[number % 2],
+            )
+
+
+@lru_cache(maxsize=4)
+def prepared(sample: Sample) -> tuple[Op, Trial]:
+    """The program and the trial of a sample."""
+    torch.set_num_threads(1)
+    return sample.program(), sample.trial()

@@ -1,0 +1,167 @@
+"""Validation of emitted modules: intact texts pass, and texts that were changed do not."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.assurance.emitted import EVEN, MUTATED, ODD, RESOURCES, TILES, Result, attack
+from tests.assurance.emitted import case as case_of
+from tilelink.backend.emit.triton import emit
+from tilelink.backend.validate import (
+    EmittedDiffers,
+    EmittedError,
+    EmittedHazard,
+    Unclear,
+    read_module,
+    split_modules,
+    validate,
+)
+from tilelink.cli.main import main
+from tilelink.errors import Source
+from tilelink.ir import Op
+
+PAIRS = [(k, r) for k, resources in RESOURCES.items() for r in resources]
+
+
+@functools.cache
+def _emitted(kernel: str, resource: str, shape: tuple[tuple[str, int], ...]) -> tuple[Op, str]:
+    program = case_of(kernel, resource, dict(shape), workers=5, tiles=TILES).program()
+    return program, emit(program)
+
+
+def emitted(kernel: str, resource: str, shape: dict[str, int] = EVEN) -> tuple[Op, str]:
+    """A program with several tasks a worker, and its module."""
+    return _emitted(kernel, resource, tuple(shape.items()))
+
+
+def check(program: Op, text: str) -> None:
+    """Validates a text."""
+    validate(read_module(Source("emitted.py", text)), program)
+
+
+def changed(text: str, pattern: str, new: str) -> str:
+    """The text with the first match of a pattern behind the carried program replaced."""
+    start = text.index('"""\n', text.index("TEXT = ") + 12)
+    body, count = re.subn(pattern, new, text[start:], count=1)
+    assert count == 1, pattern
+    return text[:start] + body
+
+
+@pytest.mark.parametrize(("kernel", "resource"), PAIRS)
+def test_intact_modules_pass(kernel: str, resource: str) -> None:
+    program, text = emitted(kernel, resource, ODD)
+    found = validate(read_module(Source("emitted.py", text)), program)
+    waits = sum(op.name == "wait" for op in program.walk())
+    assert found.accesses > 0
+    assert (found.signals > 0) == (waits > 0)
+
+
+# One edit a rule: kernel, resource, what is replaced by what, and who objects.
+EDITS = [
+    ("ag_gemm", "copy_engine", r"m_start // (\d+), q, 1, True", r"m_start // \1, q, 1", EmittedHazard),
+    ("ag_gemm", "copy_engine", r" \+ token\b", "", EmittedHazard),
+    ("ag_gemm", "copy_engine", r"ctx\.epoch", "ctx.epoch - 1", EmittedDiffers),
+    ("ag_gemm", "copy_engine", r"device\.rank_notify\(ctx, 128\)", "pass", EmittedDiffers),
+    ("ag_gemm", "copy_engine", r'\n +call\.notify\("A.ready".*', "", EmittedDiffers),
+    ("ag_gemm", "copy_engine", r"ack_wait=True", "ack_wait=False", EmittedDiffers),
+    ("ag_gemm", "copy_engine", r"ag_gemm, 5, args", "ag_gemm, 4, args", EmittedDiffers),
+    ("ag_gemm", "copy_engine", r"a = a_from.load", "a = unknown.load", Unclear),
+    ("ag_gemm", "sm:2", r"queue_next\(ctx, (\d+)\)", r"queue_next(ctx, \1 + 1)", EmittedError),
+    ("ag_gemm", "sm:2", r"q in tl.range\(tl.program_id\(0\), 3, 2", "q in tl.range(0, 3, 2", EmittedError),
+    ("gemm_rs", "copy_engine", r"(delayed_tile_notify\(ctx, pending), True", r"\1", EmittedHazard),
+    ("gemm_rs", "copy_engine", r"finish_leave\(ctx, (\d+), (\d+)\)", r"finish_leave(ctx, \1, \1)", EmittedHazard),
+    ("gemm_rs", "copy_engine", r"\n    device.delayed_tile_notify\(ctx, pending, True\)", "", EmittedDiffers),
+    ("gemm_rs", "sm:2", r"C_sum_parts \+= token", "pass", EmittedHazard),
+    ("gemm_rs", "epilogue", r"C_sum_total \+= C_sum_part1", "C_sum_total += C_sum_part2", EmittedHazard),
+    ("gemm_rs", "epilogue", r"C_sum_total \+= C_sum_part3.to\(tl.float32\)\n", "pass\n", EmittedDiffers),
+    ("gemm_rs", "epilogue", r"C_sum_part1.to\(tl.float32\)", "C_sum_part1", EmittedHazard),
+    ("gemm_rs", "epilogue", r"for source in range\(0, 4\)", "for source in range(1, 4)", EmittedDiffers),
+    ("gemm_ar", "epilogue", r"(counted_tile_notify\(\s*ctx, [^,]*, )C_d", r"\1rank", EmittedDiffers),
+    ("gemm_ar", "none", r'"all_reduce"', '"reduce_scatter"', EmittedDiffers),
+    ("gemm_rs", "epilogue", r"a = A_64x64.load\(\[m_start", "a = A_64x64.load([m_start * 0", EmittedDiffers),
+    ("gemm_rs", "epilogue", r"tl.dot\(a, b, acc\)", "tl.dot(b, b, acc)", EmittedHazard),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "resource", "old", "new", "error"), EDITS)
+def test_an_edit_is_refused(
+    kernel: str, resource: str, old: str, new: str, error: type[EmittedError]
+) -> None:
+    program, text = emitted(kernel, resource)
+    with pytest.raises(error):
+        check(program, changed(text, old, new))
+
+
+def test_offsets_that_wrap_are_refused_and_wide_ones_are_not() -> None:
+    program, text = emitted("gemm_rs", "sm:2")
+    far = r"\1 + (\2 - \2 + 46341) * 46341 * 0"
+    narrow = changed(text, r"(m_start) = (m_segment)\b", rf"m_start = {far[5:]} + \2")
+    with pytest.raises(EmittedHazard, match="64 bits"):
+        check(program, narrow)
+    wide = narrow.replace("46341) * 46341", "46340) * 46340")
+    check(program, wide)
+
+
+def test_a_module_of_another_shape_is_refused() -> None:
+    program, _ = emitted("gemm_rs", "epilogue")
+    _, other = emitted("gemm_rs", "epilogue", ODD)
+    with pytest.raises(EmittedDiffers):
+        check(program, other)
+
+
+def test_the_error_points_at_the_line_of_the_module() -> None:
+    program, text = emitted("ag_gemm", "copy_engine")
+    bad = changed(text, r"ctx\.epoch", "ctx.epoch - 1")
+    line = next(n for n, t in enumerate(bad.splitlines(), 1) if "ctx.epoch - 1" in t)
+    with pytest.raises(EmittedDiffers) as caught:
+        check(program, bad)
+    assert caught.value.span is not None
+    # The call begins a line or two above its argument.
+    assert 0 <= line - caught.value.span.line <= 2
+
+
+def test_statements_of_no_module_are_refused() -> None:
+    program, text = emitted("ag_gemm", "none")
+    for extra in ("import os\n", "def helper():\n    pass\n", "TEXT = ''\n"):
+        with pytest.raises(Unclear):
+            check(program, text + extra)
+
+
+def test_files_with_several_modules_are_split() -> None:
+    _, text = emitted("ag_gemm", "none")
+    parts = split_modules(text + text, "two.py")
+    assert len(parts) == 2
+    assert parts[1].text.lstrip("\n") == text
+    assert parts[1].line(len(text.splitlines()) + 1) == text.splitlines()[0]
+
+
+@pytest.mark.parametrize("kernel", MUTATED)
+def test_mutants_of_the_text_are_refused(kernel: str) -> None:
+    result = Result()
+    for number, resource in enumerate(RESOURCES[kernel]):
+        one = case_of(kernel, resource, EVEN, workers=5, tiles=TILES)
+        attack(one, 3, 100 + number, result, Counter())
+    assert result.mutants >= 6
+    assert result.refused == result.mutants
+
+
+def test_the_command_accepts_and_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = str(Path(__file__).parents[2] / "tilelink" / "kernels" / "gemm_rs.py")
+    options = ["--world", "2", "--set", "M=256,N=128,K=64", "--resource", "epilogue"]
+    assert main(["emit", kernel, *options]) == 0
+    text = capsys.readouterr().out
+    module = tmp_path / "module.py"
+    module.write_text(text)
+    assert main(["check", "--emitted", str(module), kernel]) == 0
+    out = capsys.readouterr().out
+    assert out.count("the text is the program of its kernel") == 2
+    module.write_text(changed(text, r"ctx\.epoch", "ctx.epoch - 1"))
+    assert main(["check", "--emitted", str(module), kernel]) == 1
+    assert "emitted-differs" in capsys.readouterr().err

@@ -1,0 +1,213 @@
+"""``tilelink mutate``: break the fused program in every known way, and see who notices."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tilelink.cli import table
+from tilelink.cli.check import unproven
+from tilelink.cli.errors import IntactFails, UnknownName
+from tilelink.cli.inputs import random_inputs
+from tilelink.cli.options import add_common, positive, write_file
+from tilelink.cli.source import Unit, load
+from tilelink.errors import TilelinkError
+from tilelink.ir import Op, print_ir
+
+if TYPE_CHECKING:
+    from tilelink.backend.mutate import Mutant
+    from tilelink.backend.mutate.judge import Trial, Verdict
+
+# The smallest instance that still has several tiles, ranks and workers: exploration visits every
+# interleaving, and their number grows exponentially.
+WORLD, TILE, TILES, CALLS = 2, 8, 3, 2
+HEADER = ("class", "mutants", "refused", "found", "equivalent", "proof missed", "simulator missed")
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "mutate",
+        help="break the fused program on purpose; proof and simulator must notice",
+        description="Make every single mistake of docs/mutants.md in the fused program, and ask the proof "
+        "and the simulator about each, apart. What one of them misses is explored in every interleaving; "
+        "unless it proves equivalent, it is printed. Without --set, --world, --tile and --workers the "
+        f"instance is small: {WORLD} ranks, {WORLD} workers, tiles of {TILE}, {TILES} of them along the "
+        "moved axis (the next multiple of the ranks) and one along the others.",
+    )
+    parser.set_defaults(execute=execute)
+    add_common(parser)
+    parser.add_argument(
+        "--class", dest="classes", action="append", metavar="C", help="only mutants of this class"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most N, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0, help="of inputs, schedules and --limit")
+    parser.add_argument("--json", action="store_true", help="one line of JSON a kernel")
+    parser.add_argument("--survivors", metavar="DIR", help="write survivors there, one file each")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Prints the table and the survivors of each kernel; 1 if there are any."""
+    from tilelink.backend.mutate import CLASSES, mutants
+    from tilelink.backend.mutate.judge import judge
+
+    for name in args.classes or ():
+        if name not in CLASSES:
+            known = ", ".join(CLASSES)
+            raise UnknownName(option="--class", what="class", name=name, known=known)
+    code = 0
+    for unit in small(args):
+        program = unproven(unit, args)
+        trial = trial_of(unit.op, program, args.seed)
+        check_intact(program, trial, args.seed)
+        chosen = [m for m in mutants(program) if not args.classes or m.name in args.classes]
+        if args.limit and len(chosen) > args.limit:
+            kept = set(random.Random(args.seed).sample(range(len(chosen)), args.limit))
+            chosen = [m for n, m in enumerate(chosen) if n in kept]
+        verdicts = []
+        for number, mutant in enumerate(chosen):
+            verdicts.append(judge(mutant, trial, seed=args.seed))
+            progress(number + 1, len(chosen))
+        print(as_json(unit, verdicts) if args.json else render(unit, verdicts))
+        survivors = [v for v in verdicts if v.survivors]
+        code |= bool(survivors)
+        for number, verdict in enumerate(survivors):
+            keep(unit, verdict, number, args)
+    return code
+
+
+def small(args: argparse.Namespace) -> list[Unit]:
+    """The kernels of FILE for the extents of the options, and small ones where none are given."""
+    if args.world is None and args.target is None and not args.file.endswith(".ir"):
+        args.world = WORLD
+    units = load(args)
+    if any(unit.fused for unit in units):
+        return units
+    given, tiles = list(args.set), list(args.tile)
+    shrunk = []
+    for unit in units:
+        args.file = f"{args.file.rpartition('::')[0] or args.file}::{unit.name}"
+        extents = {op.symbol for op in unit.op.find("extent")}
+        args.set = [small_extents(unit.op), *given]
+        try:
+            shrunk += load(args)
+        except TilelinkError:
+            # A kernel whose extents depend on each other: its example is the smallest that is known.
+            args.set = given
+            shrunk += load(args)
+        if not args.schedule:
+            args.tile = [dict.fromkeys(sorted(extents), TILE), *tiles]
+    if args.workers is None and not args.schedule:
+        sm = [int(r[3:]) for r in args.resource.values() if r.startswith("sm:")]
+        args.workers = max([WORLD, *(n + 1 for n in sm)])
+    return shrunk
+
+
+def small_extents(kernel: Op) -> dict[str, int]:
+    """An extent of a few tiles along the axes that move, and of one tile along the others."""
+    world = int(kernel["world"])
+    found = {op.symbol: TILE for op in kernel.find("extent")}
+    for tensor in kernel.find("tensor"):
+        axis = tensor["dims"][int(tensor.get("over", 0))] if tensor["dims"] else None
+        if tensor["move"] != "local" and str(axis) in found:
+            whole = tensor.get("over") is not None
+            tiles = -(-TILES // world) * world if whole else TILES
+            found[str(axis)] = max(found[str(axis)], TILE * tiles)
+    return found
+
+
+def trial_of(kernel: Op, program: Op, seed: int) -> Trial:
+    """Inputs of a few calls, and what is right for them: the reference's outputs.
+
+    Of a fused program without its kernel, what it computes itself; whether the numbers are those that
+    somebody meant is not known then.
+    """
+    from tilelink.backend import reference
+    from tilelink.backend.mutate.judge import Trial
+    from tilelink.backend.simulate import run_calls
+
+    inputs = [random_inputs(program, CALLS * seed + call) for call in range(CALLS)]
+    if kernel.name == "kernel":
+        return Trial(inputs, [reference.run(kernel, given) for given in inputs], kernel)
+    return Trial(inputs, run_calls(program, inputs, seed))
+
+
+def check_intact(program: Op, trial: Trial, seed: int) -> None:
+    """Raises where the program is refused before anything has been done to it."""
+    from tilelink.backend.mutate.judge import simulate
+    from tilelink.backend.verify import verify
+
+    verify(program)
+    found = simulate(program, trial, seed=seed)
+    if found:
+        raise IntactFails(name=program.symbol, oracle=found)
+
+
+def progress(done: int, total: int) -> None:
+    """A counter on standard error, where that is a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def tally(verdicts: Sequence[Verdict]) -> dict[str, Counter[str]]:
+    """What was said, by class."""
+    found: dict[str, Counter[str]] = {}
+    for verdict in verdicts:
+        counts = found.setdefault(verdict.mutant.name, Counter())
+        counts["mutants"] += 1
+        counts["refused"] += bool(verdict.proof)
+        counts["found"] += bool(verdict.simulator)
+        counts["equivalent"] += verdict.truth is not None and verdict.truth.word == "equivalent"
+        counts["undecided"] += verdict.truth is not None and verdict.truth.word == "undecided"
+        for name in verdict.survivors:
+            counts[f"{name} missed"] += 1
+    return found
+
+
+def render(unit: Unit, verdicts: Sequence[Verdict]) -> str:
+    """The table, class by class."""
+    counted = tally(verdicts)
+    columns = (*HEADER[:5], "undecided", *HEADER[5:])
+    total: Counter[str] = Counter()
+    rows = []
+    for name, counts in counted.items():
+        total += counts
+        rows.append([name, *(str(counts[column]) for column in columns[1:])])
+    rows.append(["all", *(str(total[column]) for column in columns[1:])])
+    shape = " ".join(f"{op.symbol}={op['value']}" for op in unit.op.find("extent"))
+    head = f"{unit.name}: {shape}, {unit.world} ranks, {CALLS} calls"
+    return f"{head}\n{table.render(columns, rows, '  ')}"
+
+
+def as_json(unit: Unit, verdicts: Sequence[Verdict]) -> str:
+    """The same as one line of JSON."""
+    classes = {name: dict(counts) for name, counts in tally(verdicts).items()}
+    return json.dumps({"kernel": unit.name, "world": unit.world, "classes": classes})
+
+
+def text_of(mutant: Mutant, verdict: Verdict) -> str:
+    """A survivor as IR text that every command takes, and why it is wrong."""
+    assert verdict.truth is not None
+    what = f"{mutant.name}: {mutant.description}"
+    lines = [what, f"missed by: {', '.join(verdict.survivors)}"]
+    lines += [f"{verdict.truth.word}: {line}" for line in verdict.truth.why.splitlines()]
+    return "".join(f"# {line}\n" for line in lines) + print_ir(mutant.program)
+
+
+def keep(unit: Unit, verdict: Verdict, number: int, args: argparse.Namespace) -> None:
+    """Prints a survivor, or writes it to the folder of ``--survivors``."""
+    text = text_of(verdict.mutant, verdict)
+    if args.survivors:
+        folder = Path(args.survivors)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"\W+", "_", unit.name)
+        write_file(str(folder / f"{name}.{verdict.mutant.name}.{number}.ir"), text)
+    elif not args.json:
+        print(f"\n{text}", end="")
