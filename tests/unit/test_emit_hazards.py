@@ -9,6 +9,8 @@ import tilelink.language as tk
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.passes import UnsupportedProgram
 from tilelink.backend.pipeline import run_passes
+from tilelink.frontend.errors import GatheredStore
+from tilelink.ir import parse_ir, print_ir
 
 
 @tilelink.kernel("local X[M, K]")
@@ -41,6 +43,15 @@ def gathered_and_stored(A, C):  # type: ignore[no-untyped-def]
         A[m, k] = C[m, k] + 1.0
 
 
+@tilelink.kernel("gather A[M, K] over M")
+def gathered_and_copied(A, C, D):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    for m, k in tk.tiles(M, K):
+        C[m, k] = A[m, k]
+    for m, k in tk.tiles(M, K):
+        D[m, k] = C[m, k] + 1.0
+
+
 def test_a_tensor_that_other_workers_stored_is_fenced_before_tma_reads_it() -> None:
     op = stored_then_multiplied.build({"M": 512, "K": 512, "N": 512}, world=2)
     source = emit(run_passes(op))
@@ -58,7 +69,14 @@ def test_indexed_rows_of_a_large_tensor_have_wide_offsets() -> None:
 
 
 def test_a_gathered_tensor_that_is_stored_is_refused_where_it_is_stored() -> None:
-    op = gathered_and_stored.build({"M": 512, "K": 64}, world=2)
-    with pytest.raises(UnsupportedProgram, match="gathered, and stored") as caught:
-        run_passes(op)
+    with pytest.raises(GatheredStore) as caught:
+        gathered_and_stored.build({"M": 512, "K": 64}, world=2)
     assert caught.value.span is not None and "A[m, k]" in str(caught.value)
+
+
+def test_a_kernel_from_text_that_stores_what_it_gathers_is_refused() -> None:
+    gathered = print_ir(gathered_and_copied.build({"M": 512, "K": 64}, world=2))
+    text = gathered.replace("store @D[", "store @A[").replace("load @D[", "load @A[")
+    assert text != gathered
+    with pytest.raises(UnsupportedProgram, match="gathered, and stored"):
+        run_passes(parse_ir(text))
