@@ -67,19 +67,34 @@ def _assurance(name: str, run: Row) -> str:
     ]
     for case in run["cases"]:
         outcome = "passed" if case["code"] == 0 else f"FAILED ({case['code']})"
-        lines.append(f"### {_WHAT.get(case['name'], case['name']).capitalize()}\n")
+        title = _WHAT.get(case["name"], case["name"])
+        lines.append(f"### {title[0].upper()}{title[1:]}\n")
         lines.append(f"    {case['command']}\n")
-        figures = {k: v for k, v in case["figures"].items() if not isinstance(v, str)}
+        figures = dict(case["figures"])
+        # The mutants' figures stand under the oracle that was asked.
+        asked = [v for v in figures.values() if isinstance(v, dict) and "classes" in v]
+        for part in asked:
+            figures = {k: v for k, v in figures.items() if v is not part} | part
+        classes = figures.pop("classes", {})
+        objections = figures.pop("objections", {})
+        measured = figures.pop("measured", "")
         shown = ", ".join(f"{k.replace('_', ' ')} {_cell(v)}" for k, v in figures.items())
-        lines.append(f"{outcome}: {shown}\n")
+        lines.append(f"{outcome}: {shown}.\n")
+        if measured:
+            lines.append(f"Measured: {measured}.\n")
+        if classes:
+            columns = list(next(iter(classes.values())))
+            rows = [[name, *(found[c] for c in columns)] for name, found in classes.items()]
+            lines.append(table(["class", *columns], rows))
+            lines.append(f"Objections: {_cell(objections)}.\n")
     return "\n".join(lines)
 
 
 def _provenance(name: str, run: Row, command: str) -> str:
-    return (
-        f"{environment.hardware_line(run)}. {run['date'][:10]}.\n\n    {command}\n\n"
-        f"Raw data: `{name}`.\n"
-    )
+    where = "Hardware and versions are not recorded in this file."
+    if "hardware" in run:
+        where = f"{environment.hardware_line(run)}. {run['date'][:10]}."
+    return f"{where}\n\n    {command}\n\nRaw data: `{name}`.\n"
 
 
 def _reliability(name: str, run: Row) -> str:
@@ -209,12 +224,22 @@ def _faults(name: str, run: Row) -> str:
     )
 
 
+def _verdict(row: Row) -> str:
+    if "Assertion" in row["reported"]:
+        text = str(row["reported"]).split("Assertion ")[-1]
+        return text.strip()
+    if row["reported"]:
+        # No word of the sanitizer: the processes did not come so far.
+        return "not judged: " + row["tail"].strip().splitlines()[-1].split(", ")[-1]
+    return "nothing"
+
+
 def _gsan(name: str, run: Row) -> str:
     rows = [
         [
             row["name"],
             "pointers" if row["pointers"] else "TMA",
-            row["reported"].split("Assertion ")[-1].strip() or "nothing",
+            _verdict(row),
             _ok(row),
         ]
         for row in run["rows"]

@@ -175,8 +175,14 @@ def judge(name: str, pointers: bool, limit: float) -> dict[str, Any]:
     """Runs one case on both GPUs; what GSan said of it."""
     from tests.gpu.harness import spawn
 
-    arguments = ["-m", "tests.gpu.gsan", "--worker", name]
-    ranks = spawn([*arguments, *(["--pointers"] if pointers else [])], WORLD, limit)
+    arguments = ["-m", "tests.gpu.gsan", "--worker", name, *(["--pointers"] if pointers else [])]
+    # GSan's state grows with the devices that a process sees.
+    env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(WORLD)))}
+    for _ in range(3):
+        ranks = spawn(arguments, WORLD, limit, env)
+        # A free port may be taken by another case before it is used.
+        if not any("EADDRINUSE" in r.output for r in ranks):
+            break
     text = "\n".join(r.output for r in ranks)
     found = re.search(r"[^\n]*(?:Read after|Write after|race|[Rr]ead.*[Ww]rite)[^\n]*", text)
     reports = re.findall(r"[^\n]*Assertion `[^\n]*", text)
