@@ -230,7 +230,8 @@ def _verdict(row: Row) -> str:
         return text.strip()
     if row["reported"]:
         # No word of the sanitizer: the processes did not come so far.
-        return "not judged: " + row["tail"].strip().splitlines()[-1].split(", ")[-1]
+        last = str(row["tail"]).strip().splitlines()[-1].split(", ")[-1]
+        return f"not judged: {last}"
     return "nothing"
 
 

@@ -30,7 +30,8 @@ class Versions:
 
     def __init__(self, traces: Traces) -> None:
         self.traces = traces
-        self._seen: dict[tuple[int, int, int], bytes] = {}
+        # All versions of a read, or the one that all its elements have.
+        self._seen: dict[tuple[int, int, int], bytes | int] = {}
 
     def fresh(self, memory: Memory, decl: Decl, call: int | None = None) -> None:
         """Nobody has written ``decl``; with ``call``, the user has."""
@@ -49,17 +50,20 @@ class Versions:
         self, memory: Memory, ins: Load | Transfer, part: int, region: Region, call: int, who: Any
     ) -> None:
         """Compare what a read sees with what it saw before; VersionError where it differs."""
-        found = memory.versions[region.symbol][region.mask] - call
-        seen = found.tobytes()
+        held = memory.versions[region.symbol][region.mask]
         key = (ins.uid, part, call if self.traces.dynamic else 0)
+        # Most reads see one write alone, and then its number says all.
+        if held.size and (held == held.flat[0]).all():
+            seen: bytes | int = int(held.flat[0]) - call
+        else:
+            seen = (held - call).tobytes()
         known = self._seen.get(key)
         if seen == known:
             return
-        if known is None:
-            bad = found & ((1 << CALLS) - 1)
-            if not bad.any():
-                self._seen[key] = seen
-                return
+        found = np.asarray(held - call)
+        if known is None and not (found & ((1 << CALLS) - 1)).any():
+            self._seen[key] = seen
+            return
         self._fail(memory.rank, region.symbol, ins.op, ins.place, found, known, call, who)
 
     def output(self, memory: Memory, decl: Decl, call: int, who: Any) -> None:
@@ -80,7 +84,7 @@ class Versions:
         op: Op,
         place: Place,
         found: NDArray[np.int64],
-        known: bytes | None,
+        known: bytes | int | None,
         call: int,
         who: Any,
     ) -> None:
@@ -89,7 +93,9 @@ class Versions:
             at = int(np.flatnonzero(flat & ((1 << CALLS) - 1))[0])
             expected = f"a write of call {call}"
         else:
-            wanted = np.frombuffer(known, dtype=np.int64)
+            wanted = np.full(flat.shape, known)
+            if isinstance(known, bytes):
+                wanted = np.frombuffer(known, dtype=np.int64)
             at = int(np.flatnonzero(flat != wanted)[0])
             expected = self._writer(int(wanted[at]), call)
         raise VersionError(
