@@ -171,6 +171,11 @@ def worker(name: str, pointers: bool) -> None:
     os._exit(0)
 
 
+def _bare(text: str) -> str:
+    """``text`` without the folders of the machine that said it."""
+    return re.sub(r"(?:/[\w.-]+)+/", "", text)
+
+
 def judge(name: str, pointers: bool, limit: float) -> dict[str, Any]:
     """Runs one case on both GPUs; what GSan said of it."""
     from tests.gpu.harness import spawn
@@ -191,9 +196,9 @@ def judge(name: str, pointers: bool, limit: float) -> dict[str, Any]:
         "name": name,
         "pointers": pointers,
         "codes": [r.code for r in ranks],
-        "reported": reports[0] if reports else (found[0] if found else ""),
+        "reported": _bare(reports[0] if reports else (found[0] if found else "")),
         "rows": rows,
-        "tail": "" if rows and not reports else text[-1500:],
+        "tail": "" if rows and not reports else _bare(text.strip().splitlines()[-1]),
         "seconds": round(max(r.seconds for r in ranks), 1),
     }
 
