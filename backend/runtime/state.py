@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ class Memory(Protocol):
     size: int
 
 
-class GroupState:
+class GroupState(ABC):
     """A process group of ``world`` ranks, seen by one of them, and its arenas."""
 
     def __init__(self, group: Any, rank: int, world: int, store: Any) -> None:
@@ -59,29 +60,29 @@ class GroupState:
 
     # What the memory's module gives.
 
+    @abstractmethod
     def allocate(self, size: int) -> Memory:
         """An arena of ``size`` bytes on every rank; collective."""
-        raise NotImplementedError
 
+    @abstractmethod
     def control(self, arena: Any, rank: int) -> Sequence[int]:
         """The first ``CONTROL_WORDS`` words of the arena of ``rank`` now, whatever runs meanwhile."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_abort(self, arena: Any, rank: int, value: int) -> None:
         """Writes the abort word of ``rank``, whatever runs meanwhile."""
-        raise NotImplementedError
 
+    @abstractmethod
     def idle(self) -> bool:
         """Whether all calls of this rank that the host has enqueued have ended."""
-        raise NotImplementedError
 
-    def stop_collectives(self) -> None:
+    def stop_collectives(self) -> None:  # noqa: B027 - few kinds of memory need it
         """Ends collectives of the library that wait for a rank that will not come."""
 
     @property
+    @abstractmethod
     def host(self) -> watch.HostRecord:
         """Where a call that was stopped leaves its record."""
-        raise NotImplementedError
 
     # Programs and agreements.
 

@@ -99,14 +99,14 @@ class Search:
             if node.kind == CLEAR and self.instance.ordered.issuperset(used):
                 node.visible = False
         for number, begin in enumerate(self.instance.begins):
-            todo, seen = [begin], set[int]()
-            while todo:
-                at = todo.pop()
+            frontier, seen = [begin], set[int]()
+            while frontier:
+                at = frontier.pop()
                 if at < 0 or at in seen:
                     continue
                 seen.add(at)
                 node = self.nodes[at]
-                todo += (node.next, *node.tasks)
+                frontier += (node.next, *node.tasks)
                 if node.kind == WAIT and not node.visible:
                     # Workers of one launch change places; see `_key`.
                     for word in node.elements:
@@ -237,15 +237,15 @@ class Search:
 
     def _step(self, processes: list[int], words: list[int], done: list[int], number: int) -> None:
         """The visible step of one process, and all hidden ones that it makes possible."""
-        todo = [number]
-        self._perform(processes, words, done, number, todo)
-        self._settle(processes, words, done, todo)
+        frontier = [number]
+        self._perform(processes, words, done, number, frontier)
+        self._settle(processes, words, done, frontier)
 
     def _settle(
-        self, processes: list[int], words: list[int], done: list[int], todo: list[int]
+        self, processes: list[int], words: list[int], done: list[int], frontier: list[int]
     ) -> None:
-        while todo:
-            number = todo.pop()
+        while frontier:
+            number = frontier.pop()
             while True:
                 at, _, _, _, _, held = self.process_of[processes[number]]
                 if at < 0:
@@ -259,13 +259,18 @@ class Search:
                         break
                 elif node.visible or (node.kind == WAIT and not self.passes(node, words)):
                     break
-                self._perform(processes, words, done, number, todo)
+                self._perform(processes, words, done, number, frontier)
 
     def _quiet(self, node: Node, held: tuple[tuple[int, int, bool], ...]) -> bool:
         return self.reducer is not None and held[0][0] in self.reducer.settled
 
     def _perform(
-        self, processes: list[int], words: list[int], done: list[int], number: int, todo: list[int]
+        self,
+        processes: list[int],
+        words: list[int],
+        done: list[int],
+        number: int,
+        frontier: list[int],
     ) -> None:
         at, back, clock, fenced, pending, held = self.process_of[processes[number]]
         node = self.nodes[at]
@@ -282,11 +287,11 @@ class Search:
         elif kind == ADD:
             if node.drain:
                 clock, pending = clock | pending, 0
-            self._add(words, node.elements[0], node.mode, clock, todo)
+            self._add(words, node.elements[0], node.mode, clock, frontier)
         elif kind == SET:
             if node.drain:
                 clock, pending = clock | pending, 0
-            self._set(node, words, clock, todo)
+            self._set(node, words, clock, frontier)
         elif kind == HOLD:
             held = (*held, (node.elements[0], node.mode, node.drain))
         elif kind == PERFORM:
@@ -296,7 +301,7 @@ class Search:
                 (element, mode, drain), *rest = held
                 if drain:
                     clock, pending = clock | pending, 0
-                self._add(words, element, mode, clock, todo)
+                self._add(words, element, mode, clock, frontier)
                 held = tuple(rest)
                 if held:
                     after = at
@@ -306,7 +311,7 @@ class Search:
                 words[node.elements[0]] = self.word_id((value + 1, *carried))  # type: ignore[arg-type]
                 back, after = at, node.tasks[value]
                 if value + 1 == len(node.tasks):
-                    todo += range(len(processes))
+                    frontier += range(len(processes))
         elif kind == RETURN:
             # From a task of a dynamic queue to taking the next.
             back, after = -1, back
@@ -318,9 +323,9 @@ class Search:
             words[node.elements[0]] = self.word_id((value - 1, *carried))  # type: ignore[arg-type]
         elif kind == END:
             for element in node.elements:
-                self._add(words, element, 0, clock, todo)
+                self._add(words, element, 0, clock, frontier)
             for element in node.late:
-                self._add(words, element, 0, clock | pending, todo)
+                self._add(words, element, 0, clock | pending, frontier)
             processes[number] = self.process_id((-1, -1, 0, 0, 0, ()))
             return
         if after != at and (node.bit | node.async_bit or node.broken):
@@ -346,18 +351,20 @@ class Search:
         done[0] = executed | node.bit | node.async_bit
         return clock | node.bit, pending | node.async_bit
 
-    def _add(self, words: list[int], element: int, mode: int, clock: int, todo: list[int]) -> None:
+    def _add(
+        self, words: list[int], element: int, mode: int, clock: int, frontier: list[int]
+    ) -> None:
         word = list(self.word_of[words[element]])
         word[0] += 1
         if mode != NOBODY:
             word[1 + mode] |= clock
         words[element] = self.word_id(tuple(word))  # type: ignore[arg-type]
-        todo += self.waiting.get(element, ())
+        frontier += self.waiting.get(element, ())
 
-    def _set(self, node: Node, words: list[int], clock: int, todo: list[int]) -> None:
+    def _set(self, node: Node, words: list[int], clock: int, frontier: list[int]) -> None:
         mode = node.mode
         if node.slot >= 0:
-            self._add(words, node.slot, mode, clock, todo)
+            self._add(words, node.slot, mode, clock, frontier)
             value, *carried = self.word_of[words[node.slot]]
             if value > node.count:
                 name = self.instance.names[node.slot]

@@ -68,6 +68,9 @@ class Fake(GroupState):
         super().__init__(None, 0, 3, None)
         self.arenas = [[[0] * CONTROL_WORDS for _ in range(3)] for _ in range(arenas)]
 
+    def allocate(self, size: int) -> Any:
+        raise AssertionError(f"{size} bytes: no test asks for an arena")
+
     @property
     def host(self) -> watch.HostRecord:
         return watch.HostRecord(ctypes.addressof(self.record), len(self.record))
