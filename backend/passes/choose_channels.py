@@ -10,6 +10,7 @@ from tilelink.backend.passes.common import (
     accesses,
     add_declarations,
     global_dims,
+    handed_on,
     moved,
     replace_declaration,
     schedule_of,
@@ -47,8 +48,9 @@ def choose_channels(program: Op) -> Op:
     counters: list[Op] = []
     for name, tensor in tensors_of(program).items():
         if tensor["move"] not in MOVED:
-            if tensor["role"] == "temp" or _read_after_store(program, name):
-                counters.append(make("counter", ref=Ref(f"{name}.done"), dims=(1,)))
+            stages = max((len(handed_on(op, name)) for op in program.find("launch")), default=0)
+            if stages:
+                counters.append(make("counter", ref=Ref(f"{name}.done"), dims=(stages,)))
             continue
         program = _choose(program, name, tensor)
         info = moved(program, name)
@@ -70,20 +72,6 @@ def choose_channels(program: Op) -> Op:
         )
         flags.insert(0, ack)
     return add_declarations(program, *flags, *counters)
-
-
-def _read_after_store(program: Op, name: str) -> bool:
-    stored = [
-        i
-        for i, stage in enumerate(stages_of(program))
-        if any(True for _ in accesses(stage, name, "store"))
-    ]
-    read = [
-        i
-        for i, stage in enumerate(stages_of(program))
-        if any(True for _ in accesses(stage, name, "load"))
-    ]
-    return bool(stored and read and max(read) > min(stored))
 
 
 def _choose(program: Op, name: str, tensor: Op) -> Op:

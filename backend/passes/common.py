@@ -299,6 +299,20 @@ def storing_stage(program: Op, name: str) -> tuple[Op, int | None]:
     )
 
 
+def handed_on(launch: Op, name: str) -> tuple[int, ...]:
+    """The stages of ``launch``, by position, that store ``name`` for a later stage to read.
+
+    Each has an element of the tensor's counter, in this order.
+    """
+    stages = [(n, op) for n, op in enumerate(launch.body) if op.name == "stage"]
+    last = max((n for n, op in stages if any(accesses(op, name, "load"))), default=-1)
+    return tuple(
+        number
+        for number, stage in stages
+        if number < last and any(not s.get("final") for s in accesses(stage, name, "store"))
+    )
+
+
 def tasks_across(program: Op, stage: Op, skip: int | None) -> int:
     """Tasks of ``stage`` over all its variables but number ``skip``."""
     names = environment(program)

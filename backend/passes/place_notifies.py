@@ -9,6 +9,7 @@ from tilelink.backend.passes.common import (
     RANK,
     WORLD,
     Moved,
+    handed_on,
     moved,
     start_of,
     tensors_of,
@@ -40,7 +41,7 @@ def place_notifies(program: Op) -> Op:
     ops: list[Op] = []
     for op in program.body:
         if op.name == "launch":
-            stages = tuple(_announce(program, stage) for stage in op.body)
+            stages = tuple(_announce(program, op, number) for number in range(len(op.body)))
             op = op.with_ops((*stages, _finish()) if acked else stages)
             if acked or program.find("counter"):
                 ops.append(_head(acked))
@@ -63,8 +64,9 @@ def _finish() -> Op:
     return make("finish", blocks=(Block((), (loop,)),))
 
 
-def _announce(program: Op, stage: Op) -> Op:
-    counters = {op.symbol for op in program.find("counter")}
+def _announce(program: Op, launch: Op, number: int) -> Op:
+    """Stage ``number`` of ``launch`` with the notifies of what its tasks store."""
+    stage = launch.body[number]
     body: list[Op] = []
     for op in stage.body:
         body.append(op)
@@ -77,14 +79,11 @@ def _announce(program: Op, stage: Op) -> Op:
             if not stores:
                 continue
             if tensor["move"] not in MOVED:
-                if f"{name}.done" in counters:
-                    body.append(
-                        make(
-                            "notify",
-                            ref=Ref(f"{name}.done", (Expr.const(0),)),
-                            span=stores[-1].span,
-                        )
-                    )
+                places = handed_on(launch, name)
+                if number in places:
+                    element = Expr.const(places.index(number))
+                    span = stores[-1].span
+                    body.append(make("notify", ref=Ref(f"{name}.done", (element,)), span=span))
                 continue
             info = moved(program, name)
             if info.resource == "epilogue":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeAlias
 
 from tilelink.backend.passes.common import (
     MOVED,
@@ -11,14 +12,17 @@ from tilelink.backend.passes.common import (
     Moved,
     UnsupportedProgram,
     accesses,
+    handed_on,
     moved,
     start_of,
     stop_of,
-    storing_stage,
     tasks_of_stage,
     tensors_of,
 )
 from tilelink.ir import All, Expr, Op, Range, Ref, Value, binary, make
+
+# Tensors that earlier stages store; of local ones, the element and the tasks of each stage that did.
+Stored: TypeAlias = "dict[str, tuple[tuple[int, int], ...]]"
 
 
 def place_waits(program: Op) -> Op:
@@ -43,15 +47,19 @@ def place_waits(program: Op) -> Op:
 
 
 def _launch(program: Op, launch: Op) -> Op:
-    stored: set[str] = set()
+    stored: Stored = {}
     stages: list[Op] = []
-    for stage in launch.body:
+    for number, stage in enumerate(launch.body):
         stages.append(_guard(program, stage, stored))
-        stored |= {op.symbol for op in stage.walk() if op.name == "store"}
+        for name in sorted({op.symbol for op in stage.walk() if op.name == "store"}):
+            places = handed_on(launch, name)
+            stored.setdefault(name, ())
+            if number in places:
+                stored[name] += ((places.index(number), tasks_of_stage(program, stage)),)
     return launch.with_ops(tuple(stages))
 
 
-def _guard(program: Op, loop: Op, stored: set[str]) -> Op:
+def _guard(program: Op, loop: Op, stored: Stored) -> Op:
     """Waits for the tiles that ``loop`` itself defines, then those of the loops inside it."""
     waits: list[Op] = []
     for name, tensor in tensors_of(program).items():
@@ -59,14 +67,14 @@ def _guard(program: Op, loop: Op, stored: set[str]) -> Op:
             op for op in _reads(loop, name, program) if name in stored or tensor["move"] == "gather"
         ]
         for load in loads:
-            for wait in _waits(program, tensor, load, loop):
+            for wait in _waits(program, tensor, load, loop, stored):
                 if wait not in waits:
                     waits.append(wait)
     body = tuple(_guard_inner(program, op, stored) for op in loop.body)
     return loop.with_ops((*waits, *body))
 
 
-def _guard_inner(program: Op, op: Op, stored: set[str]) -> Op:
+def _guard_inner(program: Op, op: Op, stored: Stored) -> Op:
     """Inner loops over a gathered axis wait tile by tile."""
     if op.name == "for_tiles" and op.get("segment") is not None:
         return _guard(program, op, stored)
@@ -97,16 +105,12 @@ def _reads(loop: Op, name: str, program: Op) -> list[Op]:
     return found
 
 
-def _waits(program: Op, tensor: Op, load: Op, loop: Op) -> list[Op]:
+def _waits(program: Op, tensor: Op, load: Op, loop: Op, stored: Stored) -> list[Op]:
     name = tensor.symbol
     if tensor["move"] not in MOVED:
         return [
-            make(
-                "wait",
-                ref=Ref(f"{name}.done", (Expr.const(0),)),
-                count=tasks_of_stage(program, storing_stage(program, name)[0]),
-                span=load.span,
-            )
+            make("wait", ref=Ref(f"{name}.done", (Expr.const(n),)), count=tasks, span=load.span)
+            for n, tasks in stored[name]
         ]
     info = moved(program, name)
     if info.resource == "none":

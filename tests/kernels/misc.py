@@ -39,3 +39,19 @@ def spread(A, C, alpha):
         for k in tk.tiles(0, K // 2):
             count += ((A[m, k] > 0) & ~(A[m, k] > 1)).sum(axis=1)
         C[m] = (high - low) ** 2 / 3 + alpha * count
+
+
+@tilelink.kernel("gather A[M, K] over M", example={"M": 64, "K": 32, "N": 48})
+def scaled_twice(A, B, C):
+    """C = 6 (A @ B): two later loops change what earlier ones stored."""
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        C[m, n] = acc
+    for m, n in tk.tiles(M, N):
+        C[m, n] = C[m, n] * 2.0
+    for m, n in tk.tiles(M, N):
+        C[m, n] = C[m, n] * 3.0

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels.misc import scaled_twice
 from tilelink.kernels import ag_gemm, ag_gemm_swiglu, gemm_ar, gemm_ar_add, gemm_rs, gemm_rs_add
 
 WORLD, M, N, K = 4, 64, 48, 32
@@ -126,3 +127,10 @@ def test_examples_run_without_a_gpu(name: str, capsys: pytest.CaptureFixture[str
     for line in lines:
         found = re.search(r"relative error (\S+)$", line)
         assert found is not None and 0 < float(found[1]) < 1e-2
+
+
+def test_loops_that_change_what_earlier_ones_stored(backend: str) -> None:
+    a, b = draw(M // WORLD, K, seed=1), draw(K, N, seed=2)
+    outputs = scaled_twice.on(backend, world=WORLD)(a, b)
+    whole = torch.cat(wide(a))
+    close(outputs, [6 * (whole @ x) for x in wide(b)])
