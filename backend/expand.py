@@ -32,6 +32,14 @@ class UnknownExtent(TilelinkError):
     hint: ClassVar[str] = "extents, WORLD, RANK and the variables of enclosing loops are known"
 
 
+class ZeroDivisor(TilelinkError):
+    """An expression of a program divides by 0 on some rank, for some task."""
+
+    code: ClassVar[str] = "zero-divisor"
+    message: ClassVar[str] = "`{expr}` divides by 0 here"
+    hint: ClassVar[str] = "an index or a condition has to have a value for every task of every rank"
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """The values of one loop variable: first index, one past the last, and tile number; int64, any shape.
@@ -55,15 +63,18 @@ def environment(program: Op) -> dict[str, int]:
 def evaluate(value: Expr | int, env: Env, op: Op | None = None) -> Any:
     """An attribute or expression under ``env``: an int, or an array where a name is bound to one.
 
-    Raises UnknownExtent at ``op`` where a name is unbound.
+    Raises UnknownExtent at ``op`` where a name is unbound, ZeroDivisor where it divides by 0.
     """
     if not isinstance(value, Expr):
         return value
+    span = op.span if op is not None else None
     try:
-        return value.evaluate(env)
+        with np.errstate(divide="raise"):
+            return value.evaluate(env)
     except KeyError as missing:
-        span = op.span if op is not None else None
         raise UnknownExtent(span, expr=str(value), name=missing.args[0]) from None
+    except (FloatingPointError, ZeroDivisionError):
+        raise ZeroDivisor(span, expr=str(value)) from None
 
 
 def dims_of(declaration: Op, env: Env) -> tuple[int, ...]:

@@ -148,6 +148,7 @@ def prove(out: Expansion, *, known: bool = False) -> Report:
     stages' `workers`, `queue` and `counter`; of ``out.declarations`` all attributes.
     """
     _enumerated(out)
+    _idle_waits(out)
     if not known:
         out.assumptions.append(UNKNOWN)
     check_bounds(out)
@@ -179,6 +180,16 @@ def prove(out: Expansion, *, known: bool = False) -> Report:
     check_progress(out, words)
     check_residency(out, words)
     return _report(out, words, meetings, known)
+
+
+def _idle_waits(out: Expansion) -> None:
+    """A wait that is the same for every task stands before a stage's loop, where no task is needed."""
+    for phase in out.phases:
+        if phase.kind == "stage" and phase.count == 0:
+            wait = next((op for op in phase.op.walk() if op.name == "wait"), None)
+            if wait is not None:
+                detail = "a wait in a stage without tasks, where workers may wait all the same"
+                raise UndecidedError(wait.span or phase.op.span, name="wait", detail=detail)
 
 
 def _enumerated(out: Expansion) -> None:

@@ -16,6 +16,7 @@ from tilelink.backend.verify.errors import MatchError, ReuseError
 from tilelink.backend.verify.match import guarded
 from tilelink.backend.verify.order import Elements, Order, ancestors
 from tilelink.errors import Span
+from tilelink.ir import Op
 from tilelink.ir.layout import ACK, MAX_WORLD, WORD
 
 
@@ -111,10 +112,13 @@ def check_arena(out: Expansion, words: Elements, order: Order) -> None:
         and out.declarations[a.symbol].get("space") != "local"
     ]
     flags = [s for s in out.syncs if out.declarations[s.symbol].name == "flag" and not s.wait]
-    if out.world == 1 or not (shared or flags):
+    declared = [op for op in out.declarations.values() if op.name == "flag"]
+    if out.world == 1 or not (shared or flags or declared):
         return
     ack = _acks(out)
     _ack_writers(out, words, ack)
+    if declared:
+        _everyone_hears(out, declared[0], ack)
     for access in shared:
         _behind_head(out, access)
     heard = [0] * out.world  # what rank s knows when the head of its next call has passed
@@ -151,6 +155,27 @@ def check_arena(out: Expansion, words: Elements, order: Order) -> None:
                             *weak(words),
                         ),
                     )
+
+
+def _everyone_hears(out: Expansion, flag: Op, ack: str) -> None:
+    """A program with flags advances the epoch, and the head of the next program on the arena waits until
+    every rank has acknowledged it: each must, to all, and each head waits for all."""
+    everyone = {(home, k) for home in range(out.world) for k in range(out.world)}
+    made: set[tuple[int, int]] = set()
+    awaited: set[tuple[int, int]] = set()
+    for sync in out.syncs:
+        if sync.symbol != ack or not len(sync.task):
+            continue
+        pairs = set(zip(sync.home.tolist(), sync.flat.tolist(), strict=True))
+        if not sync.wait:
+            made |= pairs
+        elif sync.epoch == -1:
+            awaited |= pairs
+    for found, what in ((made, "no notify acknowledges"), (awaited, "`head` does not wait for")):
+        for home, k in sorted(everyone - found):
+            note = f"{what} the call of rank {k} on rank {home}"
+            why = "a program with flags advances the epoch, which the next program on the arena awaits"
+            raise ReuseError(flag.span, symbol=ack or flag.symbol, notes=(note, why))
 
 
 def _acks(out: Expansion) -> str:

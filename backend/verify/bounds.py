@@ -14,7 +14,6 @@ from tilelink.backend.verify.order import ancestors
 from tilelink.ir import Op
 from tilelink.ir.layout import (
     ACK,
-    ARRIVED,
     COUNTER_BYTES,
     COUNTERS,
     DATA,
@@ -136,8 +135,9 @@ def _queues(out: Expansion) -> None:
 
 
 def _shapes(out: Expansion, into: Access) -> None:
-    source = next(a for a in out.accesses if a.pair == into.pair and not a.write)
-    if len(source.task) != len(into.task):
+    sources = [a for a in out.accesses if a.pair == into.pair and not a.write]
+    source = sources[0] if sources else into
+    if not sources or len(source.task) != len(into.task):
         raise BoundsError(
             into.op.span, symbol=into.symbol, detail="one side of the transfer is empty"
         )
@@ -176,12 +176,18 @@ def _areas(out: Expansion) -> None:
             areas = [
                 (FLAGS, FLAGS + FLAG_BYTES),
                 (ACK * WORD, (ACK + MAX_WORLD) * WORD),
-                (ARRIVED * WORD, (ARRIVED + MAX_WORLD) * WORD),
             ]
         elif op.name == "counter":
             areas = [(COUNTERS, COUNTERS + COUNTER_BYTES)]
         else:
             areas = [(0 if op.get("space") == "local" else DATA, 1 << 62)]
+        unit = 16 if op.name == "buffer" else WORD
+        if begin % unit:
+            raise BoundsError(
+                op.span,
+                symbol=op.symbol,
+                detail=f"byte {begin} is not a multiple of {unit}, as the place of a {op.name} is",
+            )
         if not any(lo <= begin and end <= hi for lo, hi in areas):
             raise BoundsError(
                 op.span,

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from tilelink.backend.expand import environment, evaluate
 from tilelink.backend.verify.errors import UndecidedError
 from tilelink.ir import All, At, Broadcast, Expr, Op, Range, Ref, Value, parse_ir
+from tilelink.ir.layout import ACK, WORD
 from tilelink.ir.node import DECLARATIONS
 
 AGENTS = ("head", "stream", "launch", "collective")
@@ -49,6 +50,8 @@ def check_form(program: Op) -> None:
             checker.launch(agent)
         elif agent.name in AGENTS:
             checker.block(agent.body, agent.name)
+            if agent.name == "head":
+                checker.head(agent)
 
 
 class _Checker:
@@ -72,6 +75,14 @@ class _Checker:
                 self.held_back(child)
             if child.name != "flush":
                 self.block(child.body, child.name)
+
+    def head(self, head: Op) -> None:
+        """The kernel of `head` waits for the acknowledgements of the call before, and does nothing else."""
+        for op in head.body:
+            flag = self.declared.get(op.symbol) if op.ref is not None else None
+            acks = flag is not None and flag.get("offset") in (None, ACK * WORD)
+            if op.name != "wait" or not acks or op.get("if") is not None:
+                _fail(op, "`head` can only wait for the acknowledgements of the call before")
 
     def held_back(self, stage: Op) -> None:
         """A notify that is held back stands behind all accesses of its task, which it releases.
@@ -112,6 +123,8 @@ class _Checker:
                 _fail(op, f"`{key} = {value}` means nothing")
             if key in SWITCHES and not isinstance(value, bool):
                 _fail(op, f"`{key}` is true or false")
+        if op.name == "load" and (op.get("when") is None) != (op.get("own") is None):
+            _fail(op, "`own` and `when` come together")
         if op.name == "store" and op.get("via") is not None and op.get("peer") is not None:
             _fail(op, "a store to a peer does not go through the async proxy")
 

@@ -76,6 +76,10 @@ def _epoch(out: Expansion, words: Elements, sync: Sync) -> None:
     if sync.epoch not in (0, -1):
         detail = f"a wait for epoch {sync.epoch:+d}; waits are for this call's or the one before"
         _fail(out, words, sync, 0, detail)
+    kinds = {out.phases[int(out.task_phase[t])].kind for t in sync.task[:1]}
+    if sync.epoch and out.declarations[sync.symbol].name == "flag" and kinds - {"head"}:
+        detail = "only `head` may wait for the call before, which may have been another program's"
+        _fail(out, words, sync, 0, detail)
     if sync.epoch and out.declarations[sync.symbol].name == "counter":
         _fail(out, words, sync, 0, "a counter has no epoch: it counts one call")
 

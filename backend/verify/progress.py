@@ -209,8 +209,11 @@ def _blockers(
     ]
     for earlier in agents[base : base + agent.number]:
         stream = out.agents[earlier.number].name == "stream"
-        if not earlier.started or (stream and not earlier.ended):
-            found.append((earlier, "its place in the one hardware queue"))
+        # All but side streams share the main stream, which runs one after the other.
+        main = not stream and out.agents[agent.number].name != "stream"
+        if not earlier.started or ((stream or main) and not earlier.ended):
+            why = "its place in the main stream" if main else "its place in the one hardware queue"
+            found.append((earlier, why))
     return found
 
 

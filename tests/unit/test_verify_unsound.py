@@ -4,6 +4,7 @@ import pytest
 
 from tests.unit.test_verify_memory_order import edited
 from tests.unit.verify_programs import text_of
+from tilelink.backend.expand import ZeroDivisor
 from tilelink.backend.expand_walk import expand
 from tilelink.backend.verify import (
     BoundsError,
@@ -196,6 +197,8 @@ def test_an_unknown_agent_is_found_in_an_expansion_too() -> None:
 def test_kernels_beside_each_other_count_together() -> None:
     """Three kernels of which any two fit, but not all three."""
     stage = (
+        "    stage @n{1} {{extent = [1], tile = [1]}} do (%n{1}: int32) {{\n"
+        "      notify @d[{1}]\n    }}\n"
         "    stage @{0} {{extent = [1], tile = [1]}} do (%{0}: int32) {{\n"
         "      wait @d[{1}] {{count = 1}}\n    }}\n"
     )
@@ -203,11 +206,10 @@ def test_kernels_beside_each_other_count_together() -> None:
         f'  launch @k{i} {{after = ["head"], workers = 60}} do {{\n{stage.format(f"s{i}", i)}  }}\n'
         for i in range(3)
     )
-    notify = "".join(f"    notify @d[{i}]\n" for i in range(3))
     text = f"""program @p {{world = 1}} do {{
   counter @d {{dims = [3], offset = 131072}}
   head do {{
-{notify}  }}
+  }}
 {body}}}"""
     with pytest.raises(ProgressError, match="180 CTAs of 132"):
         verify(parse_ir(text))
@@ -300,3 +302,82 @@ def test_a_dynamic_queue_counts_on_a_word_of_its_own() -> None:
     ):
         with pytest.raises((BoundsError, MatchError)):
             verify(edited(AG, good, declare, bad))
+
+
+FIN = "  counter @fin {dims = [1], offset = 131072}\n"
+WAITS = "      wait @A.ready[m.start / 16, 0]"
+EMPTY = """    stage @empty {extent = [M - 64], tile = [8]} do (%z: tile) {
+      wait @fin[0] {count = 1}
+    }
+"""
+AUX = """  launch @aux {after = ["head"], workers = 1} do {
+    stage @one {extent = [1], tile = [1]} do (%z: int32) {
+      notify @fin[0]
+    }
+  }
+"""
+
+
+@pytest.mark.parametrize(
+    "edits, error, part",
+    [
+        # `head` makes one kind of wait, and the runtime makes it for all acknowledgements.
+        ((("  head do {\n", "  head do {\n    wait @A.ready[1, 0]\n"),), UndecidedError, "`head`"),
+        # What another program raised says nothing of this one.
+        (
+            ((WAITS, "      wait @A.ready[RANK, 0] {epoch = (0 - 1)}\n" + WAITS),),
+            MatchError,
+            "only `head`",
+        ),
+        # Waits of a stage stand before its loop, which workers without tasks pass too.
+        (
+            (
+                ("  head do {\n", FIN + "  head do {\n"),
+                ("    stage @gemm", EMPTY + "    stage @gemm"),
+            ),
+            UndecidedError,
+            "without tasks",
+        ),
+        # The words by which ranks say that they have started a call, and odd places.
+        ((("offset = 4096", "offset = 256"),), BoundsError, "area of a flag"),
+        ((("offset = 4096", "offset = 4097"),), BoundsError, "multiple of 4"),
+        ((("offset = 262144", "offset = 262146"),), BoundsError, "multiple of 16"),
+        ((("load @B[%k, %n]", "load @B[%k, %n] {when = 1}"),), UndecidedError, "come together"),
+        ((("m.start / 16, 0]", "m.start / (RANK - 1), 0]"),), ZeroDivisor, "divides by 0"),
+        (
+            (("to = @A.all[RANK * 16..RANK * 16 + 16", "to = @A.all[RANK * 16..RANK * 8 + 16"),),
+            BoundsError,
+            "@",
+        ),
+    ],
+)
+def test_texts_that_hands_have_written_are_refused(
+    edits: tuple[tuple[str, str], ...], error: type[TilelinkError], part: str
+) -> None:
+    with pytest.raises(error) as caught:
+        verify(edited(AG, *edits))
+    assert part in str(caught.value)
+
+
+def test_a_program_with_flags_acknowledges_even_where_it_uses_none() -> None:
+    text = text_of("ag_gemm.collective")
+    verify(parse_ir(text))
+    flag = "  flag @A.ready {dims = [WORLD, 1], offset = 4096}\n  head do {"
+    with pytest.raises(ReuseError, match="advances the epoch"):
+        verify(parse_ir(text.replace("  head do {", flag)))
+
+
+def test_a_kernel_cannot_wait_for_one_behind_it_in_the_main_stream() -> None:
+    edits = [
+        ("  head do {\n", FIN + "  head do {\n"),
+        ("    finish do {\n", "    finish do {\n      wait @fin[0] {count = 1}\n"),
+    ]
+    text = text_of(AG)
+    for old, new in edits:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    before = text.replace("  launch @ag_gemm", AUX + "  launch @ag_gemm")
+    behind = text.rstrip().removesuffix("}") + AUX + "}\n"
+    verify(parse_ir(before))
+    with pytest.raises(ProgressError, match="main stream"):
+        verify(parse_ir(behind))
