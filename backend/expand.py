@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from tilelink.errors import TilelinkError
-from tilelink.frontend.mapping_errors import ConstantDivisionByZero
 from tilelink.ir import DTYPES, Expr, Op
 from tilelink.ir.limits import check_rows
 
@@ -127,11 +126,7 @@ def queue(
     if isinstance(visit, Expr):
         wide = {k: v[:, None] if isinstance(v, np.ndarray) else v for k, v in env.items()}
         wide["i"] = i[None, :]
-        try:
-            with np.errstate(divide="raise"):
-                order = evaluate(visit, wide)
-        except ArithmeticError:
-            raise ConstantDivisionByZero(None if op is None else op.span) from None
+        order = evaluate(visit, wide, op)
         seg = np.broadcast_to(np.asarray(order, dtype=np.int64), (rows, count))
     else:
         seg = np.broadcast_to(i if visit is None else np.full(count, visit), (rows, count))
