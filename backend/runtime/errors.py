@@ -30,10 +30,6 @@ class PeerLost(WaitTimeout):
     """The process of a rank has ended, so that what a wait waits for will never come."""
 
     code: ClassVar[str] = "peer-lost"
-    message: ClassVar[str] = (
-        "rank {rank} waited in vain for rank {producer}: worker {worker}, tile {tile}, "
-        "channel {channel}, expected {expected}, seen {seen}; {why}"
-    )
     hint: ClassVar[str] = (
         "outputs of the call hold NaN; `tilelink.recover()` on every live rank gives the group of those "
         "that are left"

@@ -5,7 +5,7 @@ Written from ``docs/ir.md``; only :mod:`geometry` is shared with the scheduler o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,20 +38,11 @@ from tilelink.backend.simulate.explore_nodes import (
     Unsupported,
     find_conflicts,
 )
-from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args
+from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args, keep_scalar
 from tilelink.ir import Expr, Op, Ref
 
 CONTROL = "<epoch and counters>"
 PSEUDO = "<order of agents>"
-_INTEGER: dict[str, Callable[[int, int], int]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "floordiv": lambda a, b: a // b,
-    "mod": lambda a, b: a % b,
-    "minimum": min,
-    "maximum": max,
-}
 
 
 @dataclass(slots=True)
@@ -389,7 +380,7 @@ class Builder:
             elif op.name == "store":
                 self._store(at, op, where)
             else:
-                self._scalar(at, op)
+                keep_scalar(op, at.values, at.env)
 
     def _value(self, expr: Any, at: _Place) -> int:
         try:
@@ -407,24 +398,6 @@ class Builder:
                 raise Unsupported("a loop whose bounds are known at run time only")
             return self.geometry.bounded(op, low, high)
         return self.geometry.queue(op, at.env)
-
-    def _scalar(self, at: _Place, op: Op) -> None:
-        """Keep the integers that bounds and indices are made of."""
-        if not op.results or op.results[0].type.shape:
-            return
-        name, value = op.results[0].name, None
-        if op.name == "constant":
-            value = op["value"]
-        elif op.name == "bound":
-            value = at.env[f"{op.operands[0].name}.{op['which']}"]
-        elif op.name in _INTEGER:
-            left, right = (at.values.get(v.name) for v in op.operands)
-            if isinstance(left, int) and isinstance(right, int):
-                value = _INTEGER[op.name](left, right)
-        if isinstance(value, int):
-            at.values[name] = at.env[name] = value
-        else:
-            at.values.pop(name, None)
 
     def _touch(self, at: _Place, rank: int, ref: Ref, kind: int) -> None:
         try:

@@ -359,3 +359,33 @@ def bind_args(args: tuple[Value, ...], tiles: tuple[Tile, ...], env: Env, values
             bind_tile(env, arg.name, tile)
         else:
             env[arg.name] = values[arg.name] = tile.start
+
+
+_INTEGER: dict[str, Callable[[int, int], int]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "floordiv": lambda a, b: a // b,
+    "mod": lambda a, b: a % b,
+    "minimum": min,
+    "maximum": max,
+}
+
+
+def keep_scalar(op: Op, values: dict[str, Any], env: dict[str, Any]) -> None:
+    """Keep the integers that bounds and indices are made of: what ``op`` yields, if it is a scalar."""
+    if not op.results or op.results[0].type.shape:
+        return
+    name, value = op.results[0].name, None
+    if op.name == "constant":
+        value = op["value"]
+    elif op.name == "bound":
+        value = env[f"{op.operands[0].name}.{op['which']}"]
+    elif op.name in _INTEGER:
+        left, right = (values.get(v.name) for v in op.operands)
+        if isinstance(left, int) and isinstance(right, int):
+            value = _INTEGER[op.name](left, right)
+    if isinstance(value, int):
+        values[name] = env[name] = value
+    else:
+        values.pop(name, None)

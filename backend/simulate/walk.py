@@ -5,12 +5,12 @@ The virtual clock runs on these events, and a deadlock is explained with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
 
-from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args
+from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args, keep_scalar
 from tilelink.ir import DTYPES, Op, Ref
 from tilelink.ir.limits import check_rows
 
@@ -81,15 +81,6 @@ class Move:
 
 Event: TypeAlias = "Work | Wait | Notify | Move"
 
-_INTEGER: dict[str, Callable[[int, int], int]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "floordiv": lambda a, b: a // b,
-    "mod": lambda a, b: a % b,
-    "minimum": min,
-    "maximum": max,
-}
 _NOTHING = Cost()
 
 
@@ -133,7 +124,7 @@ class Walker:
                 size = self._bytes(op.ref)
                 yield Move(op, size, self.geometry.value(op["peer"], self.env), True)
             else:
-                self._scalar(op)
+                keep_scalar(op, self.values, self.env)
                 cost = cost + self.cost(op)
         if cost is not _NOTHING:
             yield Work(cost)
@@ -156,25 +147,6 @@ class Walker:
                 return []
             return self.geometry.bounded(op, low, high)
         return self.geometry.queue(op, self.env)
-
-    def _scalar(self, op: Op) -> None:
-        """Keep the integers that loop bounds are made of."""
-        if not op.results or op.results[0].type.shape:
-            return
-        value: Any = None
-        if op.name == "constant":
-            value = op["value"]
-        elif op.name == "bound":
-            value = self.env[f"{op.operands[0].name}.{op['which']}"]
-        elif op.name in _INTEGER:
-            left, right = (self.values.get(v.name) for v in op.operands)
-            if isinstance(left, int) and isinstance(right, int):
-                value = _INTEGER[op.name](left, right)
-        if isinstance(value, int):
-            name = op.results[0].name
-            self.values[name] = self.env[name] = value
-        else:
-            self.values.pop(op.results[0].name, None)
 
     def _sync(self, op: Op) -> Event:
         assert op.ref is not None
@@ -235,7 +207,7 @@ class Walker:
             # A short last tile costs its share, so one full tile stands for all.
             bind_args(op.args[: len(positions[0])], positions[0], self.env, self.values)
             for inner in op.body:
-                self._scalar(inner)
+                keep_scalar(inner, self.values, self.env)
                 total = total + self.cost(inner)
             return total.times(_weight(positions))
         if op.name in ("load", "store", "load_sum"):

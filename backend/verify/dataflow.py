@@ -400,9 +400,9 @@ def summed_symbols(out: Expansion) -> frozenset[str]:
 
 def _from_sum(store: Op, made: dict[str, object], yields: dict[str, Op], found: set[str]) -> bool:
     seen: set[str] = set()
-    todo = [v.name for v in store.operands]
-    while todo:
-        name = todo.pop()
+    frontier = [v.name for v in store.operands]
+    while frontier:
+        name = frontier.pop()
         if name in seen:
             continue
         seen.add(name)
@@ -411,7 +411,7 @@ def _from_sum(store: Op, made: dict[str, object], yields: dict[str, Op], found: 
             continue
         if op.name == "load_sum" or (op.name == "load" and op.ref and op.ref.symbol in found):
             return True
-        todo += [v.name for v in op.operands]
+        frontier += [v.name for v in op.operands]
         if name in yields:
-            todo += [v.name for v in yields[name].operands]
+            frontier += [v.name for v in yields[name].operands]
     return False

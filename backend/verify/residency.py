@@ -340,13 +340,13 @@ class _Graph:
     def spread(self, bit: dict[int, int]) -> list[int]:
         """For each node the workers, as bits, of which any one that stays out keeps it from happening."""
         found = [0] * len(self.edges)
-        todo = list(bit.items())
-        while todo:
-            at, causes = todo.pop()
+        frontier = list(bit.items())
+        while frontier:
+            at, causes = frontier.pop()
             new = causes & ~found[at]
             if new:
                 found[at] |= new
-                todo += [(effect, new) for effect in self.edges[at]]
+                frontier += [(effect, new) for effect in self.edges[at]]
         return found
 
     def units(
@@ -436,13 +436,13 @@ class _Graph:
     def path(self, source: int, target: int) -> list[int]:
         """Nodes from ``target`` back to ``source``, the shortest way."""
         before = {source: -1}
-        todo = deque([source])
-        while todo and target not in before:
-            at = todo.popleft()
+        frontier = deque([source])
+        while frontier and target not in before:
+            at = frontier.popleft()
             for effect in self.edges[at]:
                 if effect not in before:
                     before[effect] = at
-                    todo.append(effect)
+                    frontier.append(effect)
         found = []
         at = target
         while at != source and at >= 0:
