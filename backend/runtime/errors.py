@@ -30,6 +30,7 @@ class PeerLost(WaitTimeout):
     """The process of a rank has ended, so that what a wait waits for will never come."""
 
     code: ClassVar[str] = "peer-lost"
+    message: ClassVar[str] = WaitTimeout.message
     hint: ClassVar[str] = (
         "outputs of the call hold NaN; `tilelink.recover()` on every live rank gives the group of those "
         "that are left"
