@@ -258,10 +258,11 @@ class Choice:
     starts: dict[int, str]  # axis number to the text of its start
 
 
-def choose(scope: Scope, op: Op) -> None:
+def choose(scope: Scope, op: Op, base_start: str = "") -> None:
     """Write the choice between the buffer and the local shard of a ``load {own, when}``.
 
-    Both have the same strides, so a source and the starts that differ say all.
+    Both have the same strides, so a source and the starts that differ say all. With ``base_start``, the
+    text of a start that goes on to change, it is the distance from it that is settled here.
     """
     ref, own = op.ref, op["own"]
     assert ref is not None
@@ -280,9 +281,16 @@ def choose(scope: Scope, op: Op) -> None:
         if moved != near.start:
             starts[number] = (near.start, moved)
     names = {n: f"{label}_{'row' if n == 0 else f'at{n}'}" for n in starts}
+    if base_start:
+        names = {n: f"{label}_shift{'' if n == 0 else n}" for n in starts}
+        starts = {
+            n: tuple(_distance(text, base_start) for text in pair)  # type: ignore[misc]
+            for n, pair in starts.items()
+        }
+    placed = {n: f"{base_start} + {name}" if base_start else name for n, name in names.items()}
     scope.used.update((source, *names.values()))
     # Both sides are read the same way.
-    tma = all(_tma_load(scope, op, side, block, names) is not None for side in (ref, own))
+    tma = all(_tma_load(scope, op, side, block, placed) is not None for side in (ref, own))
     sides = (own.symbol, ref.symbol)
     texts = [descriptor(scope, symbol, block) if tma else base(scope, symbol) for symbol in sides]
     test = condition(_fold(scope, op["when"]), scope.lookup)
@@ -291,7 +299,15 @@ def choose(scope: Scope, op: Op) -> None:
             scope.writer.line(f"{source} = {texts[number]}")
             for axis, pair in sorted(starts.items()):
                 scope.writer.line(f"{names[axis]} = {pair[number]}")
-    scope.chosen[id(op)] = Choice(source, names)
+    scope.chosen[id(op)] = Choice(source, placed)
+
+
+def _distance(start: str, base_start: str) -> str:
+    """``start - base_start`` as text."""
+    if start == base_start:
+        return "0"
+    rest = start.removeprefix(f"{base_start} + ")
+    return rest if rest != start else f"{start} - {base_start}"
 
 
 def _token(scope: Scope, symbol: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilelink.backend.emit import access, body
-from tilelink.backend.emit.flat import flat_stage
+from tilelink.backend.emit.flat import flat_by_segment, flat_stage
 from tilelink.backend.emit.loops import Walk, decode, total
 from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import Writer, identifier
@@ -161,7 +161,7 @@ def _queue(scope: Scope, stage: Op, worker: str, step: str, count: str, flushed:
     """The tasks of one worker: those at worker, worker + step, … of a static queue, or the next free."""
     if stage.get("queue", "static") == "dynamic":
         _dynamic(scope, stage, count)
-    elif can_flatten(scope.program.op, stage):
+    elif can_flatten(scope.program.op, stage) or flat_by_segment(scope.program, stage):
         flat_stage(scope, stage, worker, step, count, flushed)
     else:
         stage = _hoist_waits(scope, stage)

@@ -248,6 +248,12 @@ def total(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk) -> str:
     return multiply(segments, per, *columns)
 
 
+def segment_counts(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk) -> tuple[str, str]:
+    """The positions of one segment, and the number of segments, as text."""
+    per, columns, segments = _counts(scope, walk, sizes(scope, op, tiles, walk))
+    return multiply(per, *columns), segments
+
+
 @contextmanager
 def enter_tiles(
     scope: Scope,

@@ -71,19 +71,7 @@ def can_flatten(program: Op, stage: Op) -> bool:
     Its body: constants, one tile loop that carries values and multiplies, then the epilogue; no waits,
     and notifies of local counters alone, in the epilogue.
     """
-    if not stage.get("flatten") or stage.get("queue", "static") != "static":
-        return False
-    loops = [i for i, op in enumerate(stage.body) if op.name in ("for_tiles", "for_range")]
-    if len(loops) != 1:
-        return False
-    loop, before = stage.body[loops[0]], stage.body[: loops[0]]
-    extent = loop.get("extent")
-    plain = loop.name == "for_tiles" and extent is not None and len(extent) == 1 and loop.results
-    if not plain or loop.get("segment") is not None or any(op.name not in _PURE for op in before):
-        return False
-    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
-    fixed = {op.symbol for op in program.find("extent")} - dynamic | {"WORLD"}
-    if not Expr.of(extent[0]).names <= fixed or any(op.blocks for op in loop.body):
+    if main_loop(program, stage) is None:
         return False
     inside = list(stage.walk())[1:]
     if any(op.name in ("wait", "transfer") or op.get("own") is not None for op in inside):
@@ -93,7 +81,31 @@ def can_flatten(program: Op, stage: Op) -> bool:
         op in stage.body and op.get("if") is None and program.declared(op.symbol).name == "counter"
         for op in signals
     )
-    return kept and len(signals) <= 1 and any(op.name == "dot" for op in loop.body)
+    return kept and len(signals) <= 1
+
+
+def main_loop(program: Op, stage: Op) -> Op | None:
+    """The one loop of ``stage``, of products, if the stage asks for the flattened form and could have it.
+
+    Before it stand constants and waits alone.
+    """
+    if not stage.get("flatten") or stage.get("queue", "static") != "static":
+        return None
+    loops = [i for i, op in enumerate(stage.body) if op.name in ("for_tiles", "for_range")]
+    if len(loops) != 1:
+        return None
+    loop, before = stage.body[loops[0]], stage.body[: loops[0]]
+    extent = loop.get("extent")
+    plain = loop.name == "for_tiles" and extent is not None and len(extent) == 1 and loop.results
+    if not plain or loop.get("segment") is not None:
+        return None
+    if any(op.name not in _PURE and op.name != "wait" for op in before):
+        return None
+    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
+    fixed = {op.symbol for op in program.find("extent")} - dynamic | {"WORLD"}
+    if not Expr.of(extent[0]).names <= fixed or any(op.blocks for op in loop.body):
+        return None
+    return loop if any(op.name == "dot" for op in loop.body) else None
 
 
 def touched(ops: tuple[Op, ...]) -> frozenset[str]:

@@ -1,7 +1,8 @@
 """An emitted kernel, run by all workers of all ranks in step: every access and every signal it makes.
 
 A *stage* is an outermost loop that touches data, a *task* one turn of it (of a flattened loop, whose
-variable is `_`, the turns up to one that writes). What a worker does between stages belongs to the
+variable is `_`, the turns up to one that writes). A loop around flattened loops begins no task: what it does
+in front of one of them belongs to the worker's next task. What a worker does between stages belongs to the
 next stage's tasks of that worker; a delayed notify to the task whose stores it follows.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 from tilelink.backend.validate import tiles
 from tilelink.backend.validate.calls import TileCalls
 from tilelink.backend.validate.layout import Layout, Misfit
-from tilelink.backend.validate.trace import FINISH, PREFIX, Touch, Trace
+from tilelink.backend.validate.trace import FINISH, PREFIX, Signal, Touch, Trace
 from tilelink.backend.validate.values import (
     Data,
     Descriptor,
@@ -54,6 +55,11 @@ def stage_loops(body: list[ast.stmt]) -> list[ast.For | ast.While]:
     return found
 
 
+def is_flat(node: ast.AST) -> bool:
+    """Whether a loop is flattened: its turns are steps of tasks, not tasks."""
+    return isinstance(node, ast.For) and ast.unparse(node.target) == "_"
+
+
 class AccessMachine(TileCalls):
     """``workers`` lanes a rank, rank-major. ``streamed``: counters that streams wait for."""
 
@@ -79,6 +85,15 @@ class AccessMachine(TileCalls):
         self.trace.passed = np.zeros(self.lanes, dtype=np.int64)
         self.reverse = reverse  # the last worker is the first to draw from a queue
         self.loops = stage_loops(function.body)
+        # Stages that are loops around flattened loops, and those loops.
+        inner = {
+            loop: [n for n in ast.walk(loop) if n is not loop and is_flat(n)] for loop in self.loops
+        }
+        self.around = {loop: found for loop, found in inner.items() if found}
+        self.between: Mask = np.zeros(
+            self.lanes, dtype=bool
+        )  # in such a loop, before a flattened one
+        self.ahead: list[Signal] = []  # waits made there, for all tasks of the flattened loop
         self.stage = -1  # the stage that is open, FINISH, or -1 between stages
         self.segment: Ints = np.full(self.lanes, PREFIX, dtype=np.int64)
         self.dirty: Mask = np.zeros(self.lanes, dtype=bool)
@@ -114,20 +129,25 @@ class AccessMachine(TileCalls):
         self.segment = np.full(self.lanes, PREFIX, dtype=np.int64)
         self.dirty = np.zeros(self.lanes, dtype=bool)
         super().statement(node)
+        self.passed_on()
         self.trace.segments[self.stage] = self.segment + 1
         self.stage = -1
         self.segment = np.full(self.lanes, PREFIX, dtype=np.int64)
+        self.between = np.zeros(self.lanes, dtype=bool)
         self.outside.clear()
         self.inside.clear()
 
     def turn(self, node: ast.stmt) -> None:
-        """A turn of a stage's loop begins a task."""
-        if node not in self.loops:
+        """A turn of a stage's loop begins a task; of a loop around flattened loops, theirs do."""
+        if node in self.around:
+            self.passed_on()
+            self.between = self.on.copy()
             return
-        flat = isinstance(node, ast.For) and ast.unparse(node.target) == "_"
-        fresh = self.on & ((self.segment == PREFIX) | self.dirty) if flat else self.on
-        self.segment = np.where(fresh, self.segment + 1, self.segment)
-        self.dirty = self.dirty & ~fresh
+        if node not in self.loops and not any(node in inner for inner in self.around.values()):
+            return
+        fresh = self.on & ((self.segment == PREFIX) | self.dirty) if is_flat(node) else self.on
+        self.between = self.between & ~self.on
+        self.begin(fresh)
         if isinstance(node, ast.While):
             lane = np.flatnonzero(fresh)
             drawn = self.trace.tickets.setdefault(self.stage, [])
@@ -138,6 +158,18 @@ class AccessMachine(TileCalls):
                 self.inside[wait] = (rest, fence)
             else:
                 del self.inside[wait]
+
+    def passed_on(self) -> None:
+        """The tasks of a flattened loop have ended: the waits in front of it stood before these."""
+        for signal in self.ahead:
+            assert signal.last is not None
+            signal.last[:] = self.segment[signal.lane]
+        self.ahead.clear()
+
+    def begin(self, fresh: Mask) -> None:
+        """A task begins in the lanes of ``fresh``."""
+        self.segment = np.where(fresh, self.segment + 1, self.segment)
+        self.dirty = self.dirty & ~fresh
 
     def next_stage(self) -> int:
         """The stage that is open, or the next one in the text."""

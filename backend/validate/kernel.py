@@ -9,7 +9,7 @@ import numpy as np
 
 from tilelink.backend.validate.accesses import AccessMachine
 from tilelink.backend.validate.layout import constant
-from tilelink.backend.validate.trace import FINISH, Signal
+from tilelink.backend.validate.trace import FINISH, PREFIX, Signal
 from tilelink.backend.validate.values import (
     Context,
     Ints,
@@ -114,6 +114,8 @@ class KernelMachine(AccessMachine):
         """Records a wait or notify; returns its number."""
         lane = np.flatnonzero(on)
         seq = self.trace.next()
+        # In front of a flattened loop a signal is the first act of the next task.
+        self.begin(on & self.between & ((self.segment == PREFIX) | self.dirty))
         bound = full(facts.pop("bound", 1), self.lanes)[lane]
         stage = facts.pop("stage", self.next_stage())
         segment = facts.pop("segment", self.segment)
@@ -122,12 +124,13 @@ class KernelMachine(AccessMachine):
                 facts[name] = facts[name][lane]
         wait = facts.pop("wait")
         facts["drained"] = not wait and not any(np.any(m & on) for m in self.tma.values())
-        self.trace.signals.append(
-            Signal(
-                self.site, symbol, wait, lane, stage, segment[lane], seq,
-                home[lane], flat[lane], bound, **facts,
-            )
+        made = Signal(
+            self.site, symbol, wait, lane, stage, segment[lane], seq,
+            home[lane], flat[lane], bound, last=segment[lane].copy(), **facts,
         )  # fmt: skip
+        self.trace.signals.append(made)
+        if wait and np.any(on & self.between):
+            self.ahead.append(made)
         self.trace.passed = self.trace.passed + on
         return seq
 
@@ -143,7 +146,8 @@ class KernelMachine(AccessMachine):
             self.unclear("the number of a wait that is not constant")
         seq = self.signal(on, symbol, self.rank, flat, wait=True, fence=fence, **facts)
         self.last_wait = np.where(on, seq, self.last_wait)
-        (self.inside if self.stage != -1 else self.outside)[seq] = (on.copy(), fence)
+        lasting = self.stage == -1 or np.any(on & self.between)
+        (self.outside if lasting else self.inside)[seq] = (on.copy(), fence)
         return Num(np.zeros(self.lanes, dtype=np.int64), tokens={seq: on.copy()})
 
     def fenced(self, fence: Any) -> bool:

@@ -391,6 +391,8 @@ class Rows:
                     self.differs(signal.site, "a notify before any task")
                 self.idle(placed, signal)
                 lane, segment, pick = self.repeated(placed, signal)
+            elif signal.wait and signal.last is not None:
+                lane, segment, pick = _spread(lane, segment, signal.last - segment + 1)
             if before.any() and not before.all():
                 self.differs(signal.site, "a wait that some workers make before their first task")
             task = placed.tasks(signal.stage, lane, segment)
@@ -399,10 +401,7 @@ class Rows:
     def repeated(self, placed: Placed, signal: Signal) -> tuple[Ints, Ints, Ints]:
         """A wait before the first task orders all tasks of its worker."""
         counts = placed.trace.segments[signal.stage][signal.lane]
-        pick = np.repeat(np.arange(len(signal.lane)), counts)
-        ends = np.cumsum(counts)
-        segment = np.arange(len(pick)) - np.repeat(ends - counts, counts)
-        return signal.lane[pick], segment, pick
+        return _spread(signal.lane, np.zeros_like(signal.lane), counts)
 
     def idle(self, placed: Placed, signal: Signal) -> None:
         """A worker without tasks may wait only for what a worker with tasks waits for."""
@@ -491,6 +490,14 @@ class Rows:
         )
 
 
+def _spread(lane: Ints, first: Ints, counts: Ints) -> tuple[Ints, Ints, Ints]:
+    """Rows repeated for ``counts`` tasks of their lane from ``first`` on: lanes, segments, row numbers."""
+    pick = np.repeat(np.arange(len(lane)), counts)
+    ends = np.cumsum(counts)
+    segment = first[pick] + np.arange(len(pick)) - np.repeat(ends - counts, counts)
+    return lane[pick], segment, pick
+
+
 def _grouped(signals: Sequence[Signal]) -> list[tuple[Signal, Ints]]:
     """Signals of the same call as one, each with the number of each row in the order of events."""
     groups: dict[tuple[Any, ...], list[Signal]] = {}
@@ -503,6 +510,8 @@ def _grouped(signals: Sequence[Signal]) -> list[tuple[Signal, Ints]]:
             name: np.concatenate([getattr(s, name) for s in some])
             for name in ("lane", "segment", "home", "flat", "bound")
         }
+        if all(s.last is not None for s in some):
+            columns["last"] = np.concatenate([s.last for s in some if s.last is not None])
         seq = np.concatenate([np.full(len(s.lane), s.seq, dtype=np.int64) for s in some])
         through = [s.through_flat for s in some if s.through_flat is not None]
         whole = replace(

@@ -39,7 +39,7 @@ class Signal:
     ``bound``: count of a counter wait or counted notify; ``epoch``: 0, or -1 for the call before.
     ``producer``: the rank that a wait names as the one that raises the flag. ``fence``: the proxy
     fence. ``system``: the scope of a counter's notify. ``drained``: TMA stores of these workers have
-    completed.
+    completed. ``last``: the last of the tasks that a wait in front of a flattened loop stands before.
     """
 
     site: tuple[int, int]
@@ -60,6 +60,7 @@ class Signal:
     delayed: bool = False
     drained: bool = False
     producer: Ints | None = None
+    last: Ints | None = None
 
 
 @dataclass(slots=True)

@@ -59,8 +59,21 @@ def test_without_flatten_loops_are_nested(kernel: str) -> None:
     assert "delayed_tile_notify" not in text
 
 
-def test_a_stage_that_waits_is_nested_and_waits_before_its_main_loop() -> None:
+def test_a_stage_that_waits_by_segment_is_flattened_in_each_segment() -> None:
     text = stage(emit(program(kernels.ag_gemm)), "C.gemm")
+    assert text.count("for ") == 2
+    wait, main = text.index("peer_tile_wait"), text.index("for _ in tl.range")
+    assert text.index("for m_part in range") < wait < main
+    assert "if " not in text[main : text.index("if k_at == 0")]
+    # The token of the wait reaches the address of every load of what was waited for.
+    assert "a_shift = token" in text[wait:main]
+    assert "m_start + a_shift" in text[main:]
+
+
+def test_a_stage_whose_waits_differ_inside_a_segment_is_nested() -> None:
+    halves = (("A", Move("copy_engine", channels=2)),)
+    tiles = (("K", 64), ("M", 64), ("N", 128))
+    text = stage(emit(program(kernels.ag_gemm, moves=halves, tiles=tiles)), "C.gemm")
     assert text.count("for ") == 2
     assert text.index("for q") < text.index("peer_tile_wait") < text.index("for k_start")
 
