@@ -114,7 +114,7 @@ def check(problem: Problem, options: argparse.Namespace, watchdog: Any) -> dict[
     import torch
     import torch.distributed as dist
 
-    from bench.candidates import schedule_of
+    from bench.ours import schedule_of
     from tilelink.kernels import ag_gemm, gemm_rs
 
     case, cluster = problem.case, problem.cluster

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import random
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bench.candidates import Candidate, Inputs, Run, capture
-from bench.cluster import Cluster, Watchdog, describe_error, fatal
-from bench.stats import TOLERANCE, Measured
+from bench.cluster import Part, Watchdog, describe_error, fatal
+from bench.stats import IN_TURN, OURS, TOLERANCE, Measured
+
+# Calls of which the host's time is taken, between two waits for the device: few enough that the device's
+# queue, about a thousand entries, does not fill.
+HOST_CALLS = 6
+HOST_BATCHES = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """``rounds`` timed and ``warmup`` untimed passes over all candidates; ``seed`` of the data."""
 
-    rounds: int = 25
+    rounds: int = 20
     warmup: int = 3
     seed: int = 0
 
@@ -36,31 +43,59 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return worst
 
 
-def check(cluster: Cluster, run: Run, inputs: Inputs) -> torch.Tensor:
-    """The largest relative error of this rank over two input sets; outputs are NaN before.
+def checksum(out: torch.Tensor) -> torch.Tensor:
+    """A number on the device that depends on every bit of ``out`` and on its place."""
+    bits = out.contiguous().view(torch.int16)
+    total = torch.zeros((), dtype=torch.int64, device=out.device)
+    columns = torch.arange(bits.shape[-1], device=out.device) % 8191 + 1
+    for first in range(0, bits.shape[0], 2048):
+        rows = bits[first : first + 2048].to(torch.int64)
+        places = torch.arange(first, first + rows.shape[0], device=out.device) % 65521 + 1
+        total += (rows * columns).sum(dim=1).mul_(places).sum()
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What :func:`check` found on this rank: the largest relative error, whether calls with the same
+    inputs gave the same bits, and a checksum of those bits."""
+
+    error: torch.Tensor
+    repeats: bool
+    checksum: int
+
+
+def check(part: Part, run: Run, inputs: Inputs) -> Verdict:
+    """Two input sets, each called twice; before the second call the output is NaN.
 
     Each input set is used once first: plans and graphs are uploaded when they are first seen.
     """
     for i in range(len(inputs.sets)):
         run(i)
-    worst = torch.zeros((), device=cluster.device)
+    worst = torch.zeros((), device=part.device)
+    bits: list[int] = []
+    repeats = True
     for i in range(2):
         out = run(i)
         assert out is not None
+        before = checksum(out)
         out.fill_(float("nan"))
         # A freshly allocated output takes the poisoned block again.
         del out
         out = run(i)
         assert out is not None
+        after = int(checksum(out))
+        repeats = repeats and int(before) == after
+        bits.append(after)
         worst = torch.maximum(worst, relative_error(out, inputs.reference(i)))
-    return worst
+    return Verdict(worst, repeats, (bits[0] * 1_000_003 + bits[1]) % 2**64)
 
 
 class Bench:
     """The candidates of one case: those that still run, and what is known of all."""
 
-    def __init__(self, cluster: Cluster, inputs: Inputs, watchdog: Watchdog) -> None:
-        self.cluster = cluster
+    def __init__(self, part: Part, inputs: Inputs, watchdog: Watchdog) -> None:
+        self.part = part
         self.inputs = inputs
         self.watchdog = watchdog
         self.runs: dict[str, Run] = {}
@@ -83,10 +118,9 @@ class Bench:
             return
         self.runs[name] = run
         if candidate.compared:
-            result.error = self._checked(name, run)
+            self._checked(name, run)
         else:
-            for i in range(len(self.inputs.sets)):
-                run(i)
+            self._warmed(name, run)
         result.setup_s = round(time.perf_counter() - start, 3)
 
     def _build(self, candidate: Candidate, base: Run | None) -> Run | None:
@@ -98,21 +132,41 @@ class Bench:
             mine[candidate.name] = _survivable(error)
         return run if self._agreed(mine) else None
 
-    def _checked(self, name: str, run: Run) -> float | None:
+    def _checked(self, name: str, run: Run) -> bool:
+        """Checks and records; a candidate that fails on any rank is dropped on all."""
         self.watchdog.beat(f"check {name}")
         mine: dict[str, str] = {}
-        error: torch.Tensor | None = None
+        verdict: Verdict | None = None
         try:
-            error = check(self.cluster, run, self.inputs)
-            self.cluster.settle()
+            verdict = check(self.part, run, self.inputs)
+            self.part.settle()
         except Exception as failure:
             mine[name] = _survivable(failure)
-        if not self._agreed(mine) or error is None:
-            return None
-        largest = float(self.cluster.largest(error))
+        if not self._agreed(mine) or verdict is None:
+            return False
+        result = self.results[name]
+        largest = float(self.part.largest(verdict.error))
+        found = self.part.agreement.gather([verdict.repeats, verdict.checksum])
+        bits = hashlib.sha256(repr([checksum for _, checksum in found]).encode()).hexdigest()[:16]
+        repeats = all(same for same, _ in found) and result.checksum in (None, bits)
+        result.repeats = repeats and result.repeats is not False
+        result.checksum = result.checksum or bits
+        result.error = max(largest, result.error or 0.0)
         if not largest < TOLERANCE:
             self._drop(name, f"wrong result: relative error {largest:.3g}")
-        return largest
+            return False
+        return True
+
+    def _warmed(self, name: str, run: Run) -> None:
+        """Calls what has no result to compare once an input set."""
+        mine: dict[str, str] = {}
+        try:
+            for i in range(len(self.inputs.sets)):
+                run(i)
+            self.part.settle()
+        except Exception as failure:
+            mine[name] = _survivable(failure)
+        self._agreed(mine)
 
     def time(self, settings: Settings) -> None:
         """Interleaved rounds in a new order each; samples go into the results."""
@@ -144,7 +198,7 @@ class Bench:
                 run = self.runs[now]
                 begin, end = _event(), _event()
                 run(self.calls)
-                self.cluster.meet()
+                self.part.meet()
                 begin.record()
                 run(self.calls + 1)
                 end.record()
@@ -152,9 +206,9 @@ class Bench:
                 self.calls += 2
                 if number < 0:
                     # An error must be met before the next candidate would take the blame.
-                    self.cluster.settle()
+                    self.part.settle()
                 events[now] = (begin, end)
-            self.cluster.settle()
+            self.part.settle()
             return {n: 1000 * b.elapsed_time(e) for n, (b, e) in events.items()}, mine
         except Exception as error:
             mine[now] = _survivable(error)
@@ -162,7 +216,7 @@ class Bench:
 
     def _record(self, samples: dict[str, list[float]]) -> None:
         """Largest over the ranks for each sample; the median of each rank beside it."""
-        by_rank = self.cluster.agreement.gather(
+        by_rank = self.part.agreement.gather(
             {name: [round(value, 2) for value in values] for name, values in samples.items()}
         )
         for name in self.runs:
@@ -171,13 +225,29 @@ class Bench:
             result.samples_us = [max(sample) for sample in zip(*ranks, strict=True)]
             result.rank_median_us = [sorted(values)[len(values) // 2] for values in ranks]
 
+    def host(self) -> None:
+        """Times what the host spends in calls of ours, and in those in turn, without synchronising."""
+        for name in [n for n, r in self.results.items() if r.family in (OURS, IN_TURN)]:
+            if name not in self.runs:
+                continue
+            self.watchdog.beat(f"host time of {name}")
+            mine: dict[str, str] = {}
+            taken: list[list[float]] = []
+            try:
+                taken = host_times(self.runs[name], self.part.settle)
+            except Exception as error:
+                mine[name] = _survivable(error)
+            if not self._agreed(mine):
+                continue
+            us, full = host_figures(taken)
+            by_rank = self.part.agreement.gather([us, full])
+            self.results[name].host_us = round(max(us for us, _ in by_rank), 1)
+            self.results[name].queue_full = any(full for _, full in by_rank)
+
     def recheck(self) -> None:
         """Check all again: back-to-back calls may break what a single call does well."""
         for name in [n for n, r in self.results.items() if r.error is not None and n in self.runs]:
-            again = self._checked(name, self.runs[name])
-            result = self.results[name]
-            if again is not None and result.error is not None:
-                result.error = max(result.error, again)
+            self._checked(name, self.runs[name])
 
     def close(self) -> None:
         """Free graphs and buffers of the case."""
@@ -188,7 +258,7 @@ class Bench:
 
     def _agreed(self, mine: dict[str, str]) -> bool:
         """Whether no rank met an error; candidates with one are dropped on all ranks."""
-        errors = self.cluster.agreement.errors(mine)
+        errors = self.part.agreement.errors(mine)
         for name, text in errors.items():
             self._drop(name, text)
         return not errors
@@ -196,6 +266,31 @@ class Bench:
     def _drop(self, name: str, reason: str) -> None:
         self.results[name].failed = reason
         self.runs.pop(name, None)
+
+
+def host_times(run: Run, settle: Callable[[], None]) -> list[list[float]]:
+    """Microseconds of the host in each call of each batch; the device is idle before a batch."""
+    batches = []
+    for _ in range(HOST_BATCHES):
+        settle()
+        taken = []
+        for i in range(HOST_CALLS):
+            start = time.perf_counter()
+            run(i)
+            taken.append(1e6 * (time.perf_counter() - start))
+        batches.append(taken)
+    settle()
+    return batches
+
+
+def host_figures(batches: Sequence[Sequence[float]]) -> tuple[float, bool]:
+    """The median over all calls, and whether the last calls of a batch took twice the time of the first.
+
+    The first call of a batch is left out: it finds the device idle, and caches of the host cold.
+    """
+    places = [statistics.median(column) for column in zip(*batches, strict=True)][1:]
+    median = statistics.median([us for batch in batches for us in batch[1:]])
+    return median, min(places[-2:]) > 2 * min(places[:2])
 
 
 def _event() -> Any:

@@ -18,11 +18,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import environment, evidence, stats
+from bench import claims, environment, evidence, stats, tables
+from bench.cases import GEMM
 from bench.graph_check import passed
 
 ROOT = Path(__file__).resolve().parent.parent
-TITLES = {"ag_gemm": "All-gather + GEMM", "gemm_rs": "GEMM + reduce-scatter"}
+TITLES = {
+    "ag_gemm": "All-gather + GEMM",
+    "gemm_rs": "GEMM + reduce-scatter",
+    "gemm_ar": "GEMM + all-reduce",
+    "gemm": "Products of one GPU",
+}
 INTRODUCTION = """\
 # Performance
 
@@ -38,8 +44,21 @@ edit by hand. Losses are listed like wins.
   ‖row − reference‖ / ‖reference row‖) against fp32, before and after it was timed.
 - **bound** = max(cuBLAS alone, NCCL alone); **efficiency** = bound / tilelink.
 - **in turn** is NCCL and cuBLAS one after the other; it, async-TP (PyTorch's
-  `symm_mem.fused_all_gather_matmul` and `fused_matmul_reduce_scatter`) and tilelink are each given by
-  their fastest variant, eager or in a CUDA graph; tilelink's also by its fastest schedule.
+  `symm_mem.fused_all_gather_matmul` and `fused_matmul_reduce_scatter`, with its native kernel where that
+  applies) and cuBLAS with PyTorch's one-shot or two-shot all-reduce are each given by their fastest
+  variant, eager or in a CUDA graph. NCCL and all others ran without NVLink multicast.
+- **tilelink** is what a plain call chooses (`tuned`), eager or in a CUDA graph, whichever has the lesser
+  median; in runs without it, the fastest of its schedules.
+- **best of them** is the baseline with the least median of its own, of all families and variants.
+  **over it** is the median, over the rounds, of its time over that of tilelink in the same round, with a
+  95 % interval by order statistics: of n rounds, the number of ratios below their true median is binomial
+  (n, 1/2), so the k-th smallest and the k-th largest enclose it with probability 1 − 2 P(B(n, 1/2) < k). No
+  shape of the distribution is assumed (Conover, *Practical Nonparametric Statistics*, 3rd ed., 3.2).
+  A cell is lost where the whole interval lies below 0.99.
+- **bits**: whether calls with the same inputs gave the same bits, on every rank, before and after the
+  rounds. **host**: microseconds that the host spends in one call, without synchronising, the median of the
+  slowest rank.
+- `python bench/run.py --summary FILE` computes every figure again from the raw samples.
 """
 
 
@@ -51,6 +70,8 @@ def page(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
             parts.append(_suite(name, run))
         elif run["kind"] == "graph_check":
             parts.append(_graphs(name, run))
+        elif run["kind"] == "compile_time":
+            parts.append(_compile_times(name, run))
         elif run["kind"] == "gpu_tests":
             parts.append(_tests(name, run))
     return "\n".join(parts)
@@ -66,29 +87,40 @@ def _provenance(name: str, run: dict[str, Any]) -> str:
 
 
 def _suite(name: str, run: dict[str, Any]) -> str:
-    results = [stats.CaseResult.from_json(case) for case in run["cases"]]
+    results = claims.results_of(run)
     lines = [f"## Suite {run['suite']}, {run['world']} GPUs\n", _provenance(name, run)]
-    for kind in sorted({result.kind for result in results}):
-        chosen = [result for result in results if result.kind == kind]
-        lines += [f"### {TITLES.get(kind, kind)}\n", _table(_header(), _rows(chosen)), ""]
-        lines += [_summary(chosen), ""]
+    lines += ["### What it shows\n", _claims(run), "", *_losses(results)]
+    many = len({result.world for result in results if result.kind != GEMM}) > 1
+    for kind, world, chosen in tables.by_kind(results):
+        title = TITLES.get(kind, kind) + (f", {world} GPUs" if many else "")
+        lines += [f"### {title}\n", tables.markdown(*_table_of(kind, chosen)), ""]
+        lines += [_summary(kind, chosen), ""]
     lines += _unfinished(run, results)
-    lines += ["### All candidates\n", _table(_DETAIL_HEADER, _detail_rows(results)), ""]
+    lines += ["### All candidates\n", tables.markdown(_DETAIL_HEADER, _detail_rows(results)), ""]
     return "\n".join(lines)
 
 
-def _header() -> tuple[str, ...]:
-    return ("M x K x N", *stats.HEADER[1:], "from")
+def _claims(run: dict[str, Any]) -> str:
+    rows = [[c.text, c.figure, c.limit, c.verdict] for c in claims.claims(run)]
+    return tables.markdown(("", "figure", "limit", ""), rows)
 
 
-def _rows(results: Sequence[stats.CaseResult]) -> list[list[str]]:
-    rows = []
-    for result, row in zip(results, stats.table_rows(results), strict=True):
-        rows.append([f"{result.m} x {result.k} x {result.n}", *row[1:], result.origin])
-    return rows
+def _losses(results: Sequence[stats.CaseResult]) -> list[str]:
+    found = claims.losses(results)
+    if not found:
+        return ["No cell is slower than its best baseline by the median of the paired ratio.\n"]
+    text = "Slower than the best baseline by the median of the paired ratio, the worst first:\n"
+    return [text, *(f"- {line.removeprefix('slower: ')}" for line in found), ""]
 
 
-def _summary(results: Sequence[stats.CaseResult]) -> str:
+def _table_of(kind: str, results: Sequence[stats.CaseResult]) -> tuple[list[str], list[list[str]]]:
+    rows = zip(results, tables.rows(results), strict=True)
+    return [*tables.header(kind), "from"], [[*row, result.origin] for result, row in rows]
+
+
+def _summary(kind: str, results: Sequence[stats.CaseResult]) -> str:
+    if kind == GEMM:
+        return f"Largest error {max(_errors(results), default=0.0):.1e}."
     speedups = [r.speedup for r in results if r.speedup is not None]
     mean = stats.geometric_mean(speedups)
     if mean is None:
@@ -97,8 +129,13 @@ def _summary(results: Sequence[stats.CaseResult]) -> str:
     efficiency = stats.geometric_mean([r.efficiency for r in results if r.efficiency is not None])
     return (
         f"Geometric means over {len(speedups)} cases: {mean:.2f} over in turn, efficiency "
-        f"{stats.number(efficiency, 3)}; {losses} of {len(speedups)} slower than in turn."
+        f"{tables.number(efficiency, 3)}; {losses} of {len(speedups)} slower than in turn."
     )
+
+
+def _errors(results: Sequence[stats.CaseResult]) -> list[float]:
+    own = [c for r in results for c in r.candidates if c.family == stats.OURS and c.failed is None]
+    return [c.error for c in own if c.error is not None]
 
 
 def _unfinished(run: dict[str, Any], results: Sequence[stats.CaseResult]) -> list[str]:
@@ -116,7 +153,17 @@ def _unfinished(run: dict[str, Any], results: Sequence[stats.CaseResult]) -> lis
     return lines
 
 
-_DETAIL_HEADER = ("case", "candidate", "median, ms", "least, ms", "most, ms", "error")
+_DETAIL_HEADER = (
+    "case",
+    "candidate",
+    "median, ms",
+    "least, ms",
+    "most, ms",
+    "error",
+    "bits",
+    "host, us",
+)
+_BITS = {True: "same", False: "DIFFER", None: "-"}
 
 
 def _detail_rows(results: Sequence[stats.CaseResult]) -> list[list[str]]:
@@ -125,18 +172,41 @@ def _detail_rows(results: Sequence[stats.CaseResult]) -> list[list[str]]:
         for candidate in result.candidates:
             if candidate.median_us is None:
                 continue
-            error = "-" if candidate.error is None else f"{candidate.error:.1e}"
+            full = " (full queue)" if candidate.queue_full else ""
             rows.append(
                 [
                     result.name,
                     candidate.name,
-                    stats.milliseconds(candidate.median_us),
-                    stats.milliseconds(min(candidate.samples_us)),
-                    stats.milliseconds(max(candidate.samples_us)),
-                    error,
+                    tables.milliseconds(candidate.median_us),
+                    tables.milliseconds(min(candidate.samples_us)),
+                    tables.milliseconds(max(candidate.samples_us)),
+                    "-" if candidate.error is None else f"{candidate.error:.1e}",
+                    _BITS[candidate.repeats],
+                    tables.number(candidate.host_us, 0) + full,
                 ]
             )
     return rows
+
+
+def _compile_times(name: str, run: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(step for row in run["cases"] for step in row.get("steps_s", {})))
+    header = ["case", "schedule", "cold, s", "from cache, s", *(f"{step}, ms" for step in names)]
+    rows = [_compile_row(row, names) for row in run["cases"]]
+    text = (
+        "From the decorator to the end of the first call, the most of all ranks: with empty caches, and "
+        "with the binaries in Triton's. The columns behind are the steps that need no GPU, timed apart. "
+        f"The first kernel of a process took {tables.number(run['first_s'], 2)} s cold.\n"
+    )
+    title = f"## Compile time, {run['world']} GPUs\n"
+    return "\n".join([title, _provenance(name, run), text, tables.markdown(header, rows), ""])
+
+
+def _compile_row(row: dict[str, Any], names: Sequence[str]) -> list[str]:
+    if "failed" in row:
+        return [row["name"], row["spec"], f"failed: {row['failed']}", *["-"] * (1 + len(names))]
+    steps = [tables.number(1000 * row["steps_s"][step], 0) for step in names]
+    times = [tables.number(row[key], 2) for key in ("cold_s", "cached_s")]
+    return [row["name"], row["spec"], *times, *steps]
 
 
 def _tests(name: str, run: dict[str, Any]) -> str:
@@ -167,7 +237,7 @@ def _graphs(name: str, run: dict[str, Any]) -> str:
         "the control compares with the result of other inputs and must mismatch.\n"
     )
     lines = [f"## Replays of CUDA graphs, {run['world']} GPUs\n", _provenance(name, run), text]
-    return "\n".join([*lines, _table(header, rows), ""])
+    return "\n".join([*lines, tables.markdown(header, rows), ""])
 
 
 def _graph_row(case: dict[str, Any]) -> list[str]:
@@ -176,11 +246,6 @@ def _graph_row(case: dict[str, Any]) -> list[str]:
     counts = ("replays", "mismatched_elements", "eager_calls", "eager_mismatched_elements")
     cells = [f"{case[key]:,}" for key in (*counts, "control_mismatched_elements")]
     return [case["name"], case["schedule"], *cells, "passed" if passed(case) else "FAILED"]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell or " " for cell in row) + " |" for row in cells)
 
 
 def main(arguments: list[str] | None = None) -> int:

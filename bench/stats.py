@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bench.cases import GEMM
+from bench.paired import Paired, paired
+
 # Largest relative error that counts as correct: bf16 operands give up to a few 1e-3.
 TOLERANCE = 1e-2
 
@@ -14,7 +17,13 @@ CUBLAS = "cublas"
 NCCL = "nccl"
 IN_TURN = "in_turn"
 ASYNC_TP = "async_tp"
+ONE_SHOT = "one_shot"
+TWO_SHOT = "two_shot"
 OURS = "tilelink"
+# What a candidate of ours is compared with: whole operators that give the same result.
+BASELINES = (IN_TURN, ASYNC_TP, ONE_SHOT, TWO_SHOT)
+# Of ours, the schedule that a plain call chooses: the one that is judged, wherever it was measured.
+TUNED = f"{OURS} tuned"
 
 
 @dataclass(slots=True)
@@ -23,8 +32,11 @@ class Measured:
 
     ``family``: one of the names above. ``error``: the largest relative error of a row over all
     ranks and inputs, None where there is nothing to compare. ``samples_us``: microseconds, each the
-    largest over the ranks. ``rank_median_us``: the median of each rank alone. ``setup_s``: seconds
-    to build and check. ``failed``: why there are no samples.
+    largest over the ranks, a round each. ``rank_median_us``: the median of each rank alone. ``setup_s``:
+    seconds to build and check. ``failed``: why there are no samples. ``repeats``: whether calls with the
+    same inputs gave the same bits on every rank, before and after the rounds; ``checksum``: of those bits
+    on all ranks. ``host_us``: microseconds that the host spends in a call, the median of the slowest
+    rank; ``queue_full``: whether later calls of a batch took longer, since the device's queue was full.
     """
 
     name: str
@@ -35,6 +47,10 @@ class Measured:
     rank_median_us: list[float] = field(default_factory=list)
     setup_s: float | None = None
     failed: str | None = None
+    repeats: bool | None = None
+    checksum: str | None = None
+    host_us: float | None = None
+    queue_full: bool = False
 
     @property
     def median_us(self) -> float | None:
@@ -78,14 +94,43 @@ class CaseResult:
         return max(known) if len(known) == len(parts) else None
 
     @property
+    def ours(self) -> Measured | None:
+        """The candidate of ours that is judged: tuned, eager or in a graph; else the fastest of all."""
+        tuned = [c for c in self.candidates if c.name.removesuffix(" graph") == TUNED]
+        if not tuned:
+            return self.best(OURS)
+        timed = [c for c in tuned if c.median_us is not None]
+        return min(timed, key=lambda c: c.median_us or 0.0, default=None)
+
+    @property
+    def ours_us(self) -> float | None:
+        """The median of :attr:`ours`."""
+        return None if self.ours is None else self.ours.median_us
+
+    @property
+    def best_baseline(self) -> Measured | None:
+        """The baseline with the least median of its own, whatever its variant; for a product cuBLAS."""
+        families = (CUBLAS,) if self.kind == GEMM else BASELINES
+        found = [best for family in families if (best := self.best(family)) is not None]
+        return min(found, key=lambda c: c.median_us or 0.0, default=None)
+
+    @property
+    def over_baseline(self) -> Paired | None:
+        """The best baseline over ours, round by round; above 1 is a win."""
+        ours, baseline = self.ours, self.best_baseline
+        if ours is None or baseline is None:
+            return None
+        return paired(baseline.samples_us, ours.samples_us)
+
+    @property
     def efficiency(self) -> float | None:
-        """``bound_us`` over the time of the best of ours."""
-        return ratio(self.bound_us, self.time_us(OURS))
+        """``bound_us`` over the time of ours."""
+        return ratio(self.bound_us, self.ours_us)
 
     @property
     def speedup(self) -> float | None:
-        """The best of both in turn, over the best of ours; above 1 is a win."""
-        return ratio(self.time_us(IN_TURN), self.time_us(OURS))
+        """The best of both in turn, over ours; above 1 is a win."""
+        return ratio(self.time_us(IN_TURN), self.ours_us)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with the derived figures beside the raw ones."""
@@ -96,12 +141,21 @@ class CaseResult:
             "bound_us": self.bound_us,
             "efficiency": self.efficiency,
             "speedup_over_in_turn": self.speedup,
+            "over_best_baseline": None
+            if self.over_baseline is None
+            else asdict(self.over_baseline),
         }
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> CaseResult:
         """The result that :meth:`to_json` wrote; derived figures are computed anew."""
-        derived = ("bound_us", "efficiency", "speedup_over_in_turn", "candidates")
+        derived = (
+            "bound_us",
+            "efficiency",
+            "speedup_over_in_turn",
+            "over_best_baseline",
+            "candidates",
+        )
         raw = [{k: v for k, v in c.items() if k != "median_us"} for c in data["candidates"]]
         kept = {key: value for key, value in data.items() if key not in derived}
         return CaseResult(**kept, candidates=[Measured(**c) for c in raw])
@@ -117,70 +171,6 @@ def geometric_mean(values: Sequence[float]) -> float | None:
     return statistics.geometric_mean(values) if values else None
 
 
-HEADER = (
-    "case (M x K x N)",
-    "cuBLAS",
-    "NCCL",
-    "in turn",
-    "async-TP",
-    "tilelink",
-    "schedule",
-    "over in turn",
-    "efficiency",
-)
-
-
-def table_rows(results: Sequence[CaseResult]) -> list[list[str]]:
-    """One row of text cells a case under :data:`HEADER`; times in ms."""
-    rows = []
-    for case in results:
-        if case.skipped is not None:
-            rows.append([case.name, *["-"] * 5, f"skipped: {case.skipped}", "-", "-"])
-            continue
-        ours = case.best(OURS)
-        rows.append(
-            [
-                case.name,
-                milliseconds(case.time_us(CUBLAS)),
-                milliseconds(case.time_us(NCCL)),
-                _with_name(case.best(IN_TURN), IN_TURN),
-                _with_name(case.best(ASYNC_TP), ASYNC_TP),
-                milliseconds(case.time_us(OURS)),
-                "failed" if ours is None else short_name(ours.name, OURS),
-                number(case.speedup, 2),
-                number(case.efficiency, 3),
-            ]
-        )
-    return rows
-
-
-def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain text table, two spaces between columns."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def milliseconds(us: float | None) -> str:
-    """``1.234`` from 1234 microseconds, ``-`` from None."""
-    return number(None if us is None else us / 1000, 3)
-
-
-def number(value: float | None, digits: int) -> str:
-    """``value`` with ``digits`` decimals, ``-`` from None."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
 def short_name(name: str, family: str) -> str:
     """``copy_engine graph`` of ``tilelink copy_engine graph``."""
     return name.removeprefix(family).strip()
-
-
-def _with_name(candidate: Measured | None, family: str) -> str:
-    if candidate is None:
-        return "-"
-    how = short_name(candidate.name, family)
-    return milliseconds(candidate.median_us) + (f" {how}" if how else "")

@@ -1,0 +1,155 @@
+"""Our kernels as candidates: which schedules, by what names.
+
+``tuned`` is what a plain call chooses: no schedule is given. ``default`` is the schedule of a kernel
+that nobody has tuned. A resource (``copy_engine``, ``sm:16``, ``epilogue``, ``collective``, ``none``) is
+the default with that resource; ``library`` does not overlap and leaves products and collectives to the
+library. A name of :data:`STRUCTURES` is a way to compute a product. ``FILE.json`` holds one schedule, or
+a table: an object of one schedule for each case, by the case's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench import stats
+from bench.cases import AG_GEMM, GEMM, GEMM_AR, GEMM_RS, Case
+
+if TYPE_CHECKING:
+    from bench.candidates import Candidate, Inputs, Run
+    from bench.cluster import Part
+
+# The moved tensor of each kernel.
+MOVED = {AG_GEMM: "A", GEMM_RS: "C", GEMM_AR: "C"}
+# A gathered tensor is no result of a tile, so no epilogue can send it.
+NO_EPILOGUE = (AG_GEMM,)
+TABLE_KINDS = (AG_GEMM, GEMM_RS, GEMM_AR, GEMM)
+
+# Ways to compute a product on one GPU: fields of the schedule, tiles of M, N and K.
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "flat 128x256 s3": {"tiles": (128, 256, 64), "stages": 3},
+    "flat 128x256 s4": {"tiles": (128, 256, 64), "stages": 4},
+    "flat 128x128 s5": {"tiles": (128, 128, 64), "stages": 5},
+    "nested 128x256 s4": {"tiles": (128, 256, 64), "stages": 4, "flatten": False},
+    "gluon 128x256 s4": {"tiles": (128, 256, 64), "stages": 4, "emitter": "gluon"},
+    "gluon 128x256 s3": {"tiles": (128, 256, 64), "stages": 3, "emitter": "gluon"},
+    "gluon 128x128 s5": {"tiles": (128, 128, 64), "stages": 5, "emitter": "gluon"},
+}
+
+
+def kernel_of(kind: str) -> Any:
+    """The kernel that a case of ``kind`` measures."""
+    if kind == GEMM:
+        from bench.gemm import gemm
+
+        return gemm
+    import tilelink.kernels
+
+    return getattr(tilelink.kernels, kind)
+
+
+def ours(
+    part: Part, case: Case, inputs: Inputs, specs: list[str], graphs: bool
+) -> Iterator[Candidate]:
+    """Our kernel with each schedule of ``specs``; what cannot be made fails when it is built."""
+    from bench.candidates import Candidate, eager_and_graph
+
+    kernel = kernel_of(case.kind)
+    out = inputs.a(0).new_empty(case.rows_out(part.world), case.n)
+
+    def builder(schedule: Any) -> Callable[[], Run]:
+        def build() -> Run:
+            call = kernel.on(group=part.group, schedule=schedule)
+
+            def run(i: int) -> Any:
+                call(inputs.a(i), inputs.b(i), out)
+                return out
+
+            return run
+
+        return build
+
+    for spec in specs:
+        if spec == "epilogue" and case.kind in NO_EPILOGUE:
+            continue
+        name = f"{stats.OURS} {label_of(spec)}"
+        try:
+            schedule = schedule_of(kernel, case, part.world, spec)
+            shown = shown_schedule(kernel, case, part.world, schedule)
+        except Exception as error:
+            yield Candidate(name, stats.OURS, _raising(error))
+            continue
+        made = eager_and_graph(name, stats.OURS, builder(schedule), shown)
+        yield from made if graphs else [next(made)]
+
+
+def label_of(spec: str) -> str:
+    """The name of a schedule in tables: that of a file without folder and suffix."""
+    return Path(spec).stem if spec.endswith(".json") else spec
+
+
+def schedule_of(kernel: Any, case: Case, world: int, spec: str) -> Any:
+    """The schedule that ``spec`` names for ``case``; None leaves the choice to a plain call.
+
+    Raises ValueError for a table without the case and for a resource where nothing moves, ScheduleError
+    for what is no schedule.
+    """
+    from tilelink.schedules import Schedule, default_schedule
+
+    if spec == "tuned":
+        return None
+    if spec.endswith(".json"):
+        return from_file(Path(spec).read_text(encoding="utf-8"), case)
+    base = default_schedule(_built(kernel, case, world))
+    if spec == "default":
+        return base
+    if spec in STRUCTURES:
+        fields = dict(STRUCTURES[spec])
+        tiles = fields.pop("tiles")
+        data = json.loads(base.to_json()) | fields | {"tiles": dict(zip("MNK", tiles, strict=True))}
+        return Schedule.from_json(json.dumps(data))
+    resource, emitter = ("none", "library") if spec == "library" else (spec, base.emitter)
+    if case.kind == GEMM:
+        if spec != "library":
+            raise ValueError(f"`{spec}` is no way to compute a product: nothing moves")
+        return dataclasses.replace(base, emitter=emitter)
+    tensor = MOVED[case.kind]
+    move = dataclasses.replace(base.move(tensor), resource=resource)
+    return dataclasses.replace(base, moves=((tensor, move),), emitter=emitter)
+
+
+def from_file(text: str, case: Case) -> Any:
+    """The schedule in ``text``: one for all, or that of ``case`` in a table."""
+    from tilelink.schedules import Schedule
+
+    data = json.loads(text)
+    if isinstance(data, dict) and any(key.split(" ")[0] in TABLE_KINDS for key in data):
+        if case.name not in data:
+            raise ValueError(f"the table has no {case.name}")
+        text = json.dumps(data[case.name])
+    return Schedule.from_json(text)
+
+
+def shown_schedule(kernel: Any, case: Case, world: int, schedule: Any) -> dict[str, Any] | None:
+    """The schedule for the record; that of a plain call is asked from the first pass, which has it."""
+    if schedule is None:
+        from tilelink.backend.pipeline import PASSES, run_passes
+
+        program = run_passes(_built(kernel, case, world), None, after=PASSES[0][0])
+        text = program.get("schedule")
+        return None if text is None else dict(json.loads(str(text)))
+    return dict(json.loads(schedule.to_json()))
+
+
+def _built(kernel: Any, case: Case, world: int) -> Any:
+    return kernel.build({"M": case.m, "K": case.k, "N": case.n}, {}, world)
+
+
+def _raising(error: Exception) -> Callable[[], Run]:
+    def build() -> Run:
+        raise error
+
+    return build
