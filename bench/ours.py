@@ -4,7 +4,8 @@
 that nobody has tuned. A resource (``copy_engine``, ``sm:16``, ``epilogue``, ``collective``, ``none``) is
 the default with that resource; ``library`` does not overlap and leaves products and collectives to the
 library. A name of :data:`STRUCTURES` is a way to compute a product. ``FILE.json`` holds one schedule, or
-a table: an object of one schedule for each case, by the case's name.
+a table: an object of one schedule for each case, by the case's name, or a table of `schedules/tuned`, of
+which the entry with the case's extents is taken and no other.
 """
 
 from __future__ import annotations
@@ -28,24 +29,24 @@ MOVED = {AG_GEMM: "A", GEMM_RS: "C", GEMM_AR: "C"}
 NO_EPILOGUE = (AG_GEMM,)
 TABLE_KINDS = (AG_GEMM, GEMM_RS, GEMM_AR, GEMM)
 
-# Ways to compute a product on one GPU: fields of the schedule, tiles of M, N and K.
+# Ways to compute a product on one GPU: emitter, tile of M, N and K, stages, and other fields. Of the
+# kernels whose warps have roles, those with 64 x 256 or 128 x 128 tiles take turns at tiles, those with
+# larger tiles halve each.
 STRUCTURES: dict[str, dict[str, Any]] = {
-    "flat 128x256 s3": {"tiles": (128, 256, 64), "stages": 3},
-    "flat 128x256 s4": {"tiles": (128, 256, 64), "stages": 4},
-    "flat 128x128 s5": {"tiles": (128, 128, 64), "stages": 5},
-    "nested 128x256 s4": {"tiles": (128, 256, 64), "stages": 4, "flatten": False},
-    "gluon 128x256 s4": {"tiles": (128, 256, 64), "stages": 4, "emitter": "gluon"},
-    "gluon 128x256 s3": {"tiles": (128, 256, 64), "stages": 3, "emitter": "gluon"},
-    "gluon 128x128 s5": {"tiles": (128, 128, 64), "stages": 5, "emitter": "gluon"},
+    "flat 128x256x3": {"tiles": (128, 256, 64), "stages": 3},
+    "flat 128x256x4": {"tiles": (128, 256, 64), "stages": 4},
+    "flat 128x128x5": {"tiles": (128, 128, 64), "stages": 5},
+    "nested 128x256x4": {"tiles": (128, 256, 64), "stages": 4, "flatten": False},
+    "turns 128x128x5": {"tiles": (128, 128, 64), "stages": 5, "emitter": "gluon"},
+    "turns 64x256x4": {"tiles": (64, 256, 64), "stages": 4, "emitter": "gluon"},
+    "halves 128x256x4": {"tiles": (128, 256, 64), "stages": 4, "emitter": "gluon"},
+    "halves 128x256x3": {"tiles": (128, 256, 64), "stages": 3, "emitter": "gluon"},
+    "halves 256x128x4": {"tiles": (256, 128, 64), "stages": 4, "emitter": "gluon"},
 }
 
 
 def kernel_of(kind: str) -> Any:
     """The kernel that a case of ``kind`` measures."""
-    if kind == GEMM:
-        from bench.gemm import gemm
-
-        return gemm
     import tilelink.kernels
 
     return getattr(tilelink.kernels, kind)
@@ -102,7 +103,7 @@ def schedule_of(kernel: Any, case: Case, world: int, spec: str) -> Any:
     if spec == "tuned":
         return None
     if spec.endswith(".json"):
-        return from_file(Path(spec).read_text(encoding="utf-8"), case)
+        return from_file(Path(spec).read_text(encoding="utf-8"), case, world)
     base = default_schedule(_built(kernel, case, world))
     if spec == "default":
         return base
@@ -121,16 +122,24 @@ def schedule_of(kernel: Any, case: Case, world: int, spec: str) -> Any:
     return dataclasses.replace(base, moves=((tensor, move),), emitter=emitter)
 
 
-def from_file(text: str, case: Case) -> Any:
-    """The schedule in ``text``: one for all, or that of ``case`` in a table."""
+def from_file(text: str, case: Case, world: int) -> Any:
+    """The schedule in ``text``: one for all, or that of ``case`` on ``world`` ranks in a table."""
     from tilelink.schedules import Schedule
 
     data = json.loads(text)
-    if isinstance(data, dict) and any(key.split(" ")[0] in TABLE_KINDS for key in data):
-        if case.name not in data:
-            raise ValueError(f"the table has no {case.name}")
-        text = json.dumps(data[case.name])
-    return Schedule.from_json(text)
+    if not isinstance(data, dict):
+        return Schedule.from_json(text)
+    if "entries" in data:
+        extents = {"M": case.m, "K": case.k, "N": case.n}
+        ranks = (data["kernel"], data["world"]) == (case.kind, world)
+        found = [e["schedule"] for e in data["entries"] if ranks and e["extents"] == extents]
+    elif any(key.split(" ")[0] in TABLE_KINDS for key in data):
+        found = [data[case.name]] if case.name in data else []
+    else:
+        found = [data]
+    if not found:
+        raise ValueError(f"the table has no {case.name} on {world}")
+    return Schedule.from_json(json.dumps(found[0]))
 
 
 def shown_schedule(kernel: Any, case: Case, world: int, schedule: Any) -> dict[str, Any] | None:

@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from tests.kernels.misc import scaled_twice
-from tilelink.kernels import ag_gemm, ag_gemm_swiglu, gemm_ar, gemm_ar_add, gemm_rs, gemm_rs_add
+from tilelink.kernels import (
+    ag_gemm,
+    ag_gemm_swiglu,
+    gemm,
+    gemm_ar,
+    gemm_ar_add,
+    gemm_rs,
+    gemm_rs_add,
+)
 
 WORLD, M, N, K = 4, 64, 48, 32
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -49,6 +57,16 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=[False, True], ids=["kn", "nk"])
 def nk(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("world", [1, WORLD])
+def test_gemm(backend: str, nk: bool, bias: bool, world: int) -> None:
+    a, b, c = (draw(*s, count=world, seed=i) for i, s in enumerate(((M, K), (K, N), (N,))))
+    given: dict[str, Any] = {"bias": c} if bias else {}
+    outputs = gemm.on(backend, world=world)(a, turned(b, nk), nk=nk, **given)
+    wanted = zip(wide(a), wide(b), wide(c), strict=True)
+    close(outputs, [x @ y + z * bias for x, y, z in wanted])
 
 
 @pytest.mark.parametrize("bias", [False, True])
