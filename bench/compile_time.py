@@ -77,7 +77,7 @@ def forget() -> None:
 
 
 def first_call(part: Any, kernel: Any, case: Case, schedule: Any) -> float:
-    """Seconds from the decorator to the end of the first call, the most of all ranks. Collective."""
+    """Seconds on this rank from the decorator to the end of the first call, which has enqueued it."""
     import torch
 
     def empty(*shape: int) -> torch.Tensor:
@@ -86,36 +86,59 @@ def first_call(part: Any, kernel: Any, case: Case, schedule: Any) -> float:
     a, b = empty(case.rows_in(part.world), case.k), empty(case.k, case.n)
     out = empty(case.rows_out(part.world), case.n)
     part.settle()
-    part.agreement.gather(None)
     begin = time.perf_counter()
     fresh(kernel).on(group=part.group, schedule=schedule)(a, b, out)
     taken = time.perf_counter() - begin
     part.settle()
-    return float(round(max(part.agreement.gather(taken)), 3))
+    return taken
 
 
-def row_of(part: Any, case: Case, spec: str, watchdog: Any) -> dict[str, Any]:
-    """The record of one case and schedule; ``failed`` where any rank could not. Collective."""
+def together(part: Any, step: Callable[[], Any]) -> tuple[list[Any], dict[str, str]]:
+    """What ``step`` gave on every rank, and the error of any under ``failed``. Collective."""
     from bench.cluster import describe_error, fatal
-    from bench.ours import kernel_of, schedule_of, shown_schedule
 
-    kernel = kernel_of(case.kind)
-    row: dict[str, Any] = {"name": case.name, "spec": spec}
-    mine: dict[str, str] = {}
-    watchdog.beat(f"compile {case.name}, {spec}")
+    value, mine = None, {}
+    part.agreement.gather(None)
     try:
-        schedule = schedule_of(kernel, case, part.world, spec)
-        row["schedule"] = shown_schedule(kernel, case, part.world, schedule)
-        row["cold_s"] = first_call(part, kernel, case, schedule)
-        forget()
-        row["cached_s"] = first_call(part, kernel, case, schedule)
-        row["steps_s"] = steps(kernel, case, part.world, schedule)
-        row["rest_s"] = round(row["cold_s"] - sum(row["steps_s"].values()), 3)
+        value = step()
     except Exception as error:
         if fatal(error):
             raise
         mine["failed"] = describe_error(error)
-    return {**row, **part.agreement.errors(mine)}
+    return part.agreement.gather(value), part.agreement.errors(mine)
+
+
+def row_of(part: Any, case: Case, spec: str, watchdog: Any) -> dict[str, Any]:
+    """The record of one case and schedule; ``failed`` where any rank could not. Collective."""
+    from bench.ours import kernel_of, schedule_of, shown_schedule
+
+    kernel = kernel_of(case.kind)
+    row: dict[str, Any] = {"name": case.name, "spec": spec}
+    watchdog.beat(f"compile {case.name}, {spec}")
+    schedule: Any = None
+
+    def choose() -> Any:
+        nonlocal schedule
+        schedule = schedule_of(kernel, case, part.world, spec)
+        return shown_schedule(kernel, case, part.world, schedule)
+
+    def cached() -> float:
+        forget()
+        return first_call(part, kernel, case, schedule)
+
+    every = (
+        ("schedule", choose),
+        ("cold_s", lambda: first_call(part, kernel, case, schedule)),
+        ("cached_s", cached),
+        ("steps_s", lambda: steps(kernel, case, part.world, schedule)),
+    )
+    for name, step in every:
+        found, failed = together(part, step)
+        if failed:
+            return {**row, **failed}
+        row[name] = round(max(found), 3) if name.endswith("d_s") else found[0]
+    row["rest_s"] = round(row["cold_s"] - sum(row["steps_s"].values()), 3)
+    return row
 
 
 def line(row: dict[str, Any]) -> str:

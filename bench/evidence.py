@@ -36,7 +36,8 @@ def page(runs: Sequence[tuple[str, Row]]) -> str:
         "faults": _faults,
         "gsan": _gsan,
     }
-    parts = [makers[run["kind"]](name, run) for name, run in runs if run["kind"] in makers]
+    known = [(makers.get(run.get("kind", "")), name, run) for name, run in runs]
+    parts = [make(name, run) for make, name, run in known if make is not None]
     return "\n".join([INTRODUCTION, *parts])
 
 

@@ -59,6 +59,18 @@ edit by hand. Losses are listed like wins.
   rounds. **host**: microseconds that the host spends in one call, without synchronising, the median of the
   slowest rank.
 - `python bench/run.py --summary FILE` computes every figure again from the raw samples.
+
+Each suite is one command, `torchrun --nproc-per-node 8 bench/run.py --suite SUITE --out FILE.json`:
+
+| suite | what it measures |
+| --- | --- |
+| `mlp` | the six MLP shapes of the TileLink paper (arXiv 2503.20313, table 4) at M = 8192 |
+| `small-m` | hidden 8192, intermediate 28672 at M from 128 to 16384 |
+| `allreduce` | GEMM + all-reduce of its second layer at M from 1 to 4096 |
+| `grid` | all three, the shapes that single figures are promised for first |
+| `scaling` | the shapes of hidden 8192 on 2, 4 and 8 of the GPUs |
+| `gemm` | the grid's products with M of 1024 and more, each on one GPU, our structures against cuBLAS |
+| `compile` | seconds from the decorator to a binary that can be launched, cold and from cache |
 """
 
 
@@ -66,14 +78,9 @@ def page(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """The whole page from (file name, JSON data) of measurements, in this order."""
     parts = [INTRODUCTION]
     for name, run in runs:
-        if run["kind"] == "bench":
-            parts.append(_suite(name, run))
-        elif run["kind"] == "graph_check":
-            parts.append(_graphs(name, run))
-        elif run["kind"] == "compile_time":
-            parts.append(_compile_times(name, run))
-        elif run["kind"] == "gpu_tests":
-            parts.append(_tests(name, run))
+        make = _PARTS.get(run.get("kind", ""))
+        if make is not None:
+            parts.append(make(name, run))
     return "\n".join(parts)
 
 
@@ -209,6 +216,29 @@ def _compile_row(row: dict[str, Any], names: Sequence[str]) -> list[str]:
     return [row["name"], row["spec"], *times, *steps]
 
 
+_WAYS = ("same", "allocated", "rotated", "fresh")
+
+
+def _host_costs(name: str, run: dict[str, Any]) -> str:
+    header = ("case", "schedule", *(f"{way}, us" for way in _WAYS))
+    rows = [
+        [row["name"], row["schedule"], f"failed: {row['failed']}", *["-"] * (len(_WAYS) - 1)]
+        if "failed" in row
+        else [
+            *(row["name"], row["schedule"]),
+            *(tables.number(row[way]["median_us"], 1) if way in row else "-" for way in _WAYS),
+        ]
+        for row in run["cases"]
+    ]
+    text = (
+        "Microseconds that the host spends in an eager call, without synchronising: the median over calls, of "
+        "the slowest rank. The same tensors each time and the output given; allocated by the call; eight sets "
+        "of inputs in turn; tensors that no call has seen before.\n"
+    )
+    title = f"## Host time of a call, {run['world']} GPUs\n"
+    return "\n".join([title, _provenance(name, run), text, tables.markdown(header, rows), ""])
+
+
 def _tests(name: str, run: dict[str, Any]) -> str:
     rows = run["rows"]
     right = sum(bool(row["ok"]) for row in rows)
@@ -246,6 +276,15 @@ def _graph_row(case: dict[str, Any]) -> list[str]:
     counts = ("replays", "mismatched_elements", "eager_calls", "eager_mismatched_elements")
     cells = [f"{case[key]:,}" for key in (*counts, "control_mismatched_elements")]
     return [case["name"], case["schedule"], *cells, "passed" if passed(case) else "FAILED"]
+
+
+_PARTS = {
+    "bench": _suite,
+    "compile_time": _compile_times,
+    "gpu_tests": _tests,
+    "graph_check": _graphs,
+    "host_cost": _host_costs,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -357,3 +357,14 @@ def test_page_shows_compile_times() -> None:
     page = report.page([("c.json", data)])
     assert "| ag_gemm 1x2x3 | tuned | 1.25 | 0.12 | 4 | 25 |" in page
     assert "failed: rank 0: it broke" in page and "3.00 s cold" in page
+
+
+def test_page_shows_host_time_and_skips_what_it_does_not_know() -> None:
+    way = {"median_us": 41.26, "p90_us": 50.0, "most_us": 90.0}
+    row = {"name": "ag_gemm 1x2x3", "schedule": "copy_engine", "same": way, "fresh": way}
+    broken = {"name": "gemm_rs 1x2x3", "schedule": "sm:16", "failed": "it broke"}
+    data = {"kind": "host_cost", **header(), "cases": [row, broken]}
+    page = report.page([("h.json", data), ("other.json", {"cases": []})])
+    assert "| ag_gemm 1x2x3 | copy_engine | 41.3 | - | - | 41.3 |" in page
+    assert "| gemm_rs 1x2x3 | sm:16 | failed: it broke | - | - | - |" in page
+    assert "other.json" not in page

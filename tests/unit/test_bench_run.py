@@ -355,3 +355,32 @@ def test_compile_steps_are_timed_and_kernels_made_anew() -> None:
     steps = compile_time.steps(kernel, case, 4, None)
     assert list(steps) == ["decorator", "typed kernel", "passes", "proof", "emitted source"]
     assert all(seconds > 0 for seconds in steps.values())
+
+
+def test_compile_times_of_all_ranks_count_and_one_failure_is_told_to_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bench import compile_time
+
+    case = Case(AG_GEMM, 384, 128, 256, "")
+    broken = False
+
+    def first_call(part: Any, *_: Any) -> float:
+        if broken and part.rank == 1:
+            raise RuntimeError("no compiler")
+        return 1.0 + float(part.rank)
+
+    monkeypatch.setattr(compile_time, "first_call", first_call)
+
+    def body(agreement: bench.cluster.Agreement) -> dict[str, Any]:
+        return compile_time.row_of(FakeCluster(agreement), case, "default", FakeWatchdog())
+
+    for row in ranks(3, body):
+        assert "failed" not in row, row
+        assert (row["cold_s"], row["cached_s"]) == (3.0, 3.0)
+        assert set(row["steps_s"]) and row["schedule"]["tiles"] and row["rest_s"] > 0
+        assert compile_time.line(row).startswith("ag_gemm 384x128x256, default: cold 3.00 s")
+    broken = True
+    failed = {"name": case.name, "spec": "default", "failed": "rank 1: RuntimeError: no compiler"}
+    for row in ranks(3, body):
+        assert {k: v for k, v in row.items() if k != "schedule"} == failed
