@@ -16,7 +16,7 @@ from typing import Any
 from bench import environment, stats
 from bench.cases import AG_GEMM, EXTRA, GEMM, GEMM_AR, GEMM_RS, ROWS
 from bench.stats import CaseResult
-from bench.tables import number, render
+from bench.tables import gpus, number, render
 
 LOSS = 0.99
 IN_TURN_LEAST = {AG_GEMM: 1.30, GEMM_RS: 1.35}
@@ -73,7 +73,7 @@ def claims(run: dict[str, Any]) -> list[Claim]:
 def summary(run: dict[str, Any]) -> str:
     """The claims as text, with the losses, and what failed or was left out."""
     results = results_of(run)
-    lines = [f"suite {run['suite']}, {run['world']} GPUs, {run['date']}"]
+    lines = [f"suite {run['suite']}, {gpus(run['world'])}, {run['date']}"]
     lines.append(environment.hardware_line(run))
     rows = [[c.text, c.figure, c.limit, c.verdict] for c in claims(run)]
     lines.append(render(("", "figure", "limit", ""), rows))
@@ -280,7 +280,7 @@ def _at_least(value: float | None, least: float) -> bool | None:
 
 
 def _on(world: int, claim: Claim) -> Claim:
-    return Claim(f"{world} GPUs: {claim.text}", claim.figure, claim.limit, claim.holds)
+    return Claim(f"{gpus(world)}: {claim.text}", claim.figure, claim.limit, claim.holds)
 
 
 def _among(result: CaseResult) -> str:

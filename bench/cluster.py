@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
 from torch._C._distributed_c10d import _SymmetricMemory
 
 import tilelink
@@ -97,7 +98,7 @@ class Part:
     ) -> None:
         self.rank, self.world, self.device = rank, world, device
         self.group, self.agreement = group, agreement
-        self.group_name: str = group.group_name
+        self.group_name: Any = group.group_name
         self._memory: list[torch.Tensor] = []
         self._handle: Any = None
         if world > 1:
@@ -105,7 +106,7 @@ class Part:
             dist.all_reduce(torch.ones(1, device=device), group=group)
             # Not through `symm_mem.empty`: blocks of its pool, and their signals, are shared by groups.
             self._pad = _SymmetricMemory.empty_strided_p2p((16,), (1,), torch.int32, device)
-            self._handle = _SymmetricMemory.rendezvous(self._pad, self.group_name)
+            self._handle = symm_mem.rendezvous(self._pad, self.group_name)
             self.meet()
         torch.cuda.synchronize()
 
@@ -136,7 +137,7 @@ class Part:
         if not self._memory or self._memory[-1].numel() < size:
             # Not from the pool either: torch's all-reduces take no offset into a block.
             memory = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, self.device)
-            _SymmetricMemory.rendezvous(memory, self.group_name)
+            symm_mem.rendezvous(memory, self.group_name)
             self._memory.append(memory)
         return self._memory[-1][:size].view(torch.bfloat16).view(shape)
 

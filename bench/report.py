@@ -95,11 +95,11 @@ def _provenance(name: str, run: dict[str, Any]) -> str:
 
 def _suite(name: str, run: dict[str, Any]) -> str:
     results = claims.results_of(run)
-    lines = [f"## Suite {run['suite']}, {run['world']} GPUs\n", _provenance(name, run)]
+    lines = [f"## Suite {run['suite']}, {tables.gpus(run['world'])}\n", _provenance(name, run)]
     lines += ["### What it shows\n", _claims(run), "", *_losses(results)]
     many = len({result.world for result in results if result.kind != GEMM}) > 1
     for kind, world, chosen in tables.by_kind(results):
-        title = TITLES.get(kind, kind) + (f", {world} GPUs" if many else "")
+        title = TITLES.get(kind, kind) + (f", {tables.gpus(world)}" if many else "")
         lines += [f"### {title}\n", tables.markdown(*_table_of(kind, chosen)), ""]
         lines += [_summary(kind, chosen), ""]
     lines += _unfinished(run, results)
@@ -204,7 +204,7 @@ def _compile_times(name: str, run: dict[str, Any]) -> str:
         "with the binaries in Triton's. The columns behind are the steps that need no GPU, timed apart. "
         f"The first kernel of a process took {tables.number(run['first_s'], 2)} s cold.\n"
     )
-    title = f"## Compile time, {run['world']} GPUs\n"
+    title = f"## Compile time, {tables.gpus(run['world'])}\n"
     return "\n".join([title, _provenance(name, run), text, tables.markdown(header, rows), ""])
 
 
@@ -235,7 +235,7 @@ def _host_costs(name: str, run: dict[str, Any]) -> str:
         "the slowest rank. The same tensors each time and the output given; allocated by the call; eight sets "
         "of inputs in turn; tensors that no call has seen before.\n"
     )
-    title = f"## Host time of a call, {run['world']} GPUs\n"
+    title = f"## Host time of a call, {tables.gpus(run['world'])}\n"
     return "\n".join([title, _provenance(name, run), text, tables.markdown(header, rows), ""])
 
 
@@ -243,7 +243,7 @@ def _tests(name: str, run: dict[str, Any]) -> str:
     rows = run["rows"]
     right = sum(bool(row["ok"]) for row in rows)
     return (
-        f"## GPU tests, {run['world']} GPUs\n\n"
+        f"## GPU tests, {tables.gpus(run['world'])}\n\n"
         f"{run['gpu']}, torch {run['torch']}: {right} of {len(rows)} passed.\n\n"
         "    python -m tests.gpu.run_all --out DIR\n\n"
         f"Raw data: `{name}`.\n"
@@ -266,7 +266,11 @@ def _graphs(name: str, run: dict[str, Any]) -> str:
         "Every replay has fresh random inputs, and every element of every output is compared; "
         "the control compares with the result of other inputs and must mismatch.\n"
     )
-    lines = [f"## Replays of CUDA graphs, {run['world']} GPUs\n", _provenance(name, run), text]
+    lines = [
+        f"## Replays of CUDA graphs, {tables.gpus(run['world'])}\n",
+        _provenance(name, run),
+        text,
+    ]
     return "\n".join([*lines, tables.markdown(header, rows), ""])
 
 

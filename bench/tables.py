@@ -40,6 +40,7 @@ def columns(kind: str) -> list[Column]:
     return [
         cublas,
         nccl,
+        ("bound", lambda case: milliseconds(case.bound_us)),
         *(_variant(title, family) for title, family in families),
         *ours,
         ("over in turn", lambda case: number(case.speedup, 2)),
@@ -83,10 +84,15 @@ def _place(kind: str) -> int:
 def text(results: Sequence[CaseResult]) -> str:
     """All results as plain text tables, one a kind and number of ranks."""
     parts = [
-        f"{kind}, {world} GPUs\n{render(header(kind), rows(chosen))}"
+        f"{kind}, {gpus(world)}\n{render(header(kind), rows(chosen))}"
         for kind, world, chosen in by_kind(results)
     ]
     return "\n\n".join(parts)
+
+
+def gpus(count: int) -> str:
+    """``1 GPU``, ``8 GPUs``."""
+    return f"{count} GPU" if count == 1 else f"{count} GPUs"
 
 
 def render(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -146,8 +146,8 @@ def test_grid_from_start_to_page(
     assert {c.name for c in found[GEMM_AR].candidates} >= {"one_shot", "two_shot graph"}
     assert {c.name for c in found[GEMM_RS].candidates} >= {"async_tp", "async_tp graph"}
     text = capsys.readouterr().out
-    assert "ag_gemm, 1 GPUs" in text and "same bits in two calls" in text
-    assert "## Suite grid, 1 GPUs" in report.page([("grid.json", data)])
+    assert "ag_gemm, 1 GPU\n" in text and "same bits in two calls" in text
+    assert "## Suite grid, 1 GPU\n" in report.page([("grid.json", data)])
 
     # A second process: the same inputs give the same checksums.
     again = tmp_path / "again.json"
