@@ -152,7 +152,7 @@ def _product(part: Part, case: Case, inputs: Inputs) -> Iterator[Candidate]:
     def cublas(i: int) -> torch.Tensor:
         return torch.mm(inputs.a(i), inputs.b(i), out=product)
 
-    yield Candidate(stats.CUBLAS, stats.CUBLAS, lambda: cublas)
+    yield from eager_and_graph(stats.CUBLAS, stats.CUBLAS, lambda: cublas)
 
 
 _MAKERS: dict[str, Callable[[Part, Case, Inputs], Iterator[Candidate]]] = {

@@ -251,8 +251,8 @@ def measure_case(
     if not options.no_baselines:
         for candidate in baselines(part, case, inputs):
             bench.add(candidate)
-    graphs = not options.no_graphs and case.kind != GEMM
-    for candidate in ours(part, case, inputs, specs_of(options.suite, options.schedules), graphs):
+    specs = specs_of(options.suite, options.schedules)
+    for candidate in ours(part, case, inputs, specs, not options.no_graphs):
         bench.add(candidate)
     bench.time(settings)
     bench.host()
@@ -267,11 +267,17 @@ def summarize(paths: Sequence[str]) -> int:
     """Prints what the runs show; 1 where a claim that was measured is missed."""
     runs = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
     missed = False
+    measured = [run for run in runs if run["kind"] == "bench"]
     for path, run in zip(paths, runs, strict=True):
+        if run["kind"] == "compile_time":
+            from bench.compile_time import line as compile_line
+
+            print("\n".join([path, *map(compile_line, run["cases"]), ""]))
+            continue
         print(f"{path}\n{claims.summary(run)}\n")
         missed |= any(claim.holds is False for claim in claims.claims(run))
-    if len(runs) > 1:
-        same = claims.checksums(runs)
+    if len(measured) > 1:
+        same = claims.checksums(measured)
         print(f"{same.text}: {same.figure} ({same.verdict})")
         missed |= same.holds is False
     return 1 if missed else 0
