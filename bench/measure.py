@@ -21,6 +21,8 @@ from bench.stats import IN_TURN, OURS, TOLERANCE, Measured
 # queue, about a thousand entries, does not fill.
 HOST_CALLS = 6
 HOST_BATCHES = 5
+# Calls with the same tensors until nothing about them is new to the runtime.
+SETTLED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,11 @@ class Verdict:
 def check(part: Part, run: Run, inputs: Inputs) -> Verdict:
     """Two input sets, each called twice; before the second call the output is NaN.
 
-    Each input set is used once first: plans and graphs are uploaded when they are first seen.
+    Each input set is used some times first: plans and graphs are made and uploaded when calls repeat.
     """
-    for i in range(len(inputs.sets)):
-        run(i)
+    for _ in range(SETTLED):
+        for i in range(len(inputs.sets)):
+            run(i)
     worst = torch.zeros((), device=part.device)
     bits: list[int] = []
     repeats = True
