@@ -1,6 +1,6 @@
 """How kernels are run: the schedule type, defaults, and machine models."""
 
 from tilelink.schedules.default import default_schedule
-from tilelink.schedules.schedule import ORDERS, Move, Schedule, ScheduleError
+from tilelink.schedules.schedule import EMITTERS, ORDERS, Move, Schedule, ScheduleError
 
-__all__ = ["ORDERS", "Move", "Schedule", "ScheduleError", "default_schedule"]
+__all__ = ["EMITTERS", "ORDERS", "Move", "Schedule", "ScheduleError", "default_schedule"]

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 from tilelink.errors import TilelinkError
 
 ORDERS = ("auto", "row", "grouped", "arrival", "departure")
+# Who makes the code of a stage: `library` runs plain matrix products as the vendor's library does.
+EMITTERS = ("triton", "library")
 MAX_TILE = 2**20
 MAX_STAGES = 16
 MAX_WORKERS = 2**13
@@ -63,8 +65,9 @@ class Schedule:
     ``tiles``: tile length of each extent by name. ``order``: order of the tiles; ``auto`` starts with
     what is here for a gather and ends with the own slice for a scatter. ``group``: rows of tiles
     walked together for the L2 cache. ``workers``: persistent CTAs. ``warps``, ``stages``: of the
-    Triton kernel. ``flatten``: one loop over tiles and steps of the main loop. ``moves``: a
-    :class:`Move` for each moved tensor by name.
+    Triton kernel. ``emitter``: ``triton``, or ``library``: loop nests that are one plain matrix product
+    run as cuBLAS, the rest as with ``triton``. ``flatten``: one loop over tiles and steps of the main
+    loop. ``moves``: a :class:`Move` for each moved tensor by name.
     """
 
     tiles: tuple[tuple[str, int], ...] = ()
@@ -116,8 +119,10 @@ class Schedule:
             raise ScheduleError(
                 field="order", detail=f"`{self.order}`", help="use one of " + ", ".join(ORDERS)
             )
-        if self.emitter != "triton":
-            raise ScheduleError(field="emitter", detail=f"`{self.emitter}`", help="use triton")
+        if self.emitter not in EMITTERS:
+            raise ScheduleError(
+                field="emitter", detail=f"`{self.emitter}`", help="use one of " + ", ".join(EMITTERS)
+            )
         for name, move in self.moves:
             if move.sm_workers >= self.workers:
                 raise ScheduleError(

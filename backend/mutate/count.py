@@ -74,15 +74,22 @@ def equality(program: Op) -> Iterator[Mutant]:
 
 
 def memory(program: Op) -> Iterator[Mutant]:
-    """Two things at one offset, a buffer, flag or counter that is too small, an arena that is."""
+    """Two things in one place, a buffer, flag or counter that is too small, an arena that is."""
     kinds = {name: op for name, op in declared(program).items() if op.name != "tensor"}
     for site in sites(program, "buffer", "flag", "counter"):
         mine = site.op
         for name, other in kinds.items():
             alike = other.name == mine.name and other.get("space") == mine.get("space")
-            if alike and name != mine.symbol and other.get("offset") != mine.get("offset"):
+            placed = mine.get("offset") is not None and other.get("offset") is not None
+            if alike and placed and name != mine.symbol and other.get("offset") != mine.get("offset"):
                 op = with_attr(mine, "offset", other["offset"])
                 yield mutant(program, site, "memory", f"at the offset of @{name}", op)
+        if mine.name == "buffer" and mine.get("space") == "local":
+            for name, other in declared(program).items():
+                same = other.get("dims") == mine["dims"] and other.get("dtype") == mine["dtype"]
+                if same and name != mine.symbol and mine.get("alias") != Ref(name):
+                    op = with_attr(with_attr(mine, "offset", None), "alias", Ref(name))
+                    yield mutant(program, site, "memory", f"in the memory of @{name}", op)
         sizes = tuple(mine["dims"])
         for axis, size in enumerate(sizes):
             less = Expr.of(size) - 1

@@ -250,13 +250,33 @@ def _by_collective(program: Op, info: Moved) -> Op:
         to=Ref(f"{info.name}.total" if total else info.name),
         span=program.declared(info.name).span,
     )
+    launches = program.find("launch")
+    last = max(n for n, op in enumerate(launches) if any(accesses(op, collective.symbol, "store")))
     ops: list[Op] = []
     for op in program.body:
-        if op.name == "launch" and any(True for _ in accesses(op, f"{info.name}.partial", "store")):
-            ops += _split(op, info, collective, total)
+        if op is launches[last]:
+            ops += _split(program, op, info, collective, total)
+        elif op in launches[last + 1 :]:
+            _follow(ops, op, info, collective, total)
         else:
             ops.append(op)
     return program.with_ops(tuple(ops))
+
+
+def _follow(ops: list[Op], launch: Op, info: Moved, collective: Op, total: bool) -> None:
+    """A launch behind the one that the collective follows: without the sum where the library makes it."""
+    stages = launch.body
+    if not total:
+        stages = tuple(s for s in stages if s.ref != Ref(f"{info.name}.sum"))
+    at = max(n for n, op in enumerate(ops) if op.name == "launch")
+    if any(op.name == "stage" for op in stages):
+        known = {op.symbol for op in ops if op.ref is not None} | {"head"}
+        names = [name for name in launch.get("after", ()) if name in known]
+        names += [ops[at].symbol, collective.symbol]
+        ops.append(launch.with_ops(stages).with_attrs(after=tuple(dict.fromkeys(names))))
+        return
+    # What is left of it ends the launch before.
+    ops[at] = ops[at].with_ops((*ops[at].body, *stages))
 
 
 def _depend(program: Op, agent: str) -> Op:
@@ -266,7 +286,7 @@ def _depend(program: Op, agent: str) -> Op:
     return program.with_ops(tuple(new if op is first else op for op in program.body))
 
 
-def _split(launch: Op, info: Moved, collective: Op, total: bool) -> list[Op]:
+def _split(program: Op, launch: Op, info: Moved, collective: Op, total: bool) -> list[Op]:
     """The launch up to the last contribution, the collective, and the rest as a second launch."""
     stages = launch.body
     last = max(
@@ -282,7 +302,7 @@ def _split(launch: Op, info: Moved, collective: Op, total: bool) -> list[Op]:
     if not compute:
         return [launch.with_ops((*stages[: last + 1], *rest)), collective]
     after = (*launch.get("after", ()), collective.symbol)
-    number = int(launch.get("part", 1)) + 1
+    number = 1 + max(int(op.get("part", 1)) for op in program.find("launch"))
     name = launch.symbol.rsplit(".part", 1)[0] + f".part{number}"
     second = make(
         "launch",

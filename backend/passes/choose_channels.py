@@ -48,7 +48,7 @@ def choose_channels(program: Op) -> Op:
     counters: list[Op] = []
     for name, tensor in tensors_of(program).items():
         if tensor["move"] not in MOVED:
-            stages = max((len(handed_on(op, name)) for op in program.find("launch")), default=0)
+            stages = len(handed_on(program, name))
             if stages:
                 counters.append(make("counter", ref=Ref(f"{name}.done"), dims=(stages,)))
             continue

@@ -299,18 +299,22 @@ def storing_stage(program: Op, name: str) -> tuple[Op, int | None]:
     )
 
 
-def handed_on(launch: Op, name: str) -> tuple[int, ...]:
-    """The stages of ``launch``, by position, that store ``name`` for a later stage to read.
+def handed_on(program: Op, name: str) -> tuple[tuple[str, int], ...]:
+    """The stages, by launch and position in it, that store ``name`` for a later stage of their launch.
 
-    Each has an element of the tensor's counter, in this order.
+    Each has an element of the tensor's counter, in this order. What a later launch reads is there when
+    it starts.
     """
-    stages = [(n, op) for n, op in enumerate(launch.body) if op.name == "stage"]
-    last = max((n for n, op in stages if any(accesses(op, name, "load"))), default=-1)
-    return tuple(
-        number
-        for number, stage in stages
-        if number < last and any(not s.get("final") for s in accesses(stage, name, "store"))
-    )
+    found: list[tuple[str, int]] = []
+    for launch in program.find("launch"):
+        stages = [(n, op) for n, op in enumerate(launch.body) if op.name == "stage"]
+        last = max((n for n, op in stages if any(accesses(op, name, "load"))), default=-1)
+        found += [
+            (launch.symbol, number)
+            for number, stage in stages
+            if number < last and any(not s.get("final") for s in accesses(stage, name, "store"))
+        ]
+    return tuple(found)
 
 
 def tasks_across(program: Op, stage: Op, skip: int | None) -> int:

@@ -34,6 +34,9 @@ def lay_out_memory(program: Op) -> Op:
         if op.name in ("flag", "counter", "buffer"):
             if op.symbol not in used:
                 continue
+            if op.get("alias") is not None:
+                ops.append(op)
+                continue
             size = bytes_of(op, env)
             if op.name == "flag" and op.get("offset") is None:
                 op, flags = op.with_attrs(offset=flags), flags + _round(size, 64)

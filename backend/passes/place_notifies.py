@@ -38,14 +38,17 @@ def place_notifies(program: Op) -> Op:
     acknowledges this one. Invariant: one notify a task and channel, behind the task's last write.
     """
     acked = bool(program.find("flag"))
+    headed = acked or bool(program.find("counter"))
+    launches = program.find("launch")
     ops: list[Op] = []
     for op in program.body:
         if op.name == "launch":
-            stages = tuple(_announce(program, op, number) for number in range(len(op.body)))
-            op = op.with_ops((*stages, _finish()) if acked else stages)
-            if acked or program.find("counter"):
+            if headed and op is launches[0]:
                 ops.append(_head(acked))
-                op = op.with_attrs(after=("head",))
+            stages = tuple(_announce(program, op, number) for number in range(len(op.body)))
+            finish = (_finish(),) if acked and op is launches[-1] else ()
+            after = (*(("head",) if headed else ()), *op.get("after", ()))
+            op = op.with_ops((*stages, *finish)).with_attrs(after=after or None)
         ops.append(op)
     return program.with_ops(tuple(ops))
 
@@ -79,9 +82,9 @@ def _announce(program: Op, launch: Op, number: int) -> Op:
             if not stores:
                 continue
             if tensor["move"] not in MOVED:
-                places = handed_on(launch, name)
-                if number in places:
-                    element = Expr.const(places.index(number))
+                places, here = handed_on(program, name), (launch.symbol, number)
+                if here in places:
+                    element = Expr.const(places.index(here))
                     span = stores[-1].span
                     body.append(make("notify", ref=Ref(f"{name}.done", (element,)), span=span))
                 continue

@@ -42,20 +42,27 @@ def place_waits(program: Op) -> Op:
     A read of a sum waits for every source. Invariant: every read of a moved or intermediate tensor is
     dominated by waits on all channels that its region meets.
     """
-    launches = tuple(_launch(program, op) if op.name == "launch" else op for op in program.body)
-    return program.with_ops(launches)
-
-
-def _launch(program: Op, launch: Op) -> Op:
     stored: Stored = {}
+    ops: list[Op] = []
+    for op in program.body:
+        if op.name == "launch":
+            # What an earlier launch stored is there; only the parts of other ranks may be missing.
+            stored = dict.fromkeys(stored, ())
+            op = _launch(program, op, stored)
+        ops.append(op)
+    return program.with_ops(tuple(ops))
+
+
+def _launch(program: Op, launch: Op, stored: Stored) -> Op:
+    """The launch with its waits; ``stored`` is added to."""
     stages: list[Op] = []
     for number, stage in enumerate(launch.body):
         stages.append(_guard(program, stage, stored))
         for name in sorted({op.symbol for op in stage.walk() if op.name == "store"}):
-            places = handed_on(launch, name)
+            places, here = handed_on(program, name), (launch.symbol, number)
             stored.setdefault(name, ())
-            if number in places:
-                stored[name] += ((places.index(number), tasks_of_stage(program, stage)),)
+            if here in places:
+                stored[name] += ((places.index(here), tasks_of_stage(program, stage)),)
     return launch.with_ops(tuple(stages))
 
 

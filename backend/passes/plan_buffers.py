@@ -63,13 +63,14 @@ def plan_buffers(program: Op) -> Op:
 
 
 def _buffers(program: Op, tensor: Op, info: Moved) -> list[Op]:
-    def buffer(suffix: str, dims: tuple[object, ...], space: str) -> Op:
+    def buffer(suffix: str, dims: tuple[object, ...], space: str, alias: str = "") -> Op:
         return make(
             "buffer",
             ref=Ref(f"{info.name}.{suffix}"),
             dims=dims,
             dtype=tensor["dtype"],
             space=space,
+            alias=Ref(alias) if alias else None,
         )
 
     dims = tuple(tensor["dims"])
@@ -82,9 +83,11 @@ def _buffers(program: Op, tensor: Op, info: Moved) -> list[Op]:
             for stage in stages_of(program)
             if _reads(stage, info.name)
         )
+        # The library sums over all ranks in place.
+        inside = info.kind == "reduce" and tensor["role"] != "inout"
         return [
-            buffer("partial", dims, "local"),
-            *([buffer("total", held, "local")] if read else []),
+            buffer("partial", dims, "local", info.name if inside and not read else ""),
+            *([buffer("total", held, "local", f"{info.name}.partial" if inside else "")] * read),
         ]
     parts = buffer("parts", (Expr.name("WORLD"), *held), "symmetric")
     return [parts] if info.resource == "epilogue" else [buffer("partial", dims, "local"), parts]

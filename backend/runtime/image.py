@@ -21,6 +21,7 @@ class Slot:
     offset: int = 0
     role: str = ""
     local: bool = False  # in this rank's workspace, not in the arena
+    alias: str = ""  # the tensor or buffer whose memory it is; then it has no place of its own
 
     @property
     def bytes(self) -> int:
@@ -82,13 +83,13 @@ class Image:
     @property
     def arena_bytes(self) -> int:
         """Bytes of the arena that the program needs."""
-        shared = [b for b in self.buffers.values() if not b.local]
+        shared = [b for b in self.buffers.values() if not b.local and not b.alias]
         return max((b.offset + b.bytes for b in shared), default=layout.DATA)
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes of this rank's own memory that the program needs."""
-        own = [b for b in self.buffers.values() if b.local]
+        own = [b for b in self.buffers.values() if b.local and not b.alias]
         return max((b.offset + b.bytes for b in own), default=0)
 
     @property
@@ -141,8 +142,9 @@ def image_of(program: Op) -> Image:
                 op.symbol,
                 dims(op),
                 op.get("dtype", "int32"),
-                int(op["offset"]),
+                int(op["offset"]) if op.get("alias") is None else 0,
                 local=op.get("space") == "local",
+                alias=op["alias"].symbol if op.get("alias") is not None else "",
             )
             for op in program.find(kind)
         }
@@ -201,7 +203,7 @@ def widen(program: Op, narrow: str = "bf16", wide: str = "fp32") -> Op:
         attrs = {k: attribute(v) for k, v in op.attrs}
         if attrs.get("dtype") == narrow:
             attrs["dtype"] = wide
-        if op.name == "buffer":
+        if op.name == "buffer" and op.get("alias") is None:
             start = 0 if op.get("space") == "local" else layout.DATA
             attrs["offset"] = start + (int(op["offset"]) - start) * ratio
         return replace(

@@ -74,6 +74,9 @@ class Views:
 
     def buffer(self, name: str, peer: int | None = None) -> torch.Tensor:
         """The buffer ``name`` of this rank, or in the arena of ``peer``: its dims and dtype."""
+        alias = self.image.buffers[name].alias
+        if alias and peer is None:
+            return self.tensor(alias) if alias in self.image.tensors else self.buffer(alias)
         found = self._buffers.get((name, peer))
         if found is None:
             slot = self.image.buffers[name]

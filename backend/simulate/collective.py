@@ -18,7 +18,10 @@ def run_collective(machine: Machine, op: Op, tasks: Sequence[Task]) -> None:
     Contributions of a sum are added in rank order in fp32 and rounded once, so that all ranks hold
     the same bits.
     """
-    source, to = op.symbol, op["to"].symbol if op.get("to") is not None else op.symbol
+    source, to = (
+        machine.geometry.home(name)
+        for name in (op.symbol, op["to"].symbol if op.get("to") is not None else op.symbol)
+    )
     reads = [_whole(machine, op, task, source, 0) for task in tasks]
     writes = [_whole(machine, op, task, to, 1) for task in tasks]
     for task, read in zip(tasks, reads, strict=True):

@@ -244,14 +244,20 @@ class Builder:
 
     def _collective(self, at: _Place, op: Op) -> None:
         where, world = at.chain[0].where, self.geometry.world
-        source, to = op.symbol, op["to"].symbol if op.get("to") is not None else op.symbol
-        for half in (0, 1):
-            joined = self.element(PSEUDO, "joined", at.name, at.call, half)
+        source, to = (
+            self.geometry.home(name)
+            for name in (op.symbol, op["to"].symbol if op.get("to") is not None else op.symbol)
+        )
+        # In place, no rank writes before all have read.
+        writes = int(source == to)
+        for turn in range(writes + 2):
+            joined = self.element(PSEUDO, "joined", at.name, at.call, turn)
             at.chain.append(Node(ADD, op, where, elements=(joined,), mode=KERNEL))
             at.chain.append(Node(WAIT, op, where, elements=(joined,), need=world))
-            if half == 0:
+            if turn == 0:
                 box = tuple((0, n) for n in self.geometry.decls[source].shape)
                 at.chain[-1].accesses += [(r, source, box, READ) for r in range(world)]
+            if turn == writes:
                 box = tuple((0, n) for n in self.geometry.decls[to].shape)
                 at.chain[-1].accesses.append((at.rank, to, box, WRITE))
 
@@ -404,7 +410,7 @@ class Builder:
             _, box = self.geometry.region(ref, at.env, at.values)
         except KeyError as error:
             raise Unsupported(f"@{ref.symbol}: {error} is known at run time only") from None
-        touch = (rank, ref.symbol, box, kind)
+        touch = (rank, self.geometry.home(ref.symbol), box, kind)
         if touch not in at.chain[-1].accesses[-64:]:
             at.chain[-1].accesses.append(touch)
 

@@ -92,6 +92,7 @@ class Geometry:
         for op in program.body:
             if op.name in ("tensor", "buffer", "flag", "counter"):
                 self.decls[op.symbol] = self._declare(op, env)
+        self._aliases = {n: d.op["alias"].symbol for n, d in self.decls.items() if d.op.get("alias")}
         self.agents = tuple(op for op in program.body if op.name in AGENTS)
         self.agent_names = tuple("head" if a.name == "head" else a.symbol for a in self.agents)
         self.workers = {
@@ -111,11 +112,22 @@ class Geometry:
             shape[int(op["over"])] //= self.world
         return Decl(op.name, op.symbol, tuple(shape), op.get("dtype", "int32"), op)
 
+    def home(self, symbol: str) -> str:
+        """Whose memory a tensor or buffer is: its own, or what it is an alias of."""
+        return self._aliases.get(symbol, symbol)
+
     def _check_memory(self) -> None:
         """BoundsError where two things of the arena share bytes, or one lies outside of it.
 
-        All lie behind the words that the arena keeps for itself, flags and counters on words.
+        All lie behind the words that the arena keeps for itself, flags and counters on words. An alias
+        is as large as what it is an alias of.
         """
+        for name, target in self._aliases.items():
+            mine, other = self.decls[name], self.decls.get(target)
+            fits = other is not None and target not in self._aliases
+            if not fits or (mine.shape, mine.dtype) != (self.decls[target].shape, self.decls[target].dtype):
+                detail = f"is an alias of `{target}`, which is another kind of memory"
+                raise BoundsError(mine.op.span, symbol=name, detail=detail)
         placed = sorted(
             (
                 d.op.get("space") == "local",

@@ -452,9 +452,10 @@ class Tracer:
         shape: tuple[int, ...] | None = None
         if not any(isinstance(k, torch.Tensor) for k in key):
             shape = _shape(key, decl.shape)
-        table = self.traces.tables.get(ref.symbol)
+        home = self.geometry.home(ref.symbol)
+        table = self.traces.tables.get(home)
         row = -1 if empty or table is None else table.row(box)
-        return Region(ref.symbol, key, mask, box, row, shape)
+        return Region(home, key, mask, box, row, shape)
 
     def _load(self, op: Op) -> Load:
         assert op.ref is not None
@@ -559,10 +560,10 @@ def _shape(key: tuple[Any, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _written_symbols(geometry: Geometry) -> frozenset[str]:
-    written = {CONTROL} | {d.name for d in geometry.decls.values() if d.kind == "buffer"}
+    written = {d.name for d in geometry.decls.values() if d.kind == "buffer"}
     for op in geometry.program.walk():
         if op.name == "store" and op.ref is not None:
             written.add(op.ref.symbol)
         elif op.name in ("transfer", "collective") and isinstance(op.get("to"), Ref):
             written.add(op["to"].symbol)
-    return frozenset(written)
+    return frozenset({CONTROL} | {geometry.home(symbol) for symbol in written})

@@ -14,6 +14,7 @@ import numpy as np
 from tilelink.backend.expand import bytes_of
 from tilelink.backend.expand_rows import Expansion
 from tilelink.backend.expand_walk import expand
+from tilelink.backend.verify.alias import check_alias
 from tilelink.backend.verify.arena import check_arena, check_words
 from tilelink.backend.verify.bounds import check_bounds, check_fences
 from tilelink.backend.verify.cover import check_cover, check_written
@@ -152,6 +153,7 @@ def prove(out: Expansion, *, known: bool = False) -> Report:
     if not known:
         out.assumptions.append(UNKNOWN)
     check_bounds(out)
+    check_alias(out)
     check_fences(out)
     check_workers(out)
     words = elements(out)
@@ -222,6 +224,12 @@ def _dark(out: Expansion) -> None:
             raise DataflowError(declared.span, symbol=symbol, detail="nothing writes this output")
 
 
+def _buffers(out: Expansion) -> list[Op]:
+    """The buffers that take memory."""
+    found = [op for op in out.declarations.values() if op.name == "buffer"]
+    return [op for op in found if op.get("alias") is None]
+
+
 def _report(out: Expansion, words: Elements, meetings: dict[str, Meeting], known: bool) -> Report:
     agents = [a.name for a in out.agents]
     assumptions = list(dict.fromkeys(out.assumptions))
@@ -263,6 +271,6 @@ def _report(out: Expansion, words: Elements, meetings: dict[str, Meeting], known
         sum(len(s.task) for s in out.syncs if not s.wait),
         sum(len(a.task) for a in out.accesses if a.write and a.op.name == "transfer"),
         sum(len(m.pair_order) + len(m.both_order) for m in meetings.values()),
-        sum(bytes_of(op, out.env) for op in out.declarations.values() if op.name == "buffer"),
+        sum(bytes_of(op, out.env) for op in _buffers(out)),
         tuple(assumptions),
     )

@@ -26,7 +26,7 @@ ATTRIBUTES = {
     "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final",
     "text": "file kernel schedule into offsets source table",
     "texts": "after",
-    "ref": "own to through counter",
+    "ref": "alias own to through counter",
     "number": "value:full",
     "scalar": "value:constant",
     "pair": "workers:stage",
@@ -44,6 +44,7 @@ CHOICES = {
     "scope": ("gpu", "sys"),
     "compare": ("equal",),
     "via": ("tma",),
+    "emitter": ("library",),
 }
 SPOKEN = {
     "exprs": "a list of expressions, `[M, 64]`",

@@ -22,12 +22,12 @@ _TABLE = {
     "tensor": "dims! dtype! move! role! block channel_rows comm_tile in_place into offsets over "
     "owner resource signal source table task_rows tasks_across tile",
     "scalar": "dtype!",
-    "buffer": "dims! dtype! space! offset",
+    "buffer": "dims! dtype! space! alias offset",
     "flag": "dims! cleared offset",
     "counter": "dims! cleared offset",
     "head": "",
     "stream": "after",
-    "launch": "after part resident stages warps workers!",
+    "launch": "after emitter part resident stages warps workers!",
     "collective": "op! to! after",
     "finish": "",
     "flush": "drain",
@@ -74,6 +74,7 @@ _REFERS = {
     "param": ("scalar",),
 }
 _ATTRIBUTE_REFERS = {
+    "alias": _MEMORY,
     "own": _MEMORY,
     "to": _MEMORY,
     "through": ("counter",),

@@ -1,0 +1,138 @@
+"""``choose-emitter``: plain matrix products become launches of the library's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tilelink.backend.expand import environment, evaluate
+from tilelink.backend.passes.common import (
+    MOVED,
+    Moved,
+    accesses,
+    moved,
+    schedule_of,
+    tensors_of,
+)
+from tilelink.backend.product import NotAProduct, product_of
+from tilelink.ir import Block, Expr, Op, Ref, make
+from tilelink.schedules import Schedule, ScheduleError
+
+# Resources whose bytes leave without a kernel of ours.
+APART = ("none",)
+
+
+def choose_emitter(program: Op) -> Op:
+    """Give stages that are one plain matrix product to the library, where the schedule asks for it.
+
+    Before::
+
+        launch @f {workers = 132, …} do {
+          stage @P.gemm {extent = [M, N], group = 8, tile = [128, 256]} do (%m: tile, %n: tile) {
+            … for_tiles (%acc) {extent = [K], tile = [64]} …
+          }
+          stage @C.tiles {…} …
+        }
+
+    After::
+
+        launch @f {emitter = "library", workers = 1} do {
+          stage @P.gemm {extent = [M, N], tile = [8192, 4096]} do (%m: tile, %n: tile) {
+            … for_tiles (%acc) {extent = [K], tile = [1376]} …
+          }
+        }
+        launch @f.part2 {after = ["f"], part = 2, workers = 132, …} do {
+          stage @C.tiles {…} …
+        }
+
+    A task is a product of whole matrices, or of the rows of one block where owners' blocks lie apart.
+    Invariant: stages keep their order; each launch comes after the one before.
+    """
+    schedule = schedule_of(program)
+    if schedule.emitter != "library":
+        return program
+    (launch,) = program.find("launch")
+    groups: list[list[Op]] = []
+    for stage in launch.body:
+        product = any(op.name == "dot" for op in stage.walk())
+        if product:
+            stage = _whole(program, schedule, stage)
+        if product or not groups or _multiplies(groups[-1][0]):
+            groups.append([])
+        groups[-1].append(stage)
+    launches = tuple(_launch(launch, group, number) for number, group in enumerate(groups, 1))
+    return program.with_ops((*(op for op in program.body if op is not launch), *launches))
+
+
+def _multiplies(stage: Op) -> bool:
+    return any(op.name == "dot" for op in stage.walk())
+
+
+def _launch(launch: Op, stages: list[Op], number: int) -> Op:
+    """Launch ``number`` of those that ``launch`` is cut into."""
+    names = [launch.symbol, *(f"{launch.symbol}.part{n}" for n in range(2, number + 1))]
+    made = make("launch", ref=Ref(names[-1]), blocks=(Block((), tuple(stages)),))
+    if number > 1:
+        made = made.with_attrs(after=(names[-2],), part=number)
+    if _multiplies(stages[0]):
+        return made.with_attrs(emitter="library", workers=1)
+    return made.with_attrs(**{key: launch[key] for key in ("workers", "warps", "stages")})
+
+
+def _whole(program: Op, schedule: Schedule, stage: Op) -> Op:
+    """``stage`` with the largest tiles that one product may have; ScheduleError where it is none."""
+    try:
+        product_of(stage)
+    except NotAProduct as error:
+        raise ScheduleError(
+            error.op.span or stage.span,
+            field="emitter",
+            detail=f"`library` multiplies whole matrices and does no more: {error.detail}",
+            help="use triton, or keep the product apart in a loop nest of its own",
+        ) from None
+    names = environment(program)
+    axis, segment = int(stage.get("axis", 0)), stage.get("segment")
+    met = list(_met(program, schedule, stage))
+    apart = any(info.block != info.shard or info.resource != "none" for info in met)
+    cut = segment is not None and (stage.get("segments") is not None or apart)
+    tiles = [int(evaluate(extent, names, stage)) for extent in stage["extent"]]
+    if cut:
+        tiles[axis] = int(segment)
+    else:
+        stage = stage.with_attrs(axis=None, segment=None, segments=None, visit=None)
+    body = tuple(_deep(program, op, met) if op.blocks else op for op in stage.body)
+    return stage.with_ops(body).with_attrs(tile=tiles, group=None, flatten=None)
+
+
+def _met(program: Op, schedule: Schedule, stage: Op) -> Iterator[Moved]:
+    """The moved tensors of a product, with the resource that the schedule asks for."""
+    for name, tensor in tensors_of(program).items():
+        if tensor["move"] not in (*MOVED, "shard"):
+            continue
+        if not any(any(accesses(stage, name, kind)) for kind in ("load", "store")):
+            continue
+        resource = "none" if tensor["move"] == "shard" else schedule.move(name).resource
+        if resource not in APART:
+            raise ScheduleError(
+                tensor.span,
+                field=f"moves.{name}.resource",
+                detail=f"`{resource}` needs a kernel of our own, and the library's multiplies",
+                help=f"use {' or '.join(APART)} with the emitter `library`",
+            )
+        yield replace(moved(program, name), resource=resource)
+
+
+def _deep(program: Op, loop: Op, met: list[Moved]) -> Op:
+    """The loop over K in one step."""
+    length = int(evaluate(Expr.of(loop["extent"][0]), environment(program), loop))
+    if loop.get("segment") is not None:
+        for info in met:
+            if info.block != info.shard or info.resource != "none":
+                raise ScheduleError(
+                    loop.span,
+                    field="emitter",
+                    detail=f"the library multiplies all of `{loop.args[0].name}` at once, and blocks of "
+                    f"`{info.name}` lie apart",
+                    help="use triton, or the resource none and one block a rank",
+                )
+    return loop.with_attrs(tile=(length,), segment=None, segments=None, visit=None)
