@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tilelink.backend.emit.body import plain_notify, plain_wait
 from tilelink.backend.emit.kernel import Kernel
+from tilelink.backend.emit.library import write_library
 from tilelink.backend.emit.scope import Program, refuse
 from tilelink.backend.emit.text import Writer, condition, render, span
 from tilelink.ir import All, Expr, Op, Range, Ref
@@ -64,6 +65,8 @@ class Host:
         elif op.name == "stream":
             with self.writer.block(f'with call.stream("{op.symbol}", {after}):'):
                 self.ops(op.body)
+        elif op.name == "launch" and op.get("emitter") == "library":
+            write_library(self, op, after)
         elif op.name == "launch":
             self.launch(self.kernels[id(op)], after)
         elif op.name == "collective":

@@ -47,13 +47,17 @@ def emit(program: Op) -> str:
 
 
 def kernels_of(program: Op) -> list[tuple[int, Kernel]]:
-    """The kernels of a program in order, each with the identity of its launch."""
+    """The kernels of a program in order, each with the identity of its launch.
+
+    Launches of the library need none.
+    """
     facts = Program(program)
     system = streamed(program)
     taken = {"TEXT", "host", "run", *facts.symbols}
     return [
         (id(launch), emit_kernel(facts, launch, kernel_name(launch, taken), system))
         for launch in program.find("launch")
+        if launch.get("emitter") is None
     ]
 
 

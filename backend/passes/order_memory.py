@@ -129,7 +129,18 @@ def touched(ops: tuple[Op, ...]) -> frozenset[str]:
     return frozenset(found)
 
 
+def _library(launch: Op) -> Op:
+    """The library may take every path; what it has stored is complete when its kernel has ended."""
+
+    def mark(op: Op) -> Op:
+        return op.with_attrs(via="tma") if op.name in ("load", "store") else op
+
+    return rewrite(launch, mark)
+
+
 def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
+    if launch.get("emitter") == "library":
+        return _library(launch)
     through_registers = touched(launch.body)
     children: list[Op] = []
     for number, child in enumerate(launch.body):

@@ -60,7 +60,8 @@ class Wait:
 class Image:
     """A program as the runtime sees it; dictionaries are in declaration order.
 
-    ``dynamic``: run-time extents with their capacities; ``launches`` and ``collectives``: their symbols.
+    ``dynamic``: run-time extents with their capacities; ``launches`` (of emitted kernels) and
+    ``collectives``: their symbols. ``bare``: everything is the library's, there is no kernel and no stream.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Image:
     dynamic: dict[str, int]
     launches: tuple[str, ...]
     collectives: tuple[str, ...]
+    bare: bool = False
 
     @property
     def outputs(self) -> tuple[Slot, ...]:
@@ -149,6 +151,7 @@ def image_of(program: Op) -> Image:
             for op in program.find(kind)
         }
 
+    emitted = [op for op in program.find("launch") if op.get("emitter") is None]
     return Image(
         name=program.symbol,
         world=world,
@@ -162,8 +165,9 @@ def image_of(program: Op) -> Image:
         counters=regions("counter"),
         waits=tuple(Wait(op.symbol, op.span) for op in program.walk() if op.name == "wait"),
         dynamic={op.symbol: int(op["value"]) for op in program.find("extent") if op.get("dynamic")},
-        launches=tuple(op.symbol for op in program.find("launch")),
+        launches=tuple(op.symbol for op in emitted),
         collectives=tuple(op.symbol for op in program.find("collective")),
+        bare=not (emitted or program.find("head") or program.find("stream")),
     )
 
 

@@ -3,15 +3,16 @@
 An emitted ``host(call)`` only depends on the addresses of the user's tensors, on scalars and on
 run-time extents. So it is run against a :class:`Recorder`, which turns it into a flat list of driver
 calls; a later call with the same arguments enqueues that list again, on whatever stream is current,
-captured or not. A plan keeps addresses, not tensors.
+captured or not. A plan keeps addresses, not tensors; what the library is called with is found anew.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ import torch.distributed as dist
 from tilelink.backend.runtime.driver import driver, rows_of
 from tilelink.backend.runtime.guard import CTAS, guard_kernel
 from tilelink.backend.runtime.image import Slot
+from tilelink.backend.runtime.library import Fetch, matmul, place_of
 from tilelink.backend.runtime.views import Views, spread_axis
 from tilelink.device import head_kernel
 from tilelink.ir import layout
 
+NO_TENSORS: Mapping[str, torch.Tensor] = MappingProxyType({})
 Command = Callable[[int], None]  # takes the handle of the main stream
 
 
@@ -90,14 +93,16 @@ def _plain(argument: Any) -> Any:
 
 
 class Plan:
-    """What one call enqueues, in order; ``launches`` are its persistent kernels."""
+    """What one call enqueues, in order; ``launches`` are its persistent kernels.
+
+    ``tensors``: the user's, by name, while a call is enqueued.
+    """
 
     def __init__(self) -> None:
+        self.tensors: Mapping[str, torch.Tensor] = {}
         # A command, or a list of them where events may still be asked for.
         self._commands: list[Command | list[Command]] = []
         self.launches: list[Launch] = []
-        # A plan that holds tensors of the user must not outlive the call.
-        self.reusable = True
 
     def add(self, command: Command) -> None:
         """Puts a command at the end; it is called with the handle of the main stream."""
@@ -116,10 +121,15 @@ class Plan:
             flat.extend(command if isinstance(command, list) else (command,))
         self._commands = list(flat)
 
-    def enqueue(self, stream: int) -> None:
-        """Enqueues everything; ``stream`` is the handle of the main stream, which is current."""
+    def enqueue(self, stream: int, tensors: Mapping[str, torch.Tensor] = NO_TENSORS) -> None:
+        """Enqueues everything; ``stream`` is the handle of the main stream, which is current.
+
+        ``tensors``: those of this call, where the library is called with some of them.
+        """
+        self.tensors = tensors
         for command in self._commands:
             command(stream)  # type: ignore[operator]
+        self.tensors = NO_TENSORS
 
 
 class Agent:
@@ -196,33 +206,58 @@ class Recorder(Views):
         """The library's collective along the axis on which the shapes differ, on the main stream."""
         self._join_main(after)
         group, world = self._group, self.world
-        source, target = src.reshape(-1), dst.view(-1)
         if op not in ("all_gather", "reduce_scatter", "all_reduce"):
             raise ValueError(f"unknown collective {op}")
         ends = (dst.shape, src.shape) if op == "reduce_scatter" else (src.shape, dst.shape)
         axis = spread_axis(*ends)
 
+        source_now, target_now = self._fetch(src), self._fetch(dst)
+        in_place = src.data_ptr() == dst.data_ptr()
+
         def collective(_: int) -> None:
+            source, target = source_now(), target_now()
             # The library knows the first axis only.
             if op == "all_gather" and axis:
-                parts = src.new_empty((world, *src.shape))
-                dist.all_gather_into_tensor(parts.view(-1), source, group=group)
-                dst.copy_(torch.cat(parts.unbind(0), dim=axis))
+                parts = source.new_empty((world, *source.shape))
+                dist.all_gather_into_tensor(parts.view(-1), source.reshape(-1), group=group)
+                target.copy_(torch.cat(parts.unbind(0), dim=axis))
             elif op == "all_gather" and world > 1:
                 dist.all_gather_into_tensor(target, source, group=group)
             elif op == "reduce_scatter" and axis:
-                parts = torch.stack(src.chunk(world, dim=axis))
-                dist.reduce_scatter_tensor(target, parts.view(-1), group=group)
+                parts = torch.stack(source.chunk(world, dim=axis))
+                dist.reduce_scatter_tensor(target, parts, group=group)
             elif op == "reduce_scatter" and world > 1:
                 dist.reduce_scatter_tensor(target, source, group=group)
             else:
-                target.copy_(source)
-                if self.world > 1:
+                if not in_place:
+                    target.copy_(source)
+                if world > 1:
                     dist.all_reduce(target, group=group)
 
         self.plan.add(collective)
-        self.plan.reusable = False
         self._end(name or self.next_name("collective"), None)
+
+    @contextlib.contextmanager
+    def library(self, name: str, after: tuple[str, ...] = ("head",)) -> Iterator[Recorder]:
+        """A launch that the library makes: the products inside, one after another on the main stream."""
+        self._join_main(after)
+        yield self
+        self._end(name, None)
+
+    def matmul(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        """``out = a @ b + bias`` by cuBLAS; see :func:`tilelink.backend.runtime.library.matmul`."""
+        left, right, into = self._fetch(a), self._fetch(b), self._fetch(out)
+        if bias is None:
+            self.plan.add(lambda _: matmul(left(), right(), into()))
+        else:
+            added = self._fetch(bias)
+            self.plan.add(lambda _: matmul(left(), right(), into(), added()))
 
     @contextlib.contextmanager
     def stream(self, name: str, after: tuple[str, ...] = ("head",)) -> Iterator[Recorder]:
@@ -280,10 +315,27 @@ class Recorder(Views):
         for name, agent in self._agents.items():
             if agent.stream is not None:
                 self._join_main((name,))
-        for slot in self.image.outputs:
+        # Where nothing waits, nothing runs out.
+        for slot in self.image.outputs if self.image.waits else ():
             self._guard(slot)
         self.plan.close()
         return self.plan
+
+    def _fetch(self, tensor: torch.Tensor) -> Fetch:
+        """What gives ``tensor``, or in a later call what stands in its place."""
+        place = place_of(tensor, self.tensors)
+        plan = self.plan
+        if place is None:
+            return lambda: tensor
+        name, skip, shape, strides = place
+        if tensor is self.tensors[name]:
+            return lambda: plan.tensors[name]
+
+        def part() -> torch.Tensor:
+            whole = plan.tensors[name]
+            return whole.as_strided(shape, strides, whole.storage_offset() + skip)
+
+        return part
 
     def _guard(self, slot: Slot) -> None:
         tensor = self.tensors[slot.name]

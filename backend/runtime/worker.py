@@ -30,6 +30,7 @@ from triton.runtime.interpreter import InterpreterBuilder, interpreter_semantic
 
 from tilelink.backend.runtime import load_module
 from tilelink.backend.runtime.image import image_of, shared_bytes
+from tilelink.backend.runtime.library import matmul
 from tilelink.backend.runtime.views import Views, record_words, spread_axis
 from tilelink.device import head_kernel, signal
 from tilelink.ir import layout, parse_ir
@@ -148,6 +149,29 @@ class Call(Views):
         self._enqueue(
             name or self.next_name("collective"), after, lambda: self._collective(op, src, dst)
         )
+
+    @contextlib.contextmanager
+    def library(self, name: str, after: tuple[str, ...] = ("head",)) -> Iterator[Call]:
+        """A launch that the library makes: the products inside run in order."""
+        products: list[Callable[[], None]] = []
+        self._current = products
+
+        def run() -> None:
+            for product in products:
+                product()
+
+        self._enqueue(name, after, run)
+        yield self
+
+    def matmul(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        """``out = a @ b + bias``."""
+        self._current.append(lambda: matmul(a, b, out, bias))
 
     @contextlib.contextmanager
     def stream(self, name: str, after: tuple[str, ...] = ("head",)) -> Iterator[Call]:

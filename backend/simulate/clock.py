@@ -20,6 +20,9 @@ from tilelink.backend.simulate.walk import Cost, Element, Event, Move, Notify, W
 from tilelink.ir import DTYPES, Op
 from tilelink.schedules.machine import Machine
 
+# Tiles of a CTA that the library chooses from.
+LIBRARY_TILES = ((128, 256), (256, 128), (128, 128), (64, 128))
+
 
 @dataclass(slots=True, eq=False)
 class _Task:
@@ -53,6 +56,7 @@ class _Stage:
     hbm_bytes: float  # of one tile, where dots read tiles again and again
     hbm_us: float  # a byte
     share: float  # one worker has the machine's rates divided by this
+    l2_us: float  # a byte
     sums: bool
 
 
@@ -223,30 +227,37 @@ class _Clock:
                     positions[id(stage)] = q + 1
                 if q >= len(queue):
                     break
-                task.stage = self._stage(launch, stage, len(queue), hi - lo)
+                task.stage = self._stage(launch, stage, queue, hi - lo)
                 task.glyph = self._glyph(stage, task.stage.sums, queue[q])
                 bind_args(stage.args, queue[q], walker.env, walker.values)
                 yield from list(walker.block(stage.body))
                 q += hi - lo
         task.stage = None
 
-    def _stage(self, launch: Op, stage: Op, tiles: int, workers: int) -> _Stage:
+    def _stage(
+        self, launch: Op, stage: Op, queue: list[tuple[Tile, ...]], workers: int
+    ) -> _Stage:
         found = self._stages.get(id(stage))
         if found is None:
-            machine = self.machine
+            machine, tiles = self.machine, len(queue)
+            library = launch.get("emitter") == "library"
             symbols = sorted(
                 {o.symbol for o in stage.walk() if o.name in ("load", "store", "load_sum")}
             )
             decls = [self.geometry.decls[s] for s in symbols]
             footprint = sum(prod(d.shape) * DTYPES[d.dtype] for d in decls)
             # One worker alone cannot draw the whole bandwidth of memory.
-            active = max(min(workers, tiles), machine.sms / 4)
+            active = 1.0 if library else max(min(workers, tiles), machine.sms / 4)
+            share = float(max(machine.sms, self.geometry.workers[launch.symbol]))
+            if library:
+                share = _waves(*(t.stop - t.start for t in queue[0]), machine.sms)
             found = self._stages[id(stage)] = _Stage(
                 f"@{stage.symbol}",
                 machine.tile_us,
                 footprint / max(tiles, 1),
                 active / (machine.hbm_gbps * 1e3),
-                max(machine.sms, self.geometry.workers[launch.symbol]),
+                share,
+                (1.0 if library else share) / (machine.l2_gbps * 1e3),
                 _is_sum(stage),
             )
         return found
@@ -293,9 +304,9 @@ class _Clock:
         share = stage.share if stage is not None else machine.sms
         dot = machine.dot_us(cost.flops, cost.dtype) * share
         vector = cost.elementwise / (machine.elementwise_tflops * 1e6) * share
-        cached = cost.bytes / (machine.l2_gbps * 1e3) * share
         if stage is None:
-            return max(dot + vector, cached)
+            return max(dot + vector, cost.bytes / (machine.l2_gbps * 1e3) * share)
+        cached = cost.bytes * stage.l2_us
         hbm = stage.hbm_us * (stage.hbm_bytes if cost.flops else cost.bytes)
         overhead = stage.tile_us if cost.flops else 0.0
         return max(dot + vector, cached, hbm) + overhead
@@ -388,6 +399,16 @@ class _Clock:
         label = f"{event.op.symbol} to rank {event.peer}"
         self._spend(task, now, done - now, "copy", label, digit(event.peer))
         return True
+
+
+def _waves(rows: int, columns: int, sms: int) -> float:
+    """By how much a product of the library takes longer than at the whole machine's rate: its last wave
+    of CTAs is not full, and edges of its tiles lie outside. It takes the best of its tile sizes."""
+    found = []
+    for m, n in LIBRARY_TILES:
+        ctas = -(-rows // m) * -(-columns // n)
+        found.append(-(-ctas // sms) * sms * m * n / (rows * columns))
+    return min(found)
 
 
 def _is_sum(stage: Op) -> bool:

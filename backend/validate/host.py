@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tilelink.backend.validate.layout import Layout, constant
+from tilelink.backend.validate.library import Called, Turned, multiply
 from tilelink.backend.validate.machine import Machine
 from tilelink.backend.validate.trace import Signal, Touch, Trace
 from tilelink.backend.validate.values import Descriptor, Ints, Name, Num, Special, full
@@ -48,6 +49,8 @@ class Agent:
     source: str = ""
     target: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    emitter: str = ""
+    products: list[Called] = field(default_factory=list)
 
 
 class HostMachine(Machine):
@@ -62,8 +65,9 @@ class HostMachine(Machine):
         self.rank = np.arange(layout.world, dtype=np.int64)
         self.agents: list[Agent] = []
         self.stream: Agent | None = None
+        self.library: Agent | None = None
         self.named: dict[str, list[str]] = {
-            kind: [op.symbol for op in layout.program.find(kind)]
+            kind: [o.symbol for o in layout.program.find(kind) if o.get("emitter") is None]
             for kind in ("launch", "collective")
         }
 
@@ -90,29 +94,37 @@ class HostMachine(Machine):
                 return Num(self.rank, True)
             if node.attr in CONTEXT:
                 return Special(node.attr)
+        if isinstance(value, View) and node.attr == "T" and len(value.axes) == 2:
+            return Turned(value)
         return super().attribute(value, node)
 
     def statement(self, node: ast.stmt) -> None:
-        """One statement; ``with call.stream(…)`` is a side stream."""
+        """One statement; ``with call.stream(…)`` is a side stream, ``with call.library(…)`` a launch."""
         if not isinstance(node, ast.With):
             super().statement(node)
             return
         item = node.items[0]
         call = item.context_expr
         plain = len(node.items) == 1 and item.optional_vars is None and isinstance(call, ast.Call)
-        if not plain or self.stream is not None or not self.all:
+        if not plain or self.stream is not None or self.library is not None or not self.all:
             self.unclear("a `with`", node)
         assert isinstance(call, ast.Call)
         name, args, options = self.parts(call)
-        if name != "call.stream" or len(args) != 1 or set(options) != {"after"}:
-            self.unclear("a `with` of something that is no stream", node)
+        kinds = {"call.stream": "stream", "call.library": "launch"}
+        if name not in kinds or len(args) != 1 or set(options) != {"after"}:
+            self.unclear("a `with` of something that is no stream and no launch", node)
         trace = Trace(self.lanes)
         trace.passed = np.zeros(self.lanes, dtype=np.int64)
-        agent = Agent("stream", str(args[0]), self.after(options["after"]), node, trace=trace)
+        agent = Agent(kinds[name], str(args[0]), self.after(options["after"]), node, trace=trace)
         self.agents.append(agent)
-        self.stream = agent
+        if agent.kind == "launch":
+            agent.emitter, agent.workers = "library", 1
+            trace.segments[0] = np.zeros(self.lanes, dtype=np.int64)
+            self.library = agent
+        else:
+            self.stream = agent
         self.run(node.body)
-        self.stream = None
+        self.stream = self.library = None
         trace.close()
 
     def parts(self, node: ast.Call) -> tuple[str, list[Any], dict[str, Any]]:
@@ -175,7 +187,7 @@ class HostMachine(Machine):
 
     def outside(self) -> None:
         """Refuses an agent inside of a stream or on some ranks alone."""
-        if self.stream is not None or not self.all:
+        if self.stream is not None or self.library is not None or not self.all:
             self.hazard("an agent inside of a stream, or on some ranks alone")
 
     def view(self, symbol: Any, kind: str, peer: Any = None) -> View:
@@ -289,7 +301,7 @@ class HostMachine(Machine):
 
     def next_name(self, kind: str) -> str:
         """The program's name for the next agent of a kind."""
-        number = sum(a.kind == kind for a in self.agents)
+        number = sum(a.kind == kind and not a.emitter for a in self.agents)
         names = self.named[kind]
         if number >= len(names):
             self.hazard(f"more agents of the kind {kind} than the program has")
@@ -313,6 +325,16 @@ class HostMachine(Machine):
                 target=target.symbol,
             )
         )
+
+    def is_region(self, value: Any) -> bool:
+        """Whether a value is a region of a tensor or buffer, as it lies."""
+        return isinstance(value, View)
+
+    def on_matmul(self, a: Any, b: Any, out: Any, bias: Any = None) -> None:
+        """``call.matmul``."""
+        called = multiply(self, a, b, out, bias)
+        assert self.library is not None
+        self.library.products.append(called)
 
     def running(self) -> Trace:
         """The trace of the stream that is open."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from tilelink.backend.expand_rows import Access, Phase, Sync
 from tilelink.backend.expand_walk import expand
+from tilelink.backend.product import product_of
 from tilelink.backend.validate.demand import flows
 from tilelink.backend.validate.errors import EmittedDiffers, EmittedHazard, Unclear
 from tilelink.backend.validate.host import Agent, HostMachine, View
@@ -76,7 +77,7 @@ class Validator:
         streamed = frozenset(
             s.symbol for a in agents if a.kind == "stream" for s in self.of(a).signals if s.wait
         )
-        used = [a.kernel for a in agents if a.kind == "launch"]
+        used = [a.kernel for a in agents if a.kind == "launch" and not a.emitter]
         if sorted(used) != sorted(self.module.kernels):
             self.differs(None, "a kernel is launched never or twice")
         placed: list[tuple[Agent, Placed]] = []
@@ -84,6 +85,10 @@ class Validator:
             if agent.kind == "stream":
                 self.traces.append(self.of(agent))
                 placed.append((agent, self.stream(number, agent)))
+            elif agent.emitter:
+                one = self.library(number, agent)
+                self.traces.append(one.trace)
+                placed.append((agent, one))
             elif agent.kind == "launch":
                 traces = [self.launch(agent, streamed, False)]
                 if traces[0].queues:
@@ -160,7 +165,9 @@ class Validator:
                 self.differs(
                     agent.node, f"`{name}` comes after {agent.after}, not {op.get('after', ())}"
                 )
-            if agent.kind == "launch":
+            if agent.emitter != op.get("emitter", ""):
+                self.differs(agent.node, f"`{name}` is a launch of the emitter `{agent.emitter}`")
+            if agent.kind == "launch" and not agent.emitter:
                 for label, have, key, default in (
                     ("workers", agent.workers, "workers", 1),
                     ("warps", agent.warps, "warps", 4),
@@ -208,6 +215,19 @@ class Validator:
         first = next(p.first for p in self.expected.phases if p.agent == number)
         table = {0: (first + np.arange(world, dtype=np.int64))[:, None]}
         placed = Placed(trace, {}, table, np.arange(world, dtype=np.int64))
+        self.place(number, placed)
+        return placed
+
+    def library(self, number: int, agent: Agent) -> Placed:
+        """A launch of the library: the products of the stage, one a task."""
+        (stage,) = self.expected.agents[number].find("stage")
+        product = product_of(stage)
+        for called in agent.products:
+            detail = called.differs(product)
+            if detail:
+                self.differs(agent.node, f"another product than that of @{stage.symbol}: {detail}")
+        placed = self.rows.launch(number, self.of(agent), 1)
+        self.lanes += self.layout.world
         self.place(number, placed)
         return placed
 

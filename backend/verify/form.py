@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from tilelink.backend.expand import environment, evaluate
+from tilelink.backend.expand import environment, evaluate, tile_sizes
+from tilelink.backend.product import NotAProduct, product_of
 from tilelink.backend.verify.errors import UndecidedError
 from tilelink.ir import All, At, Broadcast, Expr, Op, Range, Ref, Value, parse_ir
 from tilelink.ir.layout import ACK, WORD
@@ -75,6 +76,41 @@ class _Checker:
                 self.held_back(child)
             if child.name != "flush":
                 self.block(child.body, child.name)
+        if launch.get("emitter") == "library":
+            self.library(launch)
+
+    def library(self, launch: Op) -> None:
+        """The library's own kernel: one product a task, of whole matrices or of rows of one segment."""
+        if len(launch.body) != 1 or launch.body[0].name != "stage":
+            _fail(launch, "a launch of the library holds one stage")
+        if int(launch["workers"]) != 1 or launch.get("resident") is not None:
+            _fail(launch, "the library runs its products one after another: one worker")
+        (stage,) = launch.body
+        if stage.get("queue", "static") != "static" or stage.get("workers") is not None:
+            _fail(stage, "the library takes its tasks in their order")
+        try:
+            product = product_of(stage)
+        except NotAProduct as error:
+            _fail(error.op, f"no product of the library: {error.detail}")
+        if product.store.get("peer") is not None:
+            _fail(product.store, "the library stores on its own rank")
+        for op in stage.body:
+            if op.name in ("wait", "notify"):
+                _fail(op, "the library's kernel neither waits nor notifies")
+        loop = next(op for op in stage.body if op.blocks)
+        for loops in (stage, loop):
+            self.undivided(loops)
+
+    def undivided(self, loop: Op) -> None:
+        """Each variable is walked in one tile, along the axis of segments in one a segment."""
+        axis, segment = int(loop.get("axis", 0)), loop.get("segment")
+        if loop.name != "stage" and segment is not None:
+            _fail(loop, "a product of the library goes over all of its depth at once")
+        for number, (extent, tile) in enumerate(zip(loop["extent"], tile_sizes(loop, self.env), strict=True)):
+            cut = number == axis and segment is not None
+            length = self.length(Expr.of(segment if cut else extent))
+            if length is None or tile < length:
+                _fail(loop, f"a tile of {tile} of {length} cuts a product of the library")
 
     def head(self, head: Op) -> None:
         """The kernel of `head` waits for the acknowledgements of the call before, and does nothing else."""
