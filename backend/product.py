@@ -53,6 +53,9 @@ def product_of(stage: Op) -> Product:
     for op in before:
         if op.name != "zeros":
             _fail(op, f"`{op.name}` stands before its loop")
+    dots = [op for op in loop.body if op.name == "dot"]
+    if len(dots) != 1:
+        _fail(dots[1] if dots else loop, f"its loop has {len(dots)} products, each a `dot`")
     if len(loop.args) != 2 or len(loop.operands) != 1 or loop.operands[0].name not in start:
         _fail(loop, "its loop does not carry one sum, from zeros, over one extent")
     if loop.operands[0].type.dtype != "fp32":
@@ -70,11 +73,8 @@ def _operands(
     loop: Op, depth: Value, carried: Value, rows: Value, columns: Value
 ) -> tuple[Op, Op, tuple[bool, bool]]:
     made = {op.results[0].name: op for op in loop.body if op.results}
-    dots = [op for op in loop.body if op.name == "dot"]
-    used = set()
-    if len(dots) != 1:
-        _fail(dots[1] if dots else loop, f"its loop has {len(dots)} products")
-    dot, last = dots[0], loop.body[-1]
+    (dot,) = (op for op in loop.body if op.name == "dot")
+    used, last = set(), loop.body[-1]
     if [v.name for v in dot.operands[2:]] != [carried.name]:
         _fail(dot, "it does not add to the sum that the loop carries")
     if [v.name for v in last.operands] != [dot.results[0].name]:

@@ -121,7 +121,9 @@ class Schedule:
             )
         if self.emitter not in EMITTERS:
             raise ScheduleError(
-                field="emitter", detail=f"`{self.emitter}`", help="use one of " + ", ".join(EMITTERS)
+                field="emitter",
+                detail=f"`{self.emitter}`",
+                help="use one of " + ", ".join(EMITTERS),
             )
         for name, move in self.moves:
             if move.sm_workers >= self.workers:

@@ -81,7 +81,12 @@ def memory(program: Op) -> Iterator[Mutant]:
         for name, other in kinds.items():
             alike = other.name == mine.name and other.get("space") == mine.get("space")
             placed = mine.get("offset") is not None and other.get("offset") is not None
-            if alike and placed and name != mine.symbol and other.get("offset") != mine.get("offset"):
+            if (
+                alike
+                and placed
+                and name != mine.symbol
+                and other.get("offset") != mine.get("offset")
+            ):
                 op = with_attr(mine, "offset", other["offset"])
                 yield mutant(program, site, "memory", f"at the offset of @{name}", op)
         if mine.name == "buffer" and mine.get("space") == "local":

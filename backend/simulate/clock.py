@@ -234,9 +234,7 @@ class _Clock:
                 q += hi - lo
         task.stage = None
 
-    def _stage(
-        self, launch: Op, stage: Op, queue: list[tuple[Tile, ...]], workers: int
-    ) -> _Stage:
+    def _stage(self, launch: Op, stage: Op, queue: list[tuple[Tile, ...]], workers: int) -> _Stage:
         found = self._stages.get(id(stage))
         if found is None:
             machine, tiles = self.machine, len(queue)
@@ -250,7 +248,7 @@ class _Clock:
             active = 1.0 if library else max(min(workers, tiles), machine.sms / 4)
             share = float(max(machine.sms, self.geometry.workers[launch.symbol]))
             if library:
-                share = _waves(*(t.stop - t.start for t in queue[0]), machine.sms)
+                share = _waves([t.stop - t.start for t in queue[0]], machine.sms)
             found = self._stages[id(stage)] = _Stage(
                 f"@{stage.symbol}",
                 machine.tile_us,
@@ -401,9 +399,10 @@ class _Clock:
         return True
 
 
-def _waves(rows: int, columns: int, sms: int) -> float:
+def _waves(shape: list[int], sms: int) -> float:
     """By how much a product of the library takes longer than at the whole machine's rate: its last wave
     of CTAs is not full, and edges of its tiles lie outside. It takes the best of its tile sizes."""
+    rows, columns = shape
     found = []
     for m, n in LIBRARY_TILES:
         ctas = -(-rows // m) * -(-columns // n)

@@ -92,7 +92,11 @@ class Geometry:
         for op in program.body:
             if op.name in ("tensor", "buffer", "flag", "counter"):
                 self.decls[op.symbol] = self._declare(op, env)
-        self._aliases = {n: d.op["alias"].symbol for n, d in self.decls.items() if d.op.get("alias")}
+        self._aliases: dict[str, str] = {
+            name: decl.op["alias"].symbol
+            for name, decl in self.decls.items()
+            if decl.op.get("alias")
+        }
         self.agents = tuple(op for op in program.body if op.name in AGENTS)
         self.agent_names = tuple("head" if a.name == "head" else a.symbol for a in self.agents)
         self.workers = {
@@ -122,12 +126,12 @@ class Geometry:
         All lie behind the words that the arena keeps for itself, flags and counters on words. An alias
         is as large as what it is an alias of.
         """
-        for name, target in self._aliases.items():
-            mine, other = self.decls[name], self.decls.get(target)
-            fits = other is not None and target not in self._aliases
-            if not fits or (mine.shape, mine.dtype) != (self.decls[target].shape, self.decls[target].dtype):
+        for alias, target in self._aliases.items():
+            mine, whose = self.decls[alias], self.decls.get(target)
+            alike = whose is not None and (whose.shape, whose.dtype) == (mine.shape, mine.dtype)
+            if not alike or target in self._aliases:
                 detail = f"is an alias of `{target}`, which is another kind of memory"
-                raise BoundsError(mine.op.span, symbol=name, detail=detail)
+                raise BoundsError(mine.op.span, symbol=alias, detail=detail)
         placed = sorted(
             (
                 d.op.get("space") == "local",

@@ -120,6 +120,7 @@ class HostMachine(Machine):
         if agent.kind == "launch":
             agent.emitter, agent.workers = "library", 1
             trace.segments[0] = np.zeros(self.lanes, dtype=np.int64)
+            trace.stage_sites[0] = (node.lineno, node.col_offset)
             self.library = agent
         else:
             self.stream = agent

@@ -32,7 +32,9 @@ class Called:
     def differs(self, product: Product) -> str:
         """How it is another product than the program's; "" if it is that one."""
         loads = (product.left, product.right, product.store, product.bias)
-        for have, op, what in zip(self.symbols, loads, ("left", "right", "result", "bias"), strict=True):
+        for have, op, what in zip(
+            self.symbols, loads, ("left", "right", "result", "bias"), strict=True
+        ):
             places = ["" if op is None else op.symbol]
             if op is not None and op.get("own") is not None:
                 places.append(op["own"].symbol)
@@ -77,7 +79,6 @@ def multiply(host: HostMachine, a: Any, b: Any, out: Any, bias: Any) -> Called:
         Touch(host.site, out.symbol, True, "tma", lane, 0, zero, trace.next(), *written, flows)
     )
     trace.segments[0] = trace.segments[0] + host.on
-    trace.stage_sites.setdefault(0, host.site)
     named = [v.symbol for v in views] + [""]
     return Called((named[0], named[1], named[2], named[3]), turned)
 

@@ -106,10 +106,12 @@ class _Checker:
         axis, segment = int(loop.get("axis", 0)), loop.get("segment")
         if loop.name != "stage" and segment is not None:
             _fail(loop, "a product of the library goes over all of its depth at once")
-        for number, (extent, tile) in enumerate(zip(loop["extent"], tile_sizes(loop, self.env), strict=True)):
+        for number, (extent, tile) in enumerate(
+            zip(loop["extent"], tile_sizes(loop, self.env), strict=True)
+        ):
             cut = number == axis and segment is not None
             length = self.length(Expr.of(segment if cut else extent))
-            if length is None or tile < length:
+            if not isinstance(length, int) or tile < length:
                 _fail(loop, f"a tile of {tile} of {length} cuts a product of the library")
 
     def head(self, head: Op) -> None:

@@ -64,6 +64,10 @@ CASES: tuple[Case, ...] = (
     schedule("stages huge", {"stages": 10**9}, "stages"),
     schedule("order unknown", {"order": "best"}, "order", "best"),
     schedule("emitter unknown", {"emitter": "cuda"}, "emitter", "cuda"),
+    schedule("emitter a number", {"emitter": 1}, "emitter", "1"),
+    schedule(
+        "library with a copy engine", {"emitter": "library"}, "moves.A.resource", "copy_engine"
+    ),
     schedule("flatten text", {"flatten": "yes"}, "flatten", "yes"),
     schedule("tiles a list", {"tiles": [["M", 64]]}, "tiles"),
     schedule("tiles 0", {"tiles": {"M": 0}}, "tiles.M", "0"),

@@ -48,13 +48,15 @@ class Sample:
     flatten: bool = True
     group: int = 1
     dtype: str = "bf16"
+    emitter: str = "triton"
 
     @property
     def name(self) -> str:
         """A short name that no other sample has."""
         parts = [self.kernel, self.resource, f"w{self.world}", f"t{self.tiles}x{self.columns}"]
         parts += [f"p{self.workers}", f"c{self.channels or 0}", self.order, f"g{self.group}"]
-        return ".".join([*parts, "flat" if self.flatten else "nested", self.dtype])
+        parts += ["flat" if self.flatten else "nested", self.dtype]
+        return ".".join([*parts, *([self.emitter] if self.emitter != "triton" else [])])
 
     def op(self) -> Op:
         """The kernel (Tile IR)."""
@@ -72,6 +74,7 @@ class Sample:
             group=self.group,
             workers=self.workers,
             flatten=self.flatten,
+            emitter=self.emitter,
             moves=moves,
         )
         return run_passes(self.op(), schedule)
@@ -95,6 +98,8 @@ def samples() -> list[Sample]:
             if kernel in ("ag_gemm", "gemm_rs", "gemm_ar"):
                 other = replace(plain, world=3, tiles=3, channels=2, flatten=False, order="row")
                 found.append(other)
+            if resource == "none" and kernel != "ag_gemm_swiglu":
+                found.append(replace(plain, emitter="library"))
     return found
 
 

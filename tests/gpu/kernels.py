@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class Case:
     N: int
     resource: str = "copy_engine"
     dtype: str = "bf16"
+    emitter: str = "triton"
 
 
 # (M, K, N) by kernel; M is divided by 8 ranks at most. Odd sizes leave short tiles on every axis.
@@ -106,6 +107,8 @@ def cases() -> list[Case]:
         others = [r for r in RESOURCES[1:] if (kernel, r) != ("ag_gemm", "epilogue")]
         found += [Case(kernel, *shape, resource=r) for r in others for shape in shapes[:4]]
         found += [Case(kernel, *shapes[0], dtype=d) for d in ("fp16", "fp32")]
+        found += [Case(kernel, *shape, resource="none", emitter="library") for shape in shapes]
+        found += [Case(kernel, *shapes[2], "none", dtype, "library") for dtype in ("fp16", "fp32")]
     return found
 
 
@@ -116,7 +119,7 @@ def schedule_for(case: Case, world: int) -> Any:
     op = KERNELS[case.kernel].build(
         {"M": case.M, "K": case.K, "N": case.N}, world=world, dtype=case.dtype
     )
-    return default_schedule(op).with_resource(case.resource)
+    return replace(default_schedule(op).with_resource(case.resource), emitter=case.emitter)
 
 
 def inputs_for(case: Case, rank: int, world: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,6 +37,12 @@ def run_test(name: str, world: int) -> tuple[list[dict[str, Any]], list[Rank]]:
         return rows, ranks
 
 
+def _how(row: dict[str, Any]) -> str:
+    """What moves the bytes, and who makes the code where that is not Triton."""
+    emitter = str(row.get("emitter", "triton"))
+    return str(row.get("resource", "")) if emitter == "triton" else emitter
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text, one a line."""
     lines = []
@@ -45,7 +51,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         shape = "x".join(str(row[k]) for k in ("M", "K", "N") if k in row)
         error = row.get("error")
         lines.append(
-            f"{'ok  ' if row['ok'] else 'FAIL'}  {what:14} {shape:16} {row.get('resource', ''):12}"
+            f"{'ok  ' if row['ok'] else 'FAIL'}  {what:14} {shape:16} {_how(row):12}"
             f"{row.get('dtype', ''):5} {'' if error is None else f'{error:.2e}':9}"
             f" host {row.get('host_us', '-')} us  gpu {row.get('gpu_us', '-')} us"
             f"  {row.get('refused', '')}{row.get('message', '').partition(chr(10))[0]}"

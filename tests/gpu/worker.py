@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,9 @@ def host_time(call: Any, a: torch.Tensor, b: torch.Tensor, calls: int = 20) -> R
 def graph(rank: int, world: int, replays: int = 1000) -> list[Row]:
     """Captures each kernel once, replays it on fresh inputs, compares every output on the device."""
     rows = []
-    for kernel in ("ag_gemm", "gemm_rs", "gemm_ar"):
-        case = Case(kernel, 512, 512, 768)
+    plain = [Case(kernel, 512, 512, 768) for kernel in ("ag_gemm", "gemm_rs", "gemm_ar")]
+    library = [replace(case, resource="none", emitter="library") for case in plain]
+    for case in (*plain, *library):
         call = bind(case, world)
         a, b = inputs_for(case, rank, world, 0)
         call(a, b)
@@ -109,7 +111,15 @@ def graph(rank: int, world: int, replays: int = 1000) -> list[Row]:
         largest = worst(error)
         ok = largest < TOLERANCE["bf16"]
         rows.append(
-            {"test": "graph", "kernel": kernel, "replays": replays, "error": largest, "ok": ok}
+            {
+                "test": "graph",
+                "kernel": case.kernel,
+                "resource": case.resource,
+                "emitter": case.emitter,
+                "replays": replays,
+                "error": largest,
+                "ok": ok,
+            }
         )
     return rows
 

@@ -59,16 +59,17 @@ def test_plans_hand_the_library_its_own_layout(axis: int, monkeypatch: pytest.Mo
     whole = torch.cat(shards, dim=axis)
 
     def all_gather(target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
-        assert torch.equal(source, shards[1].view(-1))
-        target.copy_(torch.cat([s.view(-1) for s in shards]))
+        assert torch.equal(source.view(-1), shards[1].view(-1))
+        target.view(-1).copy_(torch.cat([s.view(-1) for s in shards]))
 
     def reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
-        target.copy_(source.chunk(2)[1] * 2)
+        target.copy_(source.chunk(2)[1].view(target.shape) * 2)
 
     monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", all_gather)
     monkeypatch.setattr(torch.distributed, "reduce_scatter_tensor", reduce_scatter)
     recorder: Any = object.__new__(plan.Recorder)
     recorder.plan, recorder.world, recorder._group, recorder._agents = plan.Plan(), 2, None, {}
+    recorder.tensors = {}
     gathered_to, sum_of_mine = torch.zeros_like(whole), torch.zeros_like(shards[1])
     plan.Recorder.collective(recorder, "all_gather", shards[1], gathered_to, (), "a")
     plan.Recorder.collective(recorder, "reduce_scatter", whole, sum_of_mine, (), "b")

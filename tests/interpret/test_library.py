@@ -1,0 +1,135 @@
+"""The emitter `library`: emitted modules on the interpreter, and what the CUDA runtime would enqueue."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+
+from tests.sim.test_library import ARGUMENTS, WORLD, draw
+from tests.unit.test_library import cyclic_gather, library, schedule
+from tilelink.backend.emit.triton import emit
+from tilelink.backend.runtime import load_module, plan, write_module
+from tilelink.backend.runtime.image import image_of
+from tilelink.kernels import ag_gemm, gemm_ar, gemm_ar_add, gemm_rs, gemm_rs_add
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [ag_gemm, cyclic_gather, gemm_rs, gemm_rs_add, gemm_ar, gemm_ar_add],
+    ids=lambda kernel: str(kernel.name),
+)
+def test_emitted_modules_give_the_numbers_of_the_reference(kernel: Any) -> None:
+    shapes = ARGUMENTS[kernel.name]
+    given = {name: draw(*shape, seed=n) for n, (name, shape) in enumerate(shapes.items())}
+    extents = {"M": 32, "K": 24, "N": 16}
+    how = schedule(kernel.build(extents, world=WORLD, present=[*given, "C"]))
+    wanted = kernel.on("reference", world=WORLD)(**given)
+    found = kernel.on("interpret", world=WORLD, schedule=how)(**given)
+    for one, two in zip(found, wanted, strict=True):
+        assert torch.equal(one, two)
+
+
+class Library:
+    """NCCL and cuBLAS of one rank, as a log; every rank holds what this one does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        product = torch.mm
+
+        def mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:
+            self.log.append("mm")
+            product(a, b, out=out)
+
+        def all_gather(target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
+            self.log.append("all_gather")
+            target.copy_(torch.cat([source] * WORLD))
+
+        def reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
+            self.log.append("reduce_scatter")
+            target.copy_(source.chunk(WORLD)[0] * WORLD)
+
+        def all_reduce(target: torch.Tensor, group: Any) -> None:
+            self.log.append("all_reduce")
+            target.mul_(WORLD)
+
+        monkeypatch.setattr(torch, "mm", mm)
+        monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", all_gather)
+        monkeypatch.setattr(torch.distributed, "reduce_scatter_tensor", reduce_scatter)
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+
+
+def _no_stream(name: str) -> torch.cuda.Stream:
+    raise AssertionError(f"the side stream {name}")
+
+
+def recorded(kernel: Any, tensors: dict[str, torch.Tensor]) -> plan.Plan:
+    """The plan of rank 0, recorded with these tensors."""
+    program = library(kernel)
+    image = image_of(program)
+    module = load_module(write_module(emit(program), image.name))
+    arenas = [torch.zeros(image.arena_bytes, dtype=torch.uint8) for _ in range(WORLD)]
+    recorder = plan.Recorder(
+        image, 0, arenas, torch.zeros(WORLD, dtype=torch.int64), 10.0, 600.0,
+        streams=_no_stream, group=None, host_record=0, addresses=[0] * WORLD,
+    )  # fmt: skip
+    recorder.workspace = torch.zeros(image.workspace_bytes, dtype=torch.uint8)
+    recorder.tensors = tensors
+    module.host(recorder)
+    return recorder.finish()
+
+
+def tensors_for(kernel: Any, seed: int) -> dict[str, torch.Tensor]:
+    rows = {"ag_gemm": 16}.get(kernel.name, 32)
+    out = {"gemm_rs": 16}.get(kernel.name, 32)
+    a, b = draw(rows, 24, seed=seed)[0], draw(24, 16, seed=seed + 1)[0]
+    return {"A": a, "B": b, "C": torch.full((out, 16), float("nan"), dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "log"),
+    [
+        (ag_gemm, ["all_gather", "mm"]),
+        (gemm_rs, ["mm", "reduce_scatter"]),
+        (gemm_ar, ["mm", "all_reduce"]),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_call_is_the_two_library_calls_and_no_kernel_of_ours(
+    kernel: Any, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library_ = Library(monkeypatch)
+
+    def compile_launch(*_: Any, **__: Any) -> None:
+        raise AssertionError("a kernel of ours")
+
+    monkeypatch.setattr(plan, "compile_launch", compile_launch)
+    first = tensors_for(kernel, 1)
+    made = recorded(kernel, first)
+    assert library_.log == [] and made.launches == []
+    for seed in (1, 5, 9):
+        # The plan was recorded with the tensors of the first call, and works on those of this one.
+        now = tensors_for(kernel, seed)
+        library_.log.clear()
+        made.enqueue(0, now)
+        assert library_.log == log
+        a = torch.cat([now["A"]] * WORLD) if kernel is ag_gemm else now["A"]
+        wanted = (a.float() @ now["B"].float()).bfloat16()
+        if kernel is not ag_gemm:
+            wanted = (wanted * WORLD)[: now["C"].shape[0]]
+        assert torch.equal(now["C"], wanted)
+
+
+def test_a_plan_keeps_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    Library(monkeypatch)
+    tensors = tensors_for(ag_gemm, 1)
+    made = recorded(ag_gemm, tensors)
+    made.enqueue(0, tensors)
+    kept = [weakref.ref(t) for t in tensors.values()]
+    tensors.clear()
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3

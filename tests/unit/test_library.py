@@ -1,0 +1,296 @@
+"""The emitter `library`: which loop nests it takes, what it refuses, and the text that calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import tilelink
+import tilelink.language as tk
+from bench.ours import schedule_of as bench_schedule
+from bench.cases import Case
+from tilelink.backend.emit.triton import emit
+from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.runtime.image import image_of
+from tilelink.backend.runtime.library import matmul, place_of
+from tilelink.backend.validate import EmittedError, read_module, validate
+from tilelink.backend.verify import BoundsError, ReuseError, UndecidedError, VerifyError, verify
+from tilelink.errors import Source
+from tilelink.ir import Op, parse_ir, print_ir
+from tilelink.kernels import ag_gemm, ag_gemm_swiglu, gemm_ar, gemm_ar_add, gemm_rs, gemm_rs_add
+from tilelink.schedules import Move, Schedule, ScheduleError
+
+EXTENTS = {"M": 32, "N": 16, "K": 24}
+
+
+def schedule(kernel: Op, resource: str = "none", **fields: Any) -> Schedule:
+    """The library's for every moved tensor of ``kernel``."""
+    moved = [
+        t.symbol for t in kernel.find("tensor") if t["move"] in ("gather", "scatter", "reduce")
+    ]
+    moves = tuple((name, Move(resource)) for name in sorted(moved))
+    return Schedule(emitter="library", workers=4, warps=4, moves=moves, **fields)
+
+
+def library(kernel: Any, extents: dict[str, int] = EXTENTS, world: int = 2, **given: Any) -> Op:
+    """The proven program of ``kernel``."""
+    op = kernel.build(extents, world=world, **given)
+    return compile_kernel(op, schedule(op))
+
+
+def calls(program: Op) -> list[str]:
+    """What the host function calls, in order, without arguments."""
+    text = emit(program)
+    body = text[text.index("def host") : text.index("def run(")]
+    found = ["head", "collective", "library", "matmul", "launch", "stream"]
+    at = sorted(
+        (body.index(f"call.{n}(", i), n) for n in found for i in _starts(body, f"call.{n}(")
+    )
+    return [name for _, name in at]
+
+
+def _starts(text: str, word: str) -> list[int]:
+    found, at = [], text.find(word)
+    while at >= 0:
+        found.append(at)
+        at = text.find(word, at + 1)
+    return found
+
+
+@tilelink.kernel("gather A[M, K] over M { owner m / 4 % WORLD }")
+def cyclic_gather(A, B, C):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        C[m, n] = acc
+
+
+@tilelink.kernel("gather A[M, K] over K { owner k / 4 % WORLD }")
+def cyclic_depth(A, B, C):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        C[m, n] = acc
+
+
+@tilelink.kernel("gather A[M, K] over M\nscatter C[M, H] over M sum")
+def mlp(A, B, D, C):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    N = B.shape[1]
+    H = D.shape[1]
+    P = tk.empty([M, N], A.dtype)
+    Q = tk.empty([M, N], A.dtype)
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        P[m, n] = acc
+    for m, n in tk.tiles(M, N):
+        Q[m, n] = tk.silu(P[m, n])
+    for m, h in tk.tiles(M, H):
+        acc = tk.zeros([m, h], tk.float32)
+        for n in tk.tiles(N):
+            acc = tk.dot(Q[m, n], D[n, h], acc)
+        C[m, h] = acc
+
+
+@tilelink.kernel("reduce C[M, N] sum")
+def clipped(A, B, C):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        C[m, n] = tk.maximum(acc, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wanted"),
+    [
+        (ag_gemm, ["collective", "library", "matmul"]),
+        (gemm_rs, ["library", "matmul", "collective"]),
+        (gemm_ar, ["library", "matmul", "collective"]),
+        (gemm_rs_add, ["library", "matmul", "collective", "launch"]),
+        (gemm_ar_add, ["library", "matmul", "collective", "launch"]),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_not_overlapped_it_is_the_two_library_calls_and_nothing_else(
+    kernel: Any, wanted: list[str]
+) -> None:
+    program = library(kernel)
+    assert calls(program) == wanted
+    for name in ("head", "flag", "counter", "stream"):
+        assert not program.find(name)
+    image = image_of(program)
+    assert not image.waits
+    assert image.bare == ("launch" not in wanted)
+    assert parse_ir(print_ir(program)) == program
+
+
+def test_a_layer_of_two_products_runs_in_four_launches() -> None:
+    program = library(mlp, {"M": 32, "K": 24, "N": 32, "H": 8})
+    launches = [(op.symbol, op.get("emitter"), op.get("after")) for op in program.find("launch")]
+    assert launches == [
+        ("mlp", "library", ("A",)),
+        ("mlp.part2", None, ("mlp",)),
+        ("mlp.part3", "library", ("mlp.part2",)),
+    ]
+    # What a launch leaves for the next needs no signal.
+    assert not program.find("counter")
+
+
+def test_operands_are_transposed_and_a_bias_is_added_by_the_library() -> None:
+    turned = emit(library(ag_gemm, scalars={"nk": True}))
+    assert 'call.matmul(call.buffer("A.all"), call.tensor("B").T, call.tensor("C"))' in turned
+    assert 'bias=call.tensor("bias")' in emit(library(ag_gemm, present=["A", "B", "C", "bias"]))
+
+
+def test_blocks_that_lie_apart_are_products_of_their_own() -> None:
+    text = emit(library(cyclic_gather))
+    assert "for i in range(8):" in text and 'call.tensor("C")[m : m + 4]' in text
+
+
+@pytest.mark.parametrize(
+    ("kernel", "given", "said"),
+    [
+        (ag_gemm_swiglu, {}, "2 products"),
+        (clipped, {}, "stands behind its loop"),
+        (gemm_ar, {"dtypes": {"A": "bf16", "B": "bf16", "C": "fp32"}}, "stores fp32"),
+        (cyclic_depth, {"extents": {"M": 32, "N": 16, "K": 16}}, "lie apart"),
+    ],
+    ids=["swiglu", "clipped", "dtype", "depth"],
+)
+def test_what_is_no_plain_product_is_refused_at_its_op(
+    kernel: Any, given: dict[str, Any], said: str
+) -> None:
+    op = kernel.build(given.pop("extents", EXTENTS), world=2, **given)
+    with pytest.raises(ScheduleError) as caught:
+        run_passes(op, schedule(op))
+    assert said in str(caught.value) and caught.value.span is not None
+
+
+@pytest.mark.parametrize(("kernel", "resource"), [(ag_gemm, "sm:2"), (gemm_rs, "epilogue")])
+def test_what_needs_a_kernel_of_ours_is_refused(kernel: Any, resource: str) -> None:
+    op = kernel.build(EXTENTS, world=2)
+    with pytest.raises(ScheduleError, match="needs a kernel of our own"):
+        run_passes(op, schedule(op, resource))
+
+
+# One edit of a program each: what stands there, what is put there, and who objects.
+EDITS = [
+    (ag_gemm, 'launch @ag_gemm {after = ["A"], ', "launch @ag_gemm {", VerifyError),
+    (ag_gemm, "workers = 1}", "workers = 2}", UndecidedError),
+    (ag_gemm, "tile = [32, 16]", "tile = [16, 16]", UndecidedError),
+    (ag_gemm, "{extent = [K], tile = [24]}", "{extent = [K], tile = [16]}", UndecidedError),
+    (ag_gemm, "dot (%a, %b, %acc.1)", "dot (%a, %b, %acc.1) : fp32[m, n]\n%x = neg (%acc.2)", UndecidedError),
+    (ag_gemm, "emitter = \"library\", ", "emitter = \"library\", resident = 1, ", UndecidedError),
+    (gemm_ar, "alias = @C, ", "alias = @B, ", BoundsError),
+    (gemm_ar, 'collective @C.partial {after = ["gemm_ar"], ', "collective @C.partial {", ReuseError),
+    (gemm_ar_add, '{after = ["gemm_ar_add", "P.partial"]', '{after = ["gemm_ar_add"]', ReuseError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kernel", "old", "new", "error"), EDITS, ids=[str(n) for n in range(len(EDITS))]
+)
+def test_programs_that_were_changed_are_refused(
+    kernel: Any, old: str, new: str, error: type[VerifyError]
+) -> None:
+    text = print_ir(library(kernel))
+    verify(parse_ir(text))
+    head, body = text.split("} do {\n", 1)
+    assert old in body
+    with pytest.raises(error):
+        verify(parse_ir(f"{head}}} do {{\n{body.replace(old, new, 1)}"))
+
+
+TEXTS = [
+    (ag_gemm, 'call.tensor("B"), call.tensor("C")', 'call.tensor("B").T, call.tensor("C")'),
+    (ag_gemm, 'call.buffer("A.all"), call.tensor("B")', 'call.tensor("B"), call.buffer("A.all")'),
+    (ag_gemm, 'call.tensor("B"), call.tensor("C")', 'call.buffer("A.all"), call.tensor("C")'),
+    (ag_gemm, 'after=("A",)', "after=()"),
+    (ag_gemm, '        call.matmul(call.buffer("A.all"), call.tensor("B"), call.tensor("C"))\n', "        pass\n"),
+    (gemm_rs, 'call.buffer("C.partial"))', 'call.tensor("C"))'),
+    (gemm_rs, 'call.library("gemm_rs"', 'call.library("gemm"'),
+    (gemm_ar, 'call.buffer("C.partial"))', 'call.buffer("C.partial"), bias=call.tensor("A")[0])'),
+    (cyclic_gather, "range(8)", "range(7)"),
+    (cyclic_gather, 'call.tensor("C")[m : m + 4]', 'call.tensor("C")[m + 4 - 4 : m + 2]'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "old", "new"), TEXTS, ids=[str(n) for n in range(len(TEXTS))])
+def test_host_functions_that_were_changed_are_refused(kernel: Any, old: str, new: str) -> None:
+    # All extents equal: shapes tell nothing.
+    program = library(kernel, {"M": 32, "N": 32, "K": 32})
+    text = emit(program)
+    validate(read_module(Source("emitted.py", text)), program)
+    start = text.index("def host")
+    assert old in text[start:]
+    changed = text[:start] + text[start:].replace(old, new, 1)
+    with pytest.raises(EmittedError):
+        validate(read_module(Source("emitted.py", changed)), program)
+
+
+def test_switches_of_pytorch_are_off_in_a_product_and_put_back() -> None:
+    switches = torch.backends.cuda.matmul
+    before = switches.fp32_precision, switches.allow_bf16_reduced_precision_reduction
+    seen: list[tuple[str, bool]] = []
+
+    class Watching(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is torch.mm:
+                reduced = switches.allow_bf16_reduced_precision_reduction
+                seen.append((switches.fp32_precision, reduced))
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+    try:
+        switches.fp32_precision = "tf32"
+        switches.allow_bf16_reduced_precision_reduction = True
+        for dtype in (torch.float32, torch.bfloat16):
+            a = torch.ones(4, 4, dtype=dtype).as_subclass(Watching)
+            matmul(a, a, torch.empty(4, 4, dtype=dtype).as_subclass(Watching))
+        assert seen == [("ieee", True), ("tf32", False)]
+        assert switches.fp32_precision == "tf32"
+        assert switches.allow_bf16_reduced_precision_reduction is True
+    finally:
+        switches.fp32_precision, switches.allow_bf16_reduced_precision_reduction = before
+
+
+def test_regions_are_found_again_in_the_tensors_of_a_later_call() -> None:
+    one, other = torch.arange(24.0).view(4, 6), torch.arange(100.0, 124.0).view(4, 6)
+    regions: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda t: t,
+        lambda t: t[2:],
+        lambda t: t.T,
+        lambda t: t[1:3].T,
+    ]
+    for region in regions:
+        place = place_of(region(one), {"B": torch.zeros(3), "A": one})
+        assert place is not None and place[0] == "A"
+        _, skip, shape, strides = place
+        assert torch.equal(other.as_strided(shape, strides, skip), region(other))
+    assert place_of(torch.zeros(3), {"A": one}) is None
+
+
+def test_the_benchmark_names_it() -> None:
+    case = Case("gemm_rs", 512, 64, 64, "test")
+    found = bench_schedule(gemm_rs, case, 4, "library")
+    assert found.emitter == "library" and found.move("C").resource == "none"
+
+
+def test_a_schedule_with_it_is_read_back() -> None:
+    found = replace(Schedule(), emitter="library")
+    assert Schedule.from_json(found.to_json()) == found
