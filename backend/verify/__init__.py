@@ -242,6 +242,8 @@ def _report(out: Expansion, words: Elements, meetings: dict[str, Meeting], known
         )
     if "collective" in agents:
         assumptions.append("the library's collective ends once every rank has started it")
+    if any(op.get("emitter") == "library" for op in out.agents):
+        assumptions.append("a product of the library is what the ops of its launch say")
     if any(not a.exact for a in out.accesses):
         assumptions.append("accesses through run-time tables stay inside their tensors")
     for op in out.program.find("extent"):
