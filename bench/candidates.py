@@ -42,7 +42,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidate:
-    """``build`` gives the function to time; ``graph`` asks for replays."""
+    """``build`` gives the function to time; ``graph`` asks for replays. ``origin``: of the schedule."""
 
     name: str
     family: str
@@ -50,6 +50,7 @@ class Candidate:
     schedule: dict[str, Any] | None = None
     compared: bool = True
     graph: bool = False
+    origin: str | None = None
 
 
 def set_count(case: Case) -> int:
@@ -125,8 +126,12 @@ def capture(run: Run, count: int) -> Run:
 
 
 def eager_and_graph(
-    name: str, family: str, build: Callable[[], Run], schedule: dict[str, Any] | None = None
+    name: str,
+    family: str,
+    build: Callable[[], Run],
+    schedule: dict[str, Any] | None = None,
+    origin: str | None = None,
 ) -> Iterator[Candidate]:
     """The same function twice: called, and captured in CUDA graphs."""
-    yield Candidate(name, family, build, schedule)
-    yield Candidate(f"{name} graph", family, build, schedule, graph=True)
+    yield Candidate(name, family, build, schedule, origin=origin)
+    yield Candidate(f"{name} graph", family, build, schedule, graph=True, origin=origin)

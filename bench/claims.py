@@ -9,6 +9,7 @@ All other figures are ratios of medians. Ours is what a plain call chooses, eage
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,6 +192,7 @@ def _quality(results: list[CaseResult]) -> list[Claim]:
         figure = f"{worst:.3f} ({cell.name}, {len(errors)} cells)"
         text = "largest error over that of in turn"
         made.append(Claim(text, figure, f"<= {ERROR_MOST:.2f}", worst <= ERROR_MOST))
+    made += _origins(results)
     own = [(c, r) for r in results for c in r.candidates if c.family == stats.OURS]
     repeated = [c.repeats for c, _ in own if c.failed is None and c.repeats is not None]
     if repeated:
@@ -209,6 +211,16 @@ def _quality(results: list[CaseResult]) -> list[Claim]:
         text = "host time of an eager call, largest"
         made.append(Claim(text, figure, f"<= {HOST_MOST_US:.0f} us", most <= HOST_MOST_US))
     return made
+
+
+def _origins(results: Iterable[CaseResult]) -> list[Claim]:
+    """Where the schedules are from that plain calls took, by the first words."""
+    plain = [c for r in results for c in r.candidates if c.name == stats.TUNED]
+    words = [re.split(r" \(| \S+=|\d", c.origin)[0].strip() for c in plain if c.origin is not None]
+    if not words:
+        return []
+    counts = [f"{words.count(word)} {word}" for word in sorted(set(words))]
+    return [Claim("schedules of plain calls", ", ".join(counts), "", None)]
 
 
 def error_ratio(result: CaseResult) -> float | None:

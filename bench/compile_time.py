@@ -110,7 +110,7 @@ def together(part: Any, step: Callable[[], Any]) -> tuple[list[Any], dict[str, s
 
 def row_of(part: Any, case: Case, spec: str, watchdog: Any) -> dict[str, Any]:
     """The record of one case and schedule; ``failed`` where any rank could not. Collective."""
-    from bench.ours import kernel_of, schedule_of, shown_schedule
+    from bench.ours import device_name, kernel_of, schedule_of, shown_schedule
 
     kernel = kernel_of(case.kind)
     row: dict[str, Any] = {"name": case.name, "spec": spec}
@@ -120,7 +120,7 @@ def row_of(part: Any, case: Case, spec: str, watchdog: Any) -> dict[str, Any]:
     def choose() -> Any:
         nonlocal schedule
         schedule = schedule_of(kernel, case, part.world, spec)
-        return shown_schedule(kernel, case, part.world, schedule)
+        return shown_schedule(kernel, case, part.world, schedule, device_name(part.device))
 
     def cached() -> float:
         forget()
@@ -135,8 +135,9 @@ def row_of(part: Any, case: Case, spec: str, watchdog: Any) -> dict[str, Any]:
     for name, step in every:
         found, failed = together(part, step)
         if failed:
-            return {**row, **failed}
+            return {"name": case.name, "spec": spec, **failed}
         row[name] = round(max(found), 3) if name.endswith("d_s") else found[0]
+    row["schedule"], row["origin"] = row["schedule"]
     row["rest_s"] = round(row["cold_s"] - sum(row["steps_s"].values()), 3)
     return row
 

@@ -108,7 +108,7 @@ class Bench:
     def add(self, candidate: Candidate) -> None:
         """Build ``candidate`` and check it on all ranks; a failure is recorded, the same on all."""
         name = candidate.name
-        result = Measured(name, candidate.family, candidate.schedule)
+        result = Measured(name, candidate.family, candidate.schedule, origin=candidate.origin)
         self.results[name] = result
         self.watchdog.beat(f"build {name}")
         start = time.perf_counter()

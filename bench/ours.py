@@ -11,6 +11,8 @@ which the entry with the case's extents is taken and no other.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +30,9 @@ MOVED = {AG_GEMM: "A", GEMM_RS: "C", GEMM_AR: "C"}
 # A gathered tensor is no result of a tile, so no epilogue can send it.
 NO_EPILOGUE = (AG_GEMM,)
 TABLE_KINDS = (AG_GEMM, GEMM_RS, GEMM_AR, GEMM)
+
+# Where a plain call chooses its schedule.
+CHOOSE = "tilelink.backend.runtime.choose"
 
 # Ways to compute a product on one GPU: emitter, tile of M, N and K, stages, and other fields. Of the
 # kernels whose warps have roles, those with 64 x 256 or 128 x 128 tiles take turns at tiles, those with
@@ -79,11 +84,12 @@ def ours(
         name = f"{stats.OURS} {label_of(spec)}"
         try:
             schedule = schedule_of(kernel, case, part.world, spec)
-            shown = shown_schedule(kernel, case, part.world, schedule)
+            device = device_name(part.device)
+            shown, origin = shown_schedule(kernel, case, part.world, schedule, device)
         except Exception as error:
             yield Candidate(name, stats.OURS, _raising(error))
             continue
-        made = eager_and_graph(name, stats.OURS, builder(schedule), shown)
+        made = eager_and_graph(name, stats.OURS, builder(schedule), shown, origin)
         yield from made if graphs else [next(made)]
 
 
@@ -142,15 +148,33 @@ def from_file(text: str, case: Case, world: int) -> Any:
     return Schedule.from_json(json.dumps(found[0]))
 
 
-def shown_schedule(kernel: Any, case: Case, world: int, schedule: Any) -> dict[str, Any] | None:
-    """The schedule for the record; that of a plain call is asked from the first pass, which has it."""
-    if schedule is None:
-        from tilelink.backend.pipeline import PASSES, run_passes
+def shown_schedule(
+    kernel: Any, case: Case, world: int, schedule: Any, device: str
+) -> tuple[dict[str, Any] | None, str]:
+    """The schedule for the record, and where it is from; ``device`` is the name that CUDA has for the GPU.
 
-        program = run_passes(_built(kernel, case, world), None, after=PASSES[0][0])
-        text = program.get("schedule")
-        return None if text is None else dict(json.loads(str(text)))
-    return dict(json.loads(schedule.to_json()))
+    That of a plain call is found as the call itself finds it.
+    """
+    if schedule is not None:
+        return dict(json.loads(schedule.to_json())), "given"
+    op = _built(kernel, case, world)
+    if importlib.util.find_spec(CHOOSE) is None:
+        # Without tables and a model, a plain call takes the default.
+        from tilelink.backend.pipeline import compile_kernel
+
+        program, origin = compile_kernel(op, None), "default"
+    else:
+        choose = importlib.import_module(CHOOSE)
+        program, origin = choose.compile_chosen(op, None, device)
+    text = program.get("schedule")
+    return None if text is None else dict(json.loads(str(text))), origin
+
+
+def device_name(device: Any) -> str:
+    """The name of a GPU by CUDA, of another device its kind."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
 
 
 def _built(kernel: Any, case: Case, world: int) -> Any:

@@ -37,6 +37,7 @@ class Measured:
     same inputs gave the same bits on every rank, before and after the rounds; ``checksum``: of those bits
     on all ranks. ``host_us``: microseconds that the host spends in a call, the median of the slowest
     rank; ``queue_full``: whether later calls of a batch took longer, since the device's queue was full.
+    ``origin``: where the schedule is from, such as a table or the prediction of a model.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Measured:
     checksum: str | None = None
     host_us: float | None = None
     queue_full: bool = False
+    origin: str | None = None
 
     @property
     def median_us(self) -> float | None:

@@ -378,3 +378,21 @@ def test_page_shows_host_time_and_skips_what_it_does_not_know() -> None:
     assert "| ag_gemm 1x2x3 | copy_engine | 41.3 | - | - | 41.3 |" in page
     assert "| gemm_rs 1x2x3 | sm:16 | failed: it broke | - | - | - |" in page
     assert "other.json" not in page
+
+
+def test_origins_of_plain_calls_are_counted() -> None:
+    origins = (
+        "tuned (ag_gemm.bf16.h200x4.json)",
+        "tuned (ag_gemm.bf16.h200x4.json)",
+        "tuned for M=8192 K=4096 N=2816 (ag_gemm.bf16.h200x4.json)",
+        "predicted 81 us on h200x4",
+        "default",
+    )
+    results = []
+    for case, origin in zip(grid_cases(8), origins, strict=False):
+        result = cell(case)
+        for one in result.candidates:
+            one.origin = origin if one.name == stats.TUNED else None
+        results.append(result)
+    claim = by_text(a_run(results))["schedules of plain calls"]
+    assert claim.figure == "1 default, 1 predicted, 2 tuned, 1 tuned for"

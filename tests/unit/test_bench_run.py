@@ -141,6 +141,7 @@ def test_grid_from_start_to_page(
         assert result.over_baseline is not None and result.over_baseline.low is not None
         own = [c for c in good if c.family == stats.OURS]
         assert all(c.repeats and c.checksum and c.host_us and c.schedule for c in own)
+        assert {c.origin for c in own} == {"given", "default"}
         # The same inputs and the same arithmetic: the same bits, whatever the schedule.
         assert len({c.checksum for c in own}) == 1
     assert {c.name for c in found[GEMM_AR].candidates} >= {"one_shot", "two_shot graph"}
@@ -318,9 +319,10 @@ def test_specs_name_schedules(kind: str, tmp_path: Path) -> None:
     kernel = ours.kernel_of(kind)
     moved = ours.MOVED[kind]
     assert ours.schedule_of(kernel, case, 4, "tuned") is None
-    shown = ours.shown_schedule(kernel, case, 4, None)
+    shown, origin = ours.shown_schedule(kernel, case, 4, None, "no such GPU")
     default = ours.schedule_of(kernel, case, 4, "default")
-    assert shown is not None and set(shown) == set(json.loads(default.to_json()))
+    assert shown == json.loads(default.to_json()) and origin == "default"
+    assert ours.shown_schedule(kernel, case, 4, default, "any") == (shown, "given")
     assert ours.schedule_of(kernel, case, 4, "sm:16").move(moved).resource == "sm:16"
     assert ours.schedule_of(kernel, case, 4, "none").move(moved).resource == "none"
 
@@ -384,4 +386,4 @@ def test_compile_times_of_all_ranks_count_and_one_failure_is_told_to_all(
     broken = True
     failed = {"name": case.name, "spec": "default", "failed": "rank 1: RuntimeError: no compiler"}
     for row in ranks(3, body):
-        assert {k: v for k, v in row.items() if k != "schedule"} == failed
+        assert row == failed
