@@ -5,6 +5,7 @@ from collections.abc import Callable
 from tilelink.backend.passes.bind_resources import bind_resources
 from tilelink.backend.passes.choose_channels import choose_channels
 from tilelink.backend.passes.common import UnsupportedProgram
+from tilelink.backend.passes.fold_sums import fold_sums
 from tilelink.backend.passes.lay_out_memory import lay_out_memory
 from tilelink.backend.passes.order_memory import order_memory
 from tilelink.backend.passes.order_tiles import order_tiles
@@ -15,6 +16,7 @@ from tilelink.ir import Op
 
 PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
     ("order-tiles", order_tiles),
+    ("fold-sums", fold_sums),
     ("choose-channels", choose_channels),
     ("place-waits", place_waits),
     ("place-notifies", place_notifies),

@@ -216,7 +216,7 @@ class _Clock:
                 continue
             queue = self.geometry.queue(stage, walker.env)
             dynamic = stage.get("queue", "static") == "dynamic"
-            q = worker - lo
+            q = self.geometry.first_position(stage, worker, lo, hi)
             while True:
                 if dynamic:
                     q = positions.get(id(stage), 0)
@@ -391,4 +391,5 @@ class _Clock:
 
 
 def _is_sum(stage: Op) -> bool:
-    return any(o.name == "load_sum" for o in stage.walk())
+    """Whether a stage does nothing but add parts: its time is no computation's."""
+    return any(o.name == "load_sum" and not o.operands for o in stage.walk())

@@ -213,8 +213,9 @@ class Walker:
         if op.name in ("load", "store", "load_sum"):
             value = op.operands[0] if op.name == "store" else op.results[0]
             copies = self.geometry.world if op.name == "load_sum" else 1
+            copies -= len(op.operands) if op.name == "load_sum" else 0
             size = prod(self.geometry.shape(value, self.env)) * DTYPES[value.type.dtype] * copies
-            return Cost(bytes=size, elementwise=size / 2 if copies > 1 else 0.0)
+            return Cost(bytes=size, elementwise=size / 2 if op.name == "load_sum" else 0.0)
         if op.name == "dot":
             a, b = (self.geometry.shape(v, self.env) for v in op.operands[:2])
             return Cost(flops=2.0 * prod(a) * b[-1], dtype=op.operands[0].type.dtype)
