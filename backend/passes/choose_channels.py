@@ -28,7 +28,7 @@ from tilelink.schedules import Move, ScheduleError
 SM_TILE_BYTES = 128 * 1024
 # Bytes of a copy that arrives while its destination computes: long beside its fixed cost of a few
 # microseconds, short beside a tile.
-COPY_BYTES = 4 << 20
+COPY_BYTES = 8 << 20
 # Channels of one source where stores or workers signal as they go.
 FINE_CHANNELS = 8
 

@@ -139,7 +139,7 @@ def _own(program: Op, maker: Op, reader: Op, info: Moved) -> Op:
         _refuse(last, f"what is stored is no {program.declared(name)['dtype']} yet")
     same = len(reader.args) == len(maker.args) and tuple(reader["extent"]) == tuple(maker["extent"])
     for op in reader.walk():
-        if op.blocks and op is not reader or op.name in _WHOLE_TILE:
+        if (op.blocks and op is not reader) or op.name in _WHOLE_TILE:
             _refuse(op, "behind the sum there is more than arithmetic on each element")
     for load in accesses(reader, name, "load"):
         assert load.ref is not None

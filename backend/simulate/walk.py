@@ -85,9 +85,15 @@ _NOTHING = Cost()
 
 
 class Walker:
-    """Walks the agents of one rank; ``tables`` gives integer tensors by name for dynamic maps."""
+    """Walks the agents of one rank; ``tables`` gives integer tensors by name for dynamic maps.
 
-    def __init__(self, geometry: Geometry, rank: int, tables: Env | None = None) -> None:
+    Without ``sums``, adding the parts of other ranks costs nothing.
+    """
+
+    def __init__(
+        self, geometry: Geometry, rank: int, tables: Env | None = None, sums: bool = True
+    ) -> None:
+        self._sums = sums
         self.geometry = geometry
         self.rank = rank
         self.env: Env = {**geometry.env(rank), **(tables or {})}
@@ -210,6 +216,8 @@ class Walker:
                 keep_scalar(inner, self.values, self.env)
                 total = total + self.cost(inner)
             return total.times(_weight(positions))
+        if op.name == "load_sum" and not self._sums:
+            return _NOTHING
         if op.name in ("load", "store", "load_sum"):
             value = op.operands[0] if op.name == "store" else op.results[0]
             copies = self.geometry.world if op.name == "load_sum" else 1

@@ -209,7 +209,9 @@ class _Meaning:
         nest = self.nests[done]
         (sum_, *more) = [op for op in second.op.walk() if op.name == "load_sum" and op.operands]
         name = self.out.base(sum_.symbol)
-        stores = [op for n in self.nests for op in n.walk() if op.name == "store" and op.symbol == name]
+        stores = [
+            op for n in self.nests for op in n.walk() if op.name == "store" and op.symbol == name
+        ]
         made = self.loops(first.op, nest)
         last = made.body[-1] if made.body else nest
         whole = last.name == "store" and last.ref is not None and last.ref.index == made.args

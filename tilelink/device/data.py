@@ -71,7 +71,7 @@ def tile_sum_parts(own, parts, step, inside, rank, world: tl.constexpr):
     """
     # Three parts are under way while a fourth is added; all at once would not fit the registers. Minus
     # zero is what changes no first term.
-    total = tl.full(own.shape, -0.0, tl.float32)
+    total = tl.zeros(own.shape, tl.float32) * -1.0
     first = _part(parts, 0, step, inside, rank, world)
     second = _part(parts, 1, step, inside, rank, world)
     third = _part(parts, 2, step, inside, rank, world)

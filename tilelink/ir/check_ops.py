@@ -109,7 +109,9 @@ def _load_sum(checker: Checker, op: Op) -> None:
         return
     (type_,) = checker.data(op)
     if op.get("own") is not None:
-        raise error(op, "`load_sum` has an operand and `own`", "this rank's part comes from one place")
+        raise error(
+            op, "`load_sum` has an operand and `own`", "this rank's part comes from one place"
+        )
     dtype = checker.declared[op.symbol]["dtype"]
     if type_.dtype != dtype:
         text = f"`load_sum` adds {type_} to parts of {dtype}"
