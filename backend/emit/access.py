@@ -437,7 +437,7 @@ def _store(
     found: list[Axis],
 ) -> None:
     whole = all(a.dim is not None and a.dim.exact for a in found)
-    pair = _tma(scope, op, ref, block) if local and whole and not scope.direct else None
+    pair = _tma(scope, op, ref, block) if local and whole and not scope.folded else None
     if pair is not None:
         rows, cols = pair
         target = descriptor(scope, ref.symbol, block)

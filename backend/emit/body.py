@@ -304,7 +304,7 @@ def _wait(scope: Scope, op: Op) -> None:
 def _wait_at_once(scope: Scope, op: Op) -> bool:
     """Write a wait for one flag of each of several ranks as one; whether it is such a wait.
 
-    Only behind other work of its task: in front of a loop over tasks one after the other costs nothing.
+    Only in front of a folded sum, behind the main loop of its tile, where each round trip shows.
     """
     assert op.ref is not None
     shape = scope.program.shape(op.symbol)
@@ -313,7 +313,7 @@ def _wait_at_once(scope: Scope, op: Op) -> bool:
     if not flag or len(index) != 2 or scope.program.constant(shape[0]) != scope.program.world:
         return False
     ranks, channel = index
-    if not scope.inner or not isinstance(ranks, Range) or not isinstance(channel, Expr):
+    if not scope.folded or not isinstance(ranks, Range) or not isinstance(channel, Expr):
         return False
     step = scope.expr(access.strides(scope, op.symbol)[0])
     where = word(scope, op, op.symbol, (Expr.const(0), channel))

@@ -21,11 +21,11 @@ EACH, COLUMNS = 32, 32
 def ops(scope: Scope, task: tuple[Op, ...]) -> None:
     """The ops of a task; those from a folded sum on part by part, where the tile is large."""
     at = next((n for n, op in enumerate(task) if op.name == "load_sum" and op.operands), len(task))
+    scope.folded = at < len(task)
     body.ops(scope, task[:at])
-    if at < len(task):
-        scope.direct = True
+    if scope.folded:
         _tail(scope, task[at:])
-        scope.direct = False
+    scope.folded = False
 
 
 def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:

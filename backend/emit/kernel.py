@@ -234,9 +234,7 @@ def _task(scope: Scope, stage: Op, q: str) -> None:
     if scope.hoisted or any(op.name == "wait" for op in stage.walk()):
         scope.writer.line("token = arrived" if scope.hoisted else "token = 0")
         scope.tokens.append("token")
-    scope.inner = True
     epilogue.ops(scope, stage.body)
-    scope.inner = False
     scope.tokens.clear()
     scope.hoisted = False
     scope.tile = "0"

@@ -161,10 +161,7 @@ class Scope:
     tokens: list[str] = field(default_factory=list)
     contracted: frozenset[str] = frozenset()  # dimensions that a product sums over
     hoisted: bool = False  # waits of the stage stand before its loop
-    direct: bool = (
-        False  # values lie in the layout of loads, which pointer stores write as they are
-    )
-    inner: bool = False  # inside the loop over tasks
+    folded: bool = False  # in a task that ends with a folded sum, whose values lie in rows
     tile: str = "0"  # text of the tile number, for error records
     stages: int = 3
     warps: int = 4

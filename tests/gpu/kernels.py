@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,6 +104,8 @@ def cases() -> list[Case]:
         found += [Case(kernel, *shape) for shape in shapes]
         # No epilogue computes the tiles of a gathered input.
         others = [r for r in RESOURCES[1:] if (kernel, r) != ("ag_gemm", "epilogue")]
+        if kernel == "gemm_rs":
+            others += ["copy_engine-folded", "sm:16-folded", "epilogue-folded"]
         found += [Case(kernel, *shape, resource=r) for r in others for shape in shapes[:4]]
         found += [Case(kernel, *shapes[0], dtype=d) for d in ("fp16", "fp32")]
     return found
@@ -116,7 +118,12 @@ def schedule_for(case: Case, world: int) -> Any:
     op = KERNELS[case.kernel].build(
         {"M": case.M, "K": case.K, "N": case.N}, world=world, dtype=case.dtype
     )
-    return default_schedule(op).with_resource(case.resource)
+    # `-folded`: the sum in the epilogue of the own slice.
+    schedule = default_schedule(op).with_resource(case.resource.removesuffix("-folded"))
+    if case.resource.endswith("-folded"):
+        folded = ((n, replace(move, sum="epilogue")) for n, move in schedule.moves)
+        schedule = replace(schedule, moves=tuple(folded))
+    return schedule
 
 
 def inputs_for(case: Case, rank: int, world: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
