@@ -331,7 +331,7 @@ class _Walker:
     def read(self, op: Op, rows: _Rows) -> None:
         assert op.ref is not None
         own = op.get("own")
-        if own is None:
+        if own is None and not op.operands:
             self.access(op, op.ref, False, rows, rows.rank)
             return
         if op.name == "load":
@@ -340,7 +340,8 @@ class _Walker:
             self.access(op, op.ref, False, rows.take(~here), rows.rank[~here])
             self.access(op, own, False, rows.take(here), rows.rank[here], own=True)
             return
-        self.access(op, own, False, rows, rows.rank, own=True)
+        if own is not None:
+            self.access(op, own, False, rows, rows.rank, own=True)
         self.access(op, op.ref, False, rows, rows.rank, below=True)
         self.access(op, op.ref, False, rows, rows.rank, above=True)
 

@@ -15,6 +15,7 @@ EMITTERS = ("triton", "library")
 MAX_TILE = 2**20
 MAX_STAGES = 16
 MAX_WORKERS = 2**13
+SUMS = ("stage", "epilogue")
 _RESOURCE = re.compile(r"copy_engine|epilogue|none|sm:[1-9]\d{0,4}")
 
 
@@ -34,11 +35,14 @@ class Move:
     compute tile) or ``none`` (the library's collective, not overlapped). ``tile``: elements along the
     moved axis of one communication tile; None lets the compiler choose. ``channels``: flags a source
     rank, None lets the compiler choose; more of them release the consumer earlier and cost more signals.
+    ``sum``: where the arrived parts of a scatter are added: in a ``stage`` of their own, or in the
+    ``epilogue`` of the tiles of this rank's own slice, which are computed last.
     """
 
     resource: str = "copy_engine"
     tile: int | None = None
     channels: int | None = None
+    sum: str = "stage"
 
     def __post_init__(self) -> None:
         if not isinstance(self.resource, str) or not _RESOURCE.fullmatch(self.resource):
@@ -51,6 +55,10 @@ class Move:
             _positive("tile", self.tile)
         if self.channels is not None:
             _positive("channels", self.channels)
+        if self.sum not in SUMS:
+            raise ScheduleError(
+                field="sum", detail=f"`{self.sum}`", help="use one of " + ", ".join(SUMS)
+            )
 
     @property
     def sm_workers(self) -> int:

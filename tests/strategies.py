@@ -31,12 +31,20 @@ from tilelink.schedules.schedule import ORDERS
 
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LIMIT = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-5}
+FOLDED = ("copy_engine-folded", "sm:2-folded", "epilogue-folded")
 RESOURCES = {
     "ag_gemm": ("copy_engine", "sm:2", "none"),
-    "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none"),
+    "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED),
     "gemm_ar": ("copy_engine", "sm:2", "epilogue", "none"),
 }
 MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
+
+
+def move_of(text: str, channels: int | None = None, tile: int | None = None) -> Move:
+    """The move of a resource's name; ``-folded`` behind it puts the sum into the epilogue."""
+    folded = text.endswith("-folded")
+    resource = text.removesuffix("-folded")
+    return Move(resource, tile, channels, "epilogue" if folded else "stage")
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Case:
     def schedule(self) -> Schedule:
         """The schedule of this case."""
         m, n, k = self.tiles
-        move = Move(resource=self.resource, channels=self.channels)
+        move = move_of(self.resource, self.channels)
         return Schedule(
             tiles=(("K", k), ("M", m), ("N", n)),
             workers=self.workers,
@@ -115,6 +123,8 @@ def cases(
 # Kernels of random programs: file (None: tilelink.kernels), name, extents by what each is a multiple of
 # (W: the world), moved tensors with their resources, optional tensors, whether whole numbers stay whole.
 GATHERS, SUMS = ("copy_engine", "sm:1", "sm:2", "none"), ("copy_engine", "sm:1", "epilogue", "none")
+# Of a scatter whose sum may stand in the epilogue of the loop that makes it.
+SCATTERS = (*SUMS, "copy_engine-folded", "sm:1-folded", "epilogue-folded")
 GEMM = {"M": "W", "N": "1", "K": "1"}
 FLOATS = ("bf16", "fp16", "fp32")
 
@@ -142,18 +152,18 @@ _GATHER, _SCATTER = "gather A[M, K] over M {A:*M,K}", "scatter C[M, N] over M su
 FAMILIES = (
     Family(None, "ag_gemm", GEMM, {"A": GATHERS}, ("bias",), True, ("nk",), FLOATS, _GATHER),
     Family(None, "ag_gemm_swiglu", GEMM, {"A": GATHERS}, (), False, ("nk",), FLOATS, _GATHER),
-    Family(None, "gemm_rs", GEMM, {"C": SUMS}, (), True, ("nk",), FLOATS, _SCATTER),
+    Family(None, "gemm_rs", GEMM, {"C": SCATTERS}, (), True, ("nk",), FLOATS, _SCATTER),
     Family(None, "gemm_ar", {**GEMM, "M": "1"}, {"C": SUMS}, constants=("nk",)),
-    Family(None, "gemm_rs_add", GEMM, {"P": SUMS}, ("bias", "residual"), constants=("nk",)),
+    Family(None, "gemm_rs_add", GEMM, {"P": SCATTERS}, ("bias", "residual"), constants=("nk",)),
     Family(
         None, "gemm_ar_add", {**GEMM, "M": "1"}, {"P": SUMS}, ("bias", "residual"), True, ("nk",)
     ),
     Family("ag_gemm", "ag_gemm_silu", GEMM, {"A": GATHERS}, (), False),
     Family("ag_gemm", "ag_gemm_nk", GEMM, {"A": GATHERS}, mapping=_GATHER),
-    Family("gemm_rs", "gemm_rs_bias", GEMM, {"P": SUMS}, ("bias", "residual")),
+    Family("gemm_rs", "gemm_rs_bias", GEMM, {"P": SCATTERS}, ("bias", "residual")),
     Family("maps", "ag_cyclic", {**GEMM, "M": "4W"}, {"A": GATHERS}),
     Family("maps", "ag_zigzag", {**GEMM, "M": "2W"}, {"A": GATHERS}),
-    Family("maps", "rs_cyclic", {**GEMM, "M": "4W"}, {"C": SUMS}),
+    Family("maps", "rs_cyclic", {**GEMM, "M": "4W"}, {"C": SCATTERS}),
     Family("maps", "ag_signals", {**GEMM, "M": "8W"}, {"A": GATHERS}),
     Family(
         "maps",
@@ -173,7 +183,7 @@ FAMILIES = (
         "maps",
         "ag_gemm_rs",
         GEMM,
-        {"A": GATHERS, "C": SUMS},
+        {"A": GATHERS, "C": SCATTERS},
         mapping=f"{_GATHER}; {_SCATTER}",
     ),
     # Its intermediate is bf16.
@@ -308,8 +318,8 @@ def drawn_programs(draw: Any, small: bool = False) -> Drawn:
     sizes = (32, 64) if small else (16, 32, 64)
     tiles = tuple(sorted((name, draw(st.sampled_from(sizes))) for name in extents))
     moves = {
-        name: Move(
-            resource=draw(st.sampled_from(resources)),
+        name: move_of(
+            draw(st.sampled_from(resources)),
             tile=draw(st.sampled_from((None, None, 4, 16))),
             channels=draw(st.sampled_from((None, None, 1, 2, 3))),
         )

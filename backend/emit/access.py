@@ -382,8 +382,8 @@ def contracted(ops: tuple[Op, ...]) -> frozenset[str]:
 def store(scope: Scope, op: Op) -> None:
     """``store``: a tile to memory of this rank or of a peer, rounded to the tensor's dtype.
 
-    A TMA store is used only where the program allows it and the tile is whole. A wide tile leaves in
-    two halves, which frees registers early.
+    A TMA store is used only where the program allows it and the tile is whole, and not where the tile
+    lies in rows already. A wide tile leaves in two halves, which frees registers early.
     """
     value, ref = op.operands[0], op.ref
     assert ref is not None
@@ -437,7 +437,7 @@ def _store(
     found: list[Axis],
 ) -> None:
     whole = all(a.dim is not None and a.dim.exact for a in found)
-    pair = _tma(scope, op, ref, block) if local and whole else None
+    pair = _tma(scope, op, ref, block) if local and whole and not scope.folded else None
     if pair is not None:
         rows, cols = pair
         target = descriptor(scope, ref.symbol, block)
@@ -488,6 +488,9 @@ def load_sum(scope: Scope, op: Op) -> None:
     count = scope.program.constant(scope.program.shape(ref.symbol)[0])
     if count is None:
         raise refuse(op, "a sum over a number of parts known only at run time")
+    if op.operands:
+        _folded_sum(scope, op, steps[0])
+        return
     if own is not None and strides(scope, own.symbol) != steps[1:]:
         raise refuse(op, "a part of this rank that is laid out otherwise than the others")
     found = [a for a in axes(scope, op, ref)[1:] if a is not None]
@@ -528,6 +531,34 @@ def load_sum(scope: Scope, op: Op) -> None:
         scope.writer.line(f"{total} += {part}{source}.to(tl.float32)")
     dtype = value.type.dtype
     scope.writer.line(f"{name} = {total}" + (f".to({TL_DTYPE[dtype]})" if dtype != "fp32" else ""))
+
+
+def _folded_sum(scope: Scope, op: Op, step: int | Expr) -> None:
+    """A ``load_sum`` whose term of this rank is a value: the primitive adds it in its place."""
+    value, ref = op.results[0], op.ref
+    assert ref is not None
+    name = scope.names[value.name]
+    found = [a for a in axes(scope, op, ref)[1:] if a is not None]
+    offsets, mask = _relative(scope, name, found)
+    parts = f"{name}_parts"
+    scope.used.add(parts)
+    first, *rest = _corner(scope, base(scope, ref.symbol), found, _token(scope, ref.symbol))
+    scope.writer.line(f"{parts} = {first}")
+    for term in rest:
+        scope.writer.line(f"{parts} += {term}")
+    if _aligned(scope, found, step, item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))):
+        scope.writer.line(f"{parts} = tl.multiple_of({parts}, 16)")
+    dtype = value.type.dtype
+    args = [
+        scope.names[op.operands[0].name],
+        f"{parts} + {offsets}",
+        scope.expr(step),
+        mask or "None",
+        "rank",
+        str(scope.program.world),
+    ]
+    tail = f").to({TL_DTYPE[dtype]})" if dtype != "fp32" else ")"
+    scope.writer.call(f"{name} = device.tile_sum_parts(", args, tail)
 
 
 def _corner(scope: Scope, pointer: str, found: list[Axis], token: str) -> list[str]:

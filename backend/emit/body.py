@@ -265,6 +265,8 @@ def _wait(scope: Scope, op: Op) -> None:
 
     def write() -> None:
         assert op.ref is not None
+        if _wait_at_once(scope, op):
+            return
         index: list[Expr] = []
         opened = 0
         for item, whole in zip(op.ref.index or tuple(All() for _ in shape), shape, strict=True):
@@ -297,6 +299,31 @@ def _wait(scope: Scope, op: Op) -> None:
         scope.writer.depth -= opened
 
     _guarded(scope, op, write)
+
+
+def _wait_at_once(scope: Scope, op: Op) -> bool:
+    """Write a wait for one flag of each of several ranks as one; whether it is such a wait.
+
+    Only in front of a folded sum, behind the main loop of its tile, where each round trip shows.
+    """
+    assert op.ref is not None
+    shape = scope.program.shape(op.symbol)
+    flag = scope.program.symbols[op.symbol].name == "flag"
+    index = op.ref.index
+    if not flag or len(index) != 2 or scope.program.constant(shape[0]) != scope.program.world:
+        return False
+    ranks, channel = index
+    if not scope.folded or not isinstance(ranks, Range) or not isinstance(channel, Expr):
+        return False
+    step = scope.expr(access.strides(scope, op.symbol)[0])
+    where = word(scope, op, op.symbol, (Expr.const(0), channel))
+    low, high = scope.expr(ranks.lo), scope.expr(ranks.hi)
+    shift = op.get("epoch", 0)
+    epoch = "ctx.epoch" if shift == 0 else f"ctx.epoch + {scope.expr(shift, 5)}"
+    fence = ["True"] if op.get("proxy") else []
+    args = ["ctx", where, step, low, high, epoch, scope.tile, str(scope.program.wait_id(op))]
+    scope.writer.call("token += device.peer_tiles_wait(", [*args, *fence])
+    return True
 
 
 def plain_wait(op: Op) -> None:

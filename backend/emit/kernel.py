@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilelink.backend.emit import access, body
+from tilelink.backend.emit import access, body, epilogue
 from tilelink.backend.emit.flat import flat_by_segment, flat_stage
 from tilelink.backend.emit.loops import Walk, decode, total
 from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
@@ -98,7 +98,8 @@ def _parameters(scope: Scope) -> tuple[Parameter, ...]:
 
 
 def _write(program: Program, launch: Op, system: frozenset[str]) -> Scope:
-    scope = Scope(program, Writer(), stages=int(launch.get("stages", 3)))
+    stages, warps = int(launch.get("stages", 3)), int(launch.get("warps", 4))
+    scope = Scope(program, Writer(), stages=stages, warps=warps)
     scope.used |= {"ctx", *CONTEXT, "token", "arrived", "q", "last"}
     scope.writer.depth = 1
     scope.contracted = access.contracted(launch.body)
@@ -144,10 +145,19 @@ def _stage(scope: Scope, launch: Op, stage: Op, flush: Op | None) -> None:
     workers = int(launch.get("workers", 1))
     low, high = stage.get("workers") or (0, workers)
     low, high = int(low), int(high)
+    first = int(stage.get("first", 0)) if stage.get("queue", "static") == "static" else 0
     if (low, high) == (0, workers):
-        _queue(scope, stage, "tl.program_id(0)", "tl.num_programs(0)", count, flush is not None)
+        worker, step = "tl.program_id(0)", "tl.num_programs(0)"
+        if first:
+            # Backwards by `first`, written without negative numbers for any number of workers.
+            turned = f"({worker} + {first} * ({step} - 1)) % {step}"
+            worker = scope.fresh(f"{title}_worker")
+            writer.line(f"{worker} = {turned}")
+        _queue(scope, stage, worker, step, count, flush is not None)
         return
     worker = "tl.program_id(0)" if low == 0 else f"tl.program_id(0) - {low}"
+    if first % (high - low):
+        worker = f"({worker} + {high - low - first % (high - low)}) % {high - low}"
     inside = f"tl.program_id(0) < {high}"
     if low and high == workers:
         inside = f"tl.program_id(0) >= {low}"
@@ -224,7 +234,7 @@ def _task(scope: Scope, stage: Op, q: str) -> None:
     if scope.hoisted or any(op.name == "wait" for op in stage.walk()):
         scope.writer.line("token = arrived" if scope.hoisted else "token = 0")
         scope.tokens.append("token")
-    body.ops(scope, stage.body)
+    epilogue.ops(scope, stage.body)
     scope.tokens.clear()
     scope.hoisted = False
     scope.tile = "0"

@@ -45,8 +45,9 @@ class Compiled:
 
     ``stages`` maps ``ttir``, ``ttgir``, ``llir``, ``ptx`` and ``sass`` to text; ``shared`` is in bytes
     a CTA, ``spills`` and ``registers`` a thread. ``dots`` says for each 16-bit matrix product of the
-    program how many rows its tile has, ``waits`` whether the kernel has waits. ``read_back`` names the
-    descriptors of buffers that are read within a call, ``wide`` the pointers to tensors of 2^31 elements and
+    program how many rows its tile has, ``waits`` whether the kernel has waits. ``given`` names the
+    descriptors of tensors that nothing but the user writes, ``read_back`` those of buffers that are
+    read within a call, ``wide`` the pointers to tensors of 2^31 elements and
     more; ``wide_arena`` is set where a symmetric buffer is that large.
     """
 
@@ -59,6 +60,7 @@ class Compiled:
     spills: int
     dots: tuple[int, ...]
     waits: bool
+    given: tuple[str, ...] = ()
     read_back: tuple[str, ...] = ()
     wide: tuple[str, ...] = ()
     wide_arena: bool = False
@@ -163,6 +165,13 @@ def _with_memory(compiled: Compiled, program: Op, kernel: Kernel) -> Compiled:
     }
     return replace(
         compiled,
+        given=tuple(
+            p.name
+            for p in kernel.parameters
+            if p.kind == "descriptor"
+            and facts.symbols[p.symbol].name == "tensor"
+            and facts.symbols[p.symbol]["role"] == "in"
+        ),
         read_back=tuple(
             p.name
             for p in kernel.parameters
@@ -209,7 +218,7 @@ def lint(compiled: Compiled) -> list[str]:
     if "multimem" in ptx or "MULTIMEM" in sass:
         problems.append("a multimem instruction")
     if compiled.waits:
-        problems += _wait_order(ttgir, ptx)
+        problems += _wait_order(ttgir, ptx, compiled.given)
     problems += _release_order(ttgir)
     problems += _drain_order(ttgir, compiled.read_back)
     problems += _address_width(ttgir, compiled.wide, compiled.wide_arena)
@@ -223,14 +232,22 @@ _TILE = re.compile(
 )
 
 
-def _wait_order(ttgir: str, ptx: str) -> list[str]:
-    """Tile loads above the first acquire of a loop that waits."""
+_GIVEN = re.compile(r"async_tma_copy_global_to_local %(\w+)\[")
+
+
+def _wait_order(ttgir: str, ptx: str, given: tuple[str, ...]) -> list[str]:
+    """Tile loads above the first acquire of a loop that waits, but for loads of ``given`` tensors."""
     if not re.search(r"acquire\.sys|sys\.acquire", ptx):
         return ["a wait without an acquire at system scope"]
     problems: list[str] = []
+
+    def free(text: str) -> bool:
+        found = _GIVEN.search(text)
+        return found is not None and found[1] in given
+
     for body in _loops(ttgir):
         acquires = [n for n, text in enumerate(body) if _ACQUIRE.search(text)]
-        loads = [n for n, text in enumerate(body) if _TILE.search(text)]
+        loads = [n for n, text in enumerate(body) if _TILE.search(text) and not free(text)]
         if acquires and loads and loads[0] < acquires[0]:
             problems.append("a tile is loaded above the wait of its loop")
     return problems

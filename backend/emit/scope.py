@@ -161,8 +161,10 @@ class Scope:
     tokens: list[str] = field(default_factory=list)
     contracted: frozenset[str] = frozenset()  # dimensions that a product sums over
     hoisted: bool = False  # waits of the stage stand before its loop
+    folded: bool = False  # in a task that ends with a folded sum, whose values lie in rows
     tile: str = "0"  # text of the tile number, for error records
     stages: int = 3
+    warps: int = 4
     chosen: dict[int, Any] = field(default_factory=dict)  # loads: where they read, settled before
 
     def fresh(self, name: str) -> str:

@@ -156,6 +156,9 @@ def wrong_buffer(program: Op) -> Iterator[Mutant]:
         if site.op.get("own") is not None:
             op = with_attr(with_attr(site.op, "own", None), "when", None)
             yield mutant(program, site, "wrong-buffer", "own data from the buffer", op)
+        if site.op.name == "load_sum" and site.op.operands:
+            op = replace(site.op, operands=())
+            yield mutant(program, site, "wrong-buffer", "own part from the buffer", op)
         when = site.op.get("when")
         if isinstance(when, Expr):
             for what, other in (("inverted", negated(when)), ("next rank", _next_rank(when))):
@@ -183,6 +186,22 @@ def _same_shape(ref: Ref, kinds: dict[str, Op]) -> Iterator[Ref]:
 
 def _next_rank(condition: Expr) -> Expr:
     return condition.substitute({"RANK": modulo(_RANK, 1, _WORLD)})
+
+
+def wrong_tasks(program: Op) -> Iterator[Mutant]:
+    """A stage that visits some blocks only -> one more or less of them, those of the next rank."""
+    for site in sites(program, "stage"):
+        segments, visit = site.op.get("segments"), site.op.get("visit")
+        if segments is None:
+            continue
+        for by in (-1, 1):
+            if int(segments) + by > 0:
+                op = with_attr(site.op, "segments", int(segments) + by)
+                yield mutant(program, site, "wrong-tasks", f"segments {by:+}", op)
+        if isinstance(visit, Expr):
+            other = visit.substitute({"RANK": modulo(_RANK, 1, _WORLD)})
+            op = with_attr(site.op, "visit", other)
+            yield mutant(program, site, "wrong-tasks", "blocks of the next rank", op)
 
 
 def guard(program: Op) -> Iterator[Mutant]:

@@ -6,6 +6,7 @@ from tilelink.backend.passes.bind_resources import bind_resources
 from tilelink.backend.passes.choose_channels import choose_channels
 from tilelink.backend.passes.choose_emitter import choose_emitter
 from tilelink.backend.passes.common import UnsupportedProgram
+from tilelink.backend.passes.fold_sums import fold_sums
 from tilelink.backend.passes.lay_out_memory import lay_out_memory
 from tilelink.backend.passes.order_memory import order_memory
 from tilelink.backend.passes.order_tiles import order_tiles
@@ -17,6 +18,7 @@ from tilelink.ir import Op
 PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
     ("order-tiles", order_tiles),
     ("choose-emitter", choose_emitter),
+    ("fold-sums", fold_sums),
     ("choose-channels", choose_channels),
     ("place-waits", place_waits),
     ("place-notifies", place_notifies),

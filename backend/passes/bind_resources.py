@@ -208,12 +208,9 @@ def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op
         ]
         counters = []
         for i in users:
-            queue = f"{stages[i].symbol}.queue"
             if stages[i].get("queue") is None:
-                stages[i] = stages[i].with_attrs(
-                    queue="dynamic", counter=Ref(queue, (Expr.const(0),))
-                )
-                counters.append(make("counter", ref=Ref(queue), dims=(1,)))
+                stages[i], counter = _dynamic(stages[i])
+                counters.append(counter)
         return launch.with_ops((stage, *stages)), counters
     at = max(
         (
@@ -227,8 +224,21 @@ def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op
         return launch, []
     total = int(launch["workers"])
     stages[at] = stages[at].with_attrs(workers=(workers, total))
+    counters = []
+    for i, own in enumerate(stages[at + 1 :], at + 1):
+        # Own tiles are computed while others push still: whoever is free takes the next.
+        if any(op.operands for op in accesses(own, f"{info.name}.parts", "load_sum")):
+            stages[i], counter = _dynamic(own)
+            counters.append(counter)
     stages.insert(at + 1, stage)
-    return launch.with_ops(tuple(stages)), []
+    return launch.with_ops(tuple(stages)), counters
+
+
+def _dynamic(stage: Op) -> tuple[Op, Op]:
+    """``stage`` with a dynamic queue, and the counter that it draws from."""
+    queue = f"{stage.symbol}.queue"
+    drawn = stage.with_attrs(queue="dynamic", counter=Ref(queue, (Expr.const(0),)), first=None)
+    return drawn, make("counter", ref=Ref(queue), dims=(1,))
 
 
 def _by_collective(program: Op, info: Moved) -> Op:

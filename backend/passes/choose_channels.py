@@ -9,6 +9,7 @@ from tilelink.backend.passes.common import (
     UnsupportedProgram,
     accesses,
     add_declarations,
+    folded,
     global_dims,
     handed_on,
     moved,
@@ -25,6 +26,9 @@ from tilelink.schedules import Move, ScheduleError
 
 # Bytes that one worker moves between two signals: long enough to fill a link, short enough to spread.
 SM_TILE_BYTES = 128 * 1024
+# Bytes of a copy that arrives while its destination computes: long beside its fixed cost of a few
+# microseconds, short beside a tile.
+COPY_BYTES = 8 << 20
 # Channels of one source where stores or workers signal as they go.
 FINE_CHANNELS = 8
 
@@ -97,6 +101,8 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
         program = _count_tasks(program, name)
         info = moved(program, name)
         tile, rows = _output_channels(program, tensor, info, move)
+    if folded(program, name):
+        program = _in_channel_order(program, name, rows)
     return replace_declaration(
         program,
         program.declared(name).with_attrs(
@@ -106,6 +112,28 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             in_place=info.kind == "gather" and move.resource != "none" and _in_place(program, info),
         ),
     )
+
+
+def _in_channel_order(program: Op, name: str, channel_rows: int) -> Op:
+    """Let the stages of a folded sum walk one channel after the other.
+
+    Tiles that are walked together lie in one channel, so that the first channels leave, and are read,
+    while the last are computed.
+    """
+
+    def narrowed(stage: Op) -> Op:
+        stored = any(not op.get("final") for op in accesses(stage, name, "store"))
+        if stage.name != "stage" or not (stored or any(accesses(stage, name, "load_sum"))):
+            return stage
+        axis = int(stage.get("axis", 0))
+        group = min(int(stage.get("group", 1)), max(1, channel_rows // int(stage["tile"][axis])))
+        return stage.with_attrs(group=None if group == 1 else group)
+
+    launches = (
+        op.with_ops(tuple(map(narrowed, op.body))) if op.name == "launch" else op
+        for op in program.body
+    )
+    return program.with_ops(tuple(launches))
 
 
 def _count_tasks(program: Op, name: str) -> Op:
@@ -178,6 +206,8 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
     channels = move.channels
     if channels is None:
         channels = 1 if move.resource in ("copy_engine", "none") else FINE_CHANNELS
+        if move.resource == "copy_engine" and folded(program, info.name):
+            channels = max(1, info.shard * _row_bytes(program, tensor, info) // COPY_BYTES)
     wanted = unit * -(-units // min(channels, units))
     if asked is not None and move.channels is None:
         wanted = -(-asked * (per or 1) // unit) * unit

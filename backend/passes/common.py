@@ -317,6 +317,13 @@ def handed_on(program: Op, name: str) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
+def folded(program: Op, name: str) -> bool:
+    """Whether the sum of ``name`` stands in the epilogue of its own tiles."""
+    return any(
+        op.operands for stage in stages_of(program) for op in accesses(stage, name, "load_sum")
+    )
+
+
 def tasks_across(program: Op, stage: Op, skip: int | None) -> int:
     """Tasks of ``stage`` over all its variables but number ``skip``."""
     names = environment(program)

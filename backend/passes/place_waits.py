@@ -39,8 +39,9 @@ def place_waits(program: Op) -> Op:
           wait @A.ready[m.start / 1024, 0] {if = m.start / 1024 != RANK}
           %a = load @A[%m, %k]
 
-    A read of a sum waits for every source. Invariant: every read of a moved or intermediate tensor is
-    dominated by waits on all channels that its region meets.
+    A read of a sum waits for every source; one that adds a contribution in registers (`load_sum` with
+    an operand) does so right before it, behind the loop that made the contribution. Invariant: every
+    read of a moved or intermediate tensor is dominated by waits on all channels that its region meets.
     """
     stored: Stored = {}
     ops: list[Op] = []
@@ -77,8 +78,27 @@ def _guard(program: Op, loop: Op, stored: Stored) -> Op:
             for wait in _waits(program, tensor, load, loop, stored):
                 if wait not in waits:
                     waits.append(wait)
-    body = tuple(_guard_inner(program, op, stored) for op in loop.body)
+    body: list[Op] = []
+    for op in loop.body:
+        body += _folded_waits(program, op, loop)
+        body.append(_guard_inner(program, op, stored))
     return loop.with_ops((*waits, *body))
+
+
+def _folded_waits(program: Op, op: Op, loop: Op) -> list[Op]:
+    """In front of a sum that adds its own part from registers: waits for the parts of all other ranks."""
+    if op.name != "load_sum" or not op.operands:
+        return []
+    assert op.ref is not None
+    info = moved(program, op.ref.symbol)
+    tile = op.ref.index[info.axis]
+    assert isinstance(tile, Value)
+    channels = _span(*info.channel_range(start_of(tile), stop_of(tile), _length(loop, tile)))
+    ready = f"{info.name}.ready"
+    return [
+        make("wait", ref=Ref(ready, (ranks, channels)), span=op.span)
+        for ranks in (Range(Expr.const(0), RANK), Range(RANK + 1, WORLD))
+    ]
 
 
 def _guard_inner(program: Op, op: Op, stored: Stored) -> Op:

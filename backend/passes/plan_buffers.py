@@ -115,9 +115,14 @@ def _cut_tiles(program: Op) -> frozenset[Value]:
 def _rewrite(op: Op, infos: dict[str, Moved], cut: frozenset[Value]) -> Op:
     blocks = tuple(replace(b, ops=tuple(_rewrite(o, infos, cut) for o in b.ops)) for b in op.blocks)
     op = replace(op, blocks=blocks)
-    if op.name not in ("load", "store") or op.ref is None or op.ref.symbol not in infos:
+    if op.ref is None or op.ref.symbol not in infos:
         return op
     info = infos[op.ref.symbol]
+    if op.name == "load_sum":
+        local = _at(info, op.ref.index, "local")
+        return replace(op, ref=Ref(f"{info.name}.parts", (All(), *local)))  # type: ignore[arg-type]
+    if op.name not in ("load", "store"):
+        return op
     if op.name == "load" and info.kind == "gather":
         return _gathered(op, info, cut)
     if op.name == "load":

@@ -17,7 +17,7 @@ from tilelink.backend.simulate.errors import DeadlockError
 from tilelink.backend.simulate.geometry import Geometry, Tile, bind_args
 from tilelink.backend.simulate.timeline import Segment, Timeline, Track, digit
 from tilelink.backend.simulate.walk import Cost, Element, Event, Move, Notify, Wait, Walker, Work
-from tilelink.ir import DTYPES, Op
+from tilelink.ir import DTYPES, At, Op
 from tilelink.schedules.machine import Machine
 
 # Tiles of a CTA that the library chooses from.
@@ -94,7 +94,7 @@ class _Clock:
         self.geometry = geometry
         self.machine = machine
         self.alone = alone
-        self.ranks = [_Rank(Walker(geometry, r)) for r in ranks]
+        self.ranks = [_Rank(Walker(geometry, r, sums=not alone)) for r in ranks]
         self.tasks: list[_Task] = []
         self.collectives = 0.0
         self._heap: list[tuple[float, int, _Task | _Signal]] = []
@@ -220,7 +220,7 @@ class _Clock:
                 continue
             queue = self.geometry.queue(stage, walker.env)
             dynamic = stage.get("queue", "static") == "dynamic"
-            q = worker - lo
+            q = self.geometry.first_position(stage, worker, lo, hi)
             while True:
                 if dynamic:
                     q = positions.get(id(stage), 0)
@@ -239,11 +239,7 @@ class _Clock:
         if found is None:
             machine, tiles = self.machine, len(queue)
             library = launch.get("emitter") == "library"
-            symbols = sorted(
-                {o.symbol for o in stage.walk() if o.name in ("load", "store", "load_sum")}
-            )
-            decls = [self.geometry.decls[s] for s in symbols]
-            footprint = sum(prod(d.shape) * DTYPES[d.dtype] for d in decls)
+            footprint = self._footprint(stage)
             # One worker alone cannot draw the whole bandwidth of memory.
             active = 1.0 if library else max(min(workers, tiles), machine.sms / 4)
             share = float(max(machine.sms, self.geometry.workers[launch.symbol]))
@@ -259,6 +255,31 @@ class _Clock:
                 _is_sum(stage),
             )
         return found
+
+    def _footprint(self, stage: Op) -> float:
+        """Bytes of all that the tiles of a stage touch; parts that are added are counted as they come."""
+        axis = int(stage.get("axis", 0))
+        env = self.ranks[0].walker.env
+        extent = self.geometry.value(stage["extent"][axis], env)
+        segment = self.geometry.value(stage.get("segment", extent), env)
+        segments = self.geometry.value(stage.get("segments", extent // max(1, segment)), env)
+        share = segment * segments / max(1, extent)
+        found: dict[str, float] = {}
+        for op in stage.walk():
+            if op.name in ("load", "store", "load_sum") and not (
+                op.name == "load_sum" and op.operands
+            ):
+                assert op.ref is not None
+                decl = self.geometry.decls[op.symbol]
+                size = prod(decl.shape) * DTYPES[decl.dtype]
+                # A stage of some blocks touches its share of what lies along their axis.
+                cut = any(
+                    (item.value if isinstance(item, At) else item) == stage.args[axis]
+                    for item in op.ref.index
+                )
+                whole = not cut or decl.op.get("over") is not None
+                found[op.symbol] = max(found.get(op.symbol, 0.0), size * (1.0 if whole else share))
+        return sum(found[symbol] for symbol in sorted(found))
 
     def _glyph(self, stage: Op, sums: bool, tiles: tuple[Tile, ...]) -> str:
         if sums:
@@ -411,4 +432,5 @@ def _waves(shape: list[int], sms: int) -> float:
 
 
 def _is_sum(stage: Op) -> bool:
-    return any(o.name == "load_sum" for o in stage.walk())
+    """Whether a stage does nothing but add parts: its time is no computation's."""
+    return any(o.name == "load_sum" and not o.operands for o in stage.walk())

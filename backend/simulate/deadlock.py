@@ -72,7 +72,8 @@ class Sources:
             dynamic = stage.get("queue", "static") == "dynamic"
             for q, tiles in enumerate(self.geometry.queue(stage, walker.env)):
                 bind_args(stage.args, tiles, walker.env, walker.values)
-                worker = None if dynamic else lo + q % (hi - lo)
+                turn = (q + int(stage.get("first", 0))) % (hi - lo)
+                worker = None if dynamic else lo + turn
                 place = f" stage @{stage.symbol} tile {tile_text(stage, tiles)}"
                 for event in walker.block(stage.body):
                     self._add(event, rank, name, worker, place)

@@ -323,9 +323,12 @@ class Runner:
         op, result = ins.op, ins.op.results[0]
         dtype = TORCH_DTYPES[result.type.dtype]
         if op.name == "load_sum":
-            total = self._value(ins.parts[0]).float()
-            for part in ins.parts[1:]:
-                total = total + self._value(part).float()
+            terms = [self._value(part) for part in ins.parts]
+            if ins.own:
+                terms.insert(self.task.rank, self.values[ins.own])
+            total = terms[0].float()
+            for term in terms[1:]:
+                total = total + term.float()
             self._set(result, total.to(dtype))
             return
         found = self._value(ins.parts[0])

@@ -321,7 +321,8 @@ class Builder:
                     self.nodes[end].tasks += tasks
                     continue
                 for worker in range(lo, min(hi, count)):
-                    mine = queue[worker - lo :: hi - lo]
+                    first = self.geometry.first_position(stage, worker, lo, hi)
+                    mine = queue[first :: hi - lo]
                     chain: list[Node] = []
                     for tiles in mine:
                         who = f"{where} worker {worker}"
@@ -425,7 +426,7 @@ class Builder:
         for source in range(self.geometry.world):
             if own is not None and source == at.rank:
                 self._touch(at, at.rank, own, READ)
-            else:
+            elif not op.operands or source != at.rank:
                 part = Ref(op.ref.symbol, (Expr.const(source), *op.ref.index[1:]))
                 self._touch(at, at.rank, part, READ)
 

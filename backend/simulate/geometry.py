@@ -265,6 +265,10 @@ class Geometry:
         low = min(lo * own // total, own - 1)
         return low, max(low + 1, -(-hi * own // total))
 
+    def first_position(self, stage: Op, worker: int, lo: int, hi: int) -> int:
+        """The first position that ``worker`` of the range takes of a static queue; then every (hi - lo)-th."""
+        return (worker - lo - int(stage.get("first", 0))) % (hi - lo)
+
     def elements(self, ref: Ref, env: Mapping[str, Any]) -> list[tuple[int, ...]]:
         """The elements of a flag or counter that ``ref`` names; BoundsError outside of it."""
         decl = self.decls[ref.symbol]

@@ -93,7 +93,10 @@ class Pure:
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """A read of this rank's memory; ``parts`` has one region, or one a source rank for ``load_sum``."""
+    """A read of this rank's memory; ``parts`` has one region, or one a source rank for ``load_sum``.
+
+    ``own``: the value that is the part of this rank, whose region is left out then; "" where there is none.
+    """
 
     op: Op
     place: Place
@@ -101,6 +104,7 @@ class Load:
     parts: tuple[Region, ...]
     shape: tuple[int, ...]
     tma: bool
+    own: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -274,7 +278,8 @@ class Traces:
                 continue
             queue = geometry.queue(stage, geometry.env(rank))
             dynamic = stage.get("queue", "static") == "dynamic"
-            found.append(Work(stage, position, queue, worker - lo, hi - lo, dynamic))
+            first = geometry.first_position(stage, worker, lo, hi)
+            found.append(Work(stage, position, queue, first, hi - lo, dynamic))
         self._work[key] = found
         return found
 
@@ -470,6 +475,7 @@ class Tracer:
                 if own is not None and source == self.place.rank
                 else Ref(op.ref.symbol, (Expr.const(source), *op.ref.index[1:]))
                 for source in range(self.geometry.world)
+                if not op.operands or source != self.place.rank
             ]
         parts = tuple(self._region(op, ref) for ref in refs)
         shape = self.geometry.shape(result, self.env)
@@ -478,7 +484,8 @@ class Tracer:
         if not result.type.shape:
             self._know(result.name, None)
         tma = op.get("via") == "tma"
-        return Load(op, self.place, self._uid(op), parts, shape, tma)
+        mine = op.operands[0].name if op.operands else ""
+        return Load(op, self.place, self._uid(op), parts, shape, tma, mine)
 
     def _store(self, op: Op) -> Store:
         assert op.ref is not None

@@ -85,9 +85,15 @@ _NOTHING = Cost()
 
 
 class Walker:
-    """Walks the agents of one rank; ``tables`` gives integer tensors by name for dynamic maps."""
+    """Walks the agents of one rank; ``tables`` gives integer tensors by name for dynamic maps.
 
-    def __init__(self, geometry: Geometry, rank: int, tables: Env | None = None) -> None:
+    Without ``sums``, adding the parts of other ranks costs nothing.
+    """
+
+    def __init__(
+        self, geometry: Geometry, rank: int, tables: Env | None = None, sums: bool = True
+    ) -> None:
+        self._sums = sums
         self.geometry = geometry
         self.rank = rank
         self.env: Env = {**geometry.env(rank), **(tables or {})}
@@ -210,11 +216,14 @@ class Walker:
                 keep_scalar(inner, self.values, self.env)
                 total = total + self.cost(inner)
             return total.times(_weight(positions))
+        if op.name == "load_sum" and not self._sums:
+            return _NOTHING
         if op.name in ("load", "store", "load_sum"):
             value = op.operands[0] if op.name == "store" else op.results[0]
             copies = self.geometry.world if op.name == "load_sum" else 1
+            copies -= len(op.operands) if op.name == "load_sum" else 0
             size = prod(self.geometry.shape(value, self.env)) * DTYPES[value.type.dtype] * copies
-            return Cost(bytes=size, elementwise=size / 2 if copies > 1 else 0.0)
+            return Cost(bytes=size, elementwise=size / 2 if op.name == "load_sum" else 0.0)
         if op.name == "dot":
             a, b = (self.geometry.shape(v, self.env) for v in op.operands[:2])
             return Cost(flops=2.0 * prod(a) * b[-1], dtype=op.operands[0].type.dtype)

@@ -147,9 +147,8 @@ class TileCalls(Machine):
             return replace(value, unit=unit)
         if isinstance(value, Num):
             return self.on_tl_cast(value, to)
-        single = self.dtype(to) == "float32"
-        tile = self.data(value)
-        return replace(tile, single=single)
+        name = self.dtype(to)
+        return replace(self.data(value), single=name == "float32", rounded=name)
 
     def shape(self, value: Any) -> tuple[int, ...]:
         """A tuple of constants."""
@@ -176,8 +175,7 @@ class TileCalls(Machine):
             if name == "int32" and isinstance(value, Num):
                 self.fits(value.v, False, None)
                 return replace(value, wide=False)
-        tile = self.data(value)
-        return replace(tile, single=name == "float32")
+        return replace(self.data(value), single=name == "float32", rounded=name)
 
     def on_tl_arange(self, lo: Any, hi: Any) -> Lattice:
         """``tl.arange``."""

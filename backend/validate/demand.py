@@ -67,6 +67,8 @@ def _block(
             loads: Loads = {(id(op), False): (op, _read(op.ref, ranks, op.name == "load_sum"))}
             if op.get("own") is not None:
                 loads[id(op), True] = (op, _read(op["own"], ranks, False))
+            for value in op.operands:  # this rank's part of a sum
+                loads |= env.get(value.name, {})
             env[op.results[0].name] = loads
         elif op.results:
             env[op.results[0].name] = _made(op, env)

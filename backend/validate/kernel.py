@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from tilelink.backend.validate.accesses import AccessMachine
-from tilelink.backend.validate.layout import constant
+from tilelink.backend.validate.layout import TL_NAMES, constant
 from tilelink.backend.validate.trace import FINISH, PREFIX, Signal
 from tilelink.backend.validate.values import (
     Context,
+    Data,
+    Flow,
     Ints,
     Mask,
     Name,
@@ -194,6 +196,36 @@ class KernelMachine(AccessMachine):
         bound = self.number(count).v
         return self.waited(self.on, symbol, flat, self.fenced(fence), wait, bound=bound)
 
+    def on_device_peer_tiles_wait(
+        self,
+        ctx: Any,
+        word: Any,
+        step: Any,
+        low: Any,
+        high: Any,
+        epoch: Any,
+        tile: Any,
+        wait: Any,
+        fence: Any = False,
+    ) -> Num:
+        """``device.peer_tiles_wait``: one wait a rank of ``low``..``high``."""
+        node = self.node or ast.Pass()
+        first, last = (full(self.number(v).v, self.lanes) for v in (low, high))
+        if np.any((first < 0)[self.on] | (last > self.layout.world)[self.on]):
+            self.hazard("a wait for a rank that does not exist")
+        total, before = Num(0), (self.on, self.all)
+        for peer in range(self.layout.world):
+            lanes = before[0] & (first <= peer) & (peer < last)
+            if not lanes.any():
+                continue
+            self.on, self.all = lanes, bool(lanes.all())
+            by = self.binary(ast.Mult, self.number(step), Num(peer), node)
+            at = self.binary(ast.Add, self.number(word), by, node)
+            one = self.on_device_peer_tile_wait(ctx, at, epoch, Num(peer), tile, wait, fence)
+            self.on, self.all = before
+            total = self.arithmetic(ast.Add, total, one, node)
+        return total
+
     def on_device_rank_wait(
         self, ctx: Any, word: Any, epoch: Any, wait: Any, fence: Any = False
     ) -> Num:
@@ -296,6 +328,38 @@ class KernelMachine(AccessMachine):
         mine = self.binary(ast.Add, self.number(word), Num(self.rank), self.node or ast.Pass())
         for peer in range(self.layout.world):
             self.flagged(mine, Num(peer))
+
+    def on_device_tile_sum_parts(
+        self, own: Any, parts: Any, step: Any, inside: Any, rank: Any, world: Any
+    ) -> Data:
+        """``device.tile_sum_parts``: the parts of all other ranks, and a tile of this one."""
+        mine = self.data(own)
+        if not isinstance(parts, Pointer) or mine.shape != parts.shape or mine.form:
+            self.unclear("a sum of parts of other shapes")
+        if world != self.layout.world or np.any(full(self.number(rank).v, self.lanes) != self.rank):
+            self.hazard("the sum is that of another rank, or of another number of them")
+        dtype = TL_NAMES[str(self.layout.declared[parts.symbol]["dtype"])]
+        if dtype != "float32" and mine.rounded != dtype:
+            self.hazard(f"this rank's part is not rounded to {dtype}, as the others are")
+        flows = dict(mine.flows)
+        node, before = self.node or ast.Pass(), (self.on, self.all)
+        for source in range(self.layout.world):
+            lanes = before[0] & (self.rank != source)
+            if not lanes.any():
+                continue
+            by = self.binary(ast.Mult, self.number(step), Num(source, True), node)
+            self.on, self.all = lanes, bool(lanes.all())
+            part = self.moved(parts, by, node)
+            lo, hi, axes = self.region(part, inside, lanes)
+            if np.any(full(part.home, self.lanes)[lanes] != self.rank[lanes]):
+                self.unclear("a read from memory of a peer")
+            if np.any((lo[:, 0] != source)[lanes]):
+                self.hazard(f"the part of rank {source} is read where another one's lies")
+            self.read(parts.symbol, "generic", lanes, self.rank, lo, hi, part.tokens)
+            key = (self.site[0], self.site[1] + source, parts.symbol)
+            flows[key] = Flow(parts.symbol, lanes, self.rank, lo, hi, axes)
+            self.on, self.all = before
+        return Data(mine.shape, flows, single=True)
 
     def on_device_tile_push_data(
         self,

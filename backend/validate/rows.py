@@ -79,8 +79,12 @@ class Rows:
         most = int(counts.max()) if len(counts) else 0
         table = np.full((len(counts), most + 1), -1, dtype=np.int64)
         drawn = trace.tickets.get(number)
+        workers = len(rank) // self.expected.world
+        low, high = (int(w) for w in phase.op.get("workers", (0, workers)))
+        turned = (np.arange(workers) - low - int(phase.op.get("first", 0))) % (high - low)
         for r in range(self.expected.world):
-            lanes = np.flatnonzero(rank == r)
+            # In the order in which workers stand in the queue: the first is where the stage begins.
+            lanes = np.flatnonzero(rank == r)[np.argsort(turned, kind="stable")]
             total = int(counts[lanes].sum())
             if total != phase.count:
                 self.differs(

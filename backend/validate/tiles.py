@@ -129,7 +129,8 @@ def halves(data: Data) -> tuple[Data, Data]:
         middle = flow.lo[:, axis] + half
         low[key] = _cut(flow, axis, flow.lo[:, axis], np.minimum(flow.hi[:, axis], middle))
         high[key] = _cut(flow, axis, middle, np.maximum(flow.hi[:, axis], middle))
-    return Data((rows, half), low), Data((rows, half), high)
+    kind = data.rounded
+    return Data((rows, half), low, rounded=kind), Data((rows, half), high, rounded=kind)
 
 
 def _cut(flow: Flow, axis: int, lo: Ints, hi: Ints) -> Flow:

@@ -99,7 +99,8 @@ class Data:
     """A tile of numbers: its shape and the regions that flow into it. ``terms``: the loads of which it
     is the plain sum, first to last, in the lanes ``sums`` (None: all); None where it is anything else.
     ``form`` marks a tile on its way
-    to being split in halves of columns, ``single`` one that was converted to fp32."""
+    to being split in halves of columns, ``single`` one that was converted to fp32,
+    ``rounded`` the element type that it was converted to last, and not computed with since."""
 
     shape: tuple[int, ...]
     flows: Mapping[Key, Flow] = field(default_factory=dict)
@@ -107,6 +108,7 @@ class Data:
     form: str = ""
     single: bool = False
     sums: Mask | None = None
+    rounded: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,4 +246,5 @@ def _select_data(mask: Mask, new: Data, old: Data) -> Data:
             mask, True if new.sums is None else new.sums, True if old.sums is None else old.sums
         )
     form = new.form if new.form == old.form else "?"
-    return Data(new.shape, flows, new.terms, form, new.single, sums)
+    rounded = new.rounded if new.rounded == old.rounded else ""
+    return Data(new.shape, flows, new.terms, form, new.single, sums, rounded)

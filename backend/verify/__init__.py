@@ -146,7 +146,7 @@ def prove(out: Expansion, *, known: bool = False) -> Report:
     ``known``: the ops of its stages have been held against a kernel. Otherwise the report assumes it.
     Beside the rows, the rules read: of ``out.program`` its symbol, and, for which symbols hold sums over
     ranks, the ops of its bodies; of ``out.agents`` names, `after`, `workers` and `resident`, and their
-    stages' `workers`, `queue` and `counter`; of ``out.declarations`` all attributes.
+    stages' `workers`, `first`, `queue` and `counter`; of ``out.declarations`` all attributes.
     """
     _enumerated(out)
     _idle_waits(out)

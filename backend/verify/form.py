@@ -182,6 +182,8 @@ class _Checker:
         if op.name == "store" and not have:
             return  # a scalar fills the region
         own = op.get("own")
+        if op.name != "store" and op.operands:
+            self.folded(op)
         for ref in (op.ref, own):
             if not isinstance(ref, Ref):
                 continue
@@ -195,6 +197,17 @@ class _Checker:
                 shape = ", ".join("?" if d is None else str(d) for d in want)
                 detail = f"@{ref.symbol} has [{shape}] there, the value is {kind}"
                 _fail(op, detail)
+
+    def folded(self, op: Op) -> None:
+        """A sum of which this rank's part is a value: a tile like the others, rounded like them."""
+        assert op.ref is not None
+        mine, found = op.operands[0].type, op.results[0].type
+        if op.name != "load_sum" or len(op.operands) > 1 or op.get("own") is not None:
+            _fail(op, "only a `load_sum` without `own` takes an operand, one")
+        if list(map(self.dim, mine.shape)) != list(map(self.dim, found.shape)):
+            _fail(op, f"it adds {mine} to parts that are {found}")
+        if mine.dtype != self.declared[op.ref.symbol]["dtype"]:
+            _fail(op, f"its own part is {mine.dtype}, which is not rounded as the others are")
 
     def region(self, ref: Ref) -> list[Dim]:
         """The shape of what ``ref`` names; axes without an index are whole."""

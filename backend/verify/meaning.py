@@ -3,18 +3,21 @@
 The kernel (Tile IR, before any pass) is sequential: nests of loops, one behind the other, whose bodies
 load tiles of whole tensors, compute and store. A stage must be one of these nests: the same ops with the
 same attributes on the same values, every buffer standing for the tensor that it serves. Tiles and their
-order are free, since the language leaves them open. Where a tensor moves, the place along the moved axis is
+order are free, since the language leaves them open; two stages may share the tiles of a nest, of which the
+second goes on, on the tiles of this rank's own part, with what the kernel does to the sum of what the nest
+stores last (`shared`). Where a tensor moves, the place along the moved axis is
 that of *dataflow*, which follows contents; this rule says which variable it is that the place belongs to.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import numpy as np
 
 from tilelink.backend.expand import Tile, environment, evaluate, loop_tiles, owner_order
-from tilelink.backend.expand_rows import Expansion
+from tilelink.backend.expand_rows import Expansion, Phase
 from tilelink.backend.verify.dataflow import summed_symbols
 from tilelink.backend.verify.errors import DataflowError
 from tilelink.backend.verify.grid import Ownership, partition_fault
@@ -39,6 +42,27 @@ def check_meaning(out: Expansion, kernel: Op) -> None:
     _Meaning(out, kernel).check()
 
 
+@dataclass(frozen=True, slots=True)
+class _Loops:
+    """The outer loops of a nest of the kernel: variables, lengths, whose part each is, and what is inside."""
+
+    args: tuple[Value, ...]
+    lengths: list[int]
+    owned: list[Ownership]
+    body: tuple[Op, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """The op at which ``stage`` goes on with the next nest: its number, and its names of the variables."""
+
+    op: Op
+    stage: Op
+    args: tuple[Value, ...]
+    number: int
+    final: bool
+
+
 class _Meaning:
     def __init__(self, out: Expansion, kernel: Op) -> None:
         self.out = out
@@ -61,6 +85,7 @@ class _Meaning:
         self.number = 0  # of the nest that is compared
         self.final = False  # whether it is the delivery of an output's sum
         self.names = Names(self.env)
+        self.turn: _Turn | None = None
 
     def check(self) -> None:
         self.declarations()
@@ -68,33 +93,45 @@ class _Meaning:
         for op in self.prelude:
             if op.name == "load" and op.ref is not None and op.symbol in stored:
                 self.fail(op, "the kernel reads it between its loops, and stores it in one")
-        done = 0
-        for phase in self.out.phases:
-            if phase.kind == "stage":
-                stage = phase.op
-                if not any(op.name in ("load", "load_sum", "store") for op in stage.walk()):
-                    self.moves_only(stage)
-                    continue
-                delivered = self.delivers(stage)
-                self.final = delivered is not None
-                if delivered is not None:
-                    if self.last_store.get(delivered, -1) >= done:
-                        self.fail(stage, f"`{delivered}` is still stored behind it")
-                    self.number = len(self.nests)
-                    self.stage(stage, phase.tiles, self.delivery(delivered), ())
-                elif done == len(self.nests):
-                    self.fail(stage, "the kernel has no such loop")
-                else:
-                    self.number = done
-                    self.stage(stage, phase.tiles, self.nests[done], self.prelude)
-                    done += 1
-            elif phase.kind != "collective":
-                for op in phase.op.walk():
-                    if op.name in ("load", "load_sum", "store"):
-                        self.fail(op, "the kernel has no such access")
+        done, at = 0, 0
+        computing = self.computing()
+        while at < len(computing):
+            stage, tiles = computing[at].op, computing[at].tiles
+            following = computing[at + 1] if at + 1 < len(computing) else None
+            if following is not None and self.sums_own(following.op):
+                done = self.shared(computing[at], following, done)
+                at += 2
+                continue
+            at += 1
+            delivered = self.delivers(stage)
+            self.final = delivered is not None
+            if delivered is not None:
+                if self.last_store.get(delivered, -1) >= done:
+                    self.fail(stage, f"`{delivered}` is still stored behind it")
+                self.number = len(self.nests)
+                self.stage(stage, tiles, self.delivery(delivered), ())
+            elif done == len(self.nests):
+                self.fail(stage, "the kernel has no such loop")
+            else:
+                self.number = done
+                self.stage(stage, tiles, self.nests[done], self.prelude)
+                done += 1
         if done < len(self.nests):
             missing = self.nests[done]
             self.fail(self.out.program, f"no stage is the kernel's loop {self.loop_text(missing)}")
+
+    def computing(self) -> list[Phase]:
+        """The stages that load or store; no other part of an agent does."""
+        found: list[Phase] = []
+        for phase in self.out.phases:
+            accesses = [op for op in phase.op.walk() if op.name in ("load", "load_sum", "store")]
+            if phase.kind == "stage" and accesses:
+                found.append(phase)
+            elif phase.kind == "stage":
+                self.moves_only(phase.op)
+            elif phase.kind != "collective" and accesses:
+                self.fail(accesses[0], "the kernel has no such access")
+        return found
 
     # Declarations -----------------------------------------------------------------------------
 
@@ -156,6 +193,59 @@ class _Meaning:
             return name
         return None
 
+    def sums_own(self, stage: Op) -> bool:
+        """Whether a stage adds a contribution that it holds in registers to those of the other ranks."""
+        return any(op.name == "load_sum" and op.operands for op in stage.walk())
+
+    def shared(self, first: Phase, second: Phase, done: int) -> int:
+        """Two stages that share the tiles of nest ``done``; the number of nests that are done with them.
+
+        The second does not store its contribution to X. In place of the store, which comes last, stands
+        all that the kernel does next to the sum of X on the same tile: the next nest, or the delivery of
+        an output. The tiles of both are the nest's, those of the second this rank's part.
+        """
+        if done == len(self.nests):
+            self.fail(first.op, "the kernel has no such loop")
+        nest = self.nests[done]
+        (sum_, *more) = [op for op in second.op.walk() if op.name == "load_sum" and op.operands]
+        name = self.out.base(sum_.symbol)
+        stores = [
+            op for n in self.nests for op in n.walk() if op.name == "store" and op.symbol == name
+        ]
+        made = self.loops(first.op, nest)
+        last = made.body[-1] if made.body else nest
+        whole = last.name == "store" and last.ref is not None and last.ref.index == made.args
+        if more or self.moved(name) != "scatter" or stores != [last] or not whole:
+            detail = f"the kernel's loop does not end with its only store of `{name}`, by its tiles"
+            self.fail(sum_, detail)
+        delivered = self.tensors[name]["role"] != "temp"
+        if not delivered and done + 1 == len(self.nests):
+            self.fail(sum_, "the kernel has no loop behind it")
+        reader = self.delivery(name) if delivered else self.nests[done + 1]
+        read = self.loops(second.op, reader)
+        if read.lengths != made.lengths:
+            self.fail(sum_, f"the kernel's next loop is {self.loop_text(reader)}")
+        tail = (*(() if delivered else self.prelude), *read.body)
+        sums = [n for n, op in enumerate(tail) if op.name == "load" and op.symbol == name]
+        again = [op for op in reader.walk() if op.name == "load" and op.symbol == name]
+        if len(sums) != 1 or len(again) != 1 or tail[sums[0]].ref != Ref(name, read.args):
+            self.fail(sum_, f"the kernel does not read the sum of `{name}` once, by its tiles")
+        tail = tuple(
+            replace(op, operands=last.operands if n == sums[0] else op.operands)
+            for n, op in enumerate(tail)
+        )
+        self.number, self.final = done, False
+        self.compare(first.op, made, (*self.prelude, *made.body))
+        number = len(self.nests) if delivered else done + 1
+        self.turn = _Turn(tail[0], second.op, read.args, number, delivered)
+        self.compare(second.op, made, (*self.prelude, *made.body[:-1], *tail))
+        grids = [[tile for _, tile in phase.tiles] for phase in (first, second)]
+        fault = partition_fault(_joined(*grids), made.lengths, made.owned)
+        fault = fault or partition_fault(grids[1], read.lengths, read.owned)
+        if fault:
+            self.fail(second.op, f"its tasks, and those of the stage before it, {fault}")
+        return done + (1 if delivered else 2)
+
     def delivery(self, name: str) -> Op:
         """What the mapping says of an output: each tile of this rank's part is the sum."""
         tensor = self.tensors[name]
@@ -175,7 +265,14 @@ class _Meaning:
         self, stage: Op, tiles: tuple[tuple[str, Tile], ...], nest: Op, prelude: tuple[Op, ...]
     ) -> None:
         """``stage`` is ``nest``: its outer loops are the queue, what is inside them the body."""
-        self.names = Names(self.env)
+        loops = self.loops(stage, nest)
+        self.compare(stage, loops, (*prelude, *loops.body))
+        fault = partition_fault([tile for _, tile in tiles], loops.lengths, loops.owned)
+        if fault:
+            self.fail(stage, f"its tasks {fault}")
+
+    def loops(self, stage: Op, nest: Op) -> _Loops:
+        """The outer loops of ``nest`` that the queue of ``stage`` stands for."""
         args: list[Value] = []
         extents: list[Expr | int] = []
         owned: list[Ownership] = []
@@ -191,15 +288,16 @@ class _Meaning:
             body = loop.body
         if len(args) != len(stage.args) or len(stage["extent"]) != len(args):
             self.fail(stage, "its queue has other variables than the kernel's loops")
-        self.bind(stage, stage.args, tuple(args))
         lengths = [int(evaluate(e, self.env, nest)) for e in extents]
         if [int(evaluate(e, self.env, stage)) for e in stage["extent"]] != lengths:
             self.fail(stage, f"the kernel's loop is {self.loop_text(nest)}")
-        grids = [tile for _, tile in tiles]
-        fault = partition_fault(grids, lengths, owned)
-        if fault:
-            self.fail(stage, f"its tasks {fault}")
-        self.block(stage, stage.body, (*prelude, *body))
+        return _Loops(tuple(args), lengths, owned, body)
+
+    def compare(self, stage: Op, loops: _Loops, ops: tuple[Op, ...]) -> None:
+        """The body of ``stage`` is ``ops``, its variables those of ``loops``."""
+        self.names = Names(self.env)
+        self.bind(stage, stage.args, loops.args)
+        self.block(stage, stage.body, ops)
 
     def parallel(self, loop: Op) -> bool:
         if loop.results:
@@ -226,6 +324,11 @@ class _Meaning:
         for op in theirs:
             while before is not None and left and self.again(left[0], before):
                 left.pop(0)
+            if self.turn is not None and op is self.turn.op:
+                # From here on the tiles are those of the kernel's next loop.
+                self.number, self.final = self.turn.number, self.turn.final
+                self.bind(self.turn.stage, self.turn.stage.args, self.turn.args)
+                self.turn = None
             if not left:
                 self.fail(parent, f"the kernel's `{op.name}` is not in it", theirs=op)
             if op.name == "store":
@@ -395,6 +498,18 @@ class _Meaning:
         span: Span | None = op.span
         notes = () if theirs is None else (f"in the kernel: {op_line(theirs)}",)
         raise DataflowError(span, symbol=symbol, detail=detail, notes=notes)
+
+
+def _joined(first: list[Tile], second: list[Tile]) -> list[Tile]:
+    """The tiles of two stages as those of one, arrays ``[ranks, n]``."""
+    return [
+        Tile(
+            np.concatenate([a.start, b.start], axis=1),
+            np.concatenate([a.stop, b.stop], axis=1),
+            np.concatenate([a.tile, b.tile], axis=1),
+        )
+        for a, b in zip(first, second, strict=True)
+    ]
 
 
 def _ordering_only(op: Op) -> bool:

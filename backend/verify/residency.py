@@ -197,8 +197,7 @@ class _Graph:
                 if phase.kind == "finish":
                     chain = -2
                 elif phase.kind == "stage":
-                    lo, hi = range_of(out, phase)
-                    chain = lo + position % (hi - lo) if not dynamic(phase) else -3 - number
+                    chain = worker_of(out, phase, position) if not dynamic(phase) else -3 - number
                 place = (number, position, seq)
                 if sync.delay:
                     place = (self.flush_behind(number), 0, 0)
@@ -429,8 +428,7 @@ class _Graph:
         phase = self.out.phases[int(self.out.task_phase[task])]
         if phase.kind != "stage" or dynamic(phase):
             return 0
-        lo, hi = range_of(self.out, phase)
-        worker = lo + (task - phase.first) % max(1, phase.count) % (hi - lo)
+        worker = worker_of(self.out, phase, (task - phase.first) % max(1, phase.count))
         return bit.get(self.start.get((phase.agent, int(sync.rank[row]), worker), -1), 0)
 
     def path(self, source: int, target: int) -> list[int]:
@@ -466,3 +464,9 @@ def range_of(out: Expansion, phase: Phase) -> tuple[int, int]:
     workers = workers_of(out.agents[phase.agent])
     lo, hi = (int(w) for w in phase.op.get("workers", (0, workers)))
     return lo, hi
+
+
+def worker_of(out: Expansion, phase: Phase, position: int) -> int:
+    """The worker that runs a position of a static queue."""
+    lo, hi = range_of(out, phase)
+    return lo + (position + int(phase.op.get("first", 0))) % (hi - lo)

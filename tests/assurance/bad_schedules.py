@@ -91,6 +91,9 @@ CASES: tuple[Case, ...] = (
     schedule("a move's tile 0", move(tile=0), "tile", "0"),
     schedule("a move's tile text", move(tile="8"), "tile", "'8'"),
     schedule("a move's channels negative", move(channels=-2), "channels", "-2"),
+    schedule("a sum nowhere", move(sum="never"), "sum", "never"),
+    schedule("a sum that is a number", move(sum=1), "sum", "1"),
+    schedule("the sum of a gather", move(sum="epilogue"), "sum", "`A`", "scatter"),
     schedule("epilogue of a gather", move(resource="epilogue"), "A", "epilogue"),
     Command(
         "schedule: the file is missing",

@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from tests.emitted_mutants import Mutant, mutants
+from tests.strategies import FOLDED, move_of
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
@@ -33,8 +34,8 @@ from tilelink.schedules import default_schedule
 RESOURCES = {
     "ag_gemm": ("copy_engine", "sm:2", "none"),
     "ag_gemm_swiglu": ("copy_engine", "sm:2", "none"),
-    "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none"),
-    "gemm_rs_add": ("copy_engine", "sm:2", "epilogue", "none"),
+    "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED),
+    "gemm_rs_add": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED),
     "gemm_ar": ("copy_engine", "sm:2", "epilogue", "none"),
     "gemm_ar_add": ("copy_engine", "sm:2", "epilogue", "none"),
 }
@@ -67,7 +68,7 @@ class Case:
             present = [n for n in kernel.signature.tensors if n in ("A", "B", *self.extra)]
         op = kernel.build(dict(self.shape), {}, self.world, present, dict(self.flags))
         schedule = default_schedule(op)
-        moves = tuple((n, replace(m, resource=self.resource)) for n, m in schedule.moves)
+        moves = tuple((name, move_of(self.resource)) for name, _ in schedule.moves)
         schedule = replace(schedule, moves=moves).with_tiles(**dict(self.tiles))
         if self.workers:
             schedule = replace(schedule, workers=self.workers)

@@ -18,17 +18,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.assurance.report import finish, progress
+from tests.strategies import FOLDED, move_of
 from tilelink import kernels
 from tilelink.backend.mutate import mutants
 from tilelink.backend.pipeline import run_passes
 from tilelink.backend.simulate.explore import Explored, explore
 from tilelink.ir import Op, rewrite
-from tilelink.schedules import Move, Schedule
+from tilelink.schedules import Schedule
 
 MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
 RESOURCES = {
     "ag_gemm": ("copy_engine", "sm:1", "sm:2", "none"),
-    "gemm_rs": ("copy_engine", "sm:1", "sm:2", "epilogue", "none"),
+    "gemm_rs": ("copy_engine", "sm:1", "sm:2", "epilogue", "none", *FOLDED),
     "gemm_ar": ("copy_engine", "sm:1", "sm:2", "epilogue", "none"),
 }
 SIZES = ((2, 3), (3, 1))  # ranks, tiles of a rank
@@ -58,7 +59,7 @@ class Instance:
             {"M": rows, "K": TILE, "N": TILE}, world=self.world
         )
         sizes = (("K", TILE), ("M", TILE), ("N", TILE))
-        moves = ((MOVED[self.kernel], Move(resource=self.resource)),)
+        moves = ((MOVED[self.kernel], move_of(self.resource)),)
         return run_passes(built, Schedule(tiles=sizes, workers=3, group=2, moves=moves))
 
 
@@ -185,7 +186,7 @@ def agree(job: tuple[Instance, int, int]) -> Agreement:
 def small() -> list[Instance]:
     """Programs whose mutants are explored twice."""
     return [
-        Instance(kernel, resource, 2, tiles, 3 if resource == "sm:2" else 2)
+        Instance(kernel, resource, 2, tiles, 3 if resource.startswith("sm:2") else 2)
         for kernel, resources in RESOURCES.items()
         for resource in resources
         for tiles in (1, 2)

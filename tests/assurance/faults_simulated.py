@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from tests.strategies import move_of
 from tilelink import kernels
 from tilelink.backend import reference
 from tilelink.backend.pipeline import compile_kernel
@@ -36,7 +37,7 @@ from tilelink.backend.simulate.geometry import Geometry
 from tilelink.backend.simulate.trace import Traces
 from tilelink.cli.inputs import random_inputs
 from tilelink.errors import TilelinkError
-from tilelink.schedules import Move, Schedule
+from tilelink.schedules import Schedule
 
 LIMITS = Limits(progress=10.0, arrival=600.0)
 SLACK = 1.0  # virtual seconds after its limit at which a survivor must have ended
@@ -85,7 +86,7 @@ class Tally:
 def subject(kernel: str, resource: str, world: int) -> Subject:
     """The tiny instance of ``kernel`` on ``world`` ranks."""
     op = getattr(kernels, kernel).build({"M": 6 * world, "K": 8, "N": 8}, world=world)
-    moves = ((MOVED[kernel], Move(resource=resource)),)
+    moves = ((MOVED[kernel], move_of(resource)),)
     tiles = (("K", 8), ("M", 4), ("N", 8))
     program = compile_kernel(op, Schedule(tiles=tiles, workers=3, group=1, moves=moves))
     inputs = [random_inputs(op, seed) for seed in range(CALLS)]

@@ -37,7 +37,7 @@ KERNELS = {"ag_gemm": ag_gemm, "gemm_rs": gemm_rs, "gemm_ar": gemm_ar}
 # these schedules do not have: they are left out.
 RESOURCES = {
     "ag_gemm": ("copy_engine", "sm:1", "sm:2"),
-    "gemm_rs": ("sm:1", "sm:2", "epilogue"),
+    "gemm_rs": ("sm:1", "sm:2", "epilogue", "sm:2-folded", "epilogue-folded"),
     "gemm_ar": ("sm:1", "sm:2", "epilogue"),
 }
 

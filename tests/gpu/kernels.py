@@ -105,6 +105,8 @@ def cases() -> list[Case]:
         found += [Case(kernel, *shape) for shape in shapes]
         # No epilogue computes the tiles of a gathered input.
         others = [r for r in RESOURCES[1:] if (kernel, r) != ("ag_gemm", "epilogue")]
+        if kernel == "gemm_rs":
+            others += ["copy_engine-folded", "sm:16-folded", "epilogue-folded"]
         found += [Case(kernel, *shape, resource=r) for r in others for shape in shapes[:4]]
         found += [Case(kernel, *shapes[0], dtype=d) for d in ("fp16", "fp32")]
         found += [Case(kernel, *shape, resource="none", emitter="library") for shape in shapes]
@@ -119,7 +121,13 @@ def schedule_for(case: Case, world: int) -> Any:
     op = KERNELS[case.kernel].build(
         {"M": case.M, "K": case.K, "N": case.N}, world=world, dtype=case.dtype
     )
-    return replace(default_schedule(op).with_resource(case.resource), emitter=case.emitter)
+    # `-folded`: the sum in the epilogue of the own slice.
+    schedule = default_schedule(op).with_resource(case.resource.removesuffix("-folded"))
+    schedule = replace(schedule, emitter=case.emitter)
+    if case.resource.endswith("-folded"):
+        folded = ((n, replace(move, sum="epilogue")) for n, move in schedule.moves)
+        schedule = replace(schedule, moves=tuple(folded))
+    return schedule
 
 
 def inputs_for(case: Case, rank: int, world: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -245,3 +245,64 @@ def test_a_kernel_of_many_ops_agrees_with_torch() -> None:
 
 def test_words_fit_the_record() -> None:
     assert layout.RECORD + layout.RECORD_WORDS <= layout.ARRIVED
+
+
+def test_parts_are_added_in_rank_order_around_the_own_one(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def add(own, parts, out, rank, step, rows, masked: tl.constexpr):
+    offsets = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = (tl.arange(0, 4) < rows)[:, None] & (tl.arange(0, 8) < 8)[None, :]
+    mine = tl.load(own + offsets)
+    if masked:
+        total = device.tile_sum_parts(mine, parts + offsets, step, inside, rank, 5)
+    else:
+        total = device.tile_sum_parts(mine, parts + offsets, step, None, rank, 5)
+    tl.store(out + offsets, total, mask=inside)
+
+torch.manual_seed(0)
+for rank in range(5):
+    for masked in (False, True):
+        own = torch.randn(4, 8).half()
+        parts = torch.randn(5, 6, 8).half()
+        parts[rank] = float("nan")  # what lies in the place of the own part is not read
+        out = torch.full((4, 8), 7.0)
+        add[(1,)](own, parts, out, rank, 48, 3 if masked else 4, masked)
+        terms = [own if r == rank else parts[r, :4] for r in range(5)]
+        want = terms[0].float()
+        for term in terms[1:]:
+            want = want + term.float()
+        rows = 3 if masked else 4
+        assert torch.equal(out[:rows], want[:rows]) and out[rows:].eq(7).all(), (rank, masked)
+
+own, parts, out = torch.full((4, 8), -0.0).half(), torch.full((5, 6, 8), -0.0).half(), torch.ones(4, 8)
+add[(1,)](own, parts, out, 2, 48, 4, False)
+assert torch.signbit(out).all()  # a sum of negative zeros is one
+""",
+    )
+
+
+def test_flags_of_several_ranks_are_waited_for_at_once(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def both(arena, peers, rank, out, low, high, limit: tl.int64):
+    ctx = device.context(arena, peers, rank, 2, limit, limit)
+    token = device.peer_tiles_wait(ctx, 1024, 3, low, high, ctx.epoch, 9, 4)
+    tl.store(out, token)
+
+head(0), head(1)
+out = torch.ones(1, dtype=torch.int32)
+both[(1,)](arenas[0], peers, 0, out, 1, 1, 10**6)  # nobody
+arenas[0][1024:1028] = torch.tensor([1, 0, 0, 1])
+both[(1,)](arenas[0], peers, 0, out, 0, 2, 10**6)
+assert out == 0 and arenas[0][layout.RECORD] == 0
+arenas[0][1027] = 0
+both[(1,)](arenas[0], peers, 0, out, 0, 2, 10**6)
+record = arenas[0][layout.RECORD : layout.RECORD + 10].tolist()
+assert record == [1, 0, 0, 9, 1027, 1, 0, 1, 4, 1], record
+""",
+    )

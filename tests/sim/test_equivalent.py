@@ -8,11 +8,12 @@ from functools import cache
 import pytest
 
 from tests.assurance.exhaustive import MOVED, TILE
+from tests.strategies import move_of
 from tilelink import kernels
 from tilelink.backend.pipeline import run_passes
 from tilelink.backend.simulate.explore import equivalent
 from tilelink.ir import Op, parse_ir, print_ir, rewrite
-from tilelink.schedules import Move, Schedule
+from tilelink.schedules import Schedule
 
 WORKERS = 2
 
@@ -25,7 +26,7 @@ def intact(name: str) -> tuple[Op, Op, str]:
     extents = {"M": rows, "K": 2 * TILE, "N": TILE}
     op = getattr(kernels, kernel).build(extents, world=2)
     tiles = (("K", TILE), ("M", TILE), ("N", TILE))
-    moves = ((MOVED[kernel], Move(resource=resource)),)
+    moves = ((MOVED[kernel], move_of(resource)),)
     program = run_passes(op, Schedule(tiles=tiles, workers=WORKERS, group=1, moves=moves))
     return op, program, print_ir(program)
 

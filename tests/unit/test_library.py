@@ -11,8 +11,8 @@ import torch
 
 import tilelink
 import tilelink.language as tk
-from bench.ours import schedule_of as bench_schedule
 from bench.cases import Case
+from bench.ours import schedule_of as bench_schedule
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel, run_passes
 from tilelink.backend.runtime.image import image_of

@@ -13,6 +13,7 @@ moves = st.builds(
     resource=st.sampled_from(("copy_engine", "sm:4", "epilogue", "none")),
     tile=st.none() | st.integers(1, 999),
     channels=st.none() | st.integers(1, 99),
+    sum=st.sampled_from(("stage", "epilogue")),
 )
 schedules = st.builds(
     Schedule,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from tests.strategies import move_of
 from tilelink.backend.emit.offline import Compiled, compile_offline, lint
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import run_passes
@@ -16,7 +17,7 @@ def compiled(resource: str, m: int, n: int, tile: int) -> Compiled:
     """``gemm_rs`` on two ranks; not proven, which takes long for the large shape."""
     op = gemm_rs.build({"M": m, "N": n, "K": 64}, {}, 2)
     schedule = default_schedule(op).with_tiles(M=tile, N=tile, K=32)
-    moves = tuple((name, replace(move, resource=resource)) for name, move in schedule.moves)
+    moves = tuple((name, move_of(resource)) for name, _ in schedule.moves)
     program = run_passes(op, replace(schedule, moves=moves))
     (kernel,) = compile_offline(emit(program), program)
     return kernel

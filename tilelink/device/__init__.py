@@ -13,6 +13,7 @@ from tilelink.device.data import (
     rank_copy_data,
     tile_pull_data,
     tile_push_data,
+    tile_sum_parts,
 )
 from tilelink.device.math import erf, power, tanh
 from tilelink.device.program import (
@@ -31,6 +32,7 @@ from tilelink.device.signal import (
     drain_tma_stores,
     peer_tile_notify,
     peer_tile_wait,
+    peer_tiles_wait,
     producer_tile_notify,
     rank_notify,
     rank_wait,
@@ -51,6 +53,7 @@ __all__ = [
     "peer_pointer",
     "peer_tile_notify",
     "peer_tile_wait",
+    "peer_tiles_wait",
     "pointer",
     "power",
     "producer_tile_notify",
@@ -61,4 +64,5 @@ __all__ = [
     "tanh",
     "tile_pull_data",
     "tile_push_data",
+    "tile_sum_parts",
 ]

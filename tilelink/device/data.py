@@ -53,6 +53,38 @@ def tile_pull_data(source, target, rows, columns, source_stride, target_stride):
 
 
 @triton.jit
+def _part(parts, source, step, inside, rank, world: tl.constexpr):
+    there = (rank != source) & (source < world)
+    if inside is not None:
+        there = inside & there
+    place = parts + source * tl.cast(step, tl.int64)
+    return tl.load(place, mask=there, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def tile_sum_parts(own, parts, step, inside, rank, world: tl.constexpr):
+    """The sum of a tile over all ranks, fp32: one part a rank, added in rank order.
+
+    ``own``: the part of this rank, a tile in registers, of the element type of the others. ``parts``:
+    pointers to the tile of rank 0's part; that of rank r lies r times ``step`` elements further.
+    ``inside``: their mask, or None. Where the part of ``rank`` itself would lie nothing is read.
+    """
+    # Three parts are under way while a fourth is added; all at once would not fit the registers. Minus
+    # zero is what changes no first term.
+    total = tl.zeros(own.shape, tl.float32) * -1.0
+    first = _part(parts, 0, step, inside, rank, world)
+    second = _part(parts, 1, step, inside, rank, world)
+    third = _part(parts, 2, step, inside, rank, world)
+    for source in tl.range(0, world, num_stages=1):
+        fourth = _part(parts, source + 3, step, inside, rank, world)
+        total += tl.where(rank == source, own, first).to(tl.float32)
+        first = second
+        second = third
+        third = fourth
+    return total
+
+
+@triton.jit
 def rank_copy_data(source, target, count):
     """Copy ``count`` elements by all CTAs of the grid together, each a part of its own."""
     step = tl.num_programs(0) * _BLOCK

@@ -203,6 +203,27 @@ def peer_tile_wait(ctx, word, epoch, producer, tile, wait, fence: tl.constexpr =
 
 
 @triton.jit
+def peer_tiles_wait(ctx, word, step, low, high, epoch, tile, wait, fence: tl.constexpr = False):
+    """Acquire: until flags ``word + r * step`` of all ranks r in ``low``..``high`` have reached ``epoch``.
+
+    Rank r raises the r-th of them. Otherwise like :func:`peer_tile_wait`; all are asked at once.
+    """
+    ranks = tl.arange(0, MAX_WORLD)
+    inside = (ranks >= low) & (ranks < high)
+    nothing = tl.zeros((MAX_WORLD,), tl.int32)
+    flags = ctx.arena + word + ranks * step
+    seen = tl.atomic_add(flags, nothing, mask=inside, sem="acquire", scope="sys")
+    behind = tl.sum((inside & (seen - epoch < 0)).to(tl.int32), axis=0)
+    token = behind >> 31
+    if behind != 0:
+        for peer in range(low, high):
+            token += peer_tile_wait(ctx, word + peer * step, epoch, peer, tile, wait)
+    if fence:
+        token = _fence_proxy(token)
+    return token
+
+
+@triton.jit
 def consumer_tile_wait(ctx, word, count, tile, wait, fence: tl.constexpr = False):
     """Acquire: until the local counter ``word`` has reached ``count``; returns a token like
     :func:`peer_tile_wait`."""

@@ -104,6 +104,21 @@ def _load(checker: Checker, op: Op) -> None:
     checker.result(op, checker.declared[op.ref.symbol]["dtype"], checker.indexed(op, op.ref))
 
 
+def _load_sum(checker: Checker, op: Op) -> None:
+    if not op.operands:
+        return
+    (type_,) = checker.data(op)
+    if op.get("own") is not None:
+        raise error(
+            op, "`load_sum` has an operand and `own`", "this rank's part comes from one place"
+        )
+    dtype = checker.declared[op.symbol]["dtype"]
+    if type_.dtype != dtype:
+        text = f"`load_sum` adds {type_} to parts of {dtype}"
+        raise error(op, text, "a contribution is rounded to the parts' type first")
+    checker.result(op, None, type_.shape)
+
+
 def _store(checker: Checker, op: Op) -> None:
     assert op.ref is not None
     (type_,) = checker.data(op)
@@ -134,6 +149,7 @@ TYPES: dict[str, Callable[[Checker, Op], None]] = {
     "index": _index,
     "bound": _index,
     "load": _load,
+    "load_sum": _load_sum,
     "store": _store,
     "param": _param,
 }

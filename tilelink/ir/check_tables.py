@@ -22,7 +22,7 @@ ATTRIBUTES = {
     "expr": "hi lo peer owner signal visit if when epoch segment segments",
     "count": "world value:extent workers:launch resident warps stages count group block channel_rows "
     "task_rows tasks_across delay",
-    "whole": "offset bytes workspace over axis flatten_axis part_axis",
+    "whole": "offset bytes workspace over axis first flatten_axis part_axis",
     "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final",
     "text": "file kernel schedule into offsets source table",
     "texts": "after",
@@ -136,7 +136,7 @@ SHAPES = {
     "where": _Shape((3, 3), (1, 1)),
     "param": _Shape((0, 0), (1, 1), True),
     "load": _Shape((0, 0), (1, 1), True),
-    "load_sum": _Shape((0, 0), (1, 1), True),
+    "load_sum": _Shape((0, 1), (1, 1), True),
     "store": _Shape((1, 1), (0, 0), True),
     "wait": _Shape(ref=True),
     "notify": _Shape(ref=True),

@@ -1,0 +1,75 @@
+"""The end of a task behind a folded sum, some columns after the other.
+
+A tile's own part, its sum in fp32 and the parts that are added would not fit the registers of a CTA
+together. What follows the sum is arithmetic on each element, so it can be done for a part of the columns
+at a time: the same ops are written again, with the tile's last variable standing for another part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tilelink.backend.emit import body
+from tilelink.backend.emit.scope import Scope
+from tilelink.ir import Op, Value
+
+_WHOLE = frozenset({"bound", "dot", "transpose", "reshape", "sum", "max", "min"})
+# Elements of a tile that one thread adds up at a time, and the least columns of it: 64 bytes of a row.
+EACH, COLUMNS = 32, 32
+
+
+def ops(scope: Scope, task: tuple[Op, ...]) -> None:
+    """The ops of a task; those from a folded sum on part by part, where the tile is large."""
+    at = next((n for n, op in enumerate(task) if op.name == "load_sum" and op.operands), len(task))
+    scope.folded = at < len(task)
+    body.ops(scope, task[:at])
+    if scope.folded:
+        _tail(scope, task[at:])
+    scope.folded = False
+
+
+def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
+    if not _divisible(scope, tail):
+        body.ops(scope, tail)
+        return
+    own = tail[0].operands[0]
+    variable = own.type.shape[1]
+    whole = scope.dims[variable]
+    name, rows = scope.names[own.name], scope.blocks(own.type)[0]
+    parts, width = [name], whole.block
+    most = EACH * 32 * scope.warps
+    while rows * width > most and width > COLUMNS:
+        width //= 2
+        parts = [half for part in parts for half in _halves(scope, part, rows, width)]
+    for number, part in enumerate(parts):
+        start = whole.start
+        if number:
+            start = scope.fresh(f"{variable}_part")
+            scope.writer.let(start, f"{whole.start} + {number * width}")
+        length = str(width) if whole.exact else f"({whole.stop} - {start})"
+        scope.dims[variable] = replace(whole, block=width, length=length, start=start)
+        scope.names[own.name] = part
+        body.ops(scope, tail)
+    scope.dims[variable], scope.names[own.name] = whole, name
+
+
+def _halves(scope: Scope, name: str, rows: int, width: int) -> tuple[str, str]:
+    """Write the left and the right half of the columns of a tile, ``width`` each; their names."""
+    low, high = scope.fresh(f"{name}_low"), scope.fresh(f"{name}_high")
+    shaped = f"tl.reshape({name}, ({rows}, 2, {width}))"
+    scope.writer.call(f"{low}, {high} = tl.split(", [f"tl.permute({shaped}, (0, 2, 1))"])
+    return low, high
+
+
+def _divisible(scope: Scope, tail: tuple[Op, ...]) -> bool:
+    """Whether ``tail`` does the same to each part of the columns."""
+    own = tail[0].operands[0]
+    if len(own.type.shape) != 2 or any(op.blocks or op.name in _WHOLE for op in tail):
+        return False
+    variable = own.type.shape[1]
+    dim = scope.dims.get(variable)
+    if dim is None or not (dim.exact or dim.stop):
+        return False
+    made = {value.name for op in tail for value in op.results}
+    given: set[Value] = {v for op in tail for v in op.operands if v.name not in made}
+    return all(v == own or variable not in v.type.shape for v in given)
