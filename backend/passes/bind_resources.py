@@ -62,10 +62,9 @@ def bind_resources(program: Op) -> Op:
     return program
 
 
-def _insert(program: Op, name: str, *, before: bool, new: Op) -> Op:
-    """``new`` put before the first or behind the last agent named ``name``."""
-    places = [i for i, op in enumerate(program.body) if op.name == name]
-    at = places[0] if before else places[-1] + 1
+def _before_launches(program: Op, new: Op) -> Op:
+    """``new`` put before the first launch."""
+    at = next(i for i, op in enumerate(program.body) if op.name == "launch")
     return program.with_ops((*program.body[:at], new, *program.body[at:]))
 
 
@@ -139,8 +138,12 @@ def _by_copy_engine(program: Op, info: Moved) -> Op:
     stream = make(
         "stream", ref=Ref(f"{info.name}.copy"), after=("head",), blocks=(Block((), body),)
     )
+    if info.kind == "gather":
+        return _before_launches(program, stream)
     # A copy that waits for the kernel stands behind it: with one hardware queue it would block it.
-    return _insert(program, "launch", before=info.kind == "gather", new=stream)
+    stored = [any(accesses(op, f"{info.name}.partial", "store")) for op in program.body]
+    at = max(n for n, found in enumerate(stored) if found) + 1
+    return program.with_ops((*program.body[:at], stream, *program.body[at:]))
 
 
 def _by_workers(program: Op, info: Moved) -> Op:
@@ -251,7 +254,7 @@ def _by_collective(program: Op, info: Moved) -> Op:
             to=Ref(f"{info.name}.all"),
             span=program.declared(info.name).span,
         )
-        return _insert(_depend(program, info.name), "launch", before=True, new=collective)
+        return _before_launches(_depend(program, info.name), collective)
     total = any(op.name == "buffer" and op.symbol == f"{info.name}.total" for op in program.body)
     collective = make(
         "collective",

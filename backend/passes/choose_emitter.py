@@ -18,8 +18,8 @@ from tilelink.backend.product import NotAProduct, product_of
 from tilelink.ir import Block, Expr, Op, Ref, make
 from tilelink.schedules import Schedule, ScheduleError
 
-# Resources whose bytes leave without a kernel of ours.
-APART = ("none",)
+# Resources that move bytes without a kernel of ours.
+APART = ("none", "copy_engine")
 
 
 def choose_emitter(program: Op) -> Op:
@@ -45,7 +45,8 @@ def choose_emitter(program: Op) -> Op:
           stage @C.tiles {…} …
         }
 
-    A task is a product of whole matrices, or of the rows of one block where owners' blocks lie apart.
+    A task is a product of whole matrices, or of the rows of one block where owners' blocks lie apart or
+    come and go one by one.
     Invariant: stages keep their order; each launch comes after the one before.
     """
     schedule = schedule_of(program)
@@ -91,6 +92,15 @@ def _whole(program: Op, schedule: Schedule, stage: Op) -> Op:
             help="use triton, or keep the product apart in a loop nest of its own",
         ) from None
     names = environment(program)
+    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
+    for extent in stage["extent"]:
+        if Expr.of(extent).names & dynamic:
+            raise ScheduleError(
+                stage.span,
+                field="emitter",
+                detail=f"the library multiplies whole matrices, and `{extent}` is dynamic",
+                help="use triton, or give the extent as it is",
+            )
     axis, segment = int(stage.get("axis", 0)), stage.get("segment")
     met = list(_met(program, schedule, stage))
     apart = any(info.block != info.shard or info.resource != "none" for info in met)

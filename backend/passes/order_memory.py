@@ -130,10 +130,15 @@ def touched(ops: tuple[Op, ...]) -> frozenset[str]:
 
 
 def _library(launch: Op) -> Op:
-    """The library may take every path; what it has stored is complete when its kernel has ended."""
+    """The library may take every path. Between its kernels stand those that wait and notify: the start
+    of a kernel is a proxy fence, and at its end all of its stores are complete."""
 
     def mark(op: Op) -> Op:
-        return op.with_attrs(via="tma") if op.name in ("load", "store") else op
+        if op.name in ("load", "store"):
+            return op.with_attrs(via="tma")
+        if op.name == "wait":
+            return op.with_attrs(proxy=True)
+        return op.with_attrs(drain=True) if op.name == "notify" else op
 
     return rewrite(launch, mark)
 

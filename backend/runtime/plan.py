@@ -23,7 +23,7 @@ from tilelink.backend.runtime.guard import CTAS, guard_kernel
 from tilelink.backend.runtime.image import Slot
 from tilelink.backend.runtime.library import Fetch, matmul, place_of
 from tilelink.backend.runtime.views import Views, spread_axis
-from tilelink.device import head_kernel
+from tilelink.device import acknowledge_kernel, head_kernel, notify_kernel, wait_kernel
 from tilelink.ir import layout
 
 NO_TENSORS: Mapping[str, torch.Tensor] = MappingProxyType({})
@@ -239,7 +239,7 @@ class Recorder(Views):
 
     @contextlib.contextmanager
     def library(self, name: str, after: tuple[str, ...] = ("head",)) -> Iterator[Recorder]:
-        """A launch that the library makes: the products inside, one after another on the main stream."""
+        """A launch that the library makes: what is called inside, one after another on the main stream."""
         self._join_main(after)
         yield self
         self._end(name, None)
@@ -258,6 +258,23 @@ class Recorder(Views):
         else:
             added = self._fetch(bias)
             self.plan.add(lambda _: matmul(left(), right(), into(), added()))
+
+    def wait(
+        self, flag: str, index: tuple[int, ...], producer: int, tile: int, number: int
+    ) -> None:
+        """Between products: until a flag element has this call's epoch; ``number`` is the wait's own."""
+        args = self.wait_arguments(flag, index, producer, tile, number)
+        self._launch(compile_launch(wait_kernel, 1, args, num_warps=4))
+
+    def count(self, counter: str, index: tuple[int, ...]) -> None:
+        """Between products: adds 1 to a local counter, behind all that came before."""
+        word = self.word_of(counter, index)
+        self._launch(compile_launch(notify_kernel, 1, (self.arena, word), num_warps=1))
+
+    def acknowledge(self) -> None:
+        """Behind the products: tells every rank that this one has finished reading."""
+        args = self.acknowledge_arguments()
+        self._launch(compile_launch(acknowledge_kernel, 1, args, num_warps=1))
 
     @contextlib.contextmanager
     def stream(self, name: str, after: tuple[str, ...] = ("head",)) -> Iterator[Recorder]:

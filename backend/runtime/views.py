@@ -126,6 +126,18 @@ class Views:
             self.program,
         )
 
+    def wait_arguments(
+        self, flag: str, index: tuple[int, ...], producer: int, tile: int, wait: int
+    ) -> tuple[object, ...]:
+        """Arguments of ``tilelink.device.wait_kernel``."""
+        word = self.word_of(flag, index)
+        limits = (self.progress_ns, self.arrival_ns)
+        return (self.arena, self.peers, self.rank, word, producer, tile, wait, *limits, self.world)
+
+    def acknowledge_arguments(self) -> tuple[object, ...]:
+        """Arguments of ``tilelink.device.acknowledge_kernel``."""
+        return self.arena, self.peers, self.rank, self.image.ack_word, self.world
+
 
 def view_of(arena: torch.Tensor, slot: Slot) -> torch.Tensor:
     """The region of ``slot`` in a uint8 arena, with its dims and dtype."""

@@ -32,7 +32,13 @@ from tilelink.backend.runtime import load_module
 from tilelink.backend.runtime.image import image_of, shared_bytes
 from tilelink.backend.runtime.library import matmul
 from tilelink.backend.runtime.views import Views, record_words, spread_axis
-from tilelink.device import head_kernel, signal
+from tilelink.device import (
+    acknowledge_kernel,
+    head_kernel,
+    notify_kernel,
+    signal,
+    wait_kernel,
+)
 from tilelink.ir import layout, parse_ir
 
 POLL = 5e-5  # seconds between two looks of a side stream at a counter
@@ -152,13 +158,14 @@ class Call(Views):
 
     @contextlib.contextmanager
     def library(self, name: str, after: tuple[str, ...] = ("head",)) -> Iterator[Call]:
-        """A launch that the library makes: the products inside run in order."""
-        products: list[Callable[[], None]] = []
-        self._current = products
+        """A launch that the library makes: what is called inside runs in order."""
+        actions: list[Callable[[], None]] = []
+        self._current = actions
 
         def run() -> None:
-            for product in products:
-                product()
+            for action in actions:
+                self._check()
+                action()
 
         self._enqueue(name, after, run)
         yield self
@@ -172,6 +179,23 @@ class Call(Views):
     ) -> None:
         """``out = a @ b + bias``."""
         self._current.append(lambda: matmul(a, b, out, bias))
+
+    def wait(
+        self, flag: str, index: tuple[int, ...], producer: int, tile: int, number: int
+    ) -> None:
+        """Between products: until a flag element has this call's epoch; ``number`` is the wait's own."""
+        args = self.wait_arguments(flag, index, producer, tile, number)
+        self._current.append(lambda: wait_kernel[(1,)](*args))
+
+    def count(self, counter: str, index: tuple[int, ...]) -> None:
+        """Between products: adds 1 to a local counter."""
+        word = self.word_of(counter, index)
+        self._current.append(lambda: notify_kernel[(1,)](self.arena, word))
+
+    def acknowledge(self) -> None:
+        """Behind the products: tells every rank that this one has finished reading."""
+        args = self.acknowledge_arguments()
+        self._current.append(lambda: acknowledge_kernel[(1,)](*args))
 
     @contextlib.contextmanager
     def stream(self, name: str, after: tuple[str, ...] = ("head",)) -> Iterator[Call]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from tilelink.backend.validate.layout import Layout, constant
-from tilelink.backend.validate.library import Called, Turned, multiply
+from tilelink.backend.validate import library
+from tilelink.backend.validate.library import Called, Turned
 from tilelink.backend.validate.machine import Machine
 from tilelink.backend.validate.trace import Signal, Touch, Trace
 from tilelink.backend.validate.values import Descriptor, Ints, Name, Num, Special, full
@@ -51,6 +52,7 @@ class Agent:
     facts: dict[str, Any] = field(default_factory=dict)
     emitter: str = ""
     products: list[Called] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)  # of its waits, in the order of the text
 
 
 class HostMachine(Machine):
@@ -333,9 +335,19 @@ class HostMachine(Machine):
 
     def on_matmul(self, a: Any, b: Any, out: Any, bias: Any = None) -> None:
         """``call.matmul``."""
-        called = multiply(self, a, b, out, bias)
-        assert self.library is not None
-        self.library.products.append(called)
+        library.multiply(self, a, b, out, bias)
+
+    def on_wait(self, name: Any, index: Any, producer: Any, tile: Any, number: Any) -> None:
+        """``call.wait``."""
+        library.wait(self, name, index, producer, tile, number)
+
+    def on_count(self, name: Any, index: Any) -> None:
+        """``call.count``."""
+        library.count(self, name, index)
+
+    def on_acknowledge(self) -> None:
+        """``call.acknowledge``."""
+        library.acknowledge(self)
 
     def running(self) -> Trace:
         """The trace of the stream that is open."""

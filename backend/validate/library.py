@@ -1,4 +1,4 @@
-"""Products that the host function hands to the library: which matrices, which way round, in which task."""
+"""Launches of the library in the host function: products, which way round, and signals between them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tilelink.backend.validate.trace import Touch
-from tilelink.backend.validate.values import Flow, Ints, Key
+from tilelink.backend.validate.trace import FINISH, Signal, Touch, Trace
+from tilelink.backend.validate.values import Flow, Ints, Key, full
+from tilelink.ir.layout import ACK
 
 if TYPE_CHECKING:
     from tilelink.backend.product import Product
-    from tilelink.backend.validate.host import HostMachine, View
+    from tilelink.backend.validate.host import Agent, HostMachine, View
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,12 +46,71 @@ class Called:
         return ""
 
 
-def multiply(host: HostMachine, a: Any, b: Any, out: Any, bias: Any) -> Called:
+def opened(host: HostMachine) -> tuple[Agent, Trace]:
+    """The launch of the library that is open."""
+    if host.library is None or host.library.trace is None:
+        host.hazard("what the library's launches hold, outside of one")
+    return host.library, host.library.trace
+
+
+def wait(
+    host: HostMachine, name: Any, index: Any, producer: Any, tile: Any, number: Any
+) -> None:
+    """Reads ``call.wait``: the start of the next kernel in the stream is a proxy fence."""
+    agent, trace = opened(host)
+    lane, flat = host.element(name, index, "flag")
+    blamed = full(host.number(producer).v, host.lanes)[lane]
+    host.number(tile)
+    if not isinstance(number, int) or isinstance(number, bool):
+        host.unclear("the number of a wait")
+    agent.numbers.append(number)
+    segment = trace.segments[0][lane]
+    trace.signals.append(
+        Signal(
+            host.site, name, True, lane, 0, segment, trace.next(), host.rank[lane], flat,
+            np.ones_like(lane), fence=True, producer=blamed,
+        )
+    )  # fmt: skip
+    trace.passed = trace.passed + host.on
+
+
+def count(host: HostMachine, name: Any, index: Any) -> None:
+    """Reads ``call.count``, behind the task's product: when its kernel has ended its stores are complete."""
+    _, trace = opened(host)
+    lane, flat = host.element(name, index, "counter")
+    segment = trace.segments[0][lane] - 1
+    if np.any(segment < 0):
+        host.hazard("a count before any product")
+    trace.signals.append(
+        Signal(
+            host.site, name, False, lane, 0, segment, trace.next(), host.rank[lane], flat,
+            np.ones_like(lane), drained=True,
+        )
+    )  # fmt: skip
+    trace.passed = trace.passed + host.on
+
+
+def acknowledge(host: HostMachine) -> None:
+    """Reads ``call.acknowledge``: each rank's word of the acknowledgements, at every rank."""
+    _, trace = opened(host)
+    if not host.all:
+        host.hazard("an acknowledgement of some ranks alone")
+    world = host.layout.world
+    symbol, first = host.layout.word(np.array([ACK], dtype=np.int64))
+    flat = host.rank + int(first[0])
+    for peer in range(world):
+        home = np.full(world, peer, dtype=np.int64)
+        trace.signals.append(
+            Signal(
+                host.site, symbol, False, host.rank, FINISH, np.zeros_like(flat), trace.next(),
+                home, flat, np.ones_like(flat), drained=True,
+            )
+        )  # fmt: skip
+
+
+def multiply(host: HostMachine, a: Any, b: Any, out: Any, bias: Any) -> None:
     """Reads ``call.matmul(a, b, out, bias=bias)``: touches of a task of every rank that is on."""
-    agent = host.library
-    if agent is None or agent.trace is None:
-        host.hazard("a product outside of a launch of the library")
-    trace = agent.trace
+    agent, trace = opened(host)
     turned = (isinstance(a, Turned), isinstance(b, Turned))
     views = [v.view if isinstance(v, Turned) else v for v in (a, b)]
     views += [out, *([] if bias is None else [bias])]
@@ -80,7 +140,7 @@ def multiply(host: HostMachine, a: Any, b: Any, out: Any, bias: Any) -> Called:
     )
     trace.segments[0] = trace.segments[0] + host.on
     named = [v.symbol for v in views] + [""]
-    return Called((named[0], named[1], named[2], named[3]), turned)
+    agent.products.append(Called((named[0], named[1], named[2], named[3]), turned))
 
 
 def _shapes(host: HostMachine, views: list[View], turned: tuple[bool, bool]) -> None:

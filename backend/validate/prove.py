@@ -227,6 +227,7 @@ class Validator:
             if detail:
                 self.differs(agent.node, f"another product than that of @{stage.symbol}: {detail}")
         placed = self.rows.launch(number, self.of(agent), 1)
+        self.wait_names += list(dict.fromkeys(agent.numbers))
         self.lanes += self.layout.world
         self.place(number, placed)
         return placed
@@ -347,8 +348,12 @@ class Validator:
                         )
 
     def named_waits(self) -> None:
-        """Waits are numbered through the module, so that a record of a time-out finds its line."""
-        if self.wait_names != list(range(1, len(self.wait_names) + 1)):
+        """Waits of kernels have their numbers in the program, so that a record of a time-out finds its line."""
+        ops = list(self.program.walk())
+        numbers = {id(op): n for n, op in enumerate(o for o in ops if o.name == "wait")}
+        launches = self.program.find("launch")
+        wanted = [numbers[id(o)] for op in launches for o in op.walk() if o.name == "wait"]
+        if self.wait_names != wanted:
             self.differs(None, f"waits are numbered {self.wait_names}")
 
     def proven(self) -> Validation:

@@ -81,11 +81,12 @@ class _Checker:
 
     def library(self, launch: Op) -> None:
         """The library's own kernel: one product a task, of whole matrices or of rows of one segment."""
-        if len(launch.body) != 1 or launch.body[0].name != "stage":
-            _fail(launch, "a launch of the library holds one stage")
+        names = [op.name for op in launch.body]
+        if names not in (["stage"], ["stage", "finish"]):
+            _fail(launch, "a launch of the library holds one stage, and at most a finish")
         if int(launch["workers"]) != 1 or launch.get("resident") is not None:
             _fail(launch, "the library runs its products one after another: one worker")
-        (stage,) = launch.body
+        stage = launch.body[0]
         if stage.get("queue", "static") != "static" or stage.get("workers") is not None:
             _fail(stage, "the library takes its tasks in their order")
         try:
@@ -94,10 +95,12 @@ class _Checker:
             _fail(error.op, f"no product of the library: {error.detail}")
         if product.store.get("peer") is not None:
             _fail(product.store, "the library stores on its own rank")
-        for op in stage.body:
-            if op.name in ("wait", "notify"):
-                _fail(op, "the library's kernel neither waits nor notifies")
-        loop = next(op for op in stage.body if op.blocks)
+        at, loop = next((n, op) for n, op in enumerate(stage.body) if op.blocks)
+        for number, op in enumerate(stage.body):
+            if op.name == "wait" and number > at:
+                _fail(op, "between products of the library, a wait stands before its product")
+            if op.name == "notify" and product.store in stage.body[number:]:
+                _fail(op, "between products of the library, a notify stands behind its product")
         for loops in (stage, loop):
             self.undivided(loops)
 

@@ -17,11 +17,14 @@ from tilelink.device.data import (
 )
 from tilelink.device.math import erf, power, tanh
 from tilelink.device.program import (
+    acknowledge_kernel,
     finish_arrive,
     finish_leave,
     grouped_tile,
     head_kernel,
+    notify_kernel,
     queue_next,
+    wait_kernel,
 )
 from tilelink.device.signal import (
     Context,
@@ -40,6 +43,7 @@ from tilelink.device.signal import (
 
 __all__ = [
     "Context",
+    "acknowledge_kernel",
     "consumer_tile_wait",
     "context",
     "counted_tile_notify",
@@ -50,6 +54,7 @@ __all__ = [
     "finish_leave",
     "grouped_tile",
     "head_kernel",
+    "notify_kernel",
     "peer_pointer",
     "peer_tile_notify",
     "peer_tile_wait",
@@ -65,4 +70,5 @@ __all__ = [
     "tile_pull_data",
     "tile_push_data",
     "tile_sum_parts",
+    "wait_kernel",
 ]

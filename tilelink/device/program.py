@@ -14,6 +14,9 @@ from tilelink.device.signal import (
     Context,
     _abort,
     _words,
+    context,
+    peer_tile_wait,
+    rank_notify,
     rank_wait,
 )
 from tilelink.ir import layout
@@ -69,6 +72,44 @@ def head_kernel(
     if WAIT:
         ctx = Context(arena, peers, rank, epoch, WORLD, progress_ns, arrival_ns)
         rank_wait(ctx, ACK, epoch - 1, 0)
+
+
+@triton.jit(
+    do_not_specialize=["rank", "word", "producer", "tile", "wait", "progress_ns", "arrival_ns"]
+)
+def wait_kernel(
+    arena,
+    peers,
+    rank,
+    word,
+    producer,
+    tile,
+    wait,
+    progress_ns,
+    arrival_ns,
+    WORLD: tl.constexpr,
+):
+    """Hold up the main stream until flag ``word`` has reached this call's epoch; one CTA.
+
+    What stands behind it in the stream sees what ``producer`` released with the flag, by whatever path
+    it reads: a kernel's start is a proxy fence. Arguments as those of :func:`head_kernel` and
+    :func:`tilelink.device.peer_tile_wait`.
+    """
+    ctx = context(arena, peers, rank, WORLD, progress_ns, arrival_ns)
+    peer_tile_wait(ctx, word, ctx.epoch, producer, tile, wait)
+
+
+@triton.jit(do_not_specialize=["word"])
+def notify_kernel(arena, word):
+    """Release: add 1 to the local counter ``word`` behind all that the main stream has done; one CTA."""
+    tl.atomic_add(arena + word, 1, sem="release", scope="sys")
+
+
+@triton.jit(do_not_specialize=["rank"])
+def acknowledge_kernel(arena, peers, rank, ACK: tl.constexpr, WORLD: tl.constexpr):
+    """Release: flag ``ACK + rank`` of every rank becomes this call's epoch, behind all that the main
+    stream has done; one CTA."""
+    rank_notify(context(arena, peers, rank, WORLD, 0, 0), ACK)
 
 
 @triton.jit
