@@ -100,7 +100,9 @@ class _Library:
             if isinstance(item, Range):
                 name = "part" if index else "source"
                 low, high = self.expr(item.lo), self.expr(item.hi)
-                host.writer.line(f"for {name} in range({high if low == '0' else f'{low}, {high}'}):")
+                host.writer.line(
+                    f"for {name} in range({high if low == '0' else f'{low}, {high}'}):"
+                )
                 host.writer.depth += 1
                 index.append(name)
             elif isinstance(item, Expr):
@@ -149,6 +151,7 @@ class _Library:
         args: list[str] = []
         for load, turn in zip((product.left, product.right), product.turned, strict=True):
             ref = load["own"] if load is own else load.ref
+            assert isinstance(ref, Ref)
             args.append(self.region(load, ref) + (".T" if turn else ""))
         args.append(self.region(product.store, product.store.ref))
         if product.bias is not None:
@@ -197,9 +200,7 @@ class _Library:
 
     def condition(self, value: Expr | int) -> str:
         """A condition of a task as Python."""
-        return condition(
-            self.concrete(value).substitute(self.host.program.env), self.host.lookup
-        )
+        return condition(self.concrete(value).substitute(self.host.program.env), self.host.lookup)
 
 
 def _tuple(parts: list[str]) -> str:

@@ -29,12 +29,18 @@ class _Task:
     """One agent or worker under way; ``arrives``: when its last store to a peer is there."""
 
     track: Track
-    events: Iterator[Event]
+    events: Iterator[Event | _Gap]
     stage: _Stage | None = None
     glyph: str = "#"
     arrives: float = 0.0
     waiting: Wait | None = None
     since: float = 0.0
+
+
+class _Gap(NamedTuple):
+    """A kernel that waits or notifies between products of the library, beside what it waits for."""
+
+    us: float
 
 
 class _Signal(NamedTuple):
@@ -209,9 +215,10 @@ class _Clock:
                 if state.left[other_name] == 0:
                     self._start(track.rank, other, other_name, now, (track, now))
 
-    def _worker(self, task: _Task, launch: Op, worker: int) -> Iterator[Event]:
+    def _worker(self, task: _Task, launch: Op, worker: int) -> Iterator[Event | _Gap]:
         rank = task.track.rank
         walker, positions = self.ranks[rank].walker, self.ranks[rank].positions
+        library = launch.get("emitter") == "library"
         for stage in launch.body:
             if stage.name != "stage" or (self.alone and _is_sum(stage)):
                 continue
@@ -230,7 +237,10 @@ class _Clock:
                 task.stage = self._stage(launch, stage, queue, hi - lo)
                 task.glyph = self._glyph(stage, task.stage.sums, queue[q])
                 bind_args(stage.args, queue[q], walker.env, walker.values)
-                yield from list(walker.block(stage.body))
+                for event in list(walker.block(stage.body)):
+                    yield event
+                    if library and isinstance(event, Wait | Notify) and not self.alone:
+                        yield _Gap(self.machine.launch_us)
                 q += hi - lo
         task.stage = None
 
@@ -297,6 +307,9 @@ class _Clock:
                 took = self._work_us(event.cost, task.stage)
                 label = task.stage.label if task.stage else "work"
                 self._spend(task, now, took, "work", label, task.glyph)
+                return
+            if isinstance(event, _Gap):
+                self._spend(task, now, event.us, "start", "start", " ")
                 return
             if isinstance(event, Wait):
                 if not self.alone and not self._satisfied(task, event):

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tilelink.backend.validate.layout import Layout, constant
 from tilelink.backend.validate import library
+from tilelink.backend.validate.layout import Layout, constant
 from tilelink.backend.validate.library import Called, Turned
 from tilelink.backend.validate.machine import Machine
 from tilelink.backend.validate.trace import Signal, Touch, Trace

@@ -53,9 +53,7 @@ def opened(host: HostMachine) -> tuple[Agent, Trace]:
     return host.library, host.library.trace
 
 
-def wait(
-    host: HostMachine, name: Any, index: Any, producer: Any, tile: Any, number: Any
-) -> None:
+def wait(host: HostMachine, name: Any, index: Any, producer: Any, tile: Any, number: Any) -> None:
     """Reads ``call.wait``: the start of the next kernel in the stream is a proxy fence."""
     agent, trace = opened(host)
     lane, flat = host.element(name, index, "flag")

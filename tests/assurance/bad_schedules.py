@@ -66,7 +66,10 @@ CASES: tuple[Case, ...] = (
     schedule("emitter unknown", {"emitter": "cuda"}, "emitter", "cuda"),
     schedule("emitter a number", {"emitter": 1}, "emitter", "1"),
     schedule(
-        "library with a copy engine", {"emitter": "library"}, "moves.A.resource", "copy_engine"
+        "library beside workers that copy",
+        {"emitter": "library", "moves": {"A": {"resource": "sm:2"}}},
+        "moves.A.resource",
+        "sm:2",
     ),
     schedule("flatten text", {"flatten": "yes"}, "flatten", "yes"),
     schedule("tiles a list", {"tiles": [["M", 64]]}, "tiles"),

@@ -40,6 +40,8 @@ RESOURCES = {
     "gemm_ar_add": ("copy_engine", "sm:2", "epilogue", "none"),
 }
 MUTATED = ("ag_gemm", "gemm_rs", "gemm_ar")
+# What the library's products can be beside.
+BESIDE = ("copy_engine", "none")
 EVEN = {"M": 512, "N": 256, "K": 128}
 # Several tasks a worker, so that what one task leaves to the next counts.
 TILES = (("K", 64), ("M", 64), ("N", 128))
@@ -59,6 +61,7 @@ class Case:
     tiles: tuple[tuple[str, int], ...] = ()
     flags: tuple[tuple[str, object], ...] = ()
     extra: tuple[str, ...] = ()
+    emitter: str = "triton"
 
     def program(self) -> Op:
         """The fused program."""
@@ -69,7 +72,8 @@ class Case:
         op = kernel.build(dict(self.shape), {}, self.world, present, dict(self.flags))
         schedule = default_schedule(op)
         moves = tuple((name, move_of(self.resource)) for name, _ in schedule.moves)
-        schedule = replace(schedule, moves=moves).with_tiles(**dict(self.tiles))
+        schedule = replace(schedule, moves=moves, emitter=self.emitter)
+        schedule = schedule.with_tiles(**dict(self.tiles))
         if self.workers:
             schedule = replace(schedule, workers=self.workers)
         return compile_kernel(op, schedule)
@@ -77,6 +81,8 @@ class Case:
     def __str__(self) -> str:
         shape = "x".join(str(v) for _, v in self.shape)
         more = [f"world {self.world}", *(f"{n}={v}" for n, v in (*self.tiles, *self.flags))]
+        if self.emitter != "triton":
+            more.append(self.emitter)
         return f"{self.kernel} {self.resource} {shape} {' '.join([*more, *self.extra])}"
 
 
@@ -97,6 +103,10 @@ def intact() -> Iterator[Case]:
             if kernel in ("gemm_rs_add", "gemm_ar_add"):
                 yield case(kernel, resource, ODD, extra=("bias", "residual"))
             yield case(kernel, resource, EVEN, flags=(("nk", True),))
+            if resource in BESIDE and kernel != "ag_gemm_swiglu":
+                for shape in (EVEN, ODD):
+                    yield case(kernel, resource, shape, emitter="library")
+                yield case(kernel, resource, EVEN, emitter="library", flags=(("nk", True),))
 
 
 def fingerprint(validator: Validator) -> str:
@@ -225,6 +235,8 @@ def run(count: int, seed: int, *, all_intact: bool = True) -> Result:
                 part = count // len(shapes)
                 one = case(kernel, resource, shape, workers=5, tiles=TILES)
                 attack(one, part, seed + number, result, kinds)
+                if resource in BESIDE:
+                    attack(replace(one, emitter="library"), part, seed + number, result, kinds)
             made, caught = result.mutants - before.mutants, result.refused - before.refused
             say(
                 f"{kernel} {resource}: {caught} of {made} refused, {result.same - before.same} same"

@@ -99,7 +99,7 @@ def samples() -> list[Sample]:
             if kernel in ("ag_gemm", "gemm_rs", "gemm_ar"):
                 other = replace(plain, world=3, tiles=3, channels=2, flatten=False, order="row")
                 found.append(other)
-            if resource == "none" and kernel != "ag_gemm_swiglu":
+            if resource in ("none", "copy_engine") and kernel != "ag_gemm_swiglu":
                 found.append(replace(plain, emitter="library"))
     return found
 

@@ -40,7 +40,9 @@ def run_test(name: str, world: int) -> tuple[list[dict[str, Any]], list[Rank]]:
 def _how(row: dict[str, Any]) -> str:
     """What moves the bytes, and who makes the code where that is not Triton."""
     emitter = str(row.get("emitter", "triton"))
-    return str(row.get("resource", "")) if emitter == "triton" else emitter
+    resource = str(row.get("resource", ""))
+    short = {"copy_engine": "copy"}.get(resource, resource)
+    return resource if emitter == "triton" else f"{emitter} {short}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -86,8 +86,9 @@ def graph(rank: int, world: int, replays: int = 1000) -> list[Row]:
     """Captures each kernel once, replays it on fresh inputs, compares every output on the device."""
     rows = []
     plain = [Case(kernel, 512, 512, 768) for kernel in ("ag_gemm", "gemm_rs", "gemm_ar")]
-    library = [replace(case, resource="none", emitter="library") for case in plain]
-    for case in (*plain, *library):
+    library = [replace(case, emitter="library") for case in plain]
+    alone = [replace(case, resource="none") for case in library]
+    for case in (*plain, *library, *alone):
         call = bind(case, world)
         a, b = inputs_for(case, rank, world, 0)
         call(a, b)

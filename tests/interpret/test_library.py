@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,21 +15,24 @@ import torch.distributed
 from tests.sim.test_library import ARGUMENTS, WORLD, draw
 from tests.unit.test_library import cyclic_gather, library, schedule
 from tilelink.backend.emit.triton import emit
-from tilelink.backend.runtime import load_module, plan, write_module
+from tilelink.backend.runtime import interpret, load_module, plan, write_module
+from tilelink.backend.runtime.errors import WaitTimeout
 from tilelink.backend.runtime.image import image_of
+from tilelink.ir import Op
 from tilelink.kernels import ag_gemm, gemm_ar, gemm_ar_add, gemm_rs, gemm_rs_add
 
 
+@pytest.mark.parametrize("resource", ["none", "copy_engine"])
 @pytest.mark.parametrize(
     "kernel",
     [ag_gemm, cyclic_gather, gemm_rs, gemm_rs_add, gemm_ar, gemm_ar_add],
     ids=lambda kernel: str(kernel.name),
 )
-def test_emitted_modules_give_the_numbers_of_the_reference(kernel: Any) -> None:
+def test_emitted_modules_give_the_numbers_of_the_reference(kernel: Any, resource: str) -> None:
     shapes = ARGUMENTS[kernel.name]
     given = {name: draw(*shape, seed=n) for n, (name, shape) in enumerate(shapes.items())}
     extents = {"M": 32, "K": 24, "N": 16}
-    how = schedule(kernel.build(extents, world=WORLD, present=[*given, "C"]))
+    how = schedule(kernel.build(extents, world=WORLD, present=[*given, "C"]), resource)
     wanted = kernel.on("reference", world=WORLD)(**given)
     found = kernel.on("interpret", world=WORLD, schedule=how)(**given)
     for one, two in zip(found, wanted, strict=True):
@@ -133,3 +138,76 @@ def test_a_plan_keeps_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors.clear()
     gc.collect()
     assert [ref() for ref in kept] == [None] * 3
+
+
+def test_a_lost_signal_between_products_is_named_with_its_place() -> None:
+    program = library(ag_gemm, {"M": 32, "K": 24, "N": 16}, resource="copy_engine")
+
+    def without_one_notify(planned: Op) -> str:
+        call = 'call.notify("A.ready"'
+        source = emit(planned)
+        assert call in source
+        return source.replace(call, f"if rank != 1: {call}")
+
+    inputs = [
+        {"A": a, "B": b} for a, b in zip(draw(16, 24, seed=1), draw(24, 16, seed=2), strict=True)
+    ]
+    with pytest.raises(WaitTimeout) as caught:
+        interpret.run(program, inputs, timeout=12.0, emit=without_one_notify)
+    values = caught.value.values
+    assert (values["rank"], values["producer"], values["channel"]) == (0, 1, "@A.ready[1, 0]")
+    # The second product of rank 0: its own slice comes first.
+    assert values["tile"] == 1
+    assert "tk.dot(A[m, k]" in str(caught.value)
+
+
+def test_copies_and_products_by_slices_go_to_the_stream_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library_ = Library(monkeypatch)
+    log = library_.log
+
+    class Launch:
+        compiled = None
+
+        def __init__(self, kernel: Any, workers: int) -> None:
+            self.name = f"{kernel.fn.__name__} {workers}"
+
+        def run(self, stream: int) -> None:
+            log.append(self.name)
+
+    monkeypatch.setattr(plan, "compile_launch", lambda kernel, n, args, **_: Launch(kernel, n))
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: log.append(f"mm {tuple(a.shape)}"))
+    program = library(ag_gemm, resource="copy_engine")
+    image = image_of(program)
+    assert image.launches == () and not image.bare
+    module = load_module(write_module(emit(program), image.name))
+    arenas = [torch.zeros(image.arena_bytes, dtype=torch.uint8) for _ in range(WORLD)]
+    recorder = plan.Recorder(
+        image, 0, arenas, torch.zeros(WORLD, dtype=torch.int64), 10.0, 600.0,
+        streams=_no_stream, group=None, host_record=0, addresses=[0] * WORLD,
+    )  # fmt: skip
+    recorder.workspace = torch.zeros(image.workspace_bytes, dtype=torch.uint8)
+    recorder.tensors = tensors_for(ag_gemm, 1)
+
+    @contextlib.contextmanager
+    def stream(name: str, after: tuple[str, ...]) -> Iterator[None]:
+        yield
+
+    # What a stream does is the matter of test_plan.
+    for name, what in (
+        ("stream", stream),
+        ("transfer", lambda *_: None),
+        ("notify", lambda *_: None),
+    ):
+        monkeypatch.setattr(recorder, name, what)
+    module.host(recorder)
+    recorder.finish().enqueue(0, recorder.tensors)
+    assert log == [
+        "head_kernel 1",
+        "mm (16, 24)",
+        "wait_kernel 1",
+        "mm (16, 24)",
+        "acknowledge_kernel 1",
+        "guard_kernel 32",
+    ]

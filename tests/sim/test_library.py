@@ -36,17 +36,18 @@ ARGUMENTS: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.parametrize("resource", ["none", "copy_engine"])
 @pytest.mark.parametrize(
     "kernel",
     [ag_gemm, cyclic_gather, gemm_rs, gemm_rs_add, gemm_ar, gemm_ar_add, mlp],
     ids=lambda kernel: str(kernel.name),
 )
-def test_numbers_are_those_of_the_reference(kernel: Any) -> None:
+def test_numbers_are_those_of_the_reference(kernel: Any, resource: str) -> None:
     shapes = ARGUMENTS[kernel.name]
     given = {name: draw(*shape, seed=n) for n, (name, shape) in enumerate(shapes.items())}
     rows = {"ag_gemm": 32, "cyclic_gather": 32, "mlp": 32}.get(kernel.name, shapes["A"][0])
     extents = {"M": rows, "K": 24, "N": shapes["B"][1]} | ({"H": 8} if kernel is mlp else {})
-    plan = schedule(kernel.build(extents, world=WORLD, present=[*given, "C"]))
+    plan = schedule(kernel.build(extents, world=WORLD, present=[*given, "C"]), resource)
     wanted = kernel.on("reference", world=WORLD)(**given)
     for seed in range(3):
         found = kernel.on("simulate", world=WORLD, schedule=plan, seed=seed)(**given)
@@ -61,10 +62,12 @@ SAMPLES = [
     Sample("gemm_rs_add", "P", "none", 2, 4, emitter="library"),
     Sample("gemm_ar", "C", "none", 2, 3, emitter="library"),
     Sample("gemm_ar_add", "P", "none", 2, 3, emitter="library"),
+    Sample("ag_gemm", "A", "copy_engine", 2, 4, emitter="library"),
+    Sample("gemm_rs", "C", "copy_engine", 2, 4, emitter="library"),
 ]
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: str(s.kernel))
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: f"{s.kernel}.{s.resource}")
 def test_every_mutant_is_refused_by_both_or_equivalent(sample: Sample) -> None:
     program, trial = prepared(sample)
     assert simulate(program, trial) == ""

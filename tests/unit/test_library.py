@@ -36,10 +36,16 @@ def schedule(kernel: Op, resource: str = "none", **fields: Any) -> Schedule:
     return Schedule(emitter="library", workers=4, warps=4, moves=moves, **fields)
 
 
-def library(kernel: Any, extents: dict[str, int] = EXTENTS, world: int = 2, **given: Any) -> Op:
+def library(
+    kernel: Any,
+    extents: dict[str, int] = EXTENTS,
+    world: int = 2,
+    resource: str = "none",
+    **given: Any,
+) -> Op:
     """The proven program of ``kernel``."""
     op = kernel.build(extents, world=world, **given)
-    return compile_kernel(op, schedule(op))
+    return compile_kernel(op, schedule(op, resource))
 
 
 def calls(program: Op) -> list[str]:
@@ -232,8 +238,13 @@ TEXTS = [
 
 @pytest.mark.parametrize(("kernel", "old", "new"), TEXTS, ids=[str(n) for n in range(len(TEXTS))])
 def test_host_functions_that_were_changed_are_refused(kernel: Any, old: str, new: str) -> None:
+    refused(kernel, "none", old, new)
+
+
+def refused(kernel: Any, resource: str, old: str, new: str) -> None:
+    """The host function as emitted passes, and is refused with one edit."""
     # All extents equal: shapes tell nothing.
-    program = library(kernel, {"M": 32, "N": 32, "K": 32})
+    program = library(kernel, {"M": 32, "N": 32, "K": 32}, resource=resource)
     text = emit(program)
     validate(read_module(Source("emitted.py", text)), program)
     start = text.index("def host")
@@ -241,6 +252,44 @@ def test_host_functions_that_were_changed_are_refused(kernel: Any, old: str, new
     changed = text[:start] + text[start:].replace(old, new, 1)
     with pytest.raises(EmittedError):
         validate(read_module(Source("emitted.py", changed)), program)
+
+
+SIGNALS = [
+    (ag_gemm, "if m // 16 != rank:", "if m // 16 == rank:"),
+    (ag_gemm, 'call.wait("A.ready", (m // 16, 0), m // 16, i, 1)', "pass"),
+    (ag_gemm, "(m // 16, 0), m // 16, i, 1)", "(rank, 0), m // 16, i, 1)"),
+    (ag_gemm, "(m // 16, 0), m // 16, i, 1)", "(m // 16, 0), rank, i, 1)"),
+    (ag_gemm, "(m // 16, 0), m // 16, i, 1)", "(m // 16, 0), m // 16, i, 2)"),
+    (ag_gemm, "if m // 16 == rank:", "if m // 16 != rank:"),
+    (ag_gemm, "        call.acknowledge()\n", ""),
+    (ag_gemm, "        call.acknowledge()\n", "        call.acknowledge()\n        call.acknowledge()\n"),
+    (gemm_rs, 'call.count("C.done", (m // 16, 0))', "pass"),
+    (gemm_rs, 'call.count("C.done", (m // 16, 0))', 'call.count("C.done", (rank, 0))'),
+    (gemm_rs, "    call.matmul(", '    call.count("C.done", (0, 0))\n            call.matmul('),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kernel", "old", "new"), SIGNALS, ids=[str(n) for n in range(len(SIGNALS))]
+)
+def test_signals_between_products_that_were_changed_are_refused(
+    kernel: Any, old: str, new: str
+) -> None:
+    refused(kernel, "copy_engine", old, new)
+
+
+def test_products_are_of_owner_slices_beside_copy_engines() -> None:
+    """A slice is waited for before its product, or counted behind it, in the order of arrival or departure."""
+    program = library(gemm_rs_add, {"M": 64, "N": 16, "K": 24}, 4, "copy_engine")
+    first, second = program.find("launch")
+    assert (first.get("emitter"), second.get("emitter")) == ("library", None)
+    assert second["after"] == ("head", "gemm_rs_add")
+    # The stream stands between them: with one hardware queue copies go before a kernel that waits for them.
+    names = [op.name for op in program.body if op.name in ("head", "launch", "stream")]
+    assert names == ["head", "launch", "stream", "launch"]
+    (stage,) = first.find("stage")
+    assert (stage["tile"], stage["segment"]) == ((16, 16), 16)
+    assert [op.name for op in stage.body][-2:] == ["store", "notify"]
 
 
 def test_switches_of_pytorch_are_off_in_a_product_and_put_back() -> None:
