@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.assurance.emitted import EVEN, MUTATED, ODD, RESOURCES, TILES, Result, attack
+from tests.assurance.emitted import BESIDE, EVEN, MUTATED, ODD, RESOURCES, TILES, Result, attack
 from tests.assurance.emitted import case as case_of
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.validate import (
@@ -159,7 +160,9 @@ def test_mutants_of_the_text_are_refused(kernel: str) -> None:
     for number, resource in enumerate(RESOURCES[kernel]):
         one = case_of(kernel, resource, EVEN, workers=5, tiles=TILES)
         attack(one, 3, 100 + number, result, Counter())
-    assert result.mutants >= 6
+        if resource in BESIDE:
+            attack(replace(one, emitter="library"), 6, 100 + number, result, Counter())
+    assert result.mutants >= 12
     assert result.refused == result.mutants
 
 
