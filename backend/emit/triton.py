@@ -57,7 +57,7 @@ def kernels_of(program: Op) -> list[tuple[int, Kernel]]:
     return [
         (id(launch), emit_kernel(facts, launch, kernel_name(launch, taken), system))
         for launch in program.find("launch")
-        if launch.get("emitter") is None
+        if launch.get("emitter") != "library"
     ]
 
 

@@ -151,7 +151,7 @@ def image_of(program: Op) -> Image:
             for op in program.find(kind)
         }
 
-    emitted = [op for op in program.find("launch") if op.get("emitter") is None]
+    emitted = [op for op in program.find("launch") if op.get("emitter") != "library"]
     return Image(
         name=program.symbol,
         world=world,

@@ -69,7 +69,7 @@ class HostMachine(Machine):
         self.stream: Agent | None = None
         self.library: Agent | None = None
         self.named: dict[str, list[str]] = {
-            kind: [o.symbol for o in layout.program.find(kind) if o.get("emitter") is None]
+            kind: [o.symbol for o in layout.program.find(kind) if o.get("emitter") != "library"]
             for kind in ("launch", "collective")
         }
 
