@@ -17,8 +17,8 @@ from tilelink.ir import Op
 
 PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
     ("order-tiles", order_tiles),
-    ("choose-emitter", choose_emitter),
     ("fold-sums", fold_sums),
+    ("choose-emitter", choose_emitter),
     ("choose-channels", choose_channels),
     ("place-waits", place_waits),
     ("place-notifies", place_notifies),

@@ -55,7 +55,7 @@ def choose_emitter(program: Op) -> Op:
     (launch,) = program.find("launch")
     groups: list[list[Op]] = []
     for stage in launch.body:
-        product = any(op.name == "dot" for op in stage.walk())
+        product = _multiplies(stage)
         if product:
             stage = _whole(program, schedule, stage)
         if product or not groups or _multiplies(groups[-1][0]):
@@ -66,7 +66,9 @@ def choose_emitter(program: Op) -> Op:
 
 
 def _multiplies(stage: Op) -> bool:
-    return any(op.name == "dot" for op in stage.walk())
+    """Whether the library should multiply: not where a sum over ranks is folded into the epilogue."""
+    names = {op.name for op in stage.walk()}
+    return "dot" in names and "load_sum" not in names
 
 
 def _launch(launch: Op, stages: list[Op], number: int) -> Op:

@@ -165,8 +165,8 @@ class Validator:
                 self.differs(
                     agent.node, f"`{name}` comes after {agent.after}, not {op.get('after', ())}"
                 )
-            if agent.emitter != op.get("emitter", ""):
-                self.differs(agent.node, f"`{name}` is a launch of the emitter `{agent.emitter}`")
+            if (agent.emitter == "library") != (op.get("emitter") == "library"):
+                self.differs(agent.node, f"`{name}` is made by another emitter")
             if agent.kind == "launch" and not agent.emitter:
                 for label, have, key, default in (
                     ("workers", agent.workers, "workers", 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,15 @@ import torch
 
 from tests.assurance.grid import Sample, prepared
 from tests.unit.test_library import cyclic_gather, library, mlp, schedule
+from tilelink.backend.emit.triton import emit
 from tilelink.backend.mutate import mutants
 from tilelink.backend.mutate.judge import judge, simulate
+from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.simulate.clock import timeline
+from tilelink.backend.validate import read_module, validate
+from tilelink.errors import Source
 from tilelink.kernels import ag_gemm, gemm_ar, gemm_ar_add, gemm_rs, gemm_rs_add
+from tilelink.schedules import Move
 from tilelink.schedules.machine import Machine
 
 WORLD = 2
@@ -54,6 +60,26 @@ def test_numbers_are_those_of_the_reference(kernel: Any, resource: str) -> None:
         # Only the activation of `mlp` is no integer, and its sums over two ranks round once more.
         for one, two in zip(found, wanted, strict=True):
             assert torch.equal(one, two) if kernel is not mlp else torch.allclose(one, two, 1e-2)
+
+
+def test_the_own_slice_may_add_what_has_arrived_in_its_epilogue() -> None:
+    """The library multiplies the slices of other ranks, a kernel of ours the own one, with the sum."""
+    given = {
+        name: draw(*shape, seed=n) for n, (name, shape) in enumerate(ARGUMENTS["gemm_rs"].items())
+    }
+    op = gemm_rs.build({"M": 32, "K": 24, "N": 16}, world=WORLD)
+    moves = (("C", Move("copy_engine", sum="epilogue")),)
+    plan = replace(schedule(op), moves=moves)
+    program = compile_kernel(op, plan)
+    assert [(o.symbol, o.get("emitter")) for o in program.find("launch")] == [
+        ("gemm_rs", "library"),
+        ("gemm_rs.part2", None),
+    ]
+    validate(read_module(Source("emitted.py", emit(program))), program)
+    wanted = gemm_rs.on("reference", world=WORLD)(**given)
+    found = gemm_rs.on("simulate", world=WORLD, schedule=plan)(**given)
+    for one, two in zip(found, wanted, strict=True):
+        assert torch.equal(one, two)
 
 
 SAMPLES = [
