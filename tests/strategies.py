@@ -62,6 +62,7 @@ class Case:
     channels: int | None
     workers: int
     seed: int
+    emitter: str = "triton"
 
     def schedule(self) -> Schedule:
         """The schedule of this case."""
@@ -71,6 +72,7 @@ class Case:
             tiles=(("K", k), ("M", m), ("N", n)),
             workers=self.workers,
             group=2,
+            emitter=self.emitter,
             moves=((MOVED[self.kernel], move),),
         )
 
@@ -101,6 +103,8 @@ def cases(
         if kernel == "gemm_ar"
         else world * draw(st.integers(1, 4 * size))
     )
+    resource = draw(st.sampled_from(RESOURCES[kernel]))
+    beside = resource.startswith(("copy_engine", "none"))
     return Case(
         kernel=kernel,
         world=world,
@@ -108,7 +112,8 @@ def cases(
         k=8 * draw(st.integers(1, size)),
         n=8 * draw(st.integers(1, size)),
         dtype=draw(st.sampled_from(dtypes)),
-        resource=draw(st.sampled_from(RESOURCES[kernel])),
+        resource=resource,
+        emitter=draw(st.sampled_from(("triton", "library") if beside else ("triton",))),
         tiles=(
             draw(st.sampled_from((16, 32, 64))),
             draw(st.sampled_from((16, 32, 64))),

@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from tilelink.backend.expand import Ints, Tile
 
-# For every index of a variable the rank whose part it is, or None where each rank visits all.
-Ownership: TypeAlias = "Ints | None"
+# For every index of a variable the rank whose part it is, or for every rank and index whether it is of that
+# rank's part; None where each rank visits all.
+Ownership: TypeAlias = "Ints | npt.NDArray[np.bool_] | None"
+
+
+def others(owner: Ownership, ranks: int) -> Ownership:
+    """What is of other ranks' parts."""
+    assert owner is not None
+    theirs: npt.NDArray[np.bool_] = owner[None, :] != np.arange(ranks)[:, None]
+    return theirs
 
 
 def partition_fault(
@@ -37,7 +46,8 @@ def partition_fault(
             domain *= extent
         else:
             for rank in range(ranks):
-                before = np.concatenate([[0], np.cumsum(owner == rank)])
+                mine = owner == rank if owner.ndim == 1 else owner[rank]
+                before = np.concatenate([[0], np.cumsum(mine)])
                 if (before[tile.stop[rank]] - before[tile.start[rank]] != length[rank]).any():
                     return "are of another rank's part"
                 domain[rank] *= before[-1]

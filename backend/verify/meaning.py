@@ -20,7 +20,7 @@ from tilelink.backend.expand import Tile, environment, evaluate, loop_tiles, own
 from tilelink.backend.expand_rows import Expansion, Phase
 from tilelink.backend.verify.dataflow import summed_symbols
 from tilelink.backend.verify.errors import DataflowError
-from tilelink.backend.verify.grid import Ownership, partition_fault
+from tilelink.backend.verify.grid import Ownership, others, partition_fault
 from tilelink.backend.verify.sameness import Names, padded
 from tilelink.errors import Span
 from tilelink.ir import TILE, All, At, Block, Expr, Op, Ref, Type, Value, make, op_line
@@ -240,8 +240,12 @@ class _Meaning:
         self.turn = _Turn(tail[0], second.op, read.args, number, delivered)
         self.compare(second.op, made, (*self.prelude, *made.body[:-1], *tail))
         grids = [[tile for _, tile in phase.tiles] for phase in (first, second)]
-        fault = partition_fault(_joined(*grids), made.lengths, made.owned)
-        fault = fault or partition_fault(grids[1], read.lengths, read.owned)
+        fault = partition_fault(grids[1], read.lengths, read.owned)
+        if all(part is None for part in read.owned) or made.owned != [None] * len(made.owned):
+            fault = "are not those of all ranks' parts and of this one's"
+        # The first visits what is of other ranks, on a grid of its own: it may be the library's.
+        rest = [None if part is None else others(part, self.out.world) for part in read.owned]
+        fault = fault or partition_fault(grids[0], made.lengths, rest)
         if fault:
             self.fail(second.op, f"its tasks, and those of the stage before it, {fault}")
         return done + (1 if delivered else 2)
@@ -498,18 +502,6 @@ class _Meaning:
         span: Span | None = op.span
         notes = () if theirs is None else (f"in the kernel: {op_line(theirs)}",)
         raise DataflowError(span, symbol=symbol, detail=detail, notes=notes)
-
-
-def _joined(first: list[Tile], second: list[Tile]) -> list[Tile]:
-    """The tiles of two stages as those of one, arrays ``[ranks, n]``."""
-    return [
-        Tile(
-            np.concatenate([a.start, b.start], axis=1),
-            np.concatenate([a.stop, b.stop], axis=1),
-            np.concatenate([a.tile, b.tile], axis=1),
-        )
-        for a, b in zip(first, second, strict=True)
-    ]
 
 
 def _ordering_only(op: Op) -> bool:
