@@ -110,7 +110,8 @@ def cases() -> list[Case]:
         found += [Case(kernel, *shape, resource=r) for r in others for shape in shapes[:4]]
         found += [Case(kernel, *shapes[0], dtype=d) for d in ("fp16", "fp32")]
         found += [Case(kernel, *shape, resource="none", emitter="library") for shape in shapes]
-        found += [Case(kernel, *shape, emitter="library") for shape in shapes[:4]]
+        beside = ["copy_engine", *(["copy_engine-folded"] if kernel == "gemm_rs" else [])]
+        found += [Case(kernel, *s, r, emitter="library") for r in beside for s in shapes[:4]]
         found += [Case(kernel, *shapes[2], "none", dtype, "library") for dtype in ("fp16", "fp32")]
     return found
 
