@@ -26,8 +26,9 @@ def matmul(
 ) -> None:
     """``out = a @ b + bias``: (m, k) by (k, n) into (m, n), all of one floating dtype; bias is (n,).
 
-    Either operand may be the transpose of a contiguous matrix. Sums are in fp32 and the result is
-    rounded once, whatever the process allows PyTorch to do elsewhere: its switches are put back.
+    Either operand may be the transpose of a contiguous matrix, and may be a parameter of a model: no
+    gradient is kept. Sums are in fp32 and the result is rounded once, whatever the process allows PyTorch
+    to do elsewhere: its switches are put back.
     """
     switches: Any = torch.backends.cuda.matmul
     changed: list[tuple[str, object]] = []
@@ -36,12 +37,17 @@ def matmul(
         if value not in fine:
             changed.append((name, value))
             setattr(switches, name, exact)
+    # PyTorch writes into no tensor that is given while it records gradients. Not `torch.no_grad`, which
+    # takes microseconds.
+    recording = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)
     try:
         if bias is None:
             torch.mm(a, b, out=out)
         else:
             torch.addmm(bias, a, b, out=out)
     finally:
+        torch._C._set_grad_enabled(recording)
         for name, value in changed:
             setattr(switches, name, value)
 

@@ -318,6 +318,15 @@ def test_switches_of_pytorch_are_off_in_a_product_and_put_back() -> None:
         switches.fp32_precision, switches.allow_bf16_reduced_precision_reduction = before
 
 
+def test_parameters_of_a_model_are_multiplied() -> None:
+    weight = torch.nn.Parameter(torch.eye(4))
+    bias = torch.nn.Parameter(torch.ones(4))
+    a, out = torch.arange(8.0).view(2, 4), torch.empty(2, 4)
+    matmul(a, weight.T, out, bias)
+    assert torch.equal(out, a + 1) and not out.requires_grad
+    assert torch.is_grad_enabled()
+
+
 def test_regions_are_found_again_in_the_tensors_of_a_later_call() -> None:
     one, other = torch.arange(24.0).view(4, 6), torch.arange(100.0, 124.0).view(4, 6)
     regions: list[Callable[[torch.Tensor], torch.Tensor]] = [
