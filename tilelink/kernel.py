@@ -55,6 +55,7 @@ class Kernel:
         self.signature = signature
         self.example: Mapping[str, int] = MappingProxyType(dict(example))
         self._built: dict[Any, Op] = {}
+        self._plain: BoundKernel | None = None
 
     def __repr__(self) -> str:
         return f"<tilelink kernel {self.name}({', '.join(self.signature.names)})>"
@@ -243,7 +244,9 @@ class Kernel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs on the GPU of this rank; outputs in parameter order, those not given allocated."""
-        return self.on()(*args, **kwargs)
+        if self._plain is None:
+            self._plain = self.on()
+        return self._plain(*args, **kwargs)
 
 
 class BoundKernel:
@@ -258,6 +261,7 @@ class BoundKernel:
         self.group = group
         self.schedule = schedule
         self.seed = seed
+        self._site: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs in parameter order; a single one is not wrapped in a tuple."""
@@ -269,23 +273,11 @@ class BoundKernel:
             raise _clean(error) from None
 
     def _launch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        from tilelink.backend.runtime.cuda import launch, refuse
-        from tilelink.frontend.arguments import check_tensor
-        from tilelink.frontend.bind import match_arguments
+        if self._site is None:
+            from tilelink.backend.runtime.site import Site
 
-        signature = self.kernel.signature
-        try:
-            given = match_arguments(self.kernel.name, signature, args, kwargs)
-            for name, value in given.items():
-                if name in signature.tensors:
-                    check_tensor(name, value, name in signature.stored)
-        except TilelinkError as error:
-            # The other ranks may be about to call: they hear of it instead of waiting.
-            refuse(self.kernel.name, error, self.group)
-            raise
-        tensors = {n: v for n, v in given.items() if n in signature.tensors}
-        scalars = {n: v for n, v in given.items() if n not in signature.tensors}
-        return _unwrap(launch(self.kernel, tensors, scalars, self.group, self.schedule))
+            self._site = Site(self.kernel, self.group, self.schedule)
+        return _unwrap(self._site(args, kwargs))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from tilelink.frontend.arguments import check_apart

@@ -17,7 +17,7 @@ from tilelink import knobs
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import load_module, write_module
 from tilelink.backend.runtime.arena import Arena, CudaState, state_of
-from tilelink.backend.runtime.driver import driver
+from tilelink.backend.runtime.driver import Event, driver
 from tilelink.backend.runtime.errors import BadArgument, NotPrepared, TooManyWorkers
 from tilelink.backend.runtime.image import Image, Slot, image_of
 from tilelink.backend.runtime.plan import Plan, Recorder
@@ -38,7 +38,8 @@ class Program:
         self.state, self.image, self.host, self.arena = state, image, host, arena
         self.number = state.number_of(image)
         self.workspace = state.workspace_for(image.workspace_bytes)
-        self.inputs = tuple(s for s in image.tensors.values() if s.role in ("in", "inout"))
+        self.device = state.device.index
+        self.outputs = tuple(slot.name for slot in image.outputs)
         self.temporary = {
             s.name: torch.empty(s.dims, dtype=TORCH_DTYPES[s.dtype], device=state.device)
             for s in image.tensors.values()
@@ -76,14 +77,15 @@ class Program:
     def call(self, tensors: Tensors, scalars: Mapping[str, float]) -> tuple[torch.Tensor, ...]:
         """Enqueues one call; returns the outputs in parameter order."""
         plan = self.plan(tensors, scalars)
-        stream = torch.cuda.current_stream(self.state.device)
-        capturing = torch.cuda.is_current_stream_capturing()
-        if not capturing:
-            _chain(stream)
-        plan.enqueue(stream.cuda_stream, tensors)
-        if not capturing:
+        device = self.device
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        if torch._C._cuda_isCurrentStreamCapturing():
+            plan.enqueue(stream, tensors)
+        else:
+            _chain(device, stream)
+            plan.run(stream, tensors, self.state.spare)
             self.state.note_call(self.image, stream)
-        return tuple(tensors[slot.name] for slot in self.image.outputs)
+        return tuple([tensors[name] for name in self.outputs])
 
     def _record(self, tensors: Tensors, scalars: Mapping[str, float]) -> Plan:
         state = self.state
@@ -110,18 +112,18 @@ class Program:
         return plan
 
 
-def launch(
+def program_of(
     kernel: Any,
     tensors: Mapping[str, torch.Tensor | None],
     scalars: Mapping[str, float],
     group: Any = None,
     schedule: Any = None,
-) -> tuple[torch.Tensor, ...]:
-    """Runs a decorated kernel on this rank's tensors; returns its outputs in parameter order.
+) -> Program:
+    """The program of a decorated kernel for these arguments, known to all ranks of the group.
 
     ``tensors``: by parameter name, None for what is to be allocated; on the current device, contiguous
     or the transpose of a contiguous matrix, 16-byte aligned. ``group``: a process group, None for the
-    default one; without torch.distributed the kernel runs on this GPU alone. The first call with new
+    default one; without torch.distributed the kernel runs on this GPU alone. The first time with new
     shapes is collective and slow. Nothing is launched on any rank unless every rank can.
 
     Errors: those of ``kernel.bind`` and of the compiler, BadArgument, AgreementError, NotPrepared inside
@@ -135,10 +137,7 @@ def launch(
         known = _kernels[key] = _Known(
             kernel, _meet_kernel(state, kernel, tensors, scalars, schedule)
         )
-    program = known.program
-    given = {name: _dense(name, t, program.image) for name, t in tensors.items() if t is not None}
-    numbers = {name: scalars[name] for name in program.image.scalars}
-    return program.call(program.allocate(given), numbers)
+    return known.program
 
 
 def refuse(kernel: str, error: TilelinkError, group: Any = None) -> None:
@@ -180,19 +179,23 @@ class _Known:
 
 _kernels: dict[tuple[object, ...], _Known] = {}
 _programs: dict[tuple[str, int], Program] = {}
-_last: dict[int, torch.cuda.Stream] = {}
+_last: dict[int, int] = {}  # the handle of the stream of a device's last fused call
+_links: dict[int, Event] = {}
 
 
-def _chain(stream: torch.cuda.Stream) -> None:
+def _chain(device: int, stream: int) -> None:
     """Orders this call behind the last fused call of this device, whatever stream that was on.
 
     Two fused programs that ran at once could each hold the SMs that the other one waits for. Replays of
     captured graphs cannot be seen here; they are ordered by the stream that they are replayed on.
     """
-    device = stream.device_index
-    last = _last.get(device)
-    if last is not None and last.cuda_stream != stream.cuda_stream:
-        stream.wait_stream(last)
+    last = _last.get(device, stream)
+    if last != stream:
+        calls = driver()
+        if device not in _links:
+            _links[device] = calls.event()
+        calls.record(_links[device].handle, last)
+        calls.wait_event(stream, _links[device].handle)
     _last[device] = stream
 
 
@@ -210,16 +213,6 @@ def _constants(kernel: Any, scalars: Mapping[str, Any]) -> tuple[object, ...]:
         repr(v) if n in fixed or isinstance(v, bool | str) or v is None else type(v)
         for n, v in scalars.items()
     )
-
-
-def _dense(name: str, tensor: torch.Tensor, image: Image) -> torch.Tensor:
-    if tensor.is_contiguous():
-        return tensor
-    if image.tensors[name].role != "in":
-        raise BadArgument(
-            name=name, detail="is an output and not contiguous", help="pass a contiguous tensor"
-        )
-    return tensor.contiguous()
 
 
 def _meet_kernel(

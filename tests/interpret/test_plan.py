@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.runtime import load_module, plan, write_module
+from tilelink.backend.runtime.errors import DriverError
 from tilelink.backend.runtime.image import image_of
 from tilelink.backend.runtime.views import TORCH_DTYPES
 from tilelink.ir import layout, parse_ir
@@ -24,27 +27,44 @@ class Stream:
     def __init__(self, log: Log) -> None:
         self.log = log
 
-    def wait_event(self, event: Event) -> None:
-        self.log.append(("side waits", event.number))
-
 
 class Event:
     made = 0
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self) -> None:
         Event.made += 1
-        self.log, self.number = log, Event.made
+        self.handle = Event.made
 
-    def record(self, stream: Stream | None = None) -> None:
-        self.log.append(("side records" if stream else "main records", self.number))
 
-    def wait(self) -> None:
-        self.log.append(("main waits", self.number))
+class Graph:
+    handle = 99
+
+
+class Spare:
+    cuda_stream = 5
 
 
 class Driver:
     def __init__(self, log: Log) -> None:
         self.log = log
+
+    def event(self) -> Event:
+        return Event()
+
+    def record(self, event: int, stream: int) -> None:
+        self.log.append(("side records" if stream == Stream.cuda_stream else "main records", event))
+
+    def wait_event(self, stream: int, event: int) -> None:
+        self.log.append(("side waits" if stream == Stream.cuda_stream else "main waits", event))
+
+    def capture(self, stream: int, enqueue: Callable[[int], None]) -> Graph:
+        self.log.append(("capture", stream))
+        enqueue(stream)
+        self.log.append(("captured", stream))
+        return Graph()
+
+    def launch_graph(self, graph: int, stream: int) -> None:
+        self.log.append(("graph", graph, stream))
 
     def wait_geq(self, stream: int, address: int, value: int) -> None:
         self.log.append(("wait", stream, address, value))
@@ -55,8 +75,8 @@ class Driver:
 
 def record(
     name: str, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Log, list[torch.Tensor], torch.Tensor]:
-    """The log of one call of a sample program on ``rank``, the arenas of all ranks, its workspace."""
+) -> tuple[plan.Plan, Log, plan.Recorder]:
+    """The plan of one call of a sample program on ``rank``, and the log of what it will enqueue."""
     log: Log = []
     program = parse_ir((PROGRAMS / name).read_text())
     image = image_of(program)
@@ -75,7 +95,6 @@ def record(
         plan, "compile_launch", lambda kernel, workers, args, **_: Launch(kernel, workers)
     )
     monkeypatch.setattr(plan, "driver", lambda: Driver(log))
-    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(log))
     size = image.arena_bytes
     arenas = [torch.zeros(size, dtype=torch.uint8) for _ in range(image.world)]
     addresses = [a.data_ptr() for a in arenas]
@@ -99,14 +118,23 @@ def record(
     module.host(recorder)
     recorded = recorder.finish()
     assert log == []
+    return recorded, log, recorder
+
+
+def enqueued(
+    name: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Log, list[torch.Tensor], torch.Tensor]:
+    """The log of one call of a sample program on ``rank``, the arenas of all ranks, its workspace."""
+    recorded, log, recorder = record(name, rank, monkeypatch)
     recorded.enqueue(1)
-    return log, arenas, recorder.workspace
+    assert recorder.workspace is not None
+    return log, recorder._arenas, recorder.workspace
 
 
 def test_gather_copies_and_flags_go_to_every_peer_before_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    log, arenas, _ = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
+    log, arenas, _ = enqueued("ag_gemm.copy_engine.ir", 1, monkeypatch)
     kinds = [entry[0] for entry in log]
     assert kinds[:3] == ["kernel", "main records", "side waits"]
     assert log[0][1] == "head_kernel"
@@ -126,7 +154,7 @@ def test_gather_copies_and_flags_go_to_every_peer_before_the_kernel(
 def test_scatter_stream_waits_for_its_counter_and_forks_from_the_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    log, arenas, workspace = record("gemm_rs.copy_engine.ir", 0, monkeypatch)
+    log, arenas, workspace = enqueued("gemm_rs.copy_engine.ir", 0, monkeypatch)
     waits = [entry for entry in log if entry[0] == "wait"]
     base = arenas[0].data_ptr() + 131072
     assert waits == [("wait", 7, base + 4 * peer, 6) for peer in (1, 2, 3)]
@@ -140,3 +168,64 @@ def test_scatter_stream_waits_for_its_counter_and_forks_from_the_head(
         (arenas[p].data_ptr() + 268288, workspace.data_ptr() + 262144 + p * size, size)
         for p in (1, 2, 3)
     ]
+
+
+def test_a_call_that_repeats_becomes_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    recorded, log, recorder = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
+    for _ in range(plan.HOT - 1):
+        recorded.run(1, recorder.tensors, Spare)
+    single = log[: len(log) // (plan.HOT - 1)]
+    assert log == single * (plan.HOT - 1)
+    del log[:]
+    for _ in range(3):
+        recorded.run(1, recorder.tensors, Spare)
+    # Captured once, on a stream of its own, with all that a call enqueues, and launched each time.
+    assert log == [("capture", 5), *single, ("captured", 5), *[("graph", Graph.handle, 1)] * 3]
+
+
+@pytest.mark.parametrize(
+    "variable", [("TILELINK_GRAPHS", "0"), ("CUDA_DEVICE_MAX_CONNECTIONS", "1")]
+)
+def test_no_graph_where_it_is_not_wanted(
+    variable: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(*variable)
+    recorded, log, recorder = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
+    for _ in range(plan.HOT + 2):
+        recorded.run(1, recorder.tensors, Spare)
+    assert not [entry for entry in log if entry[0] in ("capture", "graph")]
+
+
+def test_a_driver_that_captures_nothing_costs_the_graph_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    recorded, log, recorder = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
+
+    def refuse(self: Driver, stream: int, enqueue: Callable[[int], None]) -> Graph:
+        raise DriverError(call="cuStreamBeginCapture", reason="no", help="none")
+
+    monkeypatch.setattr(Driver, "capture", refuse)
+    for _ in range(plan.HOT + 2):
+        recorded.run(1, recorder.tensors, Spare)
+    single = log[: len(log) // (plan.HOT + 2)]
+    assert log == single * (plan.HOT + 2)
+    assert caplog.text.count("no graph of a call") == 1
+
+
+def test_a_collective_works_on_the_tensors_of_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, log, recorder = record("ag_gemm.collective.ir", 1, monkeypatch)
+    seen: list[tuple[int, int]] = []
+
+    def gather(target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
+        seen.append((target.data_ptr(), source.data_ptr()))
+
+    monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
+    for _ in range(plan.HOT + 1):
+        fresh = {name: torch.zeros_like(t) for name, t in recorder.tensors.items()}
+        recorded.run(1, fresh, Spare)
+        assert seen[-1][1] == fresh["A"].data_ptr()
+    # Where it lands is the program's own.
+    assert len({target for target, _ in seen}) == 1
+    assert not [entry for entry in log if entry[0] == "graph"]
