@@ -73,13 +73,15 @@ class Kernel:
         present: Iterable[str] | None = None,
         scalars: Mapping[str, Any] | None = None,
         dtype: str = "bf16",
+        dynamic: Iterable[str] = (),
     ) -> Op:
         """The typed kernel (Tile IR) for extents by name and element types by tensor.
 
         ``present`` names the tensor parameters that are given (default: those without a default value,
         and all outputs). ``scalars`` gives compile-time arguments their values, and run-time scalar
         parameters an example of theirs. ``dtype`` is the element type of tensors that ``dtypes`` does not
-        name. Raises the errors of `tilelink.frontend.errors`.
+        name. ``dynamic`` names extents whose values are capacities, beside those that the mapping marks.
+        Raises the errors of `tilelink.frontend.errors`.
         """
         from tilelink.frontend.build import Request
 
@@ -109,6 +111,7 @@ class Kernel:
                 constants=constants,
                 scalars=runtime,
                 dtype=dtype,
+                dynamic=frozenset(dynamic),
             )
         )
 
@@ -150,6 +153,7 @@ class Kernel:
             tuple(sorted((n, repr(v)) for n, v in request.constants.items())),
             tuple(sorted(request.scalars.items())),
             request.dtype,
+            request.dynamic,
         )
         if key not in self._built:
             try:

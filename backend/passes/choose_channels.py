@@ -88,6 +88,13 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             detail=f"`{name}` is an input: no epilogue computes its tiles",
             help="use copy_engine, sm:N or none",
         )
+    if info.dynamic is not None and move.resource == "none":
+        raise ScheduleError(
+            tensor.span,
+            field=f"moves.{name}.resource",
+            detail=f"the library's collective needs the length of `{info.dynamic}`, which is dynamic",
+            help="use copy_engine, sm:N or epilogue",
+        )
     if info.kind == "gather":
         for stage in stages_of(program):
             for store in accesses(stage, name, "store"):
@@ -158,6 +165,12 @@ def _count_tasks(program: Op, name: str) -> Op:
                 f"which are smaller than those of `{name}`",
                 help="use a tile that divides them, or give the tensors the same owner map",
             )
+    if isinstance(across, Expr):
+        raise UnsupportedProgram(
+            stage.span,
+            detail=f"the tasks that store a tile of `{name}` are as many as a dynamic extent says",
+            help="move it along the dynamic extent",
+        )
     tensor = program.declared(name).with_attrs(task_rows=rows, tasks_across=across)
     return replace_declaration(program, tensor)
 
