@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -95,9 +95,9 @@ class Moved:
 
     ``axis``: the moved axis, ``extent`` elements long; ``shard`` of them a rank, in blocks of
     ``block``. A reduce tensor is not spread: its shard is the whole extent. ``channel_rows``: local
-    elements of one channel; ``tile``: of one communication tile. ``live``: elements of a shard that are
-    there in a call, the first ones; all of them unless the extent is dynamic. ``task_rows``: elements along the moved
-    axis that one task stores, ``tasks_across``: tasks beside each other over all other axes.
+    elements of one channel; ``tile``: of one communication tile. ``task_rows``: elements along the moved axis
+    that one task stores, ``tasks_across``: tasks beside each other over all other axes. ``dynamic``: the moved
+    extent, where only its capacity is known.
     """
 
     name: str

@@ -427,7 +427,11 @@ class Recorder(Views):
     def _guard(self, slot: Slot) -> None:
         tensor = self.tensors[slot.name]
         floating = tensor.dtype.is_floating_point
-        args = (self.arena, self._host_record, tensor, tensor.numel(), 1024, floating)
+        args: tuple[object, ...] = (
+            *(self.arena, self._host_record, tensor, tensor.numel(), 1024, floating),
+        )
+        if said := self.said():
+            args += (self.peers, self.rank, said[0], self.world, True)
         self._launch(compile_launch(guard_kernel, CTAS, args, num_warps=4))
 
     def _launch(self, launch: Launch) -> None:

@@ -124,7 +124,16 @@ class Views:
             bool(ack_wait),
             bool(self.image.flags),
             self.program,
+            *self.said(),
         )
+
+    def said(self) -> tuple[object, ...]:
+        """What ``head`` tells the peers, who compare it: the value of the dynamic extent. Nothing where there
+        is none, or nobody to tell."""
+        if not self.image.dynamic or not self.image.flags:
+            return ()
+        (value,) = self.extents.values()
+        return value, True
 
 
 def view_of(arena: torch.Tensor, slot: Slot) -> torch.Tensor:

@@ -150,7 +150,8 @@ def carried(program: Op) -> Op | None:
 def prove(out: Expansion, *, known: bool = False, contents: bool = True) -> Report:
     """Prove what ``out`` holds, wherever its rows come from; see :func:`verify`.
 
-    ``contents`` false leaves out the rule of what each read finds, dataflow. ``known``: the ops of its stages have been held against a kernel. Otherwise the report assumes it.
+    ``contents`` false leaves out the rule of what each read finds, dataflow. ``known``: the ops of its stages
+    have been held against a kernel. Otherwise the report assumes it.
     Beside the rows, the rules read: of ``out.program`` its symbol, and, for which symbols hold sums over
     ranks, the ops of its bodies; of ``out.agents`` names, `after`, `workers` and `resident`, and their
     stages' `workers`, `first`, `queue` and `counter`; of ``out.declarations`` all attributes.
