@@ -46,7 +46,7 @@ from tilelink.backend.verify.progress import (
 )
 from tilelink.backend.verify.residency import check_residency
 from tilelink.backend.verify.reuse import check_reuse
-from tilelink.backend.verify.rows import check_rows
+from tilelink.backend.verify.rows import check_rows, smaller
 from tilelink.ir import Op, parse_ir
 from tilelink.ir.vocabulary import check_names
 
@@ -63,7 +63,9 @@ __all__ = [
     "RowsError",
     "UndecidedError",
     "VerifyError",
+    "carried",
     "prove",
+    "smaller",
     "verify",
 ]
 

@@ -48,22 +48,32 @@ def check_rows(out: Expansion, kernel: Op | None, prove: Callable[[Expansion], o
     ``out`` is the program at its capacity, proven; ``prove`` proves the order of accesses and the signals of
     another value's rows. Nothing to do where no extent is dynamic.
     """
-    found = [op for op in out.program.find("extent") if op.get("dynamic")]
-    if not found:
+    if not any(op.get("dynamic") for op in out.program.find("extent")):
         return
-    if len(found) > 1:
-        _fail(found[1], "a second dynamic extent")
-    if kernel is None:
-        _fail(found[0], "it carries no kernel, which says what a row is")
-    rows = _Rows(out, found[0].symbol, kernel)
+    rows = _rows_of(out, kernel)
     rows.declarations()
     rows.independent()
-    for value in rows.ends():
-        small = at_extents(out.program, {rows.name: value})
+    for small in rows.instances():
         rows.placed(small)
         there = expand(small, kernel)
         rows.copied(there)
         prove(there)
+
+
+def smaller(out: Expansion, kernel: Op | None) -> list[Op]:
+    """The program at each value of its dynamic extent for which it has to be proven beside the capacity."""
+    if not any(op.get("dynamic") for op in out.program.find("extent")):
+        return []
+    return _rows_of(out, kernel).instances()
+
+
+def _rows_of(out: Expansion, kernel: Op | None) -> _Rows:
+    found = [op for op in out.program.find("extent") if op.get("dynamic")]
+    if len(found) > 1:
+        _fail(found[1], "a second dynamic extent")
+    if kernel is None:
+        _fail(found[0], "it carries no kernel, which says what a row is")
+    return _Rows(out, found[0].symbol, kernel)
 
 
 class _Rows:
@@ -226,6 +236,10 @@ class _Rows:
         last = np.append(first[1:] - 1, len(values) - 1)
         found = sorted({int(values[n]) for n in (*first, *last)} - {self.capacity})
         return found
+
+    def instances(self) -> list[Op]:
+        """The program at each of these values."""
+        return [at_extents(self.out.program, {self.name: value}) for value in self.ends()]
 
     def placed(self, small: Op) -> None:
         """Each access in a stage begins where it does at the capacity, in the user's whole tensors among the
