@@ -112,7 +112,9 @@ def _measure_blocks(program: Op) -> Op:
 def _check_dynamic(program: Op) -> None:
     """UnsupportedProgram unless a dynamic extent is the first axis of all that has it, in rank order."""
     name = dynamic_extent(program)
-    for tensor in program.find("tensor") if name is not None else ():
+    if name is None:
+        return
+    for tensor in program.find("tensor"):
         dims = [Expr.of(d) for d in tensor["dims"]]
         if not any(name in d.names for d in dims):
             continue

@@ -60,9 +60,9 @@ class Wait:
 class Image:
     """A program as the runtime sees it; dictionaries are in declaration order.
 
-    ``dynamic``: run-time extents with their capacities, which ``tensors`` have; ``launches`` (of emitted
-    kernels) and ``collectives``: their symbols. ``bare``: everything is the library's, there is no kernel and no
-    stream.
+    ``dynamic``: run-time extents with their capacities, which ``tensors`` have, ``least`` their smallest
+    values; ``launches`` (of emitted kernels) and ``collectives``: their symbols. ``bare``: everything is the
+    library's, there is no kernel and no stream.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Image:
     counters: dict[str, Slot]
     waits: tuple[Wait, ...]
     dynamic: dict[str, int]
+    least: dict[str, int]
     launches: tuple[str, ...]
     collectives: tuple[str, ...]
     declared: tuple[Op, ...]
@@ -174,6 +175,9 @@ def image_of(program: Op) -> Image:
         counters=regions("counter"),
         waits=tuple(Wait(op.symbol, op.span) for op in program.walk() if op.name == "wait"),
         dynamic={op.symbol: int(op["value"]) for op in program.find("extent") if op.get("dynamic")},
+        least={
+            op.symbol: int(op.get("least", 1)) for op in program.find("extent") if op.get("dynamic")
+        },
         launches=tuple(op.symbol for op in emitted),
         collectives=tuple(op.symbol for op in program.find("collective")),
         bare=not (emitted or program.find("head") or program.find("stream")),

@@ -7,6 +7,7 @@ been found out about calls of a kind is kept beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,16 +25,17 @@ KINDS = 4096  # kinds of calls remembered a site
 class Route:
     """Calls of one kind: their program, and where each of its tensors and scalars comes from."""
 
-    __slots__ = ("numbers", "program", "state", "tensors")
+    __slots__ = ("extents", "numbers", "program", "state", "tensors")
 
     def __init__(
         self,
         state: CudaState,
         program: Program,
+        extents: Mapping[str, int],
         names: tuple[str, ...],
         given: Mapping[str, Any],
     ) -> None:
-        self.state, self.program = state, program
+        self.state, self.program, self.extents = state, program, extents
         place = {name: number for number, name in enumerate(names)}
         # What is not contiguous is copied; outputs that are left out are not among them.
         self.tensors = [
@@ -63,22 +65,36 @@ class Route:
             name: default if number is None else values[number]
             for name, number, default in self.numbers
         }
-        return self.program.call(self.program.allocate(given), scalars)
+        program, extents = self.program, self.extents
+        return program.call(program.allocate(given, extents), scalars, extents)
 
 
 class Site:
-    """A kernel with the group and the schedule that its calls use; see :func:`program_of`.
+    """A kernel with the group, the schedule and the capacities that its calls use; see :func:`program_of`.
 
     Calling it runs the kernel on this rank's arguments and returns its outputs in parameter order.
     """
 
-    def __init__(self, kernel: Any, group: Any, schedule: Any) -> None:
+    def __init__(
+        self,
+        kernel: Any,
+        group: Any,
+        schedule: Any,
+        capacities: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    ) -> None:
         self.kernel, self.group, self.schedule = kernel, group, schedule
+        self.capacities = capacities
+        self._met: set[int] = set()
         self._routes: dict[tuple[object, ...], Route] = {}
         signature = kernel.signature
         self._positional = [n for n in signature.names if n not in signature.keywords]
         # Compile-time arguments and extents count by value, other numbers by type.
         self._fixed = signature.constants | signature.extents
+
+    @property
+    def programs(self) -> int:
+        """How many programs its calls have needed."""
+        return len(self._met)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         state = state_of(self.group)
@@ -132,6 +148,9 @@ class Site:
             raise
         tensors = {n: v for n, v in given.items() if n in signature.tensors}
         scalars = {n: v for n, v in given.items() if n not in signature.tensors}
-        program = program_of(kernel, tensors, scalars, self.group, self.schedule)
+        program, extents = program_of(
+            kernel, tensors, scalars, self.group, self.schedule, self.capacities
+        )
+        self._met.add(id(program))
         names = (*self._positional[: len(args)], *kwargs)
-        return Route(state, program, names, given)
+        return Route(state, program, extents, names, given)

@@ -185,8 +185,7 @@ class _Rows:
         stacked = self.stacked(ref)
         uses = [_variable(item) == row and row is not None for item in ref.index]
         for item in ref.index:
-            gathered = isinstance(item, Value) and not item.type.is_tile and item.type.shape
-            if gathered and row in item.type.shape:
+            if isinstance(item, Value) and not item.type.is_tile and row in item.type.shape:
                 _fail(op, "rows that an index of rows picks")
         axes = [not isinstance(item, Broadcast) for item in ref.index]
         place = 0 if stacked is None else stacked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +24,17 @@ class Program:
         self.image = image
         self.calls: list[tuple[dict[str, torch.Tensor], dict[str, float]]] = []
 
-    def allocate(self, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def allocate(
+        self, given: dict[str, torch.Tensor], extents: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
         return {**given, "C": given.get("C", torch.empty(0))}
 
-    def call(self, tensors: dict[str, torch.Tensor], scalars: dict[str, float]) -> Any:
+    def call(
+        self,
+        tensors: dict[str, torch.Tensor],
+        scalars: dict[str, float],
+        extents: Mapping[str, int],
+    ) -> Any:
         self.calls.append((tensors, scalars))
         return (tensors["C"],)
 
@@ -43,9 +51,9 @@ class Bench:
 
         def program_of(
             kernel: Any, tensors: dict[str, Any], scalars: dict[str, Any], *_: Any
-        ) -> Program:
+        ) -> tuple[Program, dict[str, int]]:
             self.met.append({**tensors, **scalars})
-            return self.program
+            return self.program, {}
 
         monkeypatch.setattr(site, "state_of", lambda group: self.state)
         monkeypatch.setattr(site, "program_of", program_of)
