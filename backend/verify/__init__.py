@@ -258,7 +258,10 @@ def _report(out: Expansion, words: Elements, meetings: dict[str, Meeting], known
         assumptions.append("accesses through run-time tables stay inside their tensors")
     for op in out.program.find("extent"):
         if op.get("dynamic"):
-            assumptions.append(f"extent {op.symbol} is at most {out.env[op.symbol]}, its capacity")
+            most = out.env[op.symbol]
+            assumptions.append(
+                f"{op.symbol} is at most {most} in a call, and the same on all ranks"
+            )
     if any(a.write and not a.exact for a in out.accesses):
         assumptions.append("what is written through run-time tables is all that is read of it")
     for number, agent in enumerate(out.agents):

@@ -10,15 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.dynamic import program_of
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.runtime import load_module, plan, write_module
 from tilelink.backend.runtime.errors import DriverError
 from tilelink.backend.runtime.image import image_of
 from tilelink.backend.runtime.views import TORCH_DTYPES
-from tilelink.ir import layout, parse_ir
+from tilelink.ir import Op, layout, parse_ir
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 Log = list[tuple[Any, ...]]
+launched: list[tuple[str, tuple[Any, ...]]] = []  # kernels with their arguments, in a recording
 
 
 class Stream:
@@ -74,25 +76,29 @@ class Driver:
 
 
 def record(
-    name: str, rank: int, monkeypatch: pytest.MonkeyPatch
+    name: str | Op,
+    rank: int,
+    monkeypatch: pytest.MonkeyPatch,
+    extents: dict[str, int] | None = None,
 ) -> tuple[plan.Plan, Log, plan.Recorder]:
-    """The plan of one call of a sample program on ``rank``, and the log of what it will enqueue."""
+    """The plan of one call of a program (or a sample's name) on ``rank``, and the log of what it enqueues."""
     log: Log = []
-    program = parse_ir((PROGRAMS / name).read_text())
+    program = parse_ir((PROGRAMS / name).read_text()) if isinstance(name, str) else name
     image = image_of(program)
     module = load_module(write_module(emit(program), image.name))
 
     class Launch:
         compiled = None
 
-        def __init__(self, kernel: Any, workers: int) -> None:
+        def __init__(self, kernel: Any, workers: int, args: tuple[Any, ...]) -> None:
             self.name, self.workers = kernel.fn.__name__, workers
+            launched.append((self.name, args))
 
         def run(self, stream: int) -> None:
             log.append(("kernel", self.name, self.workers))
 
     monkeypatch.setattr(
-        plan, "compile_launch", lambda kernel, workers, args, **_: Launch(kernel, workers)
+        plan, "compile_launch", lambda kernel, workers, args, **_: Launch(kernel, workers, args)
     )
     monkeypatch.setattr(plan, "driver", lambda: Driver(log))
     size = image.arena_bytes
@@ -112,9 +118,12 @@ def record(
         addresses=addresses,
     )
     recorder.workspace = torch.zeros(image.workspace_bytes, dtype=torch.uint8)
+    recorder.extents |= extents or {}
     recorder.tensors = {
-        s.name: torch.zeros(s.dims, dtype=TORCH_DTYPES[s.dtype]) for s in image.tensors.values()
+        s.name: torch.zeros(s.dims, dtype=TORCH_DTYPES[s.dtype])
+        for s in image.at(recorder.extents).values()
     }
+    del launched[:]
     module.host(recorder)
     recorded = recorder.finish()
     assert log == []
@@ -229,3 +238,27 @@ def test_a_collective_works_on_the_tensors_of_each_call(monkeypatch: pytest.Monk
     # Where it lands is the program's own.
     assert len({target for target, _ in seen}) == 1
     assert not [entry for entry in log if entry[0] == "graph"]
+
+
+@pytest.mark.parametrize("rows", [64, 20, 2])
+def test_a_call_copies_as_many_rows_as_it_has(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of("ag_gemm", "copy_engine")
+    recorded, log, recorder = record(program, 0, monkeypatch, {"M": rows})
+    recorded.enqueue(1)
+    width = 32 * 4
+    copies = [entry for entry in log if entry[0] == "copy"]
+    base = recorder._arenas[1].data_ptr() + recorder.image.buffers["A.all"].offset
+    assert [(c[2], c[4]) for c in copies if c[4] > 4] == [(base, rows // 2 * width)]
+    # Flags lie where they lie for every number of rows, and the peers hear of the number.
+    flag = recorder._arenas[1].data_ptr() + recorder.image.flags["A.ready"].offset
+    assert [c[2] for c in copies if c[4] == 4] == [flag]
+    head, kernel, guard = launched
+    assert (head[0], head[1][-2:]) == ("head_kernel", (rows, True))
+    assert rows in [a for a in kernel[1] if isinstance(a, int)]
+    assert (guard[0], guard[1][-3:]) == ("guard_kernel", (rows, 2, True))
+
+
+def test_a_program_without_dynamic_rows_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, recorder = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
+    assert recorder.said() == ()
+    assert len(launched[-1][1]) == 6
