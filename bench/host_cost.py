@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import environment
-from bench.cases import AG_GEMM, GEMM_RS, Case
+from bench.cases import AG_GEMM, GEMM_AR, GEMM_RS, Case
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ SETS = 8
 CASES = (
     Case(AG_GEMM, 1024, 4096, 1376, "small, so that the device keeps up"),
     Case(GEMM_RS, 1024, 1376, 4096, "small, so that the device keeps up"),
+    Case(GEMM_AR, 16, 3584, 8192, "decoding"),
     Case(AG_GEMM, 8192, 8192, 7168, "MLP hidden 8192, intermediate 28672"),
     Case(GEMM_RS, 8192, 3584, 8192, "MLP hidden 8192, intermediate 28672"),
 )
@@ -72,13 +73,11 @@ def ways(call: Any, case: Case, cluster: Any) -> dict[str, Callable[[int], objec
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device=cluster.device)
 
-    rows = case.m // cluster.world
-    gathers = case.kind == AG_GEMM
-
     def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-        return empty(rows if gathers else case.m, case.k).zero_(), empty(case.k, case.n).zero_()
+        a = empty(case.rows_in(cluster.world), case.k)
+        return a.zero_(), empty(case.k, case.n).zero_()
 
-    out = empty(case.m if gathers else rows, case.n)
+    out = empty(case.rows_out(cluster.world), case.n)
     sets = [inputs() for _ in range(SETS)]
     kept: list[object] = []
 
@@ -100,10 +99,9 @@ def run(case: Case, text: str, cluster: Any, options: argparse.Namespace) -> dic
     """All ways of calling one kernel under one schedule. Collective."""
     import torch
 
-    from bench.candidates import schedule_of
-    from tilelink.kernels import ag_gemm, gemm_rs
+    from bench.ours import kernel_of, schedule_of
 
-    kernel = ag_gemm if case.kind == AG_GEMM else gemm_rs
+    kernel = kernel_of(case.kind)
     schedule = schedule_of(kernel, case, cluster.world, text)
     call = kernel.on(group=cluster.group, schedule=schedule)
     record: dict[str, Any] = {"name": case.name, "schedule": text, "limit_us": LIMIT_US}
