@@ -26,6 +26,15 @@ CASES = [
     ("gemm_ar", "epilogue"),
     ("gemm_ar", "sm:2"),
     ("gemm_ar_add", "epilogue"),
+    ("ag_gemm", "none"),
+    ("gemm_rs", "none"),
+    ("gemm_rs_add", "none"),
+    ("gemm_ar", "none"),
+    ("gemm_ar_add", "none"),
+    ("ag_gemm", "library"),
+    ("gemm_rs", "library"),
+    ("gemm_ar", "library"),
+    ("gemm_rs_add", "library"),
 ]
 
 
@@ -44,9 +53,12 @@ def program_of(name: str, resource: str, channels: int | None = None) -> Op:
     op = kernel_of(name)
     schedule = default_schedule(op)
     (tensor, _), *_ = schedule.moves
-    move = Move(resource=resource, channels=channels)
+    library = resource == "library"  # of products, and of collectives
+    move = Move(resource="none" if library else resource, channels=channels)
     tiles = (("K", 16), ("M", 8), ("N", 32))
-    return run_passes(op, replace(schedule, moves=((tensor, move),), tiles=tiles))
+    emitter = "library" if library else schedule.emitter
+    chosen = replace(schedule, moves=((tensor, move),), tiles=tiles, emitter=emitter)
+    return run_passes(op, chosen)
 
 
 def values_of(name: str) -> list[int]:

@@ -88,13 +88,6 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             detail=f"`{name}` is an input: no epilogue computes its tiles",
             help="use copy_engine, sm:N or none",
         )
-    if info.dynamic is not None and move.resource == "none":
-        raise ScheduleError(
-            tensor.span,
-            field=f"moves.{name}.resource",
-            detail=f"the library's collective needs the length of `{info.dynamic}`, which is dynamic",
-            help="use copy_engine, sm:N or epilogue",
-        )
     if info.kind == "gather":
         for stage in stages_of(program):
             for store in accesses(stage, name, "store"):

@@ -263,6 +263,11 @@ def _width(op: Op, variables: set[str], names: dict[str, int]) -> int:
     return size
 
 
+def apart(schedule: Schedule, name: str) -> bool:
+    """Whether a tensor moves in one piece, before or behind all that computes."""
+    return schedule.move(name).resource == "none"
+
+
 @dataclass(frozen=True, slots=True)
 class _Demand:
     axis: int
@@ -295,6 +300,8 @@ def _segments(
         order = "arrival" if info.kind == "gather" else "departure"
         if info.kind == "shard" or (info.kind == "scatter" and read and not stored):
             order = "own"
+        if info.dynamic is not None and order != "own" and apart(schedule, info.name):
+            continue  # the library's collective leaves rows side by side, as many as there are
         demands.append(_Demand(axis, info, order))
     if not demands:
         return {}

@@ -36,9 +36,9 @@ def plan_buffers(program: Op) -> Op:
         %s = load_sum @C.parts[:, %m at m.start % 1024, %n] {own = @C.partial[%m, %n]}
 
     Shards lie one behind the other in rank order in a landing buffer. Where rows are dynamic, buffers have
-    those of the capacity, while the user's tensors hold live rows alone: a segment of theirs begins where the
-    live rows of the one before end. Invariant: no access names a tensor at an index that this rank does not
-    hold.
+    those of the capacity, except for what a collective of the library fills or empties, while the user's tensors
+    hold live rows alone: a segment of theirs begins where the live rows of the one before end. Invariant: no
+    access names a tensor at an index that this rank does not hold.
     """
     buffers: list[Op] = []
     for name, tensor in tensors_of(program).items():
@@ -78,10 +78,13 @@ def _buffers(program: Op, tensor: Op, info: Moved) -> list[Op]:
             alias=Ref(alias) if alias else None,
         )
 
-    dims = at_capacity(program, tensor["dims"])
+    # What the library's collectives touch is as long as there are rows: they take it whole.
+    apart = info.resource == "none"
+    dims = tuple(tensor["dims"]) if apart else at_capacity(program, tensor["dims"])
     if info.kind == "gather":
-        return [buffer("all", dims, "local" if info.resource == "none" else "symmetric")]
-    held = tuple(info.shard if axis == info.axis else d for axis, d in enumerate(dims))
+        return [buffer("all", dims, "local" if apart else "symmetric")]
+    length = info.live if apart else info.shard
+    held = tuple(length if axis == info.axis else d for axis, d in enumerate(dims))
     if info.resource == "none":
         read = any(
             not _final_pair(stage, info.name)

@@ -49,6 +49,7 @@ class Program:
             if s.role == "temp"
         }
         self._plans: dict[tuple[object, ...], Plan] = {}
+        self._bare: dict[tuple[int, ...], Plan] = {}
         self._slots: dict[tuple[int, ...], dict[str, Slot]] = {}
 
     def slots(self, extents: Extents) -> dict[str, Slot]:
@@ -80,9 +81,11 @@ class Program:
         found = self._plans.get(key)
         if found is None:
             _check_apart(self.image, tensors)
-            # What the library alone is called with is found anew in every call.
-            same = next(iter(self._plans.values()), None) if self.image.bare else None
-            found = same or self._record(tensors, scalars, extents)
+            # What the library alone is called with is found anew in every call with as many rows.
+            rows = tuple(extents.values())
+            found = self._bare.get(rows) or self._record(tensors, scalars, extents)
+            if self.image.bare:
+                self._bare[rows] = found
             if len(self._plans) >= PLANS:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = found

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilelink.errors import Span
-from tilelink.ir import DTYPES, At, Index, Op, Ref, Value, layout
+from tilelink.ir import DTYPES, At, Expr, Index, Op, Ref, Value, layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,7 @@ class Image:
     launches: tuple[str, ...]
     collectives: tuple[str, ...]
     declared: tuple[Op, ...]
+    varying: dict[str, Op]
     extents: dict[str, int]
     bare: bool = False
 
@@ -89,6 +90,13 @@ class Image:
     def at(self, dynamic: Mapping[str, int]) -> dict[str, Slot]:
         """The tensors where run-time extents have these values."""
         return _tensors(self.declared, {**self.extents, **dynamic}, self.world)
+
+    def buffer_at(self, name: str, dynamic: Mapping[str, int]) -> Slot:
+        """The buffer ``name`` where run-time extents have these values: its place does not depend on them."""
+        declared = self.varying.get(name)
+        if declared is None:
+            return self.buffers[name]
+        return replace(self.buffers[name], dims=_dims(declared, {**self.extents, **dynamic}))
 
     def extents_of(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """The values of the run-time extents, read off the shapes of a call's tensors.
@@ -165,6 +173,7 @@ def image_of(program: Op) -> Image:
         }
 
     emitted = [op for op in program.find("launch") if op.get("emitter") is None]
+    dynamic = {op.symbol: int(op["value"]) for op in program.find("extent") if op.get("dynamic")}
     return Image(
         name=program.symbol,
         world=world,
@@ -174,7 +183,7 @@ def image_of(program: Op) -> Image:
         flags=regions("flag"),
         counters=regions("counter"),
         waits=tuple(Wait(op.symbol, op.span) for op in program.walk() if op.name == "wait"),
-        dynamic={op.symbol: int(op["value"]) for op in program.find("extent") if op.get("dynamic")},
+        dynamic=dynamic,
         least={
             op.symbol: int(op.get("least", 1)) for op in program.find("extent") if op.get("dynamic")
         },
@@ -182,8 +191,13 @@ def image_of(program: Op) -> Image:
         collectives=tuple(op.symbol for op in program.find("collective")),
         bare=not (emitted or program.find("head") or program.find("stream")),
         declared=tuple(program.find("tensor")),
+        varying={op.symbol: op for op in program.find("buffer") if _varies(op, dynamic)},
         extents=names,
     )
+
+
+def _varies(op: Op, dynamic: Mapping[str, int]) -> bool:
+    return any(isinstance(d, Expr) and d.names & dynamic.keys() for d in op["dims"])
 
 
 def _dims(op: Op, names: Mapping[str, int]) -> tuple[int, ...]:

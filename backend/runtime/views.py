@@ -79,7 +79,7 @@ class Views:
             return self.tensor(alias) if alias in self.image.tensors else self.buffer(alias)
         found = self._buffers.get((name, peer))
         if found is None:
-            slot = self.image.buffers[name]
+            slot = self.image.buffer_at(name, self.extents)
             if slot.local and (peer is not None or self.workspace is None):
                 raise ValueError(f"no workspace holds @{name} of rank {peer}")
             where = (

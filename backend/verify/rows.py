@@ -88,6 +88,13 @@ class _Rows:
             for op in kernel.find("tensor")
             if name in Expr.of(op["dims"][0]).names
         }
+        # What the library's collectives read and write is as long as there are rows.
+        self.collected = {
+            ref.symbol
+            for agent in out.agents
+            if agent.name == "collective"
+            for ref in (agent.ref, agent["to"])
+        }
         self.unit = 1
         for stage in self.stages:
             for extent in stage["extent"]:
@@ -110,6 +117,13 @@ class _Rows:
             if not any(self.name in d.names for d in dims):
                 continue
             first = dims[0] == Expr.name(self.name) and op.get("over", 0) == 0
+            if op.name == "buffer" and op.get("space") == "local" and op.symbol in self.collected:
+                # Laid out at the capacity; the library takes it whole.
+                part = Expr.name(self.name) // Expr.name("WORLD")
+                if dims[0] in (Expr.name(self.name), part) and not any(
+                    self.name in d.names for d in dims[1:]
+                ):
+                    continue
             if op.name != "tensor" or not first or any(self.name in d.names for d in dims[1:]):
                 _fail(op, f"`{op.symbol}` has `{self.name}` where memory would depend on it")
 
@@ -118,13 +132,19 @@ class _Rows:
         for op in self.out.program.walk():
             may = _MAY_NAME.get(op.name, set())
             for key, value in op.attrs:
-                if op.name != "tensor" and key not in may and self.name in _names(value):
+                if op.name not in ("tensor", "buffer") and key not in may and self.name in _names(value):
                     _fail(op, f"`{key}` depends on `{self.name}`")
             if op.name in ("wait", "notify") and self.name in _names(op.ref):
                 _fail(op, f"its element depends on `{self.name}`")
         for agent in self.out.agents:
-            if agent.name == "collective":
-                _fail(agent, "a collective of the library moves all rows")
+            for ref in (agent.ref, agent["to"]) if agent.name == "collective" else ():
+                declared = self.out.declarations[ref.symbol]
+                long = self.name in Expr.of(declared["dims"][0]).names
+                if self.out.base(ref.symbol) not in self.tall or ref.index or not long:
+                    _fail(
+                        agent,
+                        "a collective of the library takes all rows that are there, and no others",
+                    )
         for stage in self.stages:
             self.body(stage, self.row_of(stage))
 
@@ -281,7 +301,8 @@ class _Rows:
     ) -> None:
         declared = self.out.declarations[ref.symbol]
         at = evaluate(item.start, here, op) if isinstance(item, At) else start
-        if declared.name == "tensor" and declared.get("over") is None:
+        long = Expr.of(declared["dims"][0]) == Expr.name(self.name)
+        if long and (declared.name == "buffer" or declared.get("over") is None):
             wanted = closed
         elif isinstance(item, At):
             wanted = evaluate(item.start, {**here, self.name: self.capacity}, op)

@@ -54,7 +54,7 @@ def test_what_the_rule_proves_at_the_ends_holds_in_between(name: str, resource: 
 def forgetful(program: Op) -> list[Op]:
     """The program with the number of rows taken for the capacity, at one place after the other."""
     text = print_ir(program)
-    start = text.index("  head do {")
+    start = text.index("\n  buffer @" if "\n  buffer @" in text else "\n  launch @")
     found: list[Op] = []
     for match in re.finditer(r"(?<![\w.\"])M(?: / WORLD)?(?![\w.])", text[start:]):
         whole = "64" if match[0] == "M" else str(64 // WORLD)

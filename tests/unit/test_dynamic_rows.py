@@ -8,19 +8,21 @@ from typing import Any
 
 import pytest
 
-from tests.dynamic import kernel_of, program_of
+from tests.dynamic import CASES, kernel_of, program_of
 from tilelink import kernels
+from tilelink.backend.emit.triton import emit
 from tilelink.backend.expand_walk import expand
 from tilelink.backend.passes import UnsupportedProgram
 from tilelink.backend.pipeline import compile_kernel, run_passes
 from tilelink.backend.runtime.image import image_of
+from tilelink.backend.validate import EmittedError, read_module, split_modules, validate
 from tilelink.backend.verify import RowsError, carried, smaller, verify
 from tilelink.errors import TilelinkError
 from tilelink.frontend.capacity import capacity_of, read_capacities
 from tilelink.frontend.errors import BadCall, NotDivisible
 from tilelink.ir import Op, parse_ir, print_ir
 from tilelink.kernel import Kernel, load_kernels
-from tilelink.schedules import Move, Schedule, ScheduleError
+from tilelink.schedules import Move, Schedule
 
 HEAD = "import tilelink\nimport tilelink.language as tk\n\n\n"
 Write = Callable[[str, str, str], Kernel]
@@ -97,9 +99,6 @@ def test_what_cannot_be_dynamic_is_refused_by_the_passes() -> None:
     op = kernels.gemm_ar.build({"M": 64, "K": 32, "N": 32}, world=2, dynamic=("M", "K"))
     with pytest.raises(UnsupportedProgram, match="are both dynamic"):
         run_passes(op)
-    op = kernels.gemm_ar.build({"M": 64, "K": 32, "N": 32}, world=2, dynamic=("M",))
-    with pytest.raises(ScheduleError, match="the library's collective needs the length"):
-        run_passes(op, Schedule(moves=(("C", Move(resource="none")),)))
 
 
 EDITS = {
@@ -127,6 +126,45 @@ def test_programs_that_are_right_at_the_capacity_only_are_refused(what: str) -> 
     mutant = parse_ir(f"{head}}} do {{\n  extent{body.replace(old, new)}")
     with pytest.raises(TilelinkError):
         verify(mutant)
+
+
+def emitted(name: str, resource: str) -> tuple[Op, str]:
+    program = program_of(name, resource)
+    return program, emit(program)
+
+
+@pytest.mark.parametrize(("name", "resource"), CASES)
+def test_emitted_modules_are_what_their_programs_say_for_every_value(
+    name: str, resource: str
+) -> None:
+    program, text = emitted(name, resource)
+    (source,) = split_modules(text, "module.py")
+    validate(read_module(source), program)
+
+
+TEXTS = {
+    "rows of the user at the places of the capacity": ("(32 - M // 2)", "(32 - M // 4)"),
+    "rows past the end of a segment": ("m_segment * 32 + M // 2", "m_segment * 32 + 32"),
+    "tiles that are not there": ("tl.cdiv(M // 2, 8)", "4"),
+    "copies of the capacity": ('call.extent("M") // 2', "32"),
+    "a whole store of a short tile": ("if (m_stop - m_start) == 8:", "if (m_stop - m_start) > 0:"),
+}
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_text_that_is_right_at_the_capacity_only_is_refused(what: str) -> None:
+    # Tiles of bf16, so that whole ones go through TMA.
+    schedule = Schedule(moves=(("A", Move()),), tiles=(("K", 16), ("M", 16), ("N", 32)))
+    op = kernels.ag_gemm.build({"M": 64, "K": 32, "N": 32}, world=2, dynamic=("M",))
+    program = run_passes(op, schedule)
+    old, new = TEXTS[what]
+    old = old.replace("== 8", "== 16").replace(", 8)", ", 16)")
+    new = "2" if new == "4" else new
+    head, body = emit(program).split('"""\n\n\n', 1)
+    assert old in body
+    (source,) = split_modules(f'{head}"""\n\n\n{body.replace(old, new)}', "module.py")
+    with pytest.raises(EmittedError):
+        validate(read_module(source), program)
 
 
 def test_both_ends_of_each_structure_are_proven() -> None:
