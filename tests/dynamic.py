@@ -35,6 +35,9 @@ CASES = [
     ("gemm_rs", "library"),
     ("gemm_ar", "library"),
     ("gemm_rs_add", "library"),
+    ("gemm_rs", "copy_engine folded"),
+    ("gemm_rs", "epilogue folded"),
+    ("gemm_rs_add", "sm:2 folded"),
 ]
 
 
@@ -54,7 +57,9 @@ def program_of(name: str, resource: str, channels: int | None = None) -> Op:
     schedule = default_schedule(op)
     (tensor, _), *_ = schedule.moves
     library = resource == "library"  # of products, and of collectives
+    resource, _, folded = resource.partition(" ")
     move = Move(resource="none" if library else resource, channels=channels)
+    move = replace(move, sum="epilogue") if folded else move
     tiles = (("K", 16), ("M", 8), ("N", 32))
     emitter = "library" if library else schedule.emitter
     chosen = replace(schedule, moves=((tensor, move),), tiles=tiles, emitter=emitter)

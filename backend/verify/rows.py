@@ -132,7 +132,11 @@ class _Rows:
         for op in self.out.program.walk():
             may = _MAY_NAME.get(op.name, set())
             for key, value in op.attrs:
-                if op.name not in ("tensor", "buffer") and key not in may and self.name in _names(value):
+                if (
+                    op.name not in ("tensor", "buffer")
+                    and key not in may
+                    and self.name in _names(value)
+                ):
                     _fail(op, f"`{key}` depends on `{self.name}`")
             if op.name in ("wait", "notify") and self.name in _names(op.ref):
                 _fail(op, f"its element depends on `{self.name}`")

@@ -46,6 +46,10 @@ class Spare:
     cuda_stream = 5
 
 
+def spare() -> Any:
+    return Spare()
+
+
 class Driver:
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -183,12 +187,12 @@ def test_a_call_that_repeats_becomes_one_graph(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     recorded, log, recorder = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
     for _ in range(plan.HOT - 1):
-        recorded.run(1, recorder.tensors, Spare)
+        recorded.run(1, recorder.tensors, spare)
     single = log[: len(log) // (plan.HOT - 1)]
     assert log == single * (plan.HOT - 1)
     del log[:]
     for _ in range(3):
-        recorded.run(1, recorder.tensors, Spare)
+        recorded.run(1, recorder.tensors, spare)
     # Captured once, on a stream of its own, with all that a call enqueues, and launched each time.
     assert log == [("capture", 5), *single, ("captured", 5), *[("graph", Graph.handle, 1)] * 3]
 
@@ -202,7 +206,7 @@ def test_no_graph_where_it_is_not_wanted(
     monkeypatch.setenv(*variable)
     recorded, log, recorder = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
     for _ in range(plan.HOT + 2):
-        recorded.run(1, recorder.tensors, Spare)
+        recorded.run(1, recorder.tensors, spare)
     assert not [entry for entry in log if entry[0] in ("capture", "graph")]
 
 
@@ -217,7 +221,7 @@ def test_a_driver_that_captures_nothing_costs_the_graph_only(
 
     monkeypatch.setattr(Driver, "capture", refuse)
     for _ in range(plan.HOT + 2):
-        recorded.run(1, recorder.tensors, Spare)
+        recorded.run(1, recorder.tensors, spare)
     single = log[: len(log) // (plan.HOT + 2)]
     assert log == single * (plan.HOT + 2)
     assert caplog.text.count("no graph of a call") == 1
@@ -233,7 +237,7 @@ def test_a_collective_works_on_the_tensors_of_each_call(monkeypatch: pytest.Monk
     monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
     for _ in range(plan.HOT + 1):
         fresh = {name: torch.zeros_like(t) for name, t in recorder.tensors.items()}
-        recorded.run(1, fresh, Spare)
+        recorded.run(1, fresh, spare)
         assert seen[-1][1] == fresh["A"].data_ptr()
     # Where it lands is the program's own.
     assert len({target for target, _ in seen}) == 1
