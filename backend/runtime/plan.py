@@ -235,6 +235,12 @@ class Agent:
         return self.event
 
 
+def _waiting(event: Event) -> Command:
+    """The main stream waits for ``event``."""
+    wait = driver().wait_event
+    return lambda main: wait(main, event.handle)
+
+
 class Recorder(Views):
     """What an emitted ``host(call)`` talks to on a GPU; ``plan`` is the result."""
 
@@ -438,12 +444,10 @@ class Recorder(Views):
         self.plan.add(launch.run)
 
     def _join_main(self, after: tuple[str, ...]) -> None:
-        wait = driver().wait_event
         for name in after:
             agent = self._agents[name]
             if agent.stream is not None:
-                event = agent.completed()
-                self.plan.add(lambda main, e=event: wait(main, e.handle))  # type: ignore[misc]
+                self.plan.add(_waiting(agent.completed()))
 
     def _end(self, name: str, stream: int | None) -> None:
         self._agents[name] = Agent(stream, self.plan.place())

@@ -89,12 +89,7 @@ class _Rows:
             if name in Expr.of(op["dims"][0]).names
         }
         # What the library's collectives read and write is as long as there are rows.
-        self.collected = {
-            ref.symbol
-            for agent in out.agents
-            if agent.name == "collective"
-            for ref in (agent.ref, agent["to"])
-        }
+        self.collected = {ref.symbol for agent in out.agents for ref in _sides(agent)}
         self.unit = 1
         for stage in self.stages:
             for extent in stage["extent"]:
@@ -141,7 +136,7 @@ class _Rows:
             if op.name in ("wait", "notify") and self.name in _names(op.ref):
                 _fail(op, f"its element depends on `{self.name}`")
         for agent in self.out.agents:
-            for ref in (agent.ref, agent["to"]) if agent.name == "collective" else ():
+            for ref in _sides(agent):
                 declared = self.out.declarations[ref.symbol]
                 long = self.name in Expr.of(declared["dims"][0]).names
                 if self.out.base(ref.symbol) not in self.tall or ref.index or not long:
@@ -339,6 +334,14 @@ def _transfers(out: Expansion) -> dict[int, tuple[Op, Ints]]:
         columns = (source.rank[:, None], target.home[:, None], source.lo, target.lo)
         found[number] = (source.op, np.concatenate(columns, axis=1))
     return found
+
+
+def _sides(agent: Op) -> tuple[Ref, ...]:
+    """What a collective of the library reads and writes; nothing for other agents."""
+    if agent.name != "collective":
+        return ()
+    assert agent.ref is not None
+    return agent.ref, agent["to"]
 
 
 def _variable(item: Index) -> str | None:
