@@ -104,19 +104,22 @@ def queue(
     axis: int = 0,
     segment: int | None = None,
     segments: int | None = None,
+    live: int | None = None,
     visit: Expr | int | None = None,
     group: int = 1,
     op: Op | None = None,
 ) -> tuple[Tile, ...]:
     """The order of a tile loop or stage: for each variable a Tile of arrays ``[rows, positions]``.
 
-    ``env`` binds row variables (RANK, outer loops) to arrays of length ``rows`` or to ints; only
-    ``visit`` may depend on them. Raises TooLarge at ``op`` where there are too many.
+    ``live``: elements of each segment that are there, the first ones. ``env`` binds row variables (RANK,
+    outer loops) to arrays of length ``rows`` or to ints; only ``visit`` may depend on them. Raises TooLarge
+    at ``op`` where there are too many.
     """
     length = extents[axis] if segment is None else segment
     count = (extents[axis] // length if length else 0) if segments is None else segments
     tile = max(1, tiles[axis])
-    per = -(-length // tile)
+    whole, there = -(-length // tile), length if live is None else live
+    per = -(-there // tile)
     others = [j for j in range(len(extents)) if j != axis]
     shape = [-(-extents[j] // max(1, tiles[j])) for j in others]
     nb = math.prod(shape)
@@ -140,10 +143,11 @@ def queue(
 
     n = count * per * nb
     start = (seg[:, :, None] * length + a * tile).reshape(rows, n)
-    last = np.broadcast_to((seg[:, :, None] + 1) * length, (rows, count, per * nb)).reshape(rows, n)
+    last = seg[:, :, None] * length + there
+    last = np.broadcast_to(last, (rows, count, per * nb)).reshape(rows, n)
     found: list[Tile | None] = [None] * len(extents)
     found[axis] = Tile(
-        start, np.minimum(start + tile, last), (seg[:, :, None] * per + a).reshape(rows, n)
+        start, np.minimum(start + tile, last), (seg[:, :, None] * whole + a).reshape(rows, n)
     )
     for j, number in zip(reversed(others), reversed(shape), strict=True):
         which = np.broadcast_to(b % max(1, number), (rows, count, per * nb)).reshape(rows, n)
@@ -178,7 +182,7 @@ def loop_tiles(op: Op, env: Env, rows: int) -> tuple[Tile, ...]:
     """The tiles of a stage or of a tile loop with constant extents: arrays ``[rows, positions]``."""
     extents = [int(evaluate(e, env, op)) for e in op["extent"]]
     segment = op.get("segment")
-    segments = op.get("segments")
+    segments, live = op.get("segments"), op.get("live")
     return queue(
         extents,
         tile_sizes(op, env),
@@ -187,6 +191,7 @@ def loop_tiles(op: Op, env: Env, rows: int) -> tuple[Tile, ...]:
         axis=int(op.get("axis", 0)),
         segment=None if segment is None else int(evaluate(segment, env, op)),
         segments=None if segments is None else int(evaluate(segments, env, op)),
+        live=None if live is None else int(evaluate(live, env, op)),
         visit=op.get("visit"),
         group=int(evaluate(op.get("group", 1), env, op)),
         op=op,

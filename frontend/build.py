@@ -38,6 +38,8 @@ class Request:
     ``present`` names the tensor parameters that are given; ``constants`` are compile-time arguments;
     ``scalars`` maps the run-time scalar parameters to their element types; ``ranks`` gives numbers of
     axes that are known from arguments. ``dtype`` is that of tensors that ``dtypes`` does not name.
+    ``dynamic`` are extents whose values here are capacities, beside those that the mapping marks; ``least``
+    gives the smallest values that they will have, 1 where there is none.
     """
 
     extents: Map[str, int]
@@ -48,6 +50,8 @@ class Request:
     scalars: Map[str, str] = field(default_factory=dict)
     ranks: Map[str, int] = field(default_factory=dict)
     dtype: str = "bf16"
+    dynamic: frozenset[str] = frozenset()
+    least: Map[str, int] = field(default_factory=dict)
 
 
 def build_kernel(source: FunctionSource, mapping: Mapping, request: Request) -> Op:
@@ -99,7 +103,8 @@ def _initial_facts(mapping: Mapping, statements: dict[str, Statement], request: 
             frozenset[str]().union(*(dim.names for dim in shape)) - {"WORLD", "RANK"}
         ):
             rigid.setdefault(name)
-    extents = Extents(dict(request.extents), request.world, frozenset(rigid), mapping.dynamic)
+    dynamic = mapping.dynamic | request.dynamic
+    extents = Extents(dict(request.extents), request.world, frozenset(rigid), dynamic)
     for name in rigid:
         extents.introduce(name, name)
     facts = Facts(extents, dims, integers)
@@ -320,6 +325,7 @@ class _Round:
                 ref=Ref(n),
                 value=extents.values[n],
                 dynamic=True if n in extents.dynamic else None,
+                least=self.request.least.get(n) if n in extents.dynamic else None,
             )
             for n in names
         ]

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,8 @@ class Kernel:
         self.signature = signature
         self.example: Mapping[str, int] = MappingProxyType(dict(example))
         self._built: dict[Any, Op] = {}
+        self._plain: BoundKernel | None = None
+        self._tied: dict[Any, dict[str, frozenset[str]]] = {}
 
     def __repr__(self) -> str:
         return f"<tilelink kernel {self.name}({', '.join(self.signature.names)})>"
@@ -72,13 +75,15 @@ class Kernel:
         present: Iterable[str] | None = None,
         scalars: Mapping[str, Any] | None = None,
         dtype: str = "bf16",
+        dynamic: Iterable[str] = (),
     ) -> Op:
         """The typed kernel (Tile IR) for extents by name and element types by tensor.
 
         ``present`` names the tensor parameters that are given (default: those without a default value,
         and all outputs). ``scalars`` gives compile-time arguments their values, and run-time scalar
         parameters an example of theirs. ``dtype`` is the element type of tensors that ``dtypes`` does not
-        name. Raises the errors of `tilelink.frontend.errors`.
+        name. ``dynamic`` names extents whose values are capacities, beside those that the mapping marks.
+        Raises the errors of `tilelink.frontend.errors`.
         """
         from tilelink.frontend.build import Request
 
@@ -108,6 +113,7 @@ class Kernel:
                 constants=constants,
                 scalars=runtime,
                 dtype=dtype,
+                dynamic=frozenset(dynamic),
             )
         )
 
@@ -141,15 +147,7 @@ class Kernel:
     def _build(self, request: Any) -> Op:
         from tilelink.frontend.build import build_kernel
 
-        key = (
-            tuple(sorted(request.extents.items())),
-            tuple(sorted(request.dtypes.items())),
-            request.world,
-            request.present,
-            tuple(sorted((n, repr(v)) for n, v in request.constants.items())),
-            tuple(sorted(request.scalars.items())),
-            request.dtype,
-        )
+        key = (tuple(sorted(request.extents.items())), *_form(request))
         if key not in self._built:
             try:
                 self._built[key] = build_kernel(self.source, self.mapping, request)
@@ -200,6 +198,28 @@ class Kernel:
                 )
         return op
 
+    def at_capacity(
+        self, bound: Bound, capacities: Mapping[str, tuple[int, ...]]
+    ) -> tuple[Bound, dict[str, int]]:
+        """A bound call as that of the program which serves it, and the values of its dynamic extents.
+
+        ``capacities``: of each dynamic extent, see `tilelink.frontend.capacity`.
+        """
+        if not capacities:
+            return bound, {}
+        from tilelink.frontend.capacity import at_capacity, tied_to
+
+        form = _form(bound.request)
+        try:
+            if form not in self._tied:
+                built = self._build(replace(bound.request, dynamic=frozenset(capacities)))
+                self._tied[form] = {name: tied_to(built, name) for name in capacities}
+            tied = self._tied[form]
+            request, values = at_capacity(bound.request, self.mapping, capacities, tied)
+        except TilelinkError as error:
+            raise _clean(error) from None
+        return replace(bound, request=request), values
+
     def on(
         self,
         backend: str | None = None,
@@ -208,6 +228,7 @@ class Kernel:
         group: Any = None,
         schedule: Any = None,
         seed: int = 0,
+        dynamic: Any = None,
     ) -> BoundKernel:
         """This kernel on a backend: ``reference``, ``simulate`` or ``interpret`` on this CPU, else CUDA.
 
@@ -215,6 +236,10 @@ class Kernel:
         not in a list is that of every rank. ``world`` is the number of ranks (default: the length of
         the lists). ``group`` is a process group of torch.distributed, ``schedule`` a schedule, ``seed``
         the simulator's.
+
+        ``dynamic`` names extents of the mapping that vary from call to call, ``dynamic=("M",)``, beside those
+        that it marks itself: calls of any length run a few programs, each compiled for a capacity. The
+        capacities double from 64 on, or are those of a dict: ``dynamic={"M": (256, 4096)}``.
         """
         from tilelink.frontend.errors import BadCall
         from tilelink.frontend.validate import check_world
@@ -239,18 +264,33 @@ class Kernel:
                 check_world(world)
             except TilelinkError as error:
                 raise _clean(error) from None
-        return BoundKernel(self, backend or "cuda", world, group, schedule, seed)
+        from tilelink.frontend.capacity import read_capacities
+
+        try:
+            capacities = read_capacities(self.name, self.mapping, dynamic)
+        except TilelinkError as error:
+            raise _clean(error) from None
+        return BoundKernel(self, backend or "cuda", world, group, schedule, seed, capacities)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs on the GPU of this rank; outputs in parameter order, those not given allocated."""
-        return self.on()(*args, **kwargs)
+        if self._plain is None:
+            self._plain = self.on()
+        return self._plain(*args, **kwargs)
 
 
 class BoundKernel:
     """A kernel with a backend chosen, to be called."""
 
     def __init__(
-        self, kernel: Kernel, backend: str, world: int | None, group: Any, schedule: Any, seed: int
+        self,
+        kernel: Kernel,
+        backend: str,
+        world: int | None,
+        group: Any,
+        schedule: Any,
+        seed: int,
+        capacities: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
         self.kernel = kernel
         self.backend = backend
@@ -258,6 +298,9 @@ class BoundKernel:
         self.group = group
         self.schedule = schedule
         self.seed = seed
+        self.capacities = capacities
+        self._site: Any = None
+        self._programs: dict[Any, Op] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs in parameter order; a single one is not wrapped in a tuple."""
@@ -269,23 +312,11 @@ class BoundKernel:
             raise _clean(error) from None
 
     def _launch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        from tilelink.backend.runtime.cuda import launch, refuse
-        from tilelink.frontend.arguments import check_tensor
-        from tilelink.frontend.bind import match_arguments
+        if self._site is None:
+            from tilelink.backend.runtime.site import Site
 
-        signature = self.kernel.signature
-        try:
-            given = match_arguments(self.kernel.name, signature, args, kwargs)
-            for name, value in given.items():
-                if name in signature.tensors:
-                    check_tensor(name, value, name in signature.stored)
-        except TilelinkError as error:
-            # The other ranks may be about to call: they hear of it instead of waiting.
-            refuse(self.kernel.name, error, self.group)
-            raise
-        tensors = {n: v for n, v in given.items() if n in signature.tensors}
-        scalars = {n: v for n, v in given.items() if n not in signature.tensors}
-        return _unwrap(launch(self.kernel, tensors, scalars, self.group, self.schedule))
+            self._site = Site(self.kernel, self.group, self.schedule, self.capacities)
+        return _unwrap(self._site(args, kwargs))
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from tilelink.frontend.arguments import check_apart
@@ -299,7 +330,7 @@ class BoundKernel:
         inputs = [
             {**{n: t for n, t in b.tensors.items() if t is not None}, **b.scalars} for b in bounds
         ]
-        results = self._execute(op, inputs)
+        results = self._execute(op, bounds[0], inputs)
         outputs = [t for t in op.find("tensor") if t["role"] in ("out", "inout")]
         names = [t.symbol for t in outputs]
         return _unwrap(
@@ -320,14 +351,19 @@ class BoundKernel:
             raise (on_rank(error, rank) if rank else error) from None
         return bound
 
-    def _execute(self, op: Op, inputs: list[dict[str, Any]]) -> Any:
+    @property
+    def compilations(self) -> int:
+        """How many programs the calls of this object have needed so far where extents are dynamic."""
+        return self._site.programs if self._site is not None else len(self._programs)
+
+    def _execute(self, op: Op, bound: Bound, inputs: list[dict[str, Any]]) -> Any:
         if self.backend == "reference":
             from tilelink.backend import reference
 
             return reference.run(op, inputs)
         from tilelink.backend.pipeline import compile_kernel
 
-        program = compile_kernel(op, self.schedule)
+        program = self._at_capacity(bound) if self.capacities else compile_kernel(op, self.schedule)
         if self.backend == "simulate":
             from tilelink.backend import simulate
 
@@ -335,6 +371,17 @@ class BoundKernel:
         from tilelink.backend.runtime import interpret
 
         return interpret.run(program, inputs)
+
+    def _at_capacity(self, bound: Bound) -> Op:
+        """The program of the capacity that serves a call, at the call's values; compiled once."""
+        from tilelink.backend.pipeline import compile_kernel
+        from tilelink.ir.instance import at_extents
+
+        served, values = self.kernel.at_capacity(bound, self.capacities)
+        key = (tuple(sorted(served.request.extents.items())), *_form(served.request))
+        if key not in self._programs:
+            self._programs[key] = compile_kernel(self.kernel.build_for(served), self.schedule)
+        return at_extents(self._programs[key], values)
 
     def _split(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -375,6 +422,21 @@ class BoundKernel:
             right="those of rank 0",
             advice="all ranks pass the same shapes, element types and numbers",
         )
+
+
+def _form(request: Any) -> tuple[Any, ...]:
+    """What a request asks for beside the values of extents."""
+    return (
+        tuple(sorted(request.dtypes.items())),
+        request.world,
+        request.present,
+        tuple(sorted((n, repr(v)) for n, v in request.constants.items())),
+        tuple(sorted(request.scalars.items())),
+        request.dtype,
+        request.dynamic,
+        tuple(sorted(request.least.items())),
+        tuple(sorted(request.ranks.items())),
+    )
 
 
 def _deliver(given: Any, result: Any) -> Any:

@@ -106,6 +106,13 @@ ARENA_MB = Knob(
     "the smallest arena that is allocated for a process group; larger programs get larger ones",
     _count,
 )
+GRAPHS = Knob(
+    "TILELINK_GRAPHS",
+    True,
+    "0 or 1",
+    "whether calls that repeat with the same tensors are enqueued as one CUDA graph each",
+    _switch,
+)
 DEBUG = Knob("TILELINK_DEBUG", False, "0 or 1", "shows the Python traceback of an error", _switch)
 
 KNOBS: tuple[Knob[float] | Knob[int] | Knob[Path] | Knob[bool], ...] = (
@@ -113,6 +120,7 @@ KNOBS: tuple[Knob[float] | Knob[int] | Knob[Path] | Knob[bool], ...] = (
     ARRIVAL_TIMEOUT,
     CACHE,
     ARENA_MB,
+    GRAPHS,
     DEBUG,
 )
 

@@ -437,12 +437,21 @@ def _store(
     found: list[Axis],
 ) -> None:
     whole = all(a.dim is not None and a.dim.exact for a in found)
-    pair = _tma(scope, op, ref, block) if local and whole and not scope.folded else None
+    short = not whole and _rows_end(scope, found)
+    pair = _tma(scope, op, ref, block) if local and (whole or short) and not scope.folded else None
     if pair is not None:
         rows, cols = pair
         target = descriptor(scope, ref.symbol, block)
         at_column = _plus(cols.start, str(shift))
-        scope.writer.line(f"{target}.store([{rows.start}, {at_column}], {text})")
+        line = f"{target}.store([{rows.start}, {at_column}], {text})"
+        if whole:
+            scope.writer.line(line)
+            return
+        assert rows.dim is not None
+        with scope.writer.block(f"if {rows.dim.length} == {rows.dim.block}:"):
+            scope.writer.line(line)
+        with scope.writer.block("else:"):
+            _store(scope, op, ref, where, text, block, False, shift, found)
         return
     where = where or base(scope, ref.symbol)
     label = f"{identifier_of(ref.symbol)}_{'high' if shift else 'to'}"
@@ -454,6 +463,14 @@ def _store(
     if at.mask:
         args.append(f"mask={at.mask}")
     scope.writer.call("tl.store(", args)
+
+
+def _rows_end(scope: Scope, found: list[Axis]) -> bool:
+    """Whether a tile is whole but where rows whose number is known at run time only come to an end."""
+    if not scope.program.dynamic or len(found) != 2:
+        return False
+    rows, cols = (a.dim for a in found)
+    return rows is not None and cols is not None and cols.exact and rows.fits and not rows.exact
 
 
 def _half(

@@ -155,7 +155,7 @@ def flat_by_segment(program: Program, stage: Op) -> bool:
         return False
     walk = Walk.of(stage)
     segment = program.constant(walk.segment) if walk.segment is not None else None
-    extent = program.constant(walk.extent[walk.axis]) if walk.extent else None
+    extent = program.capacity(walk.extent[walk.axis]) if walk.extent else None
     tiled = len(walk.tile) == len(stage.args) and stage.args[walk.axis].type.is_tile
     if segment is None or extent is None or not tiled:
         return False

@@ -20,6 +20,7 @@ class Walk:
     axis: int = 0
     segment: Any = None
     segments: Any = None
+    live: Any = None
     visit: Any = None
     group: int = 1
 
@@ -32,6 +33,7 @@ class Walk:
             int(op.get("axis", 0)),
             op.get("segment"),
             op.get("segments"),
+            op.get("live"),
             op.get("visit"),
             int(op.get("group", 1)),
         )
@@ -123,8 +125,9 @@ def place_tile(
     scope.names[f"{variable.name}.tile"] = names["tile"]
     block = block_of(scope, variable.name, size)
     length = str(size) if exact else f"({names['stop']} - {names['start']})"
+    fits = block == size
     scope.dims[variable.name] = Dim(
-        block, length, exact and block == size, names["start"], names["stop"], block == size
+        block, length, exact and fits, names["start"], names["stop"], fits, fits
     )
 
 
@@ -135,6 +138,9 @@ def decode(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk, q: str) -> 
     axis = walk.axis
     inside, i = q, "0"
     within = multiply(per, *columns)
+    if not within.isdigit():
+        # Divided by below: a product would bind too loosely.
+        within = scope.writer.let(scope.fresh(f"{tiles[axis].name}_within"), within)
     walked = walk.segment is not None
     position = scope.fresh(f"{tiles[axis].name}_segment")
     if walked and segments != "1":
@@ -201,8 +207,19 @@ def _segment_tile(
 ) -> None:
     segment = scope.expr(walk.segment, 5)
     start = f"{position} * {segment} + {multiply_start(a, size)}"
-    number = f"{position} * {per} + {a}" if per != "1" else position
     constant = scope.program.constant(walk.segment)
+    if walk.live is not None:
+        assert constant is not None
+        per = str(-(-constant // size))
+    number = f"{position} * {per} + {a}" if per != "1" else position
+    if walk.live is not None:
+        end = scope.fresh(f"{variable.name}_end")
+        scope.writer.let(end, f"{position} * {segment} + {scope.expr(walk.live, 4)}")
+        scope.names[end] = end
+        place_tile(scope, variable, number, start, size, Expr.name(end))
+        if variable.name in scope.dims:
+            scope.dims[variable.name] = replace(scope.dims[variable.name], ends=False)
+        return
     if constant is not None and constant % size == 0:
         # Any multiple of the tile will do as the limit of a tile that is always whole.
         place_tile(scope, variable, number, start, size, size)
@@ -222,7 +239,7 @@ def _segment_tile(
 def _counts(scope: Scope, walk: Walk, tile_sizes: list[int]) -> tuple[str, list[str], str]:
     axis = walk.axis
     length = walk.segment if walk.segment is not None else walk.extent[axis]
-    per = ceildiv(scope, length, tile_sizes[axis])
+    per = ceildiv(scope, walk.live if walk.live is not None else length, tile_sizes[axis])
     columns = [
         ceildiv(scope, walk.extent[number], tile_sizes[number])
         for number in range(len(tile_sizes))

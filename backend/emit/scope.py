@@ -37,7 +37,8 @@ class Dim:
     """A dimension of a tile: ``block`` elements (a power of two), of which the first ``length`` are real.
 
     ``exact`` says that all are; ``ends`` that what lies past them lies past the axis too, where TMA
-    reads zeros. ``start`` is the text of the first index of a loop tile, ``stop`` one past its last.
+    reads zeros. ``start`` is the text of the first index of a loop tile, ``stop`` one past its last. ``fits``
+    says that a tile which is not short has no element past its end.
     """
 
     block: int
@@ -46,6 +47,7 @@ class Dim:
     start: str = "0"
     stop: str = ""
     ends: bool = False
+    fits: bool = False
 
 
 def power_of_two(value: int) -> int:
@@ -91,6 +93,13 @@ class Program:
         if isinstance(expr, str):
             expr = parse_dimension(expr)
         return int(expr.evaluate(self.env)) if expr.names <= self.env.keys() else None
+
+    def capacity(self, expr: Expr | int) -> int | None:
+        """The value of an expression at the capacity of dynamic extents; None where a variable decides."""
+        if isinstance(expr, int):
+            return expr
+        env = {**self.env, **{d: int(self.op.declared(d)["value"]) for d in self.dynamic}}
+        return int(expr.evaluate(env)) if expr.names <= env.keys() else None
 
     def length(self, low: Expr, high: Expr) -> int | None:
         """``high - low`` where it is the same for every rank and variable, else None."""

@@ -27,6 +27,7 @@ from tilelink.ir import (
     Range,
     Ref,
     Value,
+    binary,
     make,
     minimum,
 )
@@ -87,7 +88,16 @@ def _channel(info: Moved, number: Expr) -> Range:
     """The local elements of channel ``number``."""
     lo = number * info.channel_rows
     hi = lo + info.channel_rows
+    if info.dynamic is not None:
+        return Range(lo, Expr.of(info.live) if info.channels == 1 else minimum(hi, info.live))
     return Range(lo, hi if info.shard % info.channel_rows == 0 else minimum(hi, info.shard))
+
+
+def _there(info: Moved, number: Expr) -> Expr | None:
+    """The condition that some element of channel ``number`` is there; None where one always is."""
+    if info.dynamic is None or info.channels == 1:
+        return None
+    return binary("<", number * info.channel_rows, info.live)
 
 
 def _loop(variable: Value, lo: int, hi: Expr | int, body: tuple[Op, ...]) -> Op:
@@ -108,7 +118,7 @@ def _by_copy_engine(program: Op, info: Moved) -> Op:
     span = program.declared(info.name).span
 
     def send(channel: Expr) -> tuple[Op, ...]:
-        local = _channel(info, channel)
+        local, when = _channel(info, channel), {"if": _there(info, channel)}
         if info.kind == "gather":
             source = Ref(info.name, _index(program, info, local))
             target = Ref(
@@ -119,14 +129,17 @@ def _by_copy_engine(program: Op, info: Moved) -> Op:
             source = Ref(f"{info.name}.partial", _index(program, info, _shift(base, local)))
             target = Ref(f"{info.name}.parts", (RANK, *_index(program, info, local)))
         return (
-            make("transfer", ref=source, to=target, peer=peer, span=span),
-            make("notify", ref=Ref(f"{info.name}.ready", (RANK, channel)), peer=peer, span=span),
+            make("transfer", ref=source, to=target, peer=peer, span=span).with_attrs(**when),
+            make(
+                "notify", ref=Ref(f"{info.name}.ready", (RANK, channel)), peer=peer, span=span
+            ).with_attrs(**when),
         )
 
     def finished(channel: Expr) -> Op:
         index = (peer, channel) if info.kind == "scatter" else (channel,)
         count = info.tasks_of(channel)
-        return make("wait", ref=Ref(f"{info.name}.done", index), count=count, span=span)
+        wait = make("wait", ref=Ref(f"{info.name}.done", index), count=count, span=span)
+        return wait.with_attrs(**{"if": _there(info, channel)})
 
     if info.kind == "gather":
         first = 1 if info.in_place else 0
@@ -179,7 +192,7 @@ def _by_workers(program: Op, info: Moved) -> Op:
             span=span,
         )
     )
-    ranks, rows = (WORLD - skip, step), (Expr.const(info.shard), tile)
+    ranks, rows = (WORLD - skip, step), (Expr.of(info.live), tile)
     order = (rows, ranks) if info.kind == "reduce" else (ranks, rows)
     stage = make(
         "stage",

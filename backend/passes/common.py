@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -30,6 +30,28 @@ class UnsupportedProgram(TilelinkError):
 def schedule_of(program: Op) -> Schedule:
     """The schedule that the program carries."""
     return Schedule.from_json(program["schedule"])
+
+
+def dynamic_extent(program: Op) -> str | None:
+    """The extent that is known at run time only, up to its capacity; None where there is none."""
+    found = [op for op in program.find("extent") if op.get("dynamic")]
+    if len(found) > 1:
+        raise UnsupportedProgram(
+            found[1].span,
+            detail=f"`{found[0].symbol}` and `{found[1].symbol}` are both dynamic",
+            help="mark one extent of a kernel",
+        )
+    return found[0].symbol if found else None
+
+
+def at_capacity(program: Op, dims: Iterable[Expr | int]) -> tuple[Expr | int, ...]:
+    """Dimensions of memory that is allocated once: a dynamic extent has its capacity."""
+    name = dynamic_extent(program)
+    if name is None:
+        return tuple(dims)
+    values = {name: int(program.declared(name)["value"])}
+    found = [d.substitute(values) if isinstance(d, Expr) and name in d.names else d for d in dims]
+    return tuple(d if d.value is None else d.value for d in map(Expr.of, found))
 
 
 def global_dims(declaration: Op, env: Mapping[str, int]) -> tuple[int, ...]:
@@ -73,8 +95,9 @@ class Moved:
 
     ``axis``: the moved axis, ``extent`` elements long; ``shard`` of them a rank, in blocks of
     ``block``. A reduce tensor is not spread: its shard is the whole extent. ``channel_rows``: local
-    elements of one channel; ``tile``: of one communication tile. ``task_rows``: elements along the moved
-    axis that one task stores, ``tasks_across``: tasks beside each other over all other axes.
+    elements of one channel; ``tile``: of one communication tile. ``task_rows``: elements along the moved axis
+    that one task stores, ``tasks_across``: tasks beside each other over all other axes. ``dynamic``: the moved
+    extent, where only its capacity is known.
     """
 
     name: str
@@ -90,6 +113,15 @@ class Moved:
     in_place: bool = True
     task_rows: int = 1
     tasks_across: int = 1
+    dynamic: str | None = None
+
+    @property
+    def live(self) -> Expr | int:
+        """Elements of a shard that are there in a call: all, unless the extent is dynamic."""
+        if self.dynamic is None:
+            return self.shard
+        whole = Expr.name(self.dynamic)
+        return whole if self.kind == "reduce" else whole // WORLD
 
     @property
     def shard(self) -> int:
@@ -164,11 +196,11 @@ class Moved:
     def rows_of(self, channel: Expr) -> Expr | int:
         """Local elements of ``channel``; the last channel may be shorter."""
         if self.channels == 1:
-            return self.shard
-        if self.shard % self.channel_rows == 0:
+            return self.live
+        if self.dynamic is None and self.shard % self.channel_rows == 0:
             return self.channel_rows
         return (
-            minimum(channel * self.channel_rows + self.channel_rows, self.shard)
+            minimum(channel * self.channel_rows + self.channel_rows, self.live)
             - channel * self.channel_rows
         )
 
@@ -224,7 +256,17 @@ def moved(program: Op, name: str) -> Moved:
         in_place=bool(op.get("in_place", True)),
         task_rows=int(op.get("task_rows", 1)),
         tasks_across=int(op.get("tasks_across", 1)),
+        dynamic=_dynamic_along(program, op, axis),
     )
+
+
+def _dynamic_along(program: Op, tensor: Op, axis: int) -> str | None:
+    """The dynamic extent, if a tensor moves along it."""
+    name = dynamic_extent(program)
+    along = tensor["dims"][axis]
+    if name is None or not isinstance(along, Expr) or name not in along.names:
+        return None
+    return name
 
 
 def start_of(value: Value) -> Expr:
@@ -324,18 +366,33 @@ def folded(program: Op, name: str) -> bool:
     )
 
 
-def tasks_across(program: Op, stage: Op, skip: int | None) -> int:
+def _tiles(program: Op, extent: Expr | int, tile: int) -> Expr | int:
+    """How many tiles an extent makes: a number, or an expression of the dynamic extent."""
+    if isinstance(extent, int):
+        return -(-extent // tile)
+    name = dynamic_extent(program)
+    if name is not None and name in extent.names:
+        return extent if tile == 1 else (extent + (tile - 1)) // tile
+    return -(-int(extent.evaluate(environment(program))) // tile)
+
+
+def _times(left: Expr | int, right: Expr | int) -> Expr | int:
+    if isinstance(left, int) and isinstance(right, int):
+        return left * right
+    product = Expr.of(left) * right
+    return product if product.value is None else product.value
+
+
+def tasks_across(program: Op, stage: Op, skip: int | None) -> Expr | int:
     """Tasks of ``stage`` over all its variables but number ``skip``."""
-    names = environment(program)
-    count = 1
+    count: Expr | int = 1
     for number, (extent, tile) in enumerate(zip(stage["extent"], stage["tile"], strict=True)):
         if number != skip:
-            length = extent if isinstance(extent, int) else int(extent.evaluate(names))
-            count *= -(-length // tile)
+            count = _times(count, _tiles(program, extent, tile))
     return count
 
 
-def tasks_of_stage(program: Op, stage: Op) -> int:
+def tasks_of_stage(program: Op, stage: Op) -> Expr | int:
     """All tasks of ``stage`` on one rank."""
     if stage.get("segment") is None:
         return tasks_across(program, stage, None)
@@ -343,5 +400,6 @@ def tasks_of_stage(program: Op, stage: Op) -> int:
     axis = int(stage.get("axis", 0))
     extent = stage["extent"][axis]
     length = extent if isinstance(extent, int) else int(extent.evaluate(environment(program)))
-    segments = int(stage.get("segments", length // segment))
-    return tasks_across(program, stage, axis) * segments * -(-segment // int(stage["tile"][axis]))
+    segments = Expr.of(stage.get("segments", length // segment)).evaluate(environment(program))
+    per = _tiles(program, stage.get("live", segment), int(stage["tile"][axis]))
+    return _times(_times(tasks_across(program, stage, axis), int(segments)), per)

@@ -12,6 +12,7 @@ from tilelink.backend.passes.common import (
     Moved,
     UnsupportedProgram,
     accesses,
+    dynamic_extent,
     global_dims,
     moved,
     replace_declaration,
@@ -43,9 +44,11 @@ def order_tiles(program: Op) -> Op:
               do (%m: tile, %n: tile) {
             %acc = for_tiles (%z) {extent = [K], tile = [64]} do (%k: tile, …) {…}
 
-    Invariant: a stage visits every tile once; no tile crosses the boundary of two owners' blocks.
+    Invariant: a stage visits every tile once; no tile crosses the boundary of two owners' blocks. Where the
+    moved extent is dynamic, segments are those of its capacity, and ``live`` says how much of each is there.
     """
     program = _localise(program) if program["world"] == 1 else _measure_blocks(program)
+    _check_dynamic(program)
     schedule = schedule_of(program)
     declarations = tuple(op for op in program.body if op.name in DECLARATIONS)
     prelude = tuple(op for op in program.body if op.name not in DECLARATIONS and not op.blocks)
@@ -106,6 +109,32 @@ def _measure_blocks(program: Op) -> Op:
     return program
 
 
+def _check_dynamic(program: Op) -> None:
+    """UnsupportedProgram unless a dynamic extent is the first axis of all that has it, in rank order."""
+    name = dynamic_extent(program)
+    if name is None:
+        return
+    for tensor in program.find("tensor"):
+        dims = [Expr.of(d) for d in tensor["dims"]]
+        if not any(name in d.names for d in dims):
+            continue
+        first = dims[0] == Expr.name(name) and not any(name in d.names for d in dims[1:])
+        info = moved(program, tensor.symbol)
+        if not first or (tensor["move"] != "local" and info.axis != 0):
+            raise UnsupportedProgram(
+                tensor.span,
+                detail=f"the dynamic extent `{name}` is not the first axis of `{tensor.symbol}`, "
+                "or not the one along which it moves",
+                help="only rows can be many or few from call to call",
+            )
+        if tensor["move"] not in ("local", "reduce") and info.block != info.shard:
+            raise UnsupportedProgram(
+                tensor.span,
+                detail=f"`{tensor.symbol}` has a dynamic extent and an owner map of several blocks",
+                help="let each rank own one block",
+            )
+
+
 def _stage(program: Op, schedule: Schedule, nest: Op, prelude: tuple[Op, ...], number: int) -> Op:
     variables: list[Value] = []
     extents: list[Expr | int] = []
@@ -121,7 +150,7 @@ def _stage(program: Op, schedule: Schedule, nest: Op, prelude: tuple[Op, ...], n
     body = _own_names((*prelude, *body), prelude, number)
     body = tuple(_tile_inner(program, schedule, op) for op in body)
     probe = Op("stage", blocks=(Block(tuple(variables), body),), span=nest.span)
-    tiles = _tile_sizes(schedule, variables, extents, probe, names)
+    tiles = _tile_sizes(schedule, variables, extents, probe, names, dynamic_extent(program))
     attrs = _segments(program, probe, variables, own, schedule)
     label = _label(probe, program.symbol, number)
     group = 1 if schedule.order == "row" or len(variables) != 2 else schedule.group
@@ -200,6 +229,7 @@ def _tile_sizes(
     extents: list[Expr | int],
     probe: Op,
     names: dict[str, int],
+    dynamic: str | None,
 ) -> tuple[int, ...]:
     tiles = [
         _clip(schedule.tile(str(e), 128), e, names) if v.type.is_tile else 1
@@ -211,6 +241,11 @@ def _tile_sizes(
     # No matrix product: as many rows as fit the registers beside the longest whole axis.
     widest = max((_width(op, {v.name for v in variables}, names) for op in probe.walk()), default=1)
     columns = math.prod(tiles[1:]) * widest
+    if dynamic in Expr.of(extents[0]).names and len(tiles) > 1:
+        # All stages cut dynamic rows alike: the fewer tiles there can be, the fewer cases are proven.
+        while tiles[0] * columns > ELEMENTWISE_TILE and tiles[-1] > 16:
+            tiles[-1] //= 2
+            columns //= 2
     tiles[0] = max(1, min(tiles[0], ELEMENTWISE_TILE // max(1, columns)))
     return tuple(tiles)
 
@@ -226,6 +261,11 @@ def _width(op: Op, variables: set[str], names: dict[str, int]) -> int:
         ]
         size = max(size, math.prod(int(d) if d.isdigit() else names.get(d, 1) for d in whole))
     return size
+
+
+def apart(schedule: Schedule, name: str) -> bool:
+    """Whether a tensor moves in one piece, before or behind all that computes."""
+    return schedule.move(name).resource == "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +300,8 @@ def _segments(
         order = "arrival" if info.kind == "gather" else "departure"
         if info.kind == "shard" or (info.kind == "scatter" and read and not stored):
             order = "own"
+        if info.dynamic is not None and order != "own" and apart(schedule, info.name):
+            continue  # the library's collective leaves rows side by side, as many as there are
         demands.append(_Demand(axis, info, order))
     if not demands:
         return {}
@@ -281,13 +323,22 @@ def _segments(
         )
     info = first.moved
     attrs: dict[str, object] = {"segment": segment, "axis": first.axis or None}
+    if info.dynamic is not None:
+        attrs["live"] = info.live
     if own or first.order == "own":
         attrs["segments"] = info.blocks
         attrs["visit"] = info.block_of(RANK, Expr.name("i"))
-    elif schedule.order in ("auto", "arrival", "departure"):
+    else:
+        attrs |= _all_segments(info)
+    if not own and first.order != "own" and schedule.order in ("auto", "arrival", "departure"):
         order = first.order if schedule.order == "auto" else schedule.order
         attrs["visit"] = _arrival(info) if order == "arrival" else _departure(info)
     return attrs
+
+
+def _all_segments(info: Moved) -> dict[str, object]:
+    """The number of segments, where the extent does not tell."""
+    return {} if info.dynamic is None else {"segments": WORLD}
 
 
 def _arrival(info: Moved) -> Expr:
@@ -327,7 +378,9 @@ def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
         ),
     )
     probe = Op("stage", blocks=(Block(tuple(variables), body),))
-    tiles = _tile_sizes(schedule, variables, list(tensor["dims"]), probe, names)
+    tiles = _tile_sizes(
+        schedule, variables, list(tensor["dims"]), probe, names, dynamic_extent(program)
+    )
     attrs: dict[str, object] = {}
     if tensor["move"] == "scatter":
         info = moved(program, name)
@@ -337,6 +390,8 @@ def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
             "visit": info.block_of(RANK, Expr.name("i")),
             "axis": info.axis or None,
         }
+        if info.dynamic is not None:
+            attrs["live"] = info.live
     return make(
         "stage",
         ref=Ref(f"{name}.sum"),

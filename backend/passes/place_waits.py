@@ -22,7 +22,7 @@ from tilelink.backend.passes.common import (
 from tilelink.ir import All, Expr, Op, Range, Ref, Value, binary, make
 
 # Tensors that earlier stages store; of local ones, the element and the tasks of each stage that did.
-Stored: TypeAlias = "dict[str, tuple[tuple[int, int], ...]]"
+Stored: TypeAlias = "dict[str, tuple[tuple[int, Expr | int], ...]]"
 
 
 def place_waits(program: Op) -> Op:

@@ -10,6 +10,8 @@ from tilelink.backend.passes.common import (
     UnsupportedProgram,
     accesses,
     add_declarations,
+    at_capacity,
+    dynamic_extent,
     moved,
     stages_of,
     start_of,
@@ -33,8 +35,10 @@ def plan_buffers(program: Op) -> Op:
         store @C.partial[%m, %n] (%c)
         %s = load_sum @C.parts[:, %m at m.start % 1024, %n] {own = @C.partial[%m, %n]}
 
-    Shards lie one behind the other in rank order in a landing buffer. Invariant: no access names a
-    tensor at an index that this rank does not hold.
+    Shards lie one behind the other in rank order in a landing buffer. Where rows are dynamic, buffers have
+    those of the capacity, except for what a collective of the library fills or empties, while the user's tensors
+    hold live rows alone: a segment of theirs begins where the live rows of the one before end. Invariant: no
+    access names a tensor at an index that this rank does not hold.
     """
     buffers: list[Op] = []
     for name, tensor in tensors_of(program).items():
@@ -46,7 +50,7 @@ def plan_buffers(program: Op) -> Op:
                 make(
                     "buffer",
                     ref=Ref(name),
-                    dims=tensor["dims"],
+                    dims=at_capacity(program, tensor["dims"]),
                     dtype=tensor["dtype"],
                     space="local",
                 )
@@ -58,6 +62,7 @@ def plan_buffers(program: Op) -> Op:
         if tensor["move"] in ("gather", "scatter", "reduce", "shard")
     }
     cut = _cut_tiles(program)
+    program = _closed_up(program)
     program = program.with_ops(tuple(_rewrite(op, infos, cut) for op in program.body))
     return add_declarations(program, *buffers)
 
@@ -73,10 +78,13 @@ def _buffers(program: Op, tensor: Op, info: Moved) -> list[Op]:
             alias=Ref(alias) if alias else None,
         )
 
-    dims = tuple(tensor["dims"])
+    # What the library's collectives touch is as long as there are rows: they take it whole.
+    apart = info.resource == "none"
+    dims = tuple(tensor["dims"]) if apart else at_capacity(program, tensor["dims"])
     if info.kind == "gather":
-        return [buffer("all", dims, "local" if info.resource == "none" else "symmetric")]
-    held = tuple(info.shard if axis == info.axis else d for axis, d in enumerate(dims))
+        return [buffer("all", dims, "local" if apart else "symmetric")]
+    length = info.live if apart else info.shard
+    held = tuple(length if axis == info.axis else d for axis, d in enumerate(dims))
     if info.resource == "none":
         read = any(
             not _final_pair(stage, info.name)
@@ -100,6 +108,44 @@ def _reads(stage: Op, name: str) -> bool:
 def _final_pair(stage: Op, name: str) -> bool:
     """Whether ``stage`` does nothing but bring the sum of ``name`` into the user's tensor."""
     return any(op.get("final") for op in accesses(stage, name, "store"))
+
+
+def _closed_up(program: Op) -> Op:
+    """Whole tensors of the user read and written where their live rows lie, segment behind segment."""
+    name = dynamic_extent(program)
+    if name is None:
+        return program
+    whole = {
+        symbol
+        for symbol, tensor in tensors_of(program).items()
+        if tensor["move"] == "local" and name in Expr.of(tensor["dims"][0]).names
+    }
+
+    def place(op: Op, row: Value, start: Expr) -> Op:
+        blocks = tuple(
+            replace(b, ops=tuple(place(o, row, start) for o in b.ops)) for b in op.blocks
+        )
+        op = replace(op, blocks=blocks)
+        if op.name in ("load", "store") and op.ref is not None and op.ref.symbol in whole:
+            index = op.ref.index
+            if index and index[0] == row:
+                return replace(op, ref=Ref(op.ref.symbol, (At(row, start), *index[1:])))
+        return op
+
+    ops: list[Op] = []
+    for op in program.body:
+        if op.name == "launch":
+            stages: list[Op] = []
+            for stage in op.body:
+                if stage.get("live") is not None:
+                    row = stage.args[int(stage.get("axis", 0))]
+                    gap = stage["segment"] - Expr.of(stage["live"])
+                    start = start_of(row) - start_of(row) // stage["segment"] * gap
+                    stage = place(stage, row, start)
+                stages.append(stage)
+            op = op.with_ops(tuple(stages))
+        ops.append(op)
+    return program.with_ops(tuple(ops))
 
 
 def _cut_tiles(program: Op) -> frozenset[Value]:

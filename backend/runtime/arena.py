@@ -87,9 +87,10 @@ class CudaState(GroupState):
         self._looking = threading.Lock()
         self._look = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         # Not a query of the stream: the user may capture it meanwhile.
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._done = driver().event()
         self._called = False
         self._meeting: Any = None
+        self._spare: torch.cuda.Stream | None = None
         self.collectives = False
         super().__init__(
             group, group.rank() if group is not None else 0, world, store_of(group, world)
@@ -124,15 +125,21 @@ class CudaState(GroupState):
         self.meet_here(f"arena/{len(self.arenas)}", knobs.ARRIVAL_TIMEOUT.get())
         return arena
 
-    def note_call(self, image: Image, stream: torch.cuda.Stream) -> None:
-        """Remembers that a call was enqueued on ``stream``, which is not being captured."""
-        self._done.record(stream)
+    def spare(self) -> torch.cuda.Stream:
+        """A stream that carries nothing: graphs of calls are captured on it."""
+        if self._spare is None:
+            self._spare = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return self._spare
+
+    def note_call(self, image: Image, stream: int) -> None:
+        """Remembers that a call was enqueued on the stream of this handle, which is not being captured."""
+        driver().record(self._done.handle, stream)
         self.collectives = bool(image.collectives) and self.world > 1
         self._called = True
 
     def idle(self) -> bool:
         """Whether the last call that the host knows of has ended."""
-        return not self._called or bool(self._done.query())  # type: ignore[no-untyped-call]
+        return not self._called or driver().completed(self._done.handle)
 
     def control(self, arena: Arena, rank: int) -> list[int]:
         """The first words of an arena, by copy engine: kernels may hold every SM."""
@@ -179,7 +186,7 @@ class CudaState(GroupState):
             threading.Thread(target=backend.abort, daemon=True).start()
 
 
-_states: dict[tuple[Any, torch.device], CudaState] = {}
+_states: dict[tuple[Any, int], CudaState] = {}
 
 
 def state_of(group: Any) -> CudaState:
@@ -187,13 +194,13 @@ def state_of(group: Any) -> CudaState:
 
     Where the ranks have agreed on a new generation with the same members, it is that one's.
     """
-    if not torch.cuda.is_available():
+    if not _states and not torch.cuda.is_available():
         raise Unavailable(backend="cuda", reason="PyTorch sees no CUDA device")
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     group = standing_for(group)
-    key = (group, torch.device("cuda", torch.cuda.current_device()))
-    found = _states.get(key)
+    device = torch.cuda.current_device()
+    found = _states.get((group, device))
     if found is None:
-        found = _states[key] = CudaState(*key)
+        found = _states[group, device] = CudaState(group, torch.device("cuda", device))
     return found

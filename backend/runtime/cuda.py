@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tilelink import knobs
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import load_module, write_module
 from tilelink.backend.runtime.arena import Arena, CudaState, state_of
-from tilelink.backend.runtime.driver import driver
+from tilelink.backend.runtime.driver import Event, driver
 from tilelink.backend.runtime.errors import BadArgument, NotPrepared, TooManyWorkers
 from tilelink.backend.runtime.image import Image, Slot, image_of
 from tilelink.backend.runtime.plan import Plan, Recorder
@@ -25,9 +26,11 @@ from tilelink.backend.runtime.views import TORCH_DTYPES
 from tilelink.errors import InternalError, TilelinkError
 from tilelink.ir import Op, parse_ir
 
-PLANS = 64  # recorded calls kept a program
+PLANS = 256  # recorded calls kept a program
 
 Tensors = dict[str, torch.Tensor]
+Extents = Mapping[str, int]
+NO_EXTENTS: Extents = MappingProxyType({})
 Host = Callable[[Any], None]
 
 
@@ -38,18 +41,31 @@ class Program:
         self.state, self.image, self.host, self.arena = state, image, host, arena
         self.number = state.number_of(image)
         self.workspace = state.workspace_for(image.workspace_bytes)
-        self.inputs = tuple(s for s in image.tensors.values() if s.role in ("in", "inout"))
+        self.device = state.device.index
+        self.outputs = tuple(slot.name for slot in image.outputs)
         self.temporary = {
             s.name: torch.empty(s.dims, dtype=TORCH_DTYPES[s.dtype], device=state.device)
             for s in image.tensors.values()
             if s.role == "temp"
         }
         self._plans: dict[tuple[object, ...], Plan] = {}
+        self._bare: dict[tuple[int, ...], Plan] = {}
+        self._slots: dict[tuple[int, ...], dict[str, Slot]] = {}
 
-    def allocate(self, given: Mapping[str, torch.Tensor | None]) -> Tensors:
+    def slots(self, extents: Extents) -> dict[str, Slot]:
+        """The tensors of a call with these values of the dynamic extents."""
+        key = tuple(extents.values())
+        found = self._slots.get(key)
+        if found is None:
+            if len(self._slots) >= PLANS:
+                self._slots.clear()
+            found = self._slots[key] = self.image.at(extents) if key else self.image.tensors
+        return found
+
+    def allocate(self, given: Mapping[str, torch.Tensor | None], extents: Extents) -> Tensors:
         """The tensors of a call: those given, and fresh ones for outputs that are not."""
         tensors = dict(self.temporary)
-        for name, slot in self.image.tensors.items():
+        for name, slot in self.slots(extents).items():
             value = given.get(name)
             if value is not None:
                 tensors[name] = value
@@ -59,33 +75,38 @@ class Program:
                 )
         return tensors
 
-    def plan(self, tensors: Tensors, scalars: Mapping[str, float]) -> Plan:
+    def plan(self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents) -> Plan:
         """The recorded call for these addresses and numbers."""
-        key = (*(t.data_ptr() for t in tensors.values()), *scalars.values())
+        key = (*[t.data_ptr() for t in tensors.values()], *scalars.values(), *extents.values())
         found = self._plans.get(key)
         if found is None:
             _check_apart(self.image, tensors)
-            # What the library alone is called with is found anew in every call.
-            same = next(iter(self._plans.values()), None) if self.image.bare else None
-            found = same or self._record(tensors, scalars)
+            # What the library alone is called with is found anew in every call with as many rows.
+            rows = tuple(extents.values())
+            found = self._bare.get(rows) or self._record(tensors, scalars, extents)
+            if self.image.bare:
+                self._bare[rows] = found
             if len(self._plans) >= PLANS:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = found
         return found
 
-    def call(self, tensors: Tensors, scalars: Mapping[str, float]) -> tuple[torch.Tensor, ...]:
-        """Enqueues one call; returns the outputs in parameter order."""
-        plan = self.plan(tensors, scalars)
-        stream = torch.cuda.current_stream(self.state.device)
-        capturing = torch.cuda.is_current_stream_capturing()
-        if not capturing:
-            _chain(stream)
-        plan.enqueue(stream.cuda_stream, tensors)
-        if not capturing:
+    def call(
+        self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents = NO_EXTENTS
+    ) -> tuple[torch.Tensor, ...]:
+        """Enqueues one call; returns the outputs in parameter order. ``extents``: the dynamic ones."""
+        plan = self.plan(tensors, scalars, extents)
+        device = self.device
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        if torch._C._cuda_isCurrentStreamCapturing():
+            plan.enqueue(stream, tensors)
+        else:
+            _chain(device, stream)
+            plan.run(stream, tensors, self.state.spare)
             self.state.note_call(self.image, stream)
-        return tuple(tensors[slot.name] for slot in self.image.outputs)
+        return tuple([tensors[name] for name in self.outputs])
 
-    def _record(self, tensors: Tensors, scalars: Mapping[str, float]) -> Plan:
+    def _record(self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents) -> Plan:
         state = self.state
         recorder = Recorder(
             self.image,
@@ -103,6 +124,7 @@ class Program:
         recorder.workspace = self.workspace
         recorder.scalars = dict(scalars)
         recorder.program = self.number
+        recorder.extents |= extents
         self.host(recorder)
         plan = recorder.finish()
         for name, launch in zip(self.image.launches, plan.launches, strict=True):
@@ -110,35 +132,50 @@ class Program:
         return plan
 
 
-def launch(
+def program_of(
     kernel: Any,
     tensors: Mapping[str, torch.Tensor | None],
     scalars: Mapping[str, float],
     group: Any = None,
     schedule: Any = None,
-) -> tuple[torch.Tensor, ...]:
-    """Runs a decorated kernel on this rank's tensors; returns its outputs in parameter order.
+    capacities: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> tuple[Program, Extents]:
+    """The program of a decorated kernel for these arguments, known to all ranks of the group; and the values
+    of its dynamic extents in this call.
 
     ``tensors``: by parameter name, None for what is to be allocated; on the current device, contiguous
     or the transpose of a contiguous matrix, 16-byte aligned. ``group``: a process group, None for the
-    default one; without torch.distributed the kernel runs on this GPU alone. The first call with new
-    shapes is collective and slow. Nothing is launched on any rank unless every rank can.
+    default one; without torch.distributed the kernel runs on this GPU alone. ``capacities``: of each dynamic
+    extent, see `tilelink.frontend.capacity`. The first time with new shapes, or for a new capacity, is
+    collective and slow. Nothing is launched on any rank unless every rank can.
 
     Errors: those of ``kernel.bind`` and of the compiler, BadArgument, AgreementError, NotPrepared inside
     a graph capture, TooManyWorkers, WaitTimeout for an earlier call that ran into one.
     """
     state = state_of(group)
     state.check_usable()
-    key = (id(kernel), id(state), schedule, _shape_key(tensors), _constants(kernel, scalars))
+    shapes, values = _shape_key(tensors), NO_EXTENTS
+    if capacities:
+        try:
+            bound, values = kernel.at_capacity(
+                kernel.bind((), state.world, {**tensors, **scalars}), capacities
+            )
+            shapes = tuple(sorted(bound.request.extents.items()))
+        except TilelinkError as error:
+            refuse(kernel.name, error, group)
+            raise
+    key = (id(kernel), id(state), schedule, shapes, _constants(kernel, scalars), _kinds(tensors))
     known = _kernels.get(key)
     if known is None:
-        known = _kernels[key] = _Known(
-            kernel, _meet_kernel(state, kernel, tensors, scalars, schedule)
-        )
-    program = known.program
-    given = {name: _dense(name, t, program.image) for name, t in tensors.items() if t is not None}
-    numbers = {name: scalars[name] for name in program.image.scalars}
-    return program.call(program.allocate(given), numbers)
+        program = _meet_kernel(state, kernel, tensors, scalars, schedule, capacities)
+        known = _kernels[key] = _Known(kernel, program)
+    elif values:
+        try:
+            _check_tensors(known.program.slots(values), _dense(tensors), state.device)
+        except TilelinkError as error:
+            refuse(kernel.name, error, group)
+            raise
+    return known.program, values
 
 
 def refuse(kernel: str, error: TilelinkError, group: Any = None) -> None:
@@ -167,8 +204,10 @@ def run_program(
             state, image.name, lambda: (image, host, {"program": digest[:16]}), given, scalars
         )
     given = _by_name(program.image, tensors)
-    _check_tensors(program.image, given, state.device)
-    return program.call(program.allocate(given), scalars)
+    extents = program.image.extents_of({n: t.shape for n, t in given.items()})
+    _check_extents(program.image, extents)
+    _check_tensors(program.slots(extents), given, state.device)
+    return program.call(program.allocate(given, extents), scalars, extents)
 
 
 class _Known:
@@ -180,19 +219,23 @@ class _Known:
 
 _kernels: dict[tuple[object, ...], _Known] = {}
 _programs: dict[tuple[str, int], Program] = {}
-_last: dict[int, torch.cuda.Stream] = {}
+_last: dict[int, int] = {}  # the handle of the stream of a device's last fused call
+_links: dict[int, Event] = {}
 
 
-def _chain(stream: torch.cuda.Stream) -> None:
+def _chain(device: int, stream: int) -> None:
     """Orders this call behind the last fused call of this device, whatever stream that was on.
 
     Two fused programs that ran at once could each hold the SMs that the other one waits for. Replays of
     captured graphs cannot be seen here; they are ordered by the stream that they are replayed on.
     """
-    device = stream.device_index
-    last = _last.get(device)
-    if last is not None and last.cuda_stream != stream.cuda_stream:
-        stream.wait_stream(last)
+    last = _last.get(device, stream)
+    if last != stream:
+        calls = driver()
+        if device not in _links:
+            _links[device] = calls.event()
+        calls.record(_links[device].handle, last)
+        calls.wait_event(stream, _links[device].handle)
     _last[device] = stream
 
 
@@ -201,6 +244,16 @@ def _shape_key(tensors: Mapping[str, torch.Tensor | None]) -> tuple[object, ...]
         None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16)
         for t in tensors.values()
     )
+
+
+def _kinds(tensors: Mapping[str, torch.Tensor | None]) -> tuple[object, ...]:
+    """What of the tensors goes into a program beside their shapes."""
+    return tuple((n, None if t is None else t.dtype) for n, t in tensors.items())
+
+
+def _dense(tensors: Mapping[str, torch.Tensor | None]) -> Tensors:
+    """The tensors that are given, contiguous."""
+    return {n: t.contiguous() for n, t in tensors.items() if t is not None}
 
 
 def _constants(kernel: Any, scalars: Mapping[str, Any]) -> tuple[object, ...]:
@@ -212,25 +265,17 @@ def _constants(kernel: Any, scalars: Mapping[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _dense(name: str, tensor: torch.Tensor, image: Image) -> torch.Tensor:
-    if tensor.is_contiguous():
-        return tensor
-    if image.tensors[name].role != "in":
-        raise BadArgument(
-            name=name, detail="is an output and not contiguous", help="pass a contiguous tensor"
-        )
-    return tensor.contiguous()
-
-
 def _meet_kernel(
     state: CudaState,
     kernel: Any,
     tensors: Mapping[str, torch.Tensor | None],
     scalars: Mapping[str, float],
     schedule: Any,
+    capacities: Mapping[str, tuple[int, ...]],
 ) -> Program:
     def compile_it() -> tuple[Image, Host, dict[str, str]]:
         bound = kernel.bind((), state.world, {**tensors, **scalars})
+        bound, _ = kernel.at_capacity(bound, capacities)
         op: Op = kernel.build_for(bound)
         program = compile_kernel(op, schedule)
         from tilelink.backend.emit.triton import emit
@@ -248,8 +293,7 @@ def _meet_kernel(
         }
         return image, module.host, facts
 
-    given = {n: t.contiguous() for n, t in tensors.items() if t is not None}
-    return _meet(state, kernel.name, compile_it, given, scalars)
+    return _meet(state, kernel.name, compile_it, _dense(tensors), scalars)
 
 
 def _meet(
@@ -272,7 +316,9 @@ def _meet(
                 detail=f"has {state.world} ranks, the program is for {image.world}",
                 help="emit the program for this number of ranks",
             )
-        _check_tensors(image, given, state.device)
+        extents = image.extents_of({n: t.shape for n, t in given.items()})
+        _check_extents(image, extents)
+        _check_tensors(image.at(extents), given, state.device)
     except Exception as problem:
         error = _typed(problem)
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
@@ -282,7 +328,8 @@ def _meet(
     arena = state.arena_for(image.arena_bytes)
     try:
         program = Program(state, image, host, arena)
-        program.plan(program.allocate(given), {n: scalars[n] for n in image.scalars})
+        numbers = {n: scalars[n] for n in image.scalars}
+        program.plan(program.allocate(given, extents), numbers, extents)
     except Exception as problem:
         error = _typed(problem)
     # All ranks were there a moment ago, but one may find in its cache what another has to compile.
@@ -315,9 +362,21 @@ def _by_name(image: Image, tensors: Any) -> Tensors:
     return dict(zip(names, tensors, strict=True))
 
 
-def _check_tensors(image: Image, given: Tensors, device: torch.device) -> None:
+def _check_extents(image: Image, extents: Extents) -> None:
+    """Raises BadArgument where a dynamic extent is not among the values that the program is proven for."""
+    for name, value in extents.items():
+        low, high = image.least[name], image.dynamic[name]
+        if not low <= value <= high:
+            raise BadArgument(
+                name=name,
+                detail=f"is {value}, the program is for {low} to {high}",
+                help="emit the program for a larger capacity, or for none",
+            )
+
+
+def _check_tensors(slots: Mapping[str, Slot], given: Tensors, device: torch.device) -> None:
     """Raises BadArgument for what a kernel could not read or write as it is."""
-    for name, slot in image.tensors.items():
+    for name, slot in slots.items():
         tensor = given.get(name)
         if tensor is None:
             if slot.role in ("in", "inout"):

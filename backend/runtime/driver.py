@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from ctypes import c_int, c_size_t, c_uint, c_uint32, c_void_p
 
 from tilelink.backend.runtime.errors import DriverError, Unavailable
 
 _GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: (int32)(*addr - value) >= 0
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+_NOT_READY = 600
 _UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED
 _CAPTURE_UNSUPPORTED = 900
 
@@ -56,6 +59,25 @@ class Driver:
         self._copy.argtypes = (c_void_p, c_void_p, c_size_t, c_void_p)
         self._copy2d = lib.cuMemcpy2DAsync_v2
         self._copy2d.argtypes = (ctypes.POINTER(_Copy2D), c_void_p)
+        self._record = lib.cuEventRecord
+        self._record.argtypes = (c_void_p, c_void_p)
+        self._wait_event = lib.cuStreamWaitEvent
+        self._wait_event.argtypes = (c_void_p, c_void_p, c_uint)
+        self._query = lib.cuEventQuery
+        self._query.argtypes = (c_void_p,)
+        self._launch_graph = lib.cuGraphLaunch
+        self._launch_graph.argtypes = (c_void_p, c_void_p)
+        lib.cuEventCreate.argtypes = (ctypes.POINTER(c_void_p), c_uint)
+        lib.cuEventDestroy_v2.argtypes = (c_void_p,)
+        lib.cuStreamBeginCapture_v2.argtypes = (c_void_p, c_uint)
+        lib.cuStreamEndCapture.argtypes = (c_void_p, ctypes.POINTER(c_void_p))
+        lib.cuGraphInstantiateWithFlags.argtypes = (
+            ctypes.POINTER(c_void_p),
+            c_void_p,
+            ctypes.c_ulonglong,
+        )
+        lib.cuGraphDestroy.argtypes = (c_void_p,)
+        lib.cuGraphExecDestroy.argtypes = (c_void_p,)
         self._exchange = lib.cuThreadExchangeStreamCaptureMode
         self._exchange.argtypes = (ctypes.POINTER(c_uint),)
         self._occupancy = lib.cuOccupancyMaxActiveBlocksPerMultiprocessor
@@ -79,6 +101,62 @@ class Driver:
         if code:
             self._fail("cuMemcpy2DAsync", code)
 
+    def event(self) -> Event:
+        """A new event, without time."""
+        handle = c_void_p()
+        self._check("cuEventCreate", self._lib.cuEventCreate(ctypes.byref(handle), _NO_TIMING))
+        return Event(self, handle.value or 0)
+
+    def record(self, event: int, stream: int) -> None:
+        """The event is what the stream has been given so far."""
+        code = self._record(event, stream)
+        if code:
+            self._fail("cuEventRecord", code)
+
+    def wait_event(self, stream: int, event: int) -> None:
+        """What the stream is given from now on comes behind the event."""
+        code = self._wait_event(stream, event, 0)
+        if code:
+            self._fail("cuStreamWaitEvent", code)
+
+    def completed(self, event: int) -> bool:
+        """Whether all that the event stands for has ended; true where it was never recorded."""
+        code = self._query(event)
+        if code not in (0, _NOT_READY):
+            self._fail("cuEventQuery", code)
+        return bool(code == 0)
+
+    def capture(self, stream: int, enqueue: Callable[[int], None]) -> Graph:
+        """What ``enqueue(stream)`` enqueues, as a graph that can be launched; nothing of it runs.
+
+        ``stream`` is one that nobody else uses. Side streams that ``enqueue`` forks off must be joined.
+        """
+        lib, graph, ready = self._lib, c_void_p(), c_void_p()
+        # Relaxed: what this thread queries meanwhile is its own business.
+        code = lib.cuStreamBeginCapture_v2(stream, _RELAXED)
+        self._check("cuStreamBeginCapture", code)
+        try:
+            enqueue(stream)
+        except BaseException:
+            # Ends the capture; the graph is of no use.
+            lib.cuStreamEndCapture(stream, ctypes.byref(graph))
+            if graph.value:
+                lib.cuGraphDestroy(graph)
+            raise
+        self._check("cuStreamEndCapture", lib.cuStreamEndCapture(stream, ctypes.byref(graph)))
+        try:
+            code = lib.cuGraphInstantiateWithFlags(ctypes.byref(ready), graph, 0)
+            self._check("cuGraphInstantiate", code)
+        finally:
+            lib.cuGraphDestroy(graph)
+        return Graph(self, ready.value or 0)
+
+    def launch_graph(self, graph: int, stream: int) -> None:
+        """Enqueues a graph of :meth:`capture`."""
+        code = self._launch_graph(graph, stream)
+        if code:
+            self._fail("cuGraphLaunch", code)
+
     def relax_capture(self) -> None:
         """Lets this thread query events while another one captures a graph."""
         code = self._exchange(ctypes.byref(c_uint(_RELAXED)))
@@ -93,6 +171,10 @@ class Driver:
             self._fail("cuOccupancyMaxActiveBlocksPerMultiprocessor", code)
         return blocks.value
 
+    def _check(self, call: str, code: int) -> None:
+        if code:
+            self._fail(call, code)
+
     def _fail(self, call: str, code: int) -> None:
         text = ctypes.c_char_p()
         self._lib.cuGetErrorString(code, ctypes.byref(text))
@@ -103,6 +185,33 @@ class Driver:
                 "this driver cannot capture it into a graph: use a schedule without `copy_engine`"
             )
         raise DriverError(call=call, reason=f"{reason} ({code})", help=help)
+
+
+class Event:
+    """An event of the driver; ``handle`` is what its calls take. Destroyed with this object."""
+
+    __slots__ = ("_driver", "handle")
+
+    def __init__(self, driver: Driver, handle: int) -> None:
+        self._driver, self.handle = driver, handle
+
+    def __del__(self) -> None:
+        self._driver._lib.cuEventDestroy_v2(self.handle)
+
+
+class Graph:
+    """A graph that can be launched; ``handle`` is what its launch takes. Destroyed with this object.
+
+    The driver keeps what a launch that is under way still needs.
+    """
+
+    __slots__ = ("_driver", "handle")
+
+    def __init__(self, driver: Driver, handle: int) -> None:
+        self._driver, self.handle = driver, handle
+
+    def __del__(self) -> None:
+        self._driver._lib.cuGraphExecDestroy(self.handle)
 
 
 def rows_of(

@@ -51,6 +51,19 @@ class EpochOverwritten(WaitTimeout):
     )
 
 
+class ExtentsDiffer(WaitTimeout):
+    """The ranks of one call passed tensors of different lengths along a dynamic extent."""
+
+    code: ClassVar[str] = "extents-differ"
+    message: ClassVar[str] = (
+        "rank {rank} called `{kernel}` with {extent} = {expected}, rank {producer} with {seen}"
+    )
+    hint: ClassVar[str] = (
+        "all ranks pass the same number of rows; outputs of the call hold NaN, and `tilelink.recover()` on "
+        "every live rank goes on"
+    )
+
+
 class PeerTimeout(WaitTimeout):
     """Another rank's wait ran out and told this one, or this process group was given up before."""
 

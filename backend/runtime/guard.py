@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tilelink.device.program import SAID, differing
+from tilelink.device.signal import EPOCH, MAX_WORLD, Context, _abort
 from tilelink.ir import layout
 
 ABORT = tl.constexpr(layout.ABORT)
@@ -16,13 +18,35 @@ RECORD_WORDS = tl.constexpr(layout.RECORD_WORDS)
 CTAS = 32
 
 
-@triton.jit(do_not_specialize=["host", "size"])
-def guard_kernel(arena, host, out, size, BLOCK: tl.constexpr, FLOAT: tl.constexpr):
+@triton.jit(do_not_specialize=["host", "size", "rank", "said"])
+def guard_kernel(
+    arena,
+    host,
+    out,
+    size,
+    BLOCK: tl.constexpr,
+    FLOAT: tl.constexpr,
+    peers=None,
+    rank=0,
+    said=0,
+    WORLD: tl.constexpr = 1,
+    SAYS: tl.constexpr = False,
+):
     """Where the abort word of ``arena`` is set: fills ``out`` with NaN (-1 if not ``FLOAT``), and
     writes 1 and the error record to pinned host memory at address ``host`` (int64).
 
     ``out`` has ``size`` elements. Launch with any number of CTAs behind everything that writes ``out``.
+    Where ``SAYS`` is set, a rank that began the call with another number than ``said`` is such a case, and the
+    first CTA to see it leaves the record; ``peers``, ``rank`` and ``WORLD`` as those of ``head_kernel``.
     """
+    if SAYS:
+        other = differing(arena, WORLD, said)
+        if (other >= 0) & (tl.load(arena + ABORT, volatile=True) == 0):
+            epoch = tl.load(arena + EPOCH)
+            ctx = Context(arena, peers, rank, epoch, WORLD, 0, 0)
+            seen = tl.load(arena + SAID + epoch % 2 * MAX_WORLD + other)
+            _abort(ctx, EPOCH, said, seen, other, 0, 0, 5)
+            tl.debug_barrier()
     if tl.load(arena + ABORT, volatile=True) != 0:
         value = float("nan") if FLOAT else -1
         step = tl.num_programs(0).to(tl.int64) * BLOCK

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tilelink.errors import Span
-from tilelink.ir import DTYPES, At, Index, Op, Ref, Value, layout
+from tilelink.ir import DTYPES, At, Expr, Index, Op, Ref, Value, layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,9 @@ class Wait:
 class Image:
     """A program as the runtime sees it; dictionaries are in declaration order.
 
-    ``dynamic``: run-time extents with their capacities; ``launches`` (of emitted kernels) and
-    ``collectives``: their symbols. ``bare``: everything is the library's, there is no kernel and no stream.
+    ``dynamic``: run-time extents with their capacities, which ``tensors`` have, ``least`` their smallest
+    values; ``launches`` (of emitted kernels) and ``collectives``: their symbols. ``bare``: everything is the
+    library's, there is no kernel and no stream.
     """
 
     name: str
@@ -73,14 +74,44 @@ class Image:
     counters: dict[str, Slot]
     waits: tuple[Wait, ...]
     dynamic: dict[str, int]
+    least: dict[str, int]
     launches: tuple[str, ...]
     collectives: tuple[str, ...]
+    declared: tuple[Op, ...]
+    varying: dict[str, Op]
+    extents: dict[str, int]
     bare: bool = False
 
     @property
     def outputs(self) -> tuple[Slot, ...]:
         """Tensors that the program writes and the user sees, in parameter order."""
         return tuple(t for t in self.tensors.values() if t.role in ("out", "inout"))
+
+    def at(self, dynamic: Mapping[str, int]) -> dict[str, Slot]:
+        """The tensors where run-time extents have these values."""
+        return _tensors(self.declared, {**self.extents, **dynamic}, self.world)
+
+    def buffer_at(self, name: str, dynamic: Mapping[str, int]) -> Slot:
+        """The buffer ``name`` where run-time extents have these values: its place does not depend on them."""
+        declared = self.varying.get(name)
+        if declared is None:
+            return self.buffers[name]
+        return replace(self.buffers[name], dims=_dims(declared, {**self.extents, **dynamic}))
+
+    def extents_of(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """The values of the run-time extents, read off the shapes of a call's tensors.
+
+        A tensor's axis tells if it is as long as the extent, or as its part of one. Others are compared
+        later: an extent that no tensor tells has its capacity.
+        """
+        found = dict(self.dynamic)
+        for op in self.declared:
+            for axis, dim in enumerate(op["dims"] if op.symbol in shapes else ()):
+                name = str(dim)
+                if name in found and axis < len(shapes[op.symbol]):
+                    part = op.get("over") == axis and op["role"] != "temp"
+                    found[name] = shapes[op.symbol][axis] * (self.world if part else 1)
+        return found
 
     @property
     def arena_bytes(self) -> int:
@@ -128,21 +159,11 @@ def image_of(program: Op) -> Image:
     names: dict[str, int] = {op.symbol: int(op["value"]) for op in program.find("extent")}
     names["WORLD"] = world
 
-    def dims(op: Op) -> tuple[int, ...]:
-        return tuple(d if isinstance(d, int) else int(d.evaluate(names)) for d in op["dims"])
-
-    def held(op: Op) -> tuple[int, ...]:
-        shape = list(dims(op))
-        axis = op.get("over")
-        if axis is not None and op.get("role") != "temp":
-            shape[axis] //= world
-        return tuple(shape)
-
     def regions(kind: str) -> dict[str, Slot]:
         return {
             op.symbol: Slot(
                 op.symbol,
-                dims(op),
+                _dims(op, names),
                 op.get("dtype", "int32"),
                 int(op["offset"]) if op.get("alias") is None else 0,
                 local=op.get("space") == "local",
@@ -152,23 +173,48 @@ def image_of(program: Op) -> Image:
         }
 
     emitted = [op for op in program.find("launch") if op.get("emitter") != "library"]
+    dynamic = {op.symbol: int(op["value"]) for op in program.find("extent") if op.get("dynamic")}
     return Image(
         name=program.symbol,
         world=world,
-        tensors={
-            op.symbol: Slot(op.symbol, held(op), op["dtype"], role=op.get("role", "temp"))
-            for op in program.find("tensor")
-        },
+        tensors=_tensors(tuple(program.find("tensor")), names, world),
         scalars={op.symbol: op["dtype"] for op in program.find("scalar")},
         buffers=regions("buffer"),
         flags=regions("flag"),
         counters=regions("counter"),
         waits=tuple(Wait(op.symbol, op.span) for op in program.walk() if op.name == "wait"),
-        dynamic={op.symbol: int(op["value"]) for op in program.find("extent") if op.get("dynamic")},
+        dynamic=dynamic,
+        least={
+            op.symbol: int(op.get("least", 1)) for op in program.find("extent") if op.get("dynamic")
+        },
         launches=tuple(op.symbol for op in emitted),
         collectives=tuple(op.symbol for op in program.find("collective")),
         bare=not (emitted or program.find("head") or program.find("stream")),
+        declared=tuple(program.find("tensor")),
+        varying={op.symbol: op for op in program.find("buffer") if _varies(op, dynamic)},
+        extents=names,
     )
+
+
+def _varies(op: Op, dynamic: Mapping[str, int]) -> bool:
+    return any(isinstance(d, Expr) and d.names & dynamic.keys() for d in op["dims"])
+
+
+def _dims(op: Op, names: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(d if isinstance(d, int) else int(d.evaluate(names)) for d in op["dims"])
+
+
+def _tensors(declared: tuple[Op, ...], names: Mapping[str, int], world: int) -> dict[str, Slot]:
+    """What a rank holds of each tensor."""
+    found: dict[str, Slot] = {}
+    for op in declared:
+        shape = list(_dims(op, names))
+        axis = op.get("over")
+        if axis is not None and op.get("role") != "temp":
+            shape[axis] //= world
+        role = op.get("role", "temp")
+        found[op.symbol] = Slot(op.symbol, tuple(shape), op["dtype"], role=role)
+    return found
 
 
 def one_worker(program: Op) -> Op:

@@ -72,7 +72,8 @@ def run_calls(
 
     ``inputs[call][rank][name]`` are the user's tensors (shards where a tensor has ``over``); outputs
     that are not given start as NaN. ``epoch`` is the epoch of the call before the first. ``emit``
-    gives the module's source for the plan. Returns ``outputs[call][rank][name]``.
+    gives the module's source for the plan. Calls may differ in the value of a dynamic extent, which the
+    tensors tell. Returns ``outputs[call][rank][name]``.
 
     Errors: WaitTimeout if a wait ran out, RankFailed if a rank raised or died, RankStuck if the calls
     took longer than ``timeout`` seconds, BadArgument for a wrong shape or a missing tensor,
@@ -131,6 +132,7 @@ def run_ranks(
         {
             "path": str(path),
             "calls": [_tensors_of(image, call[rank], dtypes) for call in inputs],
+            "extents": [_extents_of(image, call) for call in inputs],
             "scalars": {n: v for n, v in values.items() if n in image.scalars},
             "progress": limit,
             "arrival": limit,
@@ -200,6 +202,24 @@ def _check_inputs(image: Image, inputs: Sequence[Any], scalars: Mapping[str, Any
             raise BadArgument(name=name, detail=f"is a {kind}, not a number", help="it is a scalar")
 
 
+def _extents_of(image: Image, call: Sequence[Tensors]) -> dict[str, int]:
+    """The values of the dynamic extents in a call; BadArgument where ranks differ."""
+    import torch
+
+    found = [
+        image.extents_of({n: t.shape for n, t in given.items() if isinstance(t, torch.Tensor)})
+        for given in call
+    ]
+    for rank, mine in enumerate(found):
+        if mine != found[0]:
+            raise BadArgument(
+                name=", ".join(image.dynamic),
+                detail=f"is {mine} on rank {rank}, {found[0]} on rank 0",
+                help="all ranks pass as many rows",
+            )
+    return found[0]
+
+
 def _tensors_of(
     image: Image, given: Tensors, wanted: Mapping[str, torch.dtype]
 ) -> dict[str, torch.Tensor]:
@@ -208,7 +228,8 @@ def _tensors_of(
     from tilelink.backend.runtime.views import TORCH_DTYPES
 
     tensors = {}
-    for name, slot in image.tensors.items():
+    shapes = {n: t.shape for n, t in given.items() if isinstance(t, torch.Tensor)}
+    for name, slot in image.at(image.extents_of(shapes)).items():
         dtype = TORCH_DTYPES[slot.dtype]
         value: Any = given.get(name)
         if value is None:

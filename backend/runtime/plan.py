@@ -3,13 +3,15 @@
 An emitted ``host(call)`` only depends on the addresses of the user's tensors, on scalars and on
 run-time extents. So it is run against a :class:`Recorder`, which turns it into a flat list of driver
 calls; a later call with the same arguments enqueues that list again, on whatever stream is current,
-captured or not. A plan keeps addresses, not tensors; what the library is called with is found anew.
+captured or not. A plan that repeats is itself captured into a graph, which one driver call enqueues.
+A plan keeps addresses, not tensors; what the library is called with is found anew.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,7 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tilelink.backend.runtime.driver import driver, rows_of
+from tilelink import knobs
+from tilelink.backend.runtime.driver import Event, driver, rows_of
+from tilelink.backend.runtime.errors import DriverError
 from tilelink.backend.runtime.guard import CTAS, guard_kernel
 from tilelink.backend.runtime.image import Slot
 from tilelink.backend.runtime.library import Fetch, matmul, place_of
@@ -28,6 +32,7 @@ from tilelink.ir import layout
 
 NO_TENSORS: Mapping[str, torch.Tensor] = MappingProxyType({})
 Command = Callable[[int], None]  # takes the handle of the main stream
+HOT = 3  # calls with the same arguments until a plan becomes a graph
 
 
 class Pointer:
@@ -70,13 +75,36 @@ class Launch:
 
 
 def compile_launch(kernel: Any, workers: int, args: tuple[Any, ...], **options: Any) -> Launch:
-    """Compiles a kernel for these arguments without running it."""
-    compiled = kernel.warmup(*args, grid=(workers,), **options)
-    if hasattr(compiled, "result"):
-        compiled = compiled.result()
-    bound = inspect.signature(kernel.fn).bind(*args)
-    bound.apply_defaults()
-    return Launch(compiled, workers, tuple(_plain(a) for a in bound.arguments.values()))
+    """The launch of a kernel with these arguments, not run; compiled where it has not been before."""
+    key = (kernel, torch.cuda.current_device(), *options.values(), *_specialised(kernel, args))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = kernel.warmup(*args, grid=(workers,), **options)
+        if hasattr(compiled, "result"):
+            compiled = compiled.result()
+        _compiled[key] = compiled
+    given = tuple(_plain(a) for a in args)
+    return Launch(compiled, workers, (*given, *(p.default for p in kernel.params[len(args) :])))
+
+
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+def _specialised(kernel: Any, args: tuple[Any, ...]) -> Iterator[object]:
+    """What of a kernel's arguments Triton compiles in: kinds, alignments, numbers unless told not to."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    for parameter, value in zip(kernel.params, args, strict=False):
+        if isinstance(value, torch.Tensor):
+            yield value.dtype, value.data_ptr() % 16 == 0
+        elif isinstance(value, TensorDescriptor):
+            yield value.base.dtype, tuple(value.block_shape), value.padding
+        elif isinstance(value, int) and parameter.do_not_specialize:
+            yield int, -(1 << 31) <= value < 1 << 31, value >= 1 << 63
+        elif isinstance(value, float) and not parameter.is_constexpr:
+            yield float
+        else:
+            yield type(value), value
 
 
 def _plain(argument: Any) -> Any:
@@ -103,6 +131,11 @@ class Plan:
         # A command, or a list of them where events may still be asked for.
         self._commands: list[Command | list[Command]] = []
         self.launches: list[Launch] = []
+        # Whether all that it enqueues can be captured into a graph of its own, and whether by PyTorch alone.
+        self.capturable = True
+        self.by_torch = False
+        self._uses = 0
+        self._graph: Command | None = None
 
     def add(self, command: Command) -> None:
         """Puts a command at the end; it is called with the handle of the main stream."""
@@ -131,25 +164,81 @@ class Plan:
             command(stream)  # type: ignore[operator]
         self.tensors = NO_TENSORS
 
+    def run(
+        self,
+        stream: int,
+        tensors: Mapping[str, torch.Tensor],
+        spare: Callable[[], torch.cuda.Stream],
+    ) -> None:
+        """As :meth:`enqueue` on a stream that is not being captured; from the ``HOT``-th call on as a graph.
+
+        ``spare()`` is a stream that nothing else uses, to capture on.
+        """
+        graph = self._graph
+        if graph is not None:
+            graph(stream)
+            return
+        self._uses += 1
+        if self._uses == HOT and self.capturable and graphs():
+            try:
+                self._graph = graph = self._capture(spare(), tensors)
+            except (DriverError, RuntimeError) as problem:
+                # The calls are the same one by one, only slower to enqueue.
+                logging.getLogger("tilelink").warning("no graph of a call: %s", problem)
+        if graph is not None:
+            graph(stream)
+        else:
+            self.enqueue(stream, tensors)
+
+    def _capture(self, spare: torch.cuda.Stream, tensors: Mapping[str, torch.Tensor]) -> Command:
+        """What launches a graph of this plan."""
+        if not self.by_torch:
+            graph, launch = driver().capture(spare.cuda_stream, self.enqueue), driver().launch_graph
+            return lambda stream: launch(graph.handle, stream)
+        # The library's products go to the current stream, and may need memory that lasts as long as the graph.
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(spare):
+            captured.capture_begin(capture_error_mode="relaxed")
+            try:
+                self.enqueue(spare.cuda_stream, tensors)
+            finally:
+                captured.capture_end()
+        return lambda _: captured.replay()
+
+
+def graphs() -> bool:
+    """Whether plans that repeat become graphs.
+
+    With one hardware queue the branches of a graph may enter it in any order, and a kernel that spins
+    would hold up the copies behind it.
+    """
+    return knobs.GRAPHS.get() and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1"
+
 
 class Agent:
     """Where an agent ends: its stream (None: the main one) and the place for its event."""
 
-    def __init__(self, stream: torch.cuda.Stream | None, place: list[Command]) -> None:
+    def __init__(self, stream: int | None, place: list[Command]) -> None:
         self.stream = stream
         self.place = place
-        self.event: torch.cuda.Event | None = None
+        self.event: Event | None = None
 
-    def completed(self) -> torch.cuda.Event:
+    def completed(self) -> Event:
         """The event of its end, recorded from now on in each call."""
         if self.event is None:
-            event, stream = torch.cuda.Event(), self.stream  # type: ignore[no-untyped-call]
+            event, stream, record = driver().event(), self.stream, driver().record
             self.event = event
             if stream is None:
-                self.place.append(lambda _: event.record())
+                self.place.append(lambda main: record(event.handle, main))
             else:
-                self.place.append(lambda _: event.record(stream))
+                self.place.append(lambda _: record(event.handle, stream))
         return self.event
+
+
+def _waiting(event: Event) -> Command:
+    """The main stream waits for ``event``."""
+    wait = driver().wait_event
+    return lambda main: wait(main, event.handle)
 
 
 class Recorder(Views):
@@ -169,7 +258,7 @@ class Recorder(Views):
         self._group = group
         self._host_record = host_record
         self._agents: dict[str, Agent] = {}
-        self._stream: torch.cuda.Stream | None = None
+        self._stream: int | None = None
         self._base = self.arena.data_ptr()
         self._addresses = addresses
 
@@ -235,12 +324,16 @@ class Recorder(Views):
                     dist.all_reduce(target, group=group)
 
         self.plan.add(collective)
+        self.plan.capturable = False
         self._end(name or self.next_name("collective"), None)
 
     @contextlib.contextmanager
     def library(self, name: str, after: tuple[str, ...] = ("head",)) -> Iterator[Recorder]:
         """A launch that the library makes: what is called inside, one after another on the main stream."""
         self._join_main(after)
+        self.plan.by_torch = True
+        # Of a program that the library alone makes, one plan serves all addresses.
+        self.plan.capturable &= not self.image.bare
         yield self
         self._end(name, None)
 
@@ -279,10 +372,10 @@ class Recorder(Views):
     @contextlib.contextmanager
     def stream(self, name: str, after: tuple[str, ...] = ("head",)) -> Iterator[Recorder]:
         """A side stream: what is called inside is enqueued there."""
-        stream = self._streams(name)
+        stream, wait = self._streams(name).cuda_stream, driver().wait_event
         for other in after:
             event = self._agents[other].completed()
-            self.plan.add(lambda _, e=event: stream.wait_event(e))  # type: ignore[misc]
+            self.plan.add(lambda _, e=event: wait(stream, e.handle))  # type: ignore[misc]
         self._stream = stream
         yield self
         self._stream = None
@@ -357,7 +450,11 @@ class Recorder(Views):
     def _guard(self, slot: Slot) -> None:
         tensor = self.tensors[slot.name]
         floating = tensor.dtype.is_floating_point
-        args = (self.arena, self._host_record, tensor, tensor.numel(), 1024, floating)
+        args: tuple[object, ...] = (
+            *(self.arena, self._host_record, tensor, tensor.numel(), 1024, floating),
+        )
+        if said := self.said():
+            args += (self.peers, self.rank, said[0], self.world, True)
         self._launch(compile_launch(guard_kernel, CTAS, args, num_warps=4))
 
     def _launch(self, launch: Launch) -> None:
@@ -367,13 +464,12 @@ class Recorder(Views):
         for name in after:
             agent = self._agents[name]
             if agent.stream is not None:
-                event = agent.completed()
-                self.plan.add(lambda _, e=event: e.wait())  # type: ignore[misc]
+                self.plan.add(_waiting(agent.completed()))
 
-    def _end(self, name: str, stream: torch.cuda.Stream | None) -> None:
+    def _end(self, name: str, stream: int | None) -> None:
         self._agents[name] = Agent(stream, self.plan.place())
 
     def _handle(self) -> int:
         if self._stream is None:
             raise ValueError("a transfer, notify or wait of a stream outside of one")
-        return int(self._stream.cuda_stream)
+        return self._stream

@@ -217,6 +217,8 @@ class GroupState(ABC):
     def check_usable(self) -> None:
         """Raises WaitTimeout if a call has run into one, ever, or a rank is dead: the workspace holds no
         promise any more."""
+        if not (self.host.aborted or self._given_up or self._dead):
+            return
         self.check()
         if self._given_up:
             raise PeerTimeout(

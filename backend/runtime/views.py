@@ -79,7 +79,7 @@ class Views:
             return self.tensor(alias) if alias in self.image.tensors else self.buffer(alias)
         found = self._buffers.get((name, peer))
         if found is None:
-            slot = self.image.buffers[name]
+            slot = self.image.buffer_at(name, self.extents)
             if slot.local and (peer is not None or self.workspace is None):
                 raise ValueError(f"no workspace holds @{name} of rank {peer}")
             where = (
@@ -124,6 +124,7 @@ class Views:
             bool(ack_wait),
             bool(self.image.flags),
             self.program,
+            *self.said(),
         )
 
     def wait_arguments(
@@ -137,6 +138,14 @@ class Views:
     def acknowledge_arguments(self) -> tuple[object, ...]:
         """Arguments of ``tilelink.device.acknowledge_kernel``."""
         return self.arena, self.peers, self.rank, self.image.ack_word, self.world
+
+    def said(self) -> tuple[object, ...]:
+        """What ``head`` tells the peers, who compare it: the value of the dynamic extent. Nothing where there
+        is none, or nobody to tell."""
+        if not self.image.dynamic or not self.image.flags:
+            return ()
+        (value,) = self.extents.values()
+        return value, True
 
 
 def view_of(arena: torch.Tensor, slot: Slot) -> torch.Tensor:

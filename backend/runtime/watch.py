@@ -11,7 +11,13 @@ import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
-from tilelink.backend.runtime.errors import EpochOverwritten, PeerLost, PeerTimeout, WaitTimeout
+from tilelink.backend.runtime.errors import (
+    EpochOverwritten,
+    ExtentsDiffer,
+    PeerLost,
+    PeerTimeout,
+    WaitTimeout,
+)
 from tilelink.backend.runtime.image import Image, Wait
 
 # Words of an error record; see ``tilelink.device.signal``.
@@ -20,7 +26,8 @@ WRITTEN, RANK, WORKER, TILE, WORD, EXPECTED, SEEN, PRODUCER, NUMBER, KIND, PROGR
 )
 # Kinds of a record: its producer had started the call, it had not, the host saw it die; or no wait ran
 # out at all, but the rank's epoch is not what it was.
-PROGRESS, ARRIVAL, DEATH, OVERWRITTEN = 1, 2, 3, 4
+# Or the ranks called with different values of a dynamic extent.
+PROGRESS, ARRIVAL, DEATH, OVERWRITTEN, DIFFERENT = 1, 2, 3, 4, 5
 PERIOD = 0.25  # seconds between two rounds of the watchdog
 
 
@@ -41,7 +48,8 @@ def timeout_error(
         ARRIVAL: f"it has not started the call within {limit:g} s",
         DEATH: "its process has ended",
     }.get(record[KIND], f"it has started the call but sent nothing more for {limit:g} s")
-    kind = {DEATH: PeerLost, OVERWRITTEN: EpochOverwritten}.get(record[KIND], WaitTimeout)
+    kinds = {DEATH: PeerLost, OVERWRITTEN: EpochOverwritten, DIFFERENT: ExtentsDiffer}
+    kind = kinds.get(record[KIND], WaitTimeout)
     return kind(
         wait.span if wait else None,
         rank=record[RANK],
@@ -55,6 +63,7 @@ def timeout_error(
         why=why,
         kernel=image.name,
         call=record[EPOCH] if len(record) > EPOCH else 0,
+        extent=", ".join(image.dynamic),
     )
 
 

@@ -344,6 +344,7 @@ def run_calls(message: dict[str, Any], shared: Shared) -> dict[str, Any]:
         call.tensors = inputs
         call.workspace = workspace
         call.scalars = message["scalars"]
+        call.extents |= message["extents"][number]
         call.program = 1
         module.host(call)
         call.finish()

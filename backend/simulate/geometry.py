@@ -220,7 +220,8 @@ class Geometry:
         segment = self.value(op.get("segment", extents[axis]), env)
         segments = self.value(op.get("segments", extents[axis] // segment), env)
         visit, group = op.get("visit"), int(op.get("group", 1))
-        per = -(-segment // tiles[axis])
+        live = self.value(op.get("live", segment), env)
+        per, whole = -(-live // tiles[axis]), -(-segment // tiles[axis])
         others = [
             [
                 Tile(lo, min(lo + size, extent), number)
@@ -233,7 +234,7 @@ class Geometry:
         nb = len(combinations)
         for position in range(segments):
             seg = position if visit is None else self.value(visit, {**env, "i": position})
-            base, end = seg * segment, (seg + 1) * segment
+            base, end = seg * segment, seg * segment + live
             for r in range(per * nb):
                 width = group * nb
                 first = r // width * group
@@ -241,7 +242,7 @@ class Geometry:
                 a = first + r % width % rows
                 b = r % width // rows
                 lo = base + a * tiles[axis]
-                mine = Tile(lo, min(lo + tiles[axis], end), seg * per + a)
+                mine = Tile(lo, min(lo + tiles[axis], end), seg * whole + a)
                 rest = combinations[b]
                 yield (*rest[:axis], mine, *rest[axis:])
 

@@ -27,7 +27,7 @@ from tilelink.backend.validate.values import (
     Special,
     full,
 )
-from tilelink.backend.verify import Report, VerifyError, prove
+from tilelink.backend.verify import Report, VerifyError, carried, prove, smaller
 from tilelink.errors import Span, TilelinkError
 from tilelink.ir import Op, make, parse_ir, print_ir
 from tilelink.ir.layout import ACK, WORD
@@ -48,17 +48,23 @@ def validate(module: Module, program: Op) -> Validation:
     """Prove that ``module`` does what ``program`` says, and that it cannot hang or race.
 
     ``program`` is the fused program of the kernel, compiled from its source: declarations, maps and
-    what each task has to read and store are taken from it. Errors: EmittedDiffers, EmittedHazard and
-    Unclear at a place of the module, with the tasks concerned.
+    what each task has to read and store are taken from it. Where it has a dynamic extent, the module is read
+    at the capacity and at each other value at which the program is proven. Errors: EmittedDiffers,
+    EmittedHazard and Unclear at a place of the module, with the tasks concerned.
     """
-    return Validator(module, program).run()
+    whole = Validator(module, program).run()
+    for small in smaller(expand(program), carried(program)):
+        Validator(module, small, program).run()
+    return whole
 
 
 class Validator:
     """The steps of :func:`validate`."""
 
-    def __init__(self, module: Module, program: Op) -> None:
+    def __init__(self, module: Module, program: Op, whole: Op | None = None) -> None:
         self.module, self.program = module, program
+        # The program at its capacity, where this is another value's.
+        self.whole = whole
         self.layout = Layout(program)
         self.expected = expand(program)
         self.rows = Rows(self.expected, module.source, flows(program))
@@ -138,15 +144,15 @@ class Validator:
     def same_text(self) -> None:
         """The program that the runtime takes memory and names from must be the kernel's."""
         try:
-            carried = parse_ir(self.module.text, self.module.source.name)
+            given = parse_ir(self.module.text, self.module.source.name)
         except TilelinkError as error:
             raise EmittedDiffers(
                 None, detail="the program that it carries does not parse", notes=(str(error),)
             ) from None
-        ours = parse_ir(print_ir(self.program))
-        if carried.with_attrs(file=None) == ours.with_attrs(file=None):
+        ours = parse_ir(print_ir(self.whole or self.program))
+        if given.with_attrs(file=None) == ours.with_attrs(file=None):
             return
-        for one, two in zip(carried.body, ours.body, strict=False):
+        for one, two in zip(given.body, ours.body, strict=False):
             if one != two:
                 names = [f"`{o.name} @{o.symbol}`" if o.ref else f"`{o.name}`" for o in (one, two)]
                 self.differs(None, f"it carries {names[0]} where the kernel gives {names[1]}")
@@ -377,7 +383,8 @@ class Validator:
             syncs=self.rows.syncs,
         )
         try:
-            report = prove(out)
+            # What each read finds is the matter of the capacity; see the rule `rows`.
+            report = prove(out, contents=self.whole is None)
         except VerifyError as error:
             lines = tuple(str(error).splitlines())
             raise EmittedHazard(

@@ -7,7 +7,7 @@ One module a rule: ``bounds`` (and release/acquire), ``cover``, ``dataflow``, ``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from tilelink.backend.verify.errors import (
     ProgressError,
     RaceError,
     ReuseError,
+    RowsError,
     UndecidedError,
     VerifyError,
 )
@@ -45,6 +46,7 @@ from tilelink.backend.verify.progress import (
 )
 from tilelink.backend.verify.residency import check_residency
 from tilelink.backend.verify.reuse import check_reuse
+from tilelink.backend.verify.rows import check_rows, smaller
 from tilelink.ir import Op, parse_ir
 from tilelink.ir.vocabulary import check_names
 
@@ -58,9 +60,12 @@ __all__ = [
     "RaceError",
     "Report",
     "ReuseError",
+    "RowsError",
     "UndecidedError",
     "VerifyError",
+    "carried",
     "prove",
+    "smaller",
     "verify",
 ]
 
@@ -127,7 +132,11 @@ def verify(program: Op, kernel: Op | None = None) -> Report:
     _enumerated(out)
     if meaning is not None:
         check_meaning(out, meaning)
-    return prove(out, known=meaning is not None)
+    report = prove(out, known=meaning is not None)
+    check_rows(out, meaning, lambda small: prove(small, contents=False))
+    if any(op.get("dynamic") for op in program.find("extent")):
+        return replace(report, rules=(*report.rules, "rows"))
+    return report
 
 
 def carried(program: Op) -> Op | None:
@@ -140,10 +149,11 @@ def carried(program: Op) -> Op | None:
     return kernel
 
 
-def prove(out: Expansion, *, known: bool = False) -> Report:
+def prove(out: Expansion, *, known: bool = False, contents: bool = True) -> Report:
     """Prove what ``out`` holds, wherever its rows come from; see :func:`verify`.
 
-    ``known``: the ops of its stages have been held against a kernel. Otherwise the report assumes it.
+    ``contents`` false leaves out the rule of what each read finds, dataflow. ``known``: the ops of its stages
+    have been held against a kernel. Otherwise the report assumes it.
     Beside the rows, the rules read: of ``out.program`` its symbol, and, for which symbols hold sums over
     ranks, the ops of its bodies; of ``out.agents`` names, `after`, `workers` and `resident`, and their
     stages' `workers`, `first`, `queue` and `counter`; of ``out.declarations`` all attributes.
@@ -168,8 +178,8 @@ def prove(out: Expansion, *, known: bool = False) -> Report:
     _dark(out)
     for symbol in meetings:
         check_cover(out, ordering, meetings[symbol])
-    dataflow = Dataflow(out, meetings)
-    dataflow.check()
+    if contents:
+        Dataflow(out, meetings).check()
     for symbol, meeting in meetings.items():
         inexact = any(a.write and not a.exact for a in meeting.accesses)
         if out.declarations[symbol].get("role") == "out" and not inexact:
@@ -248,7 +258,10 @@ def _report(out: Expansion, words: Elements, meetings: dict[str, Meeting], known
         assumptions.append("accesses through run-time tables stay inside their tensors")
     for op in out.program.find("extent"):
         if op.get("dynamic"):
-            assumptions.append(f"extent {op.symbol} is {out.env[op.symbol]}, its capacity")
+            most = out.env[op.symbol]
+            assumptions.append(
+                f"{op.symbol} is at most {most} in a call, and the same on all ranks"
+            )
     if any(a.write and not a.exact for a in out.accesses):
         assumptions.append("what is written through run-time tables is all that is read of it")
     for number, agent in enumerate(out.agents):

@@ -91,6 +91,16 @@ class BoundsError(VerifyError):
     )
 
 
+class RowsError(VerifyError):
+    """A dynamic extent whose rows are not each for itself, or not where they are at the capacity."""
+
+    code: ClassVar[str] = "dynamic-rows"
+    message: ClassVar[str] = "this `{name}` is not the same for every number of rows: {detail}"
+    hint: ClassVar[str] = (
+        "rows of a dynamic extent are independent of each other; else compile the kernel for each extent"
+    )
+
+
 class FenceError(VerifyError):
     """Synchronisation that cannot release or acquire what it should."""
 

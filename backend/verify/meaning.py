@@ -86,6 +86,7 @@ class _Meaning:
         self.final = False  # whether it is the delivery of an output's sum
         self.names = Names(self.env)
         self.turn: _Turn | None = None
+        self.dynamic = {op.symbol for op in kernel.find("extent") if op.get("dynamic")}
 
     def check(self) -> None:
         self.declarations()
@@ -483,12 +484,23 @@ class _Meaning:
                 # Where the tile lies in a shard or a buffer is what dataflow follows.
                 assert isinstance(one, At)
                 one = one.value
+            elif isinstance(one, At) and self.stays(one, self.tensors[name]["dims"][at]):
+                one = one.value
             if self.names.element(one) != self.names.same(other):
                 if at == axis and isinstance(one, Expr) and isinstance(other, Expr):
                     self.out.assumptions.append(f"single indices of @{name} along its moved axis")
                 else:
                     self.fail(mine, f"the kernel's index is {theirs.ref}", theirs=theirs)
             at += str(other) != "+"
+
+    def stays(self, item: At, length: Expr | int) -> bool:
+        """Whether a tile is placed where it begins, wherever that is: at a dynamic extent's capacity."""
+        start = f"{item.value.name}.start"
+        if not item.start.names <= {start, *self.env} or not item.start.names & self.dynamic:
+            return False
+        places = np.arange(int(evaluate(length, self.env)), dtype=np.int64)
+        at = evaluate(item.start, {**self.env, start: places})
+        return bool(np.all(np.broadcast_to(at, places.shape) == places))
 
     # Words ------------------------------------------------------------------------------------
 

@@ -306,3 +306,41 @@ record = arenas[0][layout.RECORD : layout.RECORD + 10].tolist()
 assert record == [1, 0, 0, 9, 1027, 1, 0, 1, 4, 1], record
 """,
     )
+
+
+def test_ranks_that_call_with_other_numbers_are_named(tmp_path: Path) -> None:
+    """A rank says its number in its head; behind the call each compares, whatever the next call is about."""
+    interpreted(
+        tmp_path,
+        """
+from tilelink.backend.runtime.guard import guard_kernel
+
+def begin(rank, said):
+    device.head_kernel[(1,)](
+        arenas[rank], peers, rank, 32768, 32800, 10**6, 10**6,
+        ACK=layout.ACK, WORLD=2, WAIT=False, SIGNALS=True, program=1, said=said, SAYS=True,
+    )
+
+hosts = [torch.zeros(17, dtype=torch.int32) for _ in range(2)]
+outs = [torch.ones(100) for _ in range(2)]
+
+def end(rank, said):
+    guard_kernel[(2,)](
+        arenas[rank], hosts[rank].data_ptr(), outs[rank], 100, BLOCK=64, FLOAT=True,
+        peers=peers, rank=rank, said=said, WORLD=2, SAYS=True,
+    )
+
+# Alike; rank 1 is a call ahead with another number when rank 0 compares.
+begin(0, 40), begin(1, 40), begin(1, 24)
+end(0, 40)
+assert not outs[0].isnan().any() and hosts[0][0] == 0 and arenas[0][layout.ABORT] == 0
+# The next call: rank 0 has another number than rank 1.
+begin(0, 32)
+end(0, 32), end(1, 24)
+for rank in range(2):
+    assert outs[rank].isnan().all() and hosts[rank][0] == 1, rank
+    assert arenas[rank][layout.ABORT] == 1
+record = arenas[0][layout.RECORD : layout.RECORD + layout.RECORD_WORDS].tolist()
+assert record[0:2] == [1, 0] and record[5:8] == [32, 24, 1] and record[9] == 5, record
+""",
+    )

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests.dynamic import program_of
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.runtime import load_module, plan, write_module
+from tilelink.backend.runtime.errors import DriverError
 from tilelink.backend.runtime.image import image_of
 from tilelink.backend.runtime.views import TORCH_DTYPES
-from tilelink.ir import layout, parse_ir
+from tilelink.ir import Op, layout, parse_ir
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 Log = list[tuple[Any, ...]]
+launched: list[tuple[str, tuple[Any, ...]]] = []  # kernels with their arguments, in a recording
 
 
 class Stream:
@@ -24,27 +29,48 @@ class Stream:
     def __init__(self, log: Log) -> None:
         self.log = log
 
-    def wait_event(self, event: Event) -> None:
-        self.log.append(("side waits", event.number))
-
 
 class Event:
     made = 0
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self) -> None:
         Event.made += 1
-        self.log, self.number = log, Event.made
+        self.handle = Event.made
 
-    def record(self, stream: Stream | None = None) -> None:
-        self.log.append(("side records" if stream else "main records", self.number))
 
-    def wait(self) -> None:
-        self.log.append(("main waits", self.number))
+class Graph:
+    handle = 99
+
+
+class Spare:
+    cuda_stream = 5
+
+
+def spare() -> Any:
+    return Spare()
 
 
 class Driver:
     def __init__(self, log: Log) -> None:
         self.log = log
+
+    def event(self) -> Event:
+        return Event()
+
+    def record(self, event: int, stream: int) -> None:
+        self.log.append(("side records" if stream == Stream.cuda_stream else "main records", event))
+
+    def wait_event(self, stream: int, event: int) -> None:
+        self.log.append(("side waits" if stream == Stream.cuda_stream else "main waits", event))
+
+    def capture(self, stream: int, enqueue: Callable[[int], None]) -> Graph:
+        self.log.append(("capture", stream))
+        enqueue(stream)
+        self.log.append(("captured", stream))
+        return Graph()
+
+    def launch_graph(self, graph: int, stream: int) -> None:
+        self.log.append(("graph", graph, stream))
 
     def wait_geq(self, stream: int, address: int, value: int) -> None:
         self.log.append(("wait", stream, address, value))
@@ -54,28 +80,31 @@ class Driver:
 
 
 def record(
-    name: str, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Log, list[torch.Tensor], torch.Tensor]:
-    """The log of one call of a sample program on ``rank``, the arenas of all ranks, its workspace."""
+    name: str | Op,
+    rank: int,
+    monkeypatch: pytest.MonkeyPatch,
+    extents: dict[str, int] | None = None,
+) -> tuple[plan.Plan, Log, plan.Recorder]:
+    """The plan of one call of a program (or a sample's name) on ``rank``, and the log of what it enqueues."""
     log: Log = []
-    program = parse_ir((PROGRAMS / name).read_text())
+    program = parse_ir((PROGRAMS / name).read_text()) if isinstance(name, str) else name
     image = image_of(program)
     module = load_module(write_module(emit(program), image.name))
 
     class Launch:
         compiled = None
 
-        def __init__(self, kernel: Any, workers: int) -> None:
+        def __init__(self, kernel: Any, workers: int, args: tuple[Any, ...]) -> None:
             self.name, self.workers = kernel.fn.__name__, workers
+            launched.append((self.name, args))
 
         def run(self, stream: int) -> None:
             log.append(("kernel", self.name, self.workers))
 
     monkeypatch.setattr(
-        plan, "compile_launch", lambda kernel, workers, args, **_: Launch(kernel, workers)
+        plan, "compile_launch", lambda kernel, workers, args, **_: Launch(kernel, workers, args)
     )
     monkeypatch.setattr(plan, "driver", lambda: Driver(log))
-    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(log))
     size = image.arena_bytes
     arenas = [torch.zeros(size, dtype=torch.uint8) for _ in range(image.world)]
     addresses = [a.data_ptr() for a in arenas]
@@ -93,20 +122,32 @@ def record(
         addresses=addresses,
     )
     recorder.workspace = torch.zeros(image.workspace_bytes, dtype=torch.uint8)
+    recorder.extents |= extents or {}
     recorder.tensors = {
-        s.name: torch.zeros(s.dims, dtype=TORCH_DTYPES[s.dtype]) for s in image.tensors.values()
+        s.name: torch.zeros(s.dims, dtype=TORCH_DTYPES[s.dtype])
+        for s in image.at(recorder.extents).values()
     }
+    del launched[:]
     module.host(recorder)
     recorded = recorder.finish()
     assert log == []
+    return recorded, log, recorder
+
+
+def enqueued(
+    name: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Log, list[torch.Tensor], torch.Tensor]:
+    """The log of one call of a sample program on ``rank``, the arenas of all ranks, its workspace."""
+    recorded, log, recorder = record(name, rank, monkeypatch)
     recorded.enqueue(1)
-    return log, arenas, recorder.workspace
+    assert recorder.workspace is not None
+    return log, recorder._arenas, recorder.workspace
 
 
 def test_gather_copies_and_flags_go_to_every_peer_before_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    log, arenas, _ = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
+    log, arenas, _ = enqueued("ag_gemm.copy_engine.ir", 1, monkeypatch)
     kinds = [entry[0] for entry in log]
     assert kinds[:3] == ["kernel", "main records", "side waits"]
     assert log[0][1] == "head_kernel"
@@ -126,7 +167,7 @@ def test_gather_copies_and_flags_go_to_every_peer_before_the_kernel(
 def test_scatter_stream_waits_for_its_counter_and_forks_from_the_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    log, arenas, workspace = record("gemm_rs.copy_engine.ir", 0, monkeypatch)
+    log, arenas, workspace = enqueued("gemm_rs.copy_engine.ir", 0, monkeypatch)
     waits = [entry for entry in log if entry[0] == "wait"]
     base = arenas[0].data_ptr() + 131072
     assert waits == [("wait", 7, base + 4 * peer, 6) for peer in (1, 2, 3)]
@@ -140,3 +181,88 @@ def test_scatter_stream_waits_for_its_counter_and_forks_from_the_head(
         (arenas[p].data_ptr() + 268288, workspace.data_ptr() + 262144 + p * size, size)
         for p in (1, 2, 3)
     ]
+
+
+def test_a_call_that_repeats_becomes_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    recorded, log, recorder = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
+    for _ in range(plan.HOT - 1):
+        recorded.run(1, recorder.tensors, spare)
+    single = log[: len(log) // (plan.HOT - 1)]
+    assert log == single * (plan.HOT - 1)
+    del log[:]
+    for _ in range(3):
+        recorded.run(1, recorder.tensors, spare)
+    # Captured once, on a stream of its own, with all that a call enqueues, and launched each time.
+    assert log == [("capture", 5), *single, ("captured", 5), *[("graph", Graph.handle, 1)] * 3]
+
+
+@pytest.mark.parametrize(
+    "variable", [("TILELINK_GRAPHS", "0"), ("CUDA_DEVICE_MAX_CONNECTIONS", "1")]
+)
+def test_no_graph_where_it_is_not_wanted(
+    variable: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(*variable)
+    recorded, log, recorder = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
+    for _ in range(plan.HOT + 2):
+        recorded.run(1, recorder.tensors, spare)
+    assert not [entry for entry in log if entry[0] in ("capture", "graph")]
+
+
+def test_a_driver_that_captures_nothing_costs_the_graph_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    recorded, log, recorder = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
+
+    def refuse(self: Driver, stream: int, enqueue: Callable[[int], None]) -> Graph:
+        raise DriverError(call="cuStreamBeginCapture", reason="no", help="none")
+
+    monkeypatch.setattr(Driver, "capture", refuse)
+    for _ in range(plan.HOT + 2):
+        recorded.run(1, recorder.tensors, spare)
+    single = log[: len(log) // (plan.HOT + 2)]
+    assert log == single * (plan.HOT + 2)
+    assert caplog.text.count("no graph of a call") == 1
+
+
+def test_a_collective_works_on_the_tensors_of_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, log, recorder = record("ag_gemm.collective.ir", 1, monkeypatch)
+    seen: list[tuple[int, int]] = []
+
+    def gather(target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
+        seen.append((target.data_ptr(), source.data_ptr()))
+
+    monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
+    for _ in range(plan.HOT + 1):
+        fresh = {name: torch.zeros_like(t) for name, t in recorder.tensors.items()}
+        recorded.run(1, fresh, spare)
+        assert seen[-1][1] == fresh["A"].data_ptr()
+    # Where it lands is the program's own.
+    assert len({target for target, _ in seen}) == 1
+    assert not [entry for entry in log if entry[0] == "graph"]
+
+
+@pytest.mark.parametrize("rows", [64, 20, 2])
+def test_a_call_copies_as_many_rows_as_it_has(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of("ag_gemm", "copy_engine")
+    recorded, log, recorder = record(program, 0, monkeypatch, {"M": rows})
+    recorded.enqueue(1)
+    width = 32 * 4
+    copies = [entry for entry in log if entry[0] == "copy"]
+    base = recorder._arenas[1].data_ptr() + recorder.image.buffers["A.all"].offset
+    assert [(c[2], c[4]) for c in copies if c[4] > 4] == [(base, rows // 2 * width)]
+    # Flags lie where they lie for every number of rows, and the peers hear of the number.
+    flag = recorder._arenas[1].data_ptr() + recorder.image.flags["A.ready"].offset
+    assert [c[2] for c in copies if c[4] == 4] == [flag]
+    head, kernel, guard = launched
+    assert (head[0], head[1][-2:]) == ("head_kernel", (rows, True))
+    assert rows in [a for a in kernel[1] if isinstance(a, int)]
+    assert (guard[0], guard[1][-3:]) == ("guard_kernel", (rows, 2, True))
+
+
+def test_a_program_without_dynamic_rows_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, recorder = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
+    assert recorder.said() == ()
+    assert len(launched[-1][1]) == 6

@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cluster, environment, evidence, graph_check, measure, report, run, stats, tables
+from bench import (
+    cluster,
+    environment,
+    evidence,
+    graph_check,
+    host_cost,
+    measure,
+    report,
+    run,
+    stats,
+    tables,
+    varying_m,
+)
 from bench.candidates import Candidate, Inputs, set_count
 from bench.cases import AG_GEMM, Case, grid_cases
 from bench.measure import Bench, Settings
@@ -338,3 +350,39 @@ def test_watchdog_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_record_names_no_folder_of_the_machine(given: str, recorded: str) -> None:
     assert environment.without_folder(given) == recorded
+
+
+def test_a_trace_has_both_ends_and_lengths_that_ranks_can_share() -> None:
+    for unit in (1, 8):
+        rows = varying_m.trace(16, unit, seed=1)
+        assert {unit, 8192} <= set(rows) and len(set(rows)) == len(rows) > 10
+        assert all(m % unit == 0 and unit <= m <= 8192 for m in rows) and rows != sorted(rows)
+        assert rows == varying_m.trace(16, unit, seed=1) != varying_m.trace(16, unit, seed=2)
+
+
+def step_record(ratio: float | None, programs: int = 3, failed: str | None = None) -> Any:
+    return {
+        "name": f"ag_gemm at {ratio}",
+        "ratio": ratio,
+        "programs": programs,
+        "candidates": {varying_m.DYNAMIC: {"failed": failed}},
+    }
+
+
+def test_a_trace_can_fail() -> None:
+    fine = [step_record(1.02), step_record(0.9, 8)]
+    assert varying_m.good(varying_m.verdict(fine))
+    assert varying_m.verdict(fine)["worst"] == (1.02, "ag_gemm at 1.02")
+    for bad in (step_record(1.2), step_record(1.0, 9), step_record(None, failed="wrong result")):
+        assert not varying_m.good(varying_m.verdict([*fine, bad]))
+
+
+def test_host_time_is_judged_by_calls_that_repeat() -> None:
+    calls: list[int] = []
+    times = host_cost.measure(calls.append, lambda: calls.append(-1), batches=2)
+    assert len(times) == 2 * host_cost.BATCH and calls.count(-1) == 2
+    assert host_cost.figures([3.0, 1.0, 2.0, 50.0, 2.0])["median_us"] == 2.0
+    quick, slow = {"median_us": 30.0}, {"median_us": 90.0}
+    record = {"same": quick, "allocated": quick, "rotated": quick, "fresh": slow}
+    assert host_cost.within(record)
+    assert not host_cost.within({**record, "rotated": slow})

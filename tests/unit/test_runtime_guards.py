@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tilelink.backend.runtime.cuda import _check_apart
 from tilelink.backend.runtime.errors import (
     BadArgument,
     EpochOverwritten,
+    ExtentsDiffer,
     PeerLost,
     PeerTimeout,
     WaitTimeout,
@@ -150,10 +152,11 @@ def test_a_rank_that_was_told_to_stop_repeats_what_the_first_one_says() -> None:
         (watch.ARRIVAL, WaitTimeout, "has not started the call within"),
         (watch.DEATH, PeerLost, "its process has ended"),
         (watch.OVERWRITTEN, EpochOverwritten, "the epoch of its arena is 4"),
+        (watch.DIFFERENT, ExtentsDiffer, "rank 0 called `ag_gemm` with M = 5, rank 1 with 4"),
     ],
 )
 def test_each_kind_of_record_has_its_error(kind: int, error: type[WaitTimeout], text: str) -> None:
-    image = two_programs()[0]
+    image = replace(two_programs()[0], dynamic={"M": 48})
     found = watch.timeout_error(image, record_of(image, 1, kind), 2.0, 0)
     assert type(found) is error and text in str(found)
 

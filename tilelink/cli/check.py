@@ -23,6 +23,7 @@ MEANING = {
     "reuse": "the next call, of this or another program, overwrites nothing that is still read",
     "match": "what is notified to each flag and counter is what is waited for",
     "progress": "waits and queues of all ranks together have no cycle",
+    "rows": "what is proven of a dynamic extent's capacity holds for every value up to it",
     "residency": "no order in which workers start, where not all fit at once, can hang",
 }
 

@@ -22,11 +22,14 @@ from tilelink.device.signal import (
 from tilelink.ir import layout
 
 EXITED = tl.constexpr(layout.EXITED)
+SAID = tl.constexpr(layout.SAID)
 ADVANCE = tl.constexpr(1 << 20)
 _CLEAR = tl.constexpr(1024)
 
 
-@triton.jit(do_not_specialize=["rank", "first", "last", "progress_ns", "arrival_ns", "program"])
+@triton.jit(
+    do_not_specialize=["rank", "first", "last", "progress_ns", "arrival_ns", "program", "said"]
+)
 def head_kernel(
     arena,
     peers,
@@ -40,6 +43,8 @@ def head_kernel(
     WAIT: tl.constexpr,
     SIGNALS: tl.constexpr = True,
     program=0,
+    said=0,
+    SAYS: tl.constexpr = False,
 ):
     """Begin a call; one CTA. Launch ``head_kernel[(1,)](…)`` on the main stream.
 
@@ -47,7 +52,8 @@ def head_kernel(
     [``first``, ``last``) of the arena, and, where ``WAIT``, waits until every rank has acknowledged
     the previous epoch in the flags from word ``ACK``. ``arena``: int32 words; ``peers``: int64 table.
     ``program``: a number for the error record. ``SIGNALS`` is false where the program has no flags:
-    nobody acknowledges it, so it takes no epoch.
+    nobody acknowledges it, so it takes no epoch. ``said``: where ``SAYS`` is set, a number that all ranks
+    call with, left with every rank for :func:`tilelink.device.program.differing`.
     """
     epoch = tl.load(arena + EPOCH)
     if SIGNALS:
@@ -64,6 +70,9 @@ def head_kernel(
     for start in range(first, last, _CLEAR):
         words = start + tl.arange(0, _CLEAR)
         tl.store(arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
+    if SAYS:
+        slots, there = _words(peers, WORLD, SAID + epoch % 2 * MAX_WORLD + rank)
+        tl.store(slots, tl.full((MAX_WORLD,), 0, tl.int32) + said, mask=there)
     tl.debug_barrier()
     if SIGNALS:
         flags, inside = _words(peers, WORLD, ARRIVED + rank)
@@ -110,6 +119,21 @@ def acknowledge_kernel(arena, peers, rank, ACK: tl.constexpr, WORLD: tl.constexp
     """Release: flag ``ACK + rank`` of every rank becomes this call's epoch, behind all that the main
     stream has done; one CTA."""
     rank_notify(context(arena, peers, rank, WORLD, 0, 0), ACK)
+
+
+@triton.jit
+def differing(arena, world: tl.constexpr, said):
+    """The first rank that began this call with another number than ``said``, or -1.
+
+    To be asked once every rank has begun the call, as it has where this rank has what it waits for from each.
+    A rank that is a call ahead has left its next number in the slot of the other parity.
+    """
+    epoch = tl.load(arena + EPOCH)
+    ranks = tl.arange(0, MAX_WORLD)
+    slots = arena + SAID + epoch % 2 * MAX_WORLD + ranks
+    theirs = tl.load(slots, mask=ranks < world, other=0, volatile=True)
+    first = tl.min(tl.where((ranks < world) & (theirs != said), ranks, MAX_WORLD), axis=0)
+    return tl.where(first < MAX_WORLD, first, -1)
 
 
 @triton.jit

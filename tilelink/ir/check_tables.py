@@ -19,9 +19,9 @@ DOCS = "docs/ir.md says what every op takes"
 # Kinds of attributes, as `KINDS` checks them.
 ATTRIBUTES = {
     "exprs": "dims extent tile",
-    "expr": "hi lo peer owner signal visit if when epoch segment segments",
+    "expr": "hi lo peer owner signal visit if when epoch segment segments live",
     "count": "world value:extent workers:launch resident warps stages count group block channel_rows "
-    "task_rows tasks_across delay",
+    "task_rows tasks_across delay least",
     "whole": "offset bytes workspace over axis first flatten_axis part_axis",
     "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final",
     "text": "file kernel schedule into offsets source table",

@@ -18,7 +18,7 @@ from tilelink.ir.node import DECLARATIONS, Op, Ref
 _TABLE = {
     "kernel": "world! file",
     "program": "world! bytes file kernel kernel_text schedule workspace",
-    "extent": "value! dynamic",
+    "extent": "value! dynamic least",
     "tensor": "dims! dtype! move! role! block channel_rows comm_tile in_place into offsets over "
     "owner resource signal source table task_rows tasks_across tile",
     "scalar": "dtype!",
@@ -31,7 +31,7 @@ _TABLE = {
     "collective": "op! to! after",
     "finish": "",
     "flush": "drain",
-    "stage": "extent! tile! axis counter first flatten group queue segment segments visit workers",
+    "stage": "extent! tile! axis counter first flatten group live queue segment segments visit workers",
     "for_tiles": "bounds extent part part_axis part_of segment segments tile visit",
     "for_range": "hi! lo!",
     "yield": "",

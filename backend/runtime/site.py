@@ -1,0 +1,156 @@
+"""The call path of decorated kernels, with as little as possible between arguments and the recorded plan.
+
+What kind of call it is (shapes, element types, alignments, compile-time arguments) is one key; what has
+been found out about calls of a kind is kept beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from tilelink.backend.runtime.arena import CudaState, state_of
+from tilelink.backend.runtime.cuda import Program, program_of, refuse
+from tilelink.backend.runtime.errors import BadArgument
+from tilelink.errors import TilelinkError
+from tilelink.frontend.arguments import check_tensor
+from tilelink.frontend.bind import match_arguments
+
+KINDS = 4096  # kinds of calls remembered a site
+
+
+class Route:
+    """Calls of one kind: their program, and where each of its tensors and scalars comes from."""
+
+    __slots__ = ("extents", "numbers", "program", "state", "tensors")
+
+    def __init__(
+        self,
+        state: CudaState,
+        program: Program,
+        extents: Mapping[str, int],
+        names: tuple[str, ...],
+        given: Mapping[str, Any],
+    ) -> None:
+        self.state, self.program, self.extents = state, program, extents
+        place = {name: number for number, name in enumerate(names)}
+        # What is not contiguous is copied; outputs that are left out are not among them.
+        self.tensors = [
+            (name, place[name], given[name].is_contiguous())
+            for name in program.image.tensors
+            if given.get(name) is not None
+        ]
+        # An argument that is left out has its default, always.
+        self.numbers = [
+            (name, place.get(name), given[name] if name not in place else None)
+            for name in program.image.scalars
+        ]
+        for name, _, dense in self.tensors:
+            if not dense and program.image.tensors[name].role != "in":
+                raise BadArgument(
+                    name=name,
+                    detail="is an output and not contiguous",
+                    help="pass a contiguous tensor",
+                )
+
+    def __call__(self, values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        given = {
+            name: values[number] if dense else values[number].contiguous()
+            for name, number, dense in self.tensors
+        }
+        scalars: dict[str, Any] = {
+            name: default if number is None else values[number]
+            for name, number, default in self.numbers
+        }
+        program, extents = self.program, self.extents
+        return program.call(program.allocate(given, extents), scalars, extents)
+
+
+class Site:
+    """A kernel with the group, the schedule and the capacities that its calls use; see :func:`program_of`.
+
+    Calling it runs the kernel on this rank's arguments and returns its outputs in parameter order.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        group: Any,
+        schedule: Any,
+        capacities: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    ) -> None:
+        self.kernel, self.group, self.schedule = kernel, group, schedule
+        self.capacities = capacities
+        self._met: set[int] = set()
+        self._routes: dict[tuple[object, ...], Route] = {}
+        signature = kernel.signature
+        self._positional = [n for n in signature.names if n not in signature.keywords]
+        # Compile-time arguments and extents count by value, other numbers by type.
+        self._fixed = signature.constants | signature.extents
+
+    @property
+    def programs(self) -> int:
+        """How many programs its calls have needed."""
+        return len(self._met)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        state = state_of(self.group)
+        state.check_usable()
+        values = (*args, *kwargs.values()) if kwargs else args
+        key = self._key(state, len(args), tuple(kwargs), values)
+        route = self._routes.get(key) if key is not None else None
+        if route is None:
+            route = self._meet(state, args, kwargs)
+            if key is not None:
+                if len(self._routes) >= KINDS:
+                    self._routes.clear()
+                self._routes[key] = route
+        return route(values)
+
+    def _key(
+        self, state: CudaState, count: int, keywords: tuple[str, ...], values: tuple[Any, ...]
+    ) -> tuple[object, ...] | None:
+        """What decides how a call runs; None where only a look at each argument can tell."""
+        facts: list[object] = [id(state), count, keywords]
+        names = self._positional
+        for number, value in enumerate(values):
+            if isinstance(value, torch.Tensor):
+                if value.layout is not torch.strided or (
+                    value.requires_grad and torch.is_grad_enabled()
+                ):
+                    return None
+                address = value.data_ptr() & 15
+                facts += (value.shape, value.stride(), value.dtype, value.device, address)
+            elif value is None or isinstance(value, bool | str):
+                facts.append(value)
+            elif isinstance(value, int | float):
+                at = number - count
+                name = keywords[at] if at >= 0 else names[number] if number < len(names) else ""
+                facts.append((type(value), value if name in self._fixed else None))
+            else:
+                return None
+        return tuple(facts)
+
+    def _meet(self, state: CudaState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Route:
+        """Checks the arguments of a kind of call that is new, and finds its program; collective."""
+        kernel, signature = self.kernel, self.kernel.signature
+        try:
+            given = match_arguments(kernel.name, signature, args, kwargs)
+            for name, value in given.items():
+                if name in signature.tensors:
+                    check_tensor(name, value, name in signature.stored)
+        except TilelinkError as error:
+            # The other ranks may be about to call: they hear of it instead of waiting.
+            refuse(kernel.name, error, self.group)
+            raise
+        tensors = {n: v for n, v in given.items() if n in signature.tensors}
+        scalars = {n: v for n, v in given.items() if n not in signature.tensors}
+        program, extents = program_of(
+            kernel, tensors, scalars, self.group, self.schedule, self.capacities
+        )
+        self._met.add(id(program))
+        names = (*self._positional[: len(args)], *kwargs)
+        return Route(state, program, extents, names, given)

@@ -1,0 +1,198 @@
+"""Calls of many lengths through the whole host path of a GPU rank, with GPU, peers and driver replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tilelink import kernels
+from tilelink.backend.runtime import cuda, plan, site
+from tilelink.backend.runtime.errors import BadArgument
+from tilelink.errors import TilelinkError
+from tilelink.frontend.errors import NotDivisible
+from tilelink.schedules import Move, Schedule
+
+WORLD = 2
+
+
+class Driver:
+    """Counts what is enqueued."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def event(self) -> Any:
+        return SimpleNamespace(handle=1)
+
+    def record(self, *_: int) -> None:
+        self.calls.append(("record",))
+
+    def wait_event(self, *_: int) -> None:
+        self.calls.append(("wait event",))
+
+    def wait_geq(self, stream: int, address: int, value: int) -> None:
+        self.calls.append(("wait", value))
+
+    def copy(self, stream: int, target: int, source: int, size: int) -> None:
+        self.calls.append(("copy", size))
+
+    def resident(self, *_: int) -> int:
+        return 1
+
+    def capture(self, stream: int, enqueue: Callable[[int], None]) -> Any:
+        enqueue(stream)
+        return SimpleNamespace(handle=2)
+
+    def launch_graph(self, graph: int, stream: int) -> None:
+        self.calls.append(("graph",))
+
+
+class State:
+    """Rank 0 of two, whose agreements are counted and always reached."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.device = torch.device("cpu")
+        self.rank, self.world, self.group, self.host_address = 0, WORLD, None, 0
+        self.driver = driver
+        self.agreed: list[dict[str, str]] = []
+        self.images: list[Any] = []
+        self.errors: list[TilelinkError] = []
+
+    def check_usable(self) -> None:
+        return
+
+    def number_of(self, image: Any) -> int:
+        self.images.append(image)
+        return len(self.images)
+
+    def workspace_for(self, size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.uint8)
+
+    def arena_for(self, size: int) -> Any:
+        views = [torch.zeros(size, dtype=torch.uint8) for _ in range(WORLD)]
+        addresses = [view.data_ptr() for view in views]
+        return SimpleNamespace(views=views, addresses=addresses, peers=torch.tensor(addresses))
+
+    def agree(self, kernel: str, facts: dict[str, str], error: Any, least: float = 0.0) -> None:
+        self.agreed.append(facts)
+        if error is not None:
+            self.errors.append(error)
+
+    def stream(self, name: str) -> Any:
+        return SimpleNamespace(cuda_stream=7)
+
+    def spare(self) -> Any:
+        return SimpleNamespace(cuda_stream=5)
+
+    def note_call(self, image: Any, stream: int) -> None:
+        return
+
+
+class Launched:
+    """Kernels that were launched: names, workers and integer arguments."""
+
+    def __init__(self) -> None:
+        self.recorded: list[tuple[str, tuple[int, ...]]] = []
+
+    def compile(self, kernel: Any, workers: int, args: tuple[Any, ...], **_: Any) -> Any:
+        numbers = tuple(a for a in args if isinstance(a, int) and not isinstance(a, bool))
+        self.recorded.append((kernel.fn.__name__, numbers))
+        compiled = SimpleNamespace(
+            run=None,
+            function=0,
+            n_regs=0,
+            metadata=SimpleNamespace(num_warps=8, shared=0),
+        )
+        return SimpleNamespace(run=lambda _: None, compiled=compiled, workers=workers)
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> tuple[State, Driver, Launched]:
+    driver, launched = Driver(), Launched()
+    state = State(driver)
+    for module in (cuda, plan):
+        monkeypatch.setattr(module, "driver", lambda: driver)
+    for module in (cuda, site):
+        monkeypatch.setattr(module, "state_of", lambda group: state)
+    monkeypatch.setattr(plan, "compile_launch", launched.compile)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 3, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for kept in ("_kernels", "_programs", "_last", "_links"):
+        monkeypatch.setattr(cuda, kept, {})
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    return state, driver, launched
+
+
+def matrix(rows: int, columns: int) -> torch.Tensor:
+    return torch.zeros(rows, columns, dtype=torch.bfloat16)
+
+
+def test_a_trace_compiles_and_agrees_a_capacity_at_a_time(
+    rank: tuple[State, Driver, Launched],
+) -> None:
+    state, driver, launched = rank
+    call = kernels.ag_gemm.on(dynamic=("M",), schedule=Schedule(moves=(("A", Move()),)))
+    b = matrix(32, 64)
+    for rows in (2, 60, 64, 66, 500, 128, 40, 512, 4):
+        a = matrix(rows // WORLD, 32)
+        del driver.calls[:]
+        assert call(a, b).shape == (rows, 64)
+        copied = [size for kind, *rest in driver.calls if kind == "copy" for size in rest]
+        assert copied == [rows // WORLD * 32 * 2, 4], rows
+    assert call.compilations == 3  # 64, 128 and 512
+    assert len(state.agreed) == 2 * 3  # what it is, and that every rank has compiled
+    assert [image.dynamic["M"] for image in state.images] == [64, 128, 512]
+    assert [image.least["M"] for image in state.images] == [2, 66, 258]
+    # A call of a length that has been there is a lookup.
+    known = len(launched.recorded)
+    out = matrix(60, 64)
+    for _ in range(plan.HOT + 2):
+        a = matrix(30, 32) if _ == 0 else a
+        call(a, b, out)
+    assert len(launched.recorded) == known + 3 and driver.calls[-1] == ("graph",)
+
+
+def test_a_length_that_ranks_cannot_share_is_told_to_them(
+    rank: tuple[State, Driver, Launched],
+) -> None:
+    state, _, _ = rank
+    call = kernels.gemm_rs.on(dynamic=("M",), schedule=Schedule(moves=(("C", Move()),)))
+    with pytest.raises(NotDivisible, match="not a multiple of the number of ranks, 2"):
+        call(matrix(7, 32), matrix(32, 64))
+    assert [type(error) for error in state.errors] == [NotDivisible]
+    assert call(matrix(8, 32), matrix(32, 64)).shape == (4, 64)
+
+
+def test_an_output_of_another_length_is_refused(rank: tuple[State, Driver, Launched]) -> None:
+    state, _, _ = rank
+    call = kernels.gemm_ar.on(dynamic=("M",), schedule=Schedule(moves=(("C", Move()),)))
+    call(matrix(48, 32), matrix(32, 64), matrix(48, 64))
+    with pytest.raises(TilelinkError, match="48"):
+        call(matrix(40, 32), matrix(32, 64), matrix(48, 64))
+    assert len(state.errors) == 1
+    unaligned = torch.zeros(40 * 32 + 1, dtype=torch.bfloat16)[1:].view(40, 32)
+    with pytest.raises(TilelinkError, match="16 bytes"):
+        call(unaligned, matrix(32, 64))
+
+
+def test_an_emitted_module_takes_the_lengths_it_was_proven_for(
+    rank: tuple[State, Driver, Launched],
+) -> None:
+    from tilelink.backend.emit.triton import emit
+    from tilelink.backend.pipeline import compile_kernel
+    from tilelink.backend.runtime import load_module, write_module
+
+    op = kernels.gemm_ar.build({"M": 64, "K": 32, "N": 64}, world=WORLD, dynamic=("M",))
+    module = load_module(write_module(emit(compile_kernel(op)), "gemm_ar"))
+    for rows in (64, 5):
+        (out,) = cuda.run_program(module.TEXT, module.host, [matrix(rows, 32), matrix(32, 64)], {})
+        assert out.shape == (rows, 64)
+    with pytest.raises(BadArgument, match="is 65, the program is for 1 to 64"):
+        cuda.run_program(module.TEXT, module.host, [matrix(65, 32), matrix(32, 64)], {})

@@ -1,0 +1,119 @@
+"""The call path of decorated kernels: what is looked up, and what is found out anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tilelink import kernels
+from tilelink.backend.pipeline import run_passes
+from tilelink.backend.runtime import site
+from tilelink.backend.runtime.errors import BadArgument
+from tilelink.backend.runtime.image import image_of
+from tilelink.frontend.errors import BadCall
+
+
+class Program:
+    """Stands for a program on the GPU: remembers what it is called with."""
+
+    def __init__(self, image: Any) -> None:
+        self.image = image
+        self.calls: list[tuple[dict[str, torch.Tensor], dict[str, float]]] = []
+
+    def allocate(
+        self, given: dict[str, torch.Tensor], extents: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        return {**given, "C": given.get("C", torch.empty(0))}
+
+    def call(
+        self,
+        tensors: dict[str, torch.Tensor],
+        scalars: dict[str, float],
+        extents: Mapping[str, int],
+    ) -> Any:
+        self.calls.append((tensors, scalars))
+        return (tensors["C"],)
+
+
+class Bench:
+    """A site of `ag_gemm` on two ranks whose runtime is replaced."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.met: list[dict[str, Any]] = []
+        self.refused: list[str] = []
+        self.state = SimpleNamespace(check_usable=lambda: None)
+        image = image_of(run_passes(kernels.ag_gemm.build({"M": 32, "K": 16, "N": 16}, world=2)))
+        self.program = Program(image)
+
+        def program_of(
+            kernel: Any, tensors: dict[str, Any], scalars: dict[str, Any], *_: Any
+        ) -> tuple[Program, dict[str, int]]:
+            self.met.append({**tensors, **scalars})
+            return self.program, {}
+
+        monkeypatch.setattr(site, "state_of", lambda group: self.state)
+        monkeypatch.setattr(site, "program_of", program_of)
+        monkeypatch.setattr(site, "refuse", lambda name, error, group: self.refused.append(name))
+        self.site = site.Site(kernels.ag_gemm, None, None)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(monkeypatch)
+
+
+def matrix(rows: int, columns: int) -> torch.Tensor:
+    return torch.zeros(rows, columns, dtype=torch.bfloat16)
+
+
+def test_a_kind_of_call_is_met_once(bench: Bench) -> None:
+    for _ in range(3):
+        a, b = matrix(16, 16), matrix(16, 16)
+        bench.site((a, b), {})
+        tensors, _ = bench.program.calls[-1]
+        assert tensors["A"] is a and tensors["B"] is b
+    assert len(bench.met) == 1
+    bench.site((matrix(32, 16), matrix(16, 16)), {})
+    bench.site((matrix(16, 16), matrix(16, 16).float()), {})
+    bench.site((matrix(16, 16), matrix(16, 16)), {"nk": True})
+    bench.site((matrix(16, 16),), {"B": matrix(16, 16)})
+    assert len(bench.met) == 5
+    bench.site((matrix(16, 16), matrix(16, 16)), {"nk": True})
+    bench.site((matrix(16, 16),), {"B": matrix(16, 16)})
+    assert len(bench.met) == 5 and len(bench.program.calls) == 9
+
+
+def test_what_is_not_contiguous_is_copied(bench: Bench) -> None:
+    b = torch.arange(256, dtype=torch.bfloat16).view(16, 16)
+    for _ in range(2):
+        bench.site((matrix(16, 16), b.T), {})
+        tensors, _ = bench.program.calls[-1]
+        assert tensors["B"].is_contiguous() and torch.equal(tensors["B"], b.T)
+    with pytest.raises(BadArgument, match="is an output and not contiguous"):
+        bench.site((matrix(16, 16), b, matrix(32, 32).T[:16]), {})
+
+
+def test_another_state_of_the_group_is_met_anew(bench: Bench) -> None:
+    bench.site((matrix(16, 16), matrix(16, 16)), {})
+    bench.state = SimpleNamespace(check_usable=lambda: None)
+    bench.site((matrix(16, 16), matrix(16, 16)), {})
+    assert len(bench.met) == 2
+
+
+def test_a_wrong_argument_is_told_to_the_other_ranks_each_time(bench: Bench) -> None:
+    wanted = matrix(16, 16).requires_grad_()
+    for _ in range(2):
+        with pytest.raises(BadCall, match="requires a gradient"):
+            bench.site((wanted, matrix(16, 16)), {})
+    assert bench.refused == ["ag_gemm"] * 2 and bench.met == []
+    with torch.no_grad():
+        bench.site((wanted, matrix(16, 16)), {})
+    # The kind of call that was fine without gradients is not fine with them.
+    with pytest.raises(BadCall, match="requires a gradient"):
+        bench.site((wanted, matrix(16, 16)), {})
+    with pytest.raises(BadCall, match="needs the argument"):
+        bench.site((matrix(16, 16),), {})
