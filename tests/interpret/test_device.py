@@ -306,3 +306,28 @@ record = arenas[0][layout.RECORD : layout.RECORD + 10].tolist()
 assert record == [1, 0, 0, 9, 1027, 1, 0, 1, 4, 1], record
 """,
     )
+
+
+def test_a_peers_flag_is_raised_a_tile_later(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def late(arena, peers, rank, tiles, limit: tl.int64):
+    ctx = device.context(arena, peers, rank, 2, limit, limit)
+    pending = tl.full((), -1, tl.int32)
+    for tile in range(0, tiles):
+        device.delayed_counted_notify(ctx, pending, 1, 32768, 2)
+        device.delayed_peer_notify(ctx, tl.where(tile == 2, 1027, -1), 0)
+        pending = tl.full((), 1025, tl.int32)
+    device.delayed_counted_notify(ctx, pending, 1, 32768, 2)
+
+for tiles, counted, flags in ((1, 1, (0, 0)), (2, 2, (1, 0)), (3, 3, (1, 1))):
+    for a in arenas:
+        a.zero_()
+    head(0), head(1)
+    late[(1,)](arenas[0], peers, 0, tiles, 10**6)
+    assert arenas[0][32768] == counted, tiles
+    assert (int(arenas[1][1025]), int(arenas[0][1027])) == flags, tiles
+""",
+    )
