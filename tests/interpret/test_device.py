@@ -331,3 +331,26 @@ for tiles, counted, flags in ((1, 1, (0, 0)), (2, 2, (1, 0)), (3, 3, (1, 1))):
     assert (int(arenas[1][1025]), int(arenas[0][1027])) == flags, tiles
 """,
     )
+
+
+def test_long_copies_reach_every_element_and_no_other(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def move(source, target, rows, columns, source_stride, target_stride):
+    device.tile_push_data(source, target, rows, columns, source_stride, target_stride)
+
+source = torch.arange(1, 40001)
+for rows, columns, one, two in (
+    (3, 5000, 5000, 5000), (2, 4096, 4096, 4096), (3, 5000, 6000, 5000), (2, 4097, 4097, 4100),
+    (1, 9000, 9000, 9000), (0, 50, 50, 50), (4, 0, 7, 7), (1, 8192, 1, 1),
+):
+    target = torch.zeros(40000, dtype=torch.int64)
+    move[(1,)](source, target, rows, columns, one, two)
+    wanted = torch.zeros(40000, dtype=torch.int64)
+    for row in range(rows):
+        wanted[row * two : row * two + columns] = source[row * one : row * one + columns]
+    assert torch.equal(target, wanted), (rows, columns, one, two)
+""",
+    )
