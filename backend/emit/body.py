@@ -236,11 +236,15 @@ def _guarded(scope: Scope, op: Op, write: Callable[[], None]) -> None:
 
 def word(scope: Scope, op: Op, symbol: str, index: tuple[Expr, ...]) -> str:
     """The text of the arena word of one element of a flag or counter."""
-    decl = scope.program.symbols[symbol]
-    text: Expr = Expr.of(int(decl["offset"]) // 4)
+    return scope.expr(word_of(scope, symbol, index))
+
+
+def word_of(scope: Scope, symbol: str, index: tuple[Expr, ...]) -> Expr:
+    """The arena word of one element of a flag or counter."""
+    found: Expr = Expr.of(int(scope.program.symbols[symbol]["offset"]) // 4)
     for item, step in zip(index, access.strides(scope, symbol), strict=True):
-        text = text + item * step
-    return scope.expr(text)
+        found = found + item * step
+    return found
 
 
 def element(op: Op, index: tuple[object, ...]) -> tuple[Expr, ...]:

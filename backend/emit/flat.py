@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from tilelink.backend.emit.loops import (
 from tilelink.backend.emit.scope import Program, Scope, refuse
 from tilelink.backend.emit.text import Writer
 from tilelink.backend.passes.order_memory import main_loop
-from tilelink.ir import At, Expr, Index, Op, Range, Value
+from tilelink.ir import At, Expr, Index, Op, Range, Ref, Value
 
 
 def flat_stage(scope: Scope, stage: Op, worker: str, step: str, count: str, flushed: bool) -> None:
@@ -42,14 +43,11 @@ def flat_stage(scope: Scope, stage: Op, worker: str, step: str, count: str, flus
     assert length is not None
     steps = -(-length // size)
     notify = next((op for op in epilogue if op.name == "notify" and op.get("delay")), None)
-    turn, pending = scope.fresh(f"{variable.name}_at"), scope.fresh("pending")
-    if notify is not None:
-        body.plain_notify(scope.program, notify)
-        if not notify.get("drain"):
-            raise refuse(notify, "a notify that is held back and drains nothing")
+    turn = scope.fresh(f"{variable.name}_at")
+    held = None if notify is None else _Held.of(scope, notify)
     writer.line(f"q = {worker} - {step}")
-    if notify is not None:
-        writer.line(f"{pending} = tl.full((), -1, tl.int32)")
+    if held is not None:
+        held.begin(scope)
     waits = tuple(op for op in stage.body[:at] if op.name == "wait")
     if waits:
         writer.line("token = 0")
@@ -71,14 +69,11 @@ def flat_stage(scope: Scope, stage: Op, worker: str, step: str, count: str, flus
             place_tile(scope, variable, turn, f"{turn} * {size}", size, loop["extent"][0])
             body.loop_body(scope, loop)
             with writer.block(f"if {turn} == {steps - 1}:"):
-                if notify is not None:
-                    _release(scope, pending, notify)
+                if held is not None:
+                    held.release(scope)
                 body.ops(scope, tuple(op for op in epilogue if op is not notify))
-                if notify is not None:
-                    assert notify.ref is not None
-                    index = body.element(notify, notify.ref.index)
-                    word = body.word(scope, notify, notify.symbol, index)
-                    writer.line(f"{pending} = {word}")
+                if held is not None:
+                    held.keep(scope)
                 for line in begin:
                     writer.line(line)
 
@@ -89,8 +84,8 @@ def flat_stage(scope: Scope, stage: Op, worker: str, step: str, count: str, flus
         first_one = worker if worker.endswith(")") else f"({worker})"
         writer.line(f"{turns} = tl.cdiv({count} - {first_one}, {step}) * {steps}")
         tiles(turns)
-    if notify is not None and flushed:
-        _release(scope, pending, notify)
+    if held is not None and flushed:
+        held.release(scope)
     scope.dims.pop(variable.name, None)
 
 
@@ -201,10 +196,61 @@ def flat_by_segment(program: Program, stage: Op) -> bool:
     return True
 
 
-def _release(scope: Scope, pending: str, notify: Op) -> None:
-    """The last tile's notify, held back until its stores have long completed."""
-    args = ["ctx", pending, *body.reach(notify)]
-    scope.writer.call("device.delayed_tile_notify(", args)
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A notify that waits for the next tile: what it needs of its tile, in variables of the loop.
+
+    ``kept`` are these variables and the values that they take, the word first; ``fixed`` are arguments
+    that are the same for every tile.
+    """
+
+    call: str
+    kept: tuple[tuple[str, Expr], ...]
+    fixed: tuple[str, ...]
+
+    @staticmethod
+    def of(scope: Scope, notify: Op) -> _Held:
+        """The variables for ``notify``."""
+        body.plain_notify(scope.program, notify)
+        if not notify.get("drain"):
+            raise refuse(notify, "a notify that is held back and drains nothing")
+        assert notify.ref is not None
+
+        def word(ref: Ref) -> Expr:
+            return body.word_of(scope, ref.symbol, body.element(notify, ref.index))
+
+        kept = [("pending", word(notify.ref))]
+        if scope.program.symbols[notify.symbol].name == "counter":
+            call, fixed = "delayed_tile_notify", body.reach(notify)
+        else:
+            call, fixed = "delayed_peer_notify", []
+            kept.append(("pending_peer", Expr.of(notify["peer"])))
+            count = notify.get("count", 1)
+            if count != 1:
+                call = "delayed_counted_notify"
+                kept.append(("pending_through", word(notify["through"])))
+                number = scope.program.constant(count)
+                if number is None:
+                    kept.append(("pending_count", count))
+                else:
+                    fixed = [str(number)]
+        named = tuple((scope.fresh(name), value) for name, value in kept)
+        return _Held(call, named, tuple(fixed))
+
+    def begin(self, scope: Scope) -> None:
+        """Nothing is held back yet: a word below 0."""
+        for number, (name, _) in enumerate(self.kept):
+            scope.writer.line(f"{name} = tl.full((), {0 if number else -1}, tl.int32)")
+
+    def keep(self, scope: Scope) -> None:
+        """Note the notify of this tile."""
+        for name, value in self.kept:
+            scope.writer.line(f"{name} = {scope.expr(value)}")
+
+    def release(self, scope: Scope) -> None:
+        """The last tile's notify, held back until its stores have long completed."""
+        args = ["ctx", *(name for name, _ in self.kept), *self.fixed]
+        scope.writer.call(f"device.{self.call}(", args)
 
 
 def _decoded(scope: Scope, stage: Op) -> list[str]:

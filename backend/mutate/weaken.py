@@ -93,20 +93,16 @@ def forgotten_flush(program: Op) -> Iterator[Mutant]:
     for site in sites(program, "flush"):
         flushes = True
         yield mutant(program, site, "forgotten-flush", "removed")
-    kinds = declared(program)
     for site in sites(program, "notify"):
-        counter = kinds[site.op.symbol].name == "counter"
-        if counter and site.stage is not None and not flushes and site.op.get("delay") is None:
+        if site.above[-1].name == "stage" and not flushes and site.op.get("delay") is None:
             op = with_attr(site.op, "delay", 1)
             yield mutant(program, site, "forgotten-flush", "held back, nothing flushes", op)
 
 
 def delay(program: Op) -> Iterator[Mutant]:
     """``notify`` -> ``delay = 1`` with a flush at the end; ``flush`` -> behind a later stage."""
-    kinds = declared(program)
     for site in sites(program, "notify"):
-        counter = kinds[site.op.symbol].name == "counter"
-        if not counter or site.stage is None or site.op.get("delay") is not None:
+        if site.above[-1].name != "stage" or site.op.get("delay") is not None:
             continue
         held = replaced(program, site.path, with_attr(site.op, "delay", 1))
         launch_path = site.path[:1]

@@ -77,10 +77,7 @@ def can_flatten(program: Op, stage: Op) -> bool:
     if any(op.name in ("wait", "transfer") or op.get("own") is not None for op in inside):
         return False
     signals = [op for op in inside if op.name == "notify"]
-    kept = all(
-        op in stage.body and op.get("if") is None and program.declared(op.symbol).name == "counter"
-        for op in signals
-    )
+    kept = all(op in stage.body and op.get("if") is None for op in signals)
     return kept and len(signals) <= 1
 
 

@@ -494,7 +494,7 @@ class Builder:
         gpu = op.get("scope", "sys") == "gpu"
         mode = self._good_for(at, rank, weak, gpu)
         self._mark(at, words)
-        drain, delayed = bool(op.get("drain")), bool(op.get("delay")) and counter and at.in_stage
+        drain, delayed = bool(op.get("drain")), bool(op.get("delay")) and at.in_stage
         if counter:
             for word in words:
                 self.counted.add((at.call, word))
@@ -513,11 +513,12 @@ class Builder:
             raise IndexError("a counted notify without a counter (`through`)")
         for number, word in enumerate(words):
             self.flag_set.add(word)
-            node = Node(SET, op, where, elements=(word,), mode=mode, need=at.call + 1)
+            kind = HOLD if delayed else SET
+            node = Node(kind, op, where, elements=(word,), mode=mode, need=at.call + 1)
             node.drain, node.slot, node.count = drain, slot, count
             if number and slot >= 0:
                 raise Unsupported("a counted notify of several elements")
-            at.chain.append(node)
+            (at.deferred if delayed and at.perform_first else at.chain).append(node)
 
     def _good_for(self, at: _Place, home: int, weak: bool, gpu: bool) -> int:
         if weak:

@@ -8,7 +8,7 @@ hang on the node before them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from tilelink.backend.simulate.geometry import Box
 from tilelink.ir import Op, op_line
@@ -69,6 +69,22 @@ class Node:
         """The op and who runs it."""
         line = op_line(self.op) if self.op is not None else "task" if self.kind == TAKE else "step"
         return f"{self.where}: {line}"
+
+
+class Held(NamedTuple):
+    """A notify that a process holds back; ``need`` is 0 for a counter, the epoch for a flag."""
+
+    element: int
+    mode: int
+    drain: bool
+    slot: int
+    wanted: int  # how many of a counted notify raise the flag
+    need: int
+
+    @staticmethod
+    def of(node: Node) -> Held:
+        """What a node holds back."""
+        return Held(node.elements[0], node.mode, node.drain, node.slot, node.count, node.need)
 
 
 def meets(one: Box, other: Box) -> bool:

@@ -24,6 +24,7 @@ from tilelink.backend.simulate.explore_nodes import (
     SLOT,
     TAKE,
     WAIT,
+    Held,
     Node,
 )
 
@@ -134,6 +135,11 @@ class Reducer:
                 if kind not in harmless:
                     found.update(numbers)  # type: ignore[arg-type]
 
+        def sent(notify: Held) -> None:
+            add(notify.element, () if notify.need else (ADD,))
+            if notify.slot >= 0:
+                add(notify.slot, (_counted(notify),))
+
         if node.kind == WAIT:
             for word in node.elements:
                 add(word, (WAIT,))
@@ -142,11 +148,9 @@ class Reducer:
         elif node.kind == PERFORM:
             held = process[5]
             assert isinstance(held, tuple)
-            add(held[0][0], (ADD,))
+            sent(held[0])
         elif node.kind == SET:
-            add(node.elements[0], ())
-            if node.slot >= 0:
-                add(node.slot, (_counted(node),))
+            sent(Held.of(node))
         elif node.kind in (TAKE, CLEAR):
             for word in node.elements:
                 add(word, ())
@@ -165,6 +169,21 @@ class Reducer:
         def touch(word: int, kind: object, who: Sequence[int]) -> None:
             touched.setdefault(word, {}).setdefault(kind, set()).update(who)  # type: ignore[arg-type]
 
+        def raised(notify: Held, who: Sequence[int]) -> None:
+            word = notify.element
+            if not notify.need:
+                high[word] += 1
+                touch(word, ADD, who)
+                return
+            reached = True
+            if notify.slot >= 0:
+                high[notify.slot] += 1
+                touch(notify.slot, _counted(notify), who)
+                reached = high[notify.slot] >= notify.wanted
+            if reached:
+                high[word] = max(high[word], notify.need)
+                touch(word, SET, who)
+
         # A cursor: the node, who may stand there, where a task returns to, and the task. Tasks of a
         # dynamic queue are started once for all.
         cursors: list[tuple[int, tuple[int, ...], int, int]] = []
@@ -174,9 +193,8 @@ class Reducer:
             at, back, _, _, _, held = process_of[key[number]]
             if at < 0 or number in frozen:
                 continue
-            for element, _, _ in held:
-                high[element] += 1
-                touch(element, ADD, (number,))
+            for notify in held:
+                raised(notify, (number,))
             cursors.append((at, (number,), back, -1))
         moved = True
         while moved:
@@ -192,19 +210,8 @@ class Reducer:
                             break
                         for word in node.elements:
                             touch(word, WAIT, who)
-                    elif kind in (ADD, HOLD):
-                        high[node.elements[0]] += 1
-                        touch(node.elements[0], ADD, who)
-                    elif kind == SET:
-                        reached = True
-                        if node.slot >= 0:
-                            high[node.slot] += 1
-                            touch(node.slot, _counted(node), who)
-                            reached = high[node.slot] >= node.count
-                        if reached:
-                            word = node.elements[0]
-                            high[word] = max(high[word], node.need)
-                            touch(word, SET, who)
+                    elif kind in (ADD, HOLD, SET):
+                        raised(Held.of(node), who)
                     elif kind == TAKE:
                         word = node.elements[0]
                         touch(word, TAKE, who)
@@ -241,6 +248,6 @@ class Reducer:
         return touched
 
 
-def _counted(node: Node) -> tuple[object, ...]:
+def _counted(node: Held) -> tuple[object, ...]:
     """Counted notifies of one kind commute: whichever is last sets the word, and carries all."""
-    return (SET, node.mode, node.count, node.elements, node.need)
+    return (SET, node.mode, node.wanted, node.element, node.need)

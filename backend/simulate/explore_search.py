@@ -20,13 +20,14 @@ from tilelink.backend.simulate.explore_nodes import (
     TAKE,
     TAKES,
     WAIT,
+    Held,
     Node,
 )
 from tilelink.backend.simulate.explore_reduce import Reducer, settled
 
 # node, node to return to, clock, clock at the last proxy fence, own writes through the async proxy that
-# nothing drained, notifies held back (element, mode, drain)
-Process: TypeAlias = tuple[int, int, int, int, int, tuple[tuple[int, int, bool], ...]]
+# nothing drained, notifies held back
+Process: TypeAlias = tuple[int, int, int, int, int, tuple[Held, ...]]
 Word: TypeAlias = tuple[
     int, int, int, int, int
 ]  # value, what releases carry by what they are good for
@@ -261,8 +262,8 @@ class Search:
                     break
                 self._perform(processes, words, done, number, frontier)
 
-    def _quiet(self, node: Node, held: tuple[tuple[int, int, bool], ...]) -> bool:
-        return self.reducer is not None and held[0][0] in self.reducer.settled
+    def _quiet(self, node: Node, held: tuple[Held, ...]) -> bool:
+        return self.reducer is not None and held[0].element in self.reducer.settled
 
     def _perform(
         self,
@@ -291,17 +292,20 @@ class Search:
         elif kind == SET:
             if node.drain:
                 clock, pending = clock | pending, 0
-            self._set(node, words, clock, frontier)
+            self._set(Held.of(node), words, clock, frontier)
         elif kind == HOLD:
-            held = (*held, (node.elements[0], node.mode, node.drain))
+            held = (*held, Held.of(node))
         elif kind == PERFORM:
             if node.drain:
                 clock, pending = clock | pending, 0
             if held:
-                (element, mode, drain), *rest = held
-                if drain:
+                first, *rest = held
+                if first.drain:
                     clock, pending = clock | pending, 0
-                self._add(words, element, mode, clock, frontier)
+                if first.need:
+                    self._set(first, words, clock, frontier)
+                else:
+                    self._add(words, first.element, first.mode, clock, frontier)
                 held = tuple(rest)
                 if held:
                     after = at
@@ -361,16 +365,16 @@ class Search:
         words[element] = self.word_id(tuple(word))  # type: ignore[arg-type]
         frontier += self.waiting.get(element, ())
 
-    def _set(self, node: Node, words: list[int], clock: int, frontier: list[int]) -> None:
+    def _set(self, node: Held, words: list[int], clock: int, frontier: list[int]) -> None:
         mode = node.mode
         if node.slot >= 0:
             self._add(words, node.slot, mode, clock, frontier)
             value, *carried = self.word_of[words[node.slot]]
-            if value > node.count:
+            if value > node.wanted:
                 name = self.instance.names[node.slot]
-                detail = f"{name} is notified {value} times where {node.count} are expected"
+                detail = f"{name} is notified {value} times where {node.wanted} are expected"
                 raise _Bad("balance", detail)
-            if value < node.count:
+            if value < node.wanted:
                 return
             if mode != NOBODY:
                 # The last of the counted notifies has acquired the counter.
@@ -379,7 +383,7 @@ class Search:
         word = [node.need, 0, 0, 0, 0]
         if mode != NOBODY:
             word[1 + mode] = clock
-        words[node.elements[0]] = self.word_id(tuple(word))  # type: ignore[arg-type]
+        words[node.element] = self.word_id(tuple(word))  # type: ignore[arg-type]
 
     def _check_counters(self, node: Node, words: list[int]) -> None:
         for word, wanted in node.checks:

@@ -525,7 +525,7 @@ class Tracer:
         if through is not None:
             slot = (through.symbol, geometry.flat(through, env)[0])
         relaxed |= op.get("barrier") is False
-        drain, delay = bool(op.get("drain")), bool(op.get("delay")) and counter
+        drain, delay = bool(op.get("drain")), bool(op.get("delay"))
         return Notify(
             op, self.place, op.symbol, elements, self.place.rank if counter else rank, count,
             slot, counter, relaxed, gpu, drain, delay,

@@ -89,9 +89,10 @@ class KernelMachine(AccessMachine):
         self.peer(home)
         return self.arena(home, offset, dtype)
 
-    def peer(self, home: Ints) -> None:
+    def peer(self, home: Ints, on: Mask | None = None) -> None:
         """Refuses a rank that does not exist."""
-        if np.any((home[self.on] < 0) | (home[self.on] >= self.layout.world)):
+        on = self.on if on is None else on
+        if np.any((home[on] < 0) | (home[on] >= self.layout.world)):
             self.hazard("a rank that does not exist")
 
     def arena(self, home: Ints, offset: Any, dtype: Any) -> Pointer:
@@ -267,15 +268,22 @@ class KernelMachine(AccessMachine):
 
     def on_device_delayed_tile_notify(self, ctx: Any, pending: Any, system: Any = False) -> None:
         """``device.delayed_tile_notify``: for the task whose stores came last."""
-        self.context(ctx)
-        words = full(self.number(pending).v, self.lanes)
-        on = self.on & (words >= 0)
+        on, facts = self.held_back(ctx, pending)
         if not on.any():
             return
-        if np.any(on & (self.last_wait > self.last_write)):
-            self.hazard("a notify is held back while its worker waits")
         symbol, flat = self.element(pending, on)
         wide = self.counted(symbol, system)
+        self.signal(on, symbol, self.rank, flat, wait=False, system=wide, **facts)
+
+    def held_back(self, ctx: Any, pending: Any) -> tuple[Mask, dict[str, Any]]:
+        """The workers that hold a notify back, and for which of their tasks it is made now."""
+        self.context(ctx)
+        words = full(self.number(pending).v, self.lanes)
+        on: Mask = self.on & (words >= 0)
+        if not on.any():
+            return on, {}
+        if np.any(on & (self.last_wait > self.last_write)):
+            self.hazard("a notify is held back while its worker waits")
         if self.stage >= 0:
             stage, final = self.stage, self.segment
             # Before the task's first store it is the task before that the notify is for.
@@ -291,20 +299,32 @@ class KernelMachine(AccessMachine):
         if np.any(segment[on] < 0):
             self.hazard("a delayed notify that follows no stores")
         self.tma = {s: lanes & ~on for s, lanes in self.tma.items()}
-        self.signal(
-            on, symbol, self.rank, flat, wait=False, system=wide, delayed=True,
-            stage=stage, segment=segment,
-        )  # fmt: skip
+        return on, {"delayed": True, "stage": stage, "segment": segment}
 
-    def flagged(self, word: Any, peer: Any, **facts: Any) -> None:
-        """A notify of a peer's flag."""
-        symbol, flat = self.element(word, self.on)
+    def on_device_delayed_peer_notify(self, ctx: Any, pending: Any, peer: Any) -> None:
+        """``device.delayed_peer_notify``."""
+        on, facts = self.held_back(ctx, pending)
+        if on.any():
+            self.flagged(pending, peer, on, **facts)
+
+    def on_device_delayed_counted_notify(
+        self, ctx: Any, pending: Any, peer: Any, through: Any, count: Any
+    ) -> None:
+        """``device.delayed_counted_notify``."""
+        on, facts = self.held_back(ctx, pending)
+        if on.any():
+            self.counted_flag(pending, peer, through, count, on, **facts)
+
+    def flagged(self, word: Any, peer: Any, on: Mask | None = None, **facts: Any) -> None:
+        """A notify of a peer's flag, in the lanes ``on`` (None: all that run)."""
+        on = self.on if on is None else on
+        symbol, flat = self.element(word, on)
         if self.layout.declared[symbol].name != "flag":
             self.hazard(f"@{symbol} is a counter, and is notified as a flag")
         home = full(self.number(peer).v, self.lanes)
-        self.peer(home)
-        self.released(self.on)
-        self.signal(self.on, symbol, home, flat, wait=False, **facts)
+        self.peer(home, on)
+        self.released(on)
+        self.signal(on, symbol, home, flat, wait=False, **facts)
 
     def on_device_peer_tile_notify(self, ctx: Any, word: Any, peer: Any) -> None:
         """``device.peer_tile_notify``."""
@@ -316,11 +336,17 @@ class KernelMachine(AccessMachine):
     ) -> None:
         """``device.counted_tile_notify``."""
         self.context(ctx)
-        symbol, flat = self.element(through, self.on)
+        self.counted_flag(word, peer, through, count, self.on)
+
+    def counted_flag(
+        self, word: Any, peer: Any, through: Any, count: Any, on: Mask, **facts: Any
+    ) -> None:
+        """A notify of a peer's flag that a local counter counts."""
+        symbol, flat = self.element(through, on)
         if self.layout.declared[symbol].name != "counter":
             self.hazard(f"@{symbol} is a flag, and counts notifies")
         bound = self.number(count).v
-        self.flagged(word, peer, bound=bound, through=symbol, through_flat=flat)
+        self.flagged(word, peer, on, bound=bound, through=symbol, through_flat=flat, **facts)
 
     def on_device_rank_notify(self, ctx: Any, word: Any) -> None:
         """``device.rank_notify``: one notify a peer."""

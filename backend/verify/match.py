@@ -52,12 +52,11 @@ def check_words_of(out: Expansion, words: Elements) -> None:
         if sync.wait or not sync.delay or not len(sync.task):
             continue
         numbers = np.unique(out.task_phase[sync.task]).tolist()
-        counter = out.declarations[sync.symbol].name == "counter"
-        if not counter or any(out.phases[n].kind != "stage" for n in numbers):
+        if any(out.phases[n].kind != "stage" for n in numbers):
             raise FenceError(
                 guarded(out, sync),
                 symbol=sync.symbol,
-                detail="only a notify of a counter in a stage can be held back",
+                detail="only a notify in a stage can be held back",
                 notes=(out.describe(int(sync.task[0])),),
             )
         for number in numbers:

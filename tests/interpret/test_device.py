@@ -344,3 +344,51 @@ record = arenas[0][layout.RECORD : layout.RECORD + layout.RECORD_WORDS].tolist()
 assert record[0:2] == [1, 0] and record[5:8] == [32, 24, 1] and record[9] == 5, record
 """,
     )
+
+
+def test_a_peers_flag_is_raised_a_tile_later(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def late(arena, peers, rank, tiles, limit: tl.int64):
+    ctx = device.context(arena, peers, rank, 2, limit, limit)
+    pending = tl.full((), -1, tl.int32)
+    for tile in range(0, tiles):
+        device.delayed_counted_notify(ctx, pending, 1, 32768, 2)
+        device.delayed_peer_notify(ctx, tl.where(tile == 2, 1027, -1), 0)
+        pending = tl.full((), 1025, tl.int32)
+    device.delayed_counted_notify(ctx, pending, 1, 32768, 2)
+
+for tiles, counted, flags in ((1, 1, (0, 0)), (2, 2, (1, 0)), (3, 3, (1, 1))):
+    for a in arenas:
+        a.zero_()
+    head(0), head(1)
+    late[(1,)](arenas[0], peers, 0, tiles, 10**6)
+    assert arenas[0][32768] == counted, tiles
+    assert (int(arenas[1][1025]), int(arenas[0][1027])) == flags, tiles
+""",
+    )
+
+
+def test_long_copies_reach_every_element_and_no_other(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def move(source, target, rows, columns, source_stride, target_stride):
+    device.tile_push_data(source, target, rows, columns, source_stride, target_stride)
+
+source = torch.arange(1, 40001)
+for rows, columns, one, two in (
+    (3, 5000, 5000, 5000), (2, 4096, 4096, 4096), (3, 5000, 6000, 5000), (2, 4097, 4097, 4100),
+    (1, 9000, 9000, 9000), (0, 50, 50, 50), (4, 0, 7, 7), (1, 8192, 1, 1),
+):
+    target = torch.zeros(40000, dtype=torch.int64)
+    move[(1,)](source, target, rows, columns, one, two)
+    wanted = torch.zeros(40000, dtype=torch.int64)
+    for row in range(rows):
+        wanted[row * two : row * two + columns] = source[row * one : row * one + columns]
+    assert torch.equal(target, wanted), (rows, columns, one, two)
+""",
+    )

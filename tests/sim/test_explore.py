@@ -108,6 +108,11 @@ FINE = [
         "notify @C.done[m.start / 16, 0]\n    }",
         "notify @C.done[m.start / 16, 0] {delay = 1}\n    }\n    flush",
     ),
+    (
+        "gemm_rs.epilogue",
+        "C.arrived[m.start / 16, 0]}\n    }",
+        "C.arrived[m.start / 16, 0], delay = 1}\n    }\n    flush",
+    ),
 ]
 
 
@@ -121,6 +126,10 @@ def test_what_the_memory_model_allows_is_right(name: str, old: str, new: str) ->
 def test_a_notify_that_is_held_back_when_the_worker_leaves_is_lost() -> None:
     old = "notify @C.done[m.start / 16, 0]"
     found = explore(changed("gemm_rs.copy_engine", old, f"{old} {{delay = 1}}"))
+    assert found.bad is not None
+    assert found.bad.kind == "deadlock"
+    counted = "@C.arrived[m.start / 16, 0]"
+    found = explore(changed("gemm_rs.epilogue", f"{counted}}}", f"{counted}, delay = 1}}"))
     assert found.bad is not None
     assert found.bad.kind == "deadlock"
 

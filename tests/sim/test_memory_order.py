@@ -163,6 +163,15 @@ def test_delayed_notifies_come_with_the_next_store_or_the_flush() -> None:
     assert oracle(altered("gemm_rs.copy_engine", delayed, tma, flushed)) == "happens-before"
 
 
+def test_a_peers_flag_may_be_held_back() -> None:
+    counted = "@C.arrived[m.start / 16, 0]}"
+    delayed = (counted, counted.replace("}", ", delay = 1}"))
+    assert oracle(altered("gemm_rs.epilogue", delayed, FLUSH)) is None
+    assert oracle(altered("gemm_rs.epilogue", delayed)) in ("deadlock", "balance")
+    late = ("    finish", "    flush\n    finish")
+    assert oracle(altered("gemm_rs.epilogue", delayed, late)) == "deadlock"
+
+
 def test_a_lost_notify_is_named() -> None:
     # Nothing waits for the counter, so that only the worker's exit shows the loss.
     text = sample_text("ag_gemm.copy_engine")

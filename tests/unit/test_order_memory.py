@@ -121,6 +121,22 @@ def test_a_flattened_stage_holds_its_notify_back_until_a_flush() -> None:
     assert (notify["delay"], notify["drain"]) == (1, True)
 
 
+def test_a_peers_flag_is_held_back_too_but_not_in_a_loop_over_peers() -> None:
+    program = fused("gemm_rs", "epilogue")
+    (launch,) = program.find("launch")
+    assert [op.name for op in launch.body[:2]] == ["stage", "flush"]
+    (notify,) = (op for op in launch.body[0].walk() if op.name == "notify")
+    assert notify["delay"] == 1 and program.declared(notify.symbol).name == "flag"
+    (store,) = (op for op in launch.body[0].walk() if op.name == "store")
+    assert store.get("via") is None and store.get("peer") is not None
+    # In the text once a tile, for the tile before, and once behind the loop.
+    assert body(program).count("device.delayed_") == 2
+    assert "device.peer_tile_notify(" not in body(program)
+    reduced = fused("gemm_ar", "epilogue")
+    assert all(op.get("delay") is None for op in reduced.walk())
+    assert "device.delayed_" not in body(reduced)
+
+
 def test_without_via_everything_goes_by_pointers() -> None:
     program = fused("ag_gemm", "copy_engine")
     assert ".load([" in body(program) and ".store([" in body(program)

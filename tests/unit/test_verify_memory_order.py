@@ -17,6 +17,8 @@ from tilelink.backend.verify import (
 from tilelink.ir import Op, parse_ir
 
 AG, RS, AR = "ag_gemm.copy_engine", "gemm_rs.copy_engine", "gemm_ar.epilogue"
+PUSH = "gemm_rs.epilogue"
+COUNTED = "through = @C.arrived[m.start / 16, 0]"
 READY = "wait @A.ready[m.start / 16, 0] {if = m.start / 16 != RANK"
 LOAD = "when = m.start / 16 == RANK}"
 DONE = "notify @C.done[m.start / 16, 0]"
@@ -49,6 +51,7 @@ FINE = [
     (RS, [(OWN, OWN + ', scope = "gpu"')]),
     (RS, [(PARTIAL, PARTIAL + ' {via = "tma"}'), (DONE, DONE + " {drain = true}")]),
     (RS, [(DONE, DONE + " {delay = 1}"), (SUM, "    flush\n" + SUM)]),
+    (PUSH, [(COUNTED, COUNTED + ", delay = 1"), (SUM, "    flush\n" + SUM)]),
     (
         RS,
         [
@@ -127,6 +130,22 @@ WEAK = [
     ),
     # Held back.
     (RS, [(DONE, DONE + " {delay = 1}")], MatchError, "lost"),
+    (PUSH, [(COUNTED, COUNTED + ", delay = 1")], MatchError, "lost"),
+    (
+        PUSH,
+        [(COUNTED, COUNTED + ", delay = 1"), ("    finish", "    flush\n    finish")],
+        ProgressError,
+        "flush",
+    ),
+    (
+        AR,
+        [
+            ("C.arrived[d.1, m.start / 16]", "C.arrived[d.1, m.start / 16], delay = 1"),
+            (SUM, "    flush\n" + SUM),
+        ],
+        UndecidedError,
+        "delay",
+    ),
     (
         RS,
         [(DONE, DONE + " {delay = 1}"), ("    stage @gemm", "    flush\n    stage @gemm")],

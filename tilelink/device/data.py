@@ -27,13 +27,22 @@ def pointer(arena, offset, dtype: tl.constexpr):
 
 @triton.jit
 def _copy(source, target, rows, columns, source_stride, target_stride):
-    for row in range(0, rows):
+    # Rows that lie one behind the other are one long row. A block is under way while the one before it
+    # is stored: a worker alone moves what it has in flight, over the latency of memory.
+    whole = (source_stride == columns) & (target_stride == columns)
+    lines = tl.where(whole, tl.minimum(rows, 1), rows)
+    width = tl.where(whole, tl.cast(rows, tl.int64) * columns, columns)
+    lanes = tl.arange(0, _BLOCK)
+    for row in range(0, lines):
         source_row = source + tl.cast(row, tl.int64) * source_stride
         target_row = target + tl.cast(row, tl.int64) * target_stride
-        for start in range(0, columns, _BLOCK):
-            offsets = start + tl.arange(0, _BLOCK)
-            inside = offsets < columns
-            tl.store(target_row + offsets, tl.load(source_row + offsets, mask=inside), mask=inside)
+        held = tl.load(source_row + lanes, mask=lanes < width)
+        for start in range(0, width, _BLOCK):
+            offsets = start + lanes
+            following = offsets + _BLOCK
+            loaded = tl.load(source_row + following, mask=following < width)
+            tl.store(target_row + offsets, held, mask=offsets < width)
+            held = loaded
 
 
 @triton.jit

@@ -244,6 +244,21 @@ def producer_tile_notify(ctx, word, system: tl.constexpr = False):
 
 
 @triton.jit
+def _stored(pending):
+    if CUDA:
+        return tl.inline_asm_elementwise(
+            "cp.async.bulk.wait_group 0; fence.proxy.async.global; bar.sync 0; mov.b32 $0, $1;",
+            "=r,r",
+            [pending],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return pending
+
+
+@triton.jit
 def delayed_tile_notify(ctx, pending, system: tl.constexpr = False):
     """Release: add 1 to the local counter ``pending``, a word number, for a tile stored one tile ago.
 
@@ -252,21 +267,33 @@ def delayed_tile_notify(ctx, pending, system: tl.constexpr = False):
     one of its own.
     """
     if pending >= 0:
-        if CUDA:
-            word = tl.inline_asm_elementwise(
-                "cp.async.bulk.wait_group 0; fence.proxy.async.global; bar.sync 0; mov.b32 $0, $1;",
-                "=r,r",
-                [pending],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        else:
-            word = pending
+        word = _stored(pending)
         if system:
             tl.atomic_add(ctx.arena + word, 1, sem="release", scope="sys")
         else:
             tl.atomic_add(ctx.arena + word, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def delayed_peer_notify(ctx, pending, peer):
+    """Release: as :func:`peer_tile_notify`, of flag ``pending`` of ``peer`` for a tile stored one tile ago.
+
+    Nothing if ``pending`` is negative. A release behind stores to a peer waits until the link has taken
+    them; a tile later it finds nothing to wait for.
+    """
+    if pending >= 0:
+        word = _stored(pending)
+        tl.atomic_xchg(_word(ctx.peers, peer, word), ctx.epoch, sem="release", scope="sys")
+
+
+@triton.jit
+def delayed_counted_notify(ctx, pending, peer, through, count):
+    """Release: as :func:`counted_tile_notify`, for a tile stored one tile ago; see
+    :func:`delayed_peer_notify`."""
+    if pending >= 0:
+        word = _stored(pending)
+        if tl.atomic_add(ctx.arena + through, 1, sem="acq_rel", scope="sys") == count - 1:
+            tl.atomic_xchg(_word(ctx.peers, peer, word), ctx.epoch, sem="release", scope="sys")
 
 
 @triton.jit
