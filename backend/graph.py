@@ -1,7 +1,8 @@
 """The tile dependency graph: which tile needs which, across ranks, before any signal is placed.
 
 Nodes are strings. A compute tile is ``C.gemm[12]@1`` (stage, place in the queue, rank). A communication
-tile is ``A[2]:0->1`` (tensor, channel, source rank, destination rank). Node attributes: ``kind``
+tile is ``A[2]:0->1`` (tensor, channel, source rank, destination rank); of a sum in two shots
+``C.summed[2]:0->1`` is a part that rank 0 has summed. Node attributes: ``kind``
 (``compute`` or ``transfer``), ``rank`` (the destination of a transfer), ``order`` (for sorting), and for
 compute tiles ``tile`` (half-open intervals by loop variable). Edge attributes: ``kind``: ``RAW`` (the
 reader needs what the writer wrote), or ``WAR`` with ``call = 1`` (the writer of the *next* call must
@@ -10,6 +11,7 @@ wait for the reader of this one, since buffers are used again); ``tensor``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -96,14 +98,14 @@ class _Builder:
             )
 
     def _transfers(self, info: Moved) -> None:
-        for source in range(self.world):
-            for target in range(self.world):
-                if source != target:
-                    for channel in range(info.channels):
-                        name = transfer_name(info.name, channel, source, target)
-                        self._add(
-                            name, kind="transfer", tensor=info.name, rank=target, source=source
-                        )
+        labels = (info.name, f"{info.name}.summed") if info.shots == 2 else (info.name,)
+        for label, source, target in itertools.product(
+            labels, range(self.world), range(self.world)
+        ):
+            if source != target:
+                for channel in range(info.channels):
+                    name = transfer_name(label, channel, source, target)
+                    self._add(name, kind="transfer", tensor=info.name, rank=target, source=source)
 
     def _tasks(self, stage: Op, rank: int) -> list[str]:
         tiles = stage_tiles(stage, self.env, rank)
@@ -144,14 +146,18 @@ class _Builder:
                     )
                 continue
             for store in stores:
-                self._gives(info, nodes[rank], self._interval(info.axis, info, store, tiles), rank)
+                interval = self._interval(info.axis, info, store, tiles)
+                self._gives(info, nodes[rank], interval, rank, bool(store.get("relay")))
             for load in loads:
-                self._needs(info, nodes[rank], self._interval(info.axis, info, load, tiles), rank)
+                interval = self._interval(info.axis, info, load, tiles)
+                total = info.shots == 2 and not load.get("relay")
+                self._needs(info, nodes[rank], interval, rank, total)
                 assert load.ref is not None
                 boxes = [
                     self._interval(axis, info, load, tiles) for axis in range(len(load.ref.index))
                 ]
-                self._own_part(info, nodes[rank], boxes, stored[info.name][rank])
+                variables = self._stored_variables(info, total)
+                self._own_part(info, variables, nodes[rank], boxes, stored[info.name][rank])
 
     def _interval(self, axis: int, info: Moved, access: Op, tiles: dict[str, Tile]) -> Interval:
         """What each task touches of ``axis``, as global element intervals."""
@@ -170,9 +176,7 @@ class _Builder:
         """(task, owner, channel) for every channel that a task's interval meets."""
         found: list[tuple[int, int, int]] = []
         start, stop = interval
-        one_block = (
-            bool(np.all(start // info.block == (stop - 1) // info.block)) and info.kind != "reduce"
-        )
+        one_block = bool(np.all(start // info.block == (stop - 1) // info.block)) and info.spread
         if one_block:
             e = Expr.name("e")
             owner = np.broadcast_to(info.owner_of(e).evaluate({"e": start}), start.shape)
@@ -185,7 +189,7 @@ class _Builder:
                 zip(owner.tolist(), first.tolist(), last.tolist(), strict=True)
             ):
                 found += [(task, o, c) for c in range(lo, hi + 1)]
-        elif info.kind == "reduce":
+        elif not info.spread:
             first, last = start // info.channel_rows, (stop - 1) // info.channel_rows
             for task, (lo, hi) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
                 found += [(task, -1, c) for c in range(lo, hi + 1)]
@@ -194,32 +198,47 @@ class _Builder:
             found = [(task, o, c) for task in range(len(start)) for o, c in every]
         return found
 
-    def _needs(self, info: Moved, nodes: list[str], interval: Interval, rank: int) -> None:
-        """Tasks read what arrives; the next call's transfers wait for them."""
+    def _needs(
+        self,
+        info: Moved,
+        nodes: list[str],
+        interval: Interval,
+        rank: int,
+        total: bool = False,
+    ) -> None:
+        """Tasks read what arrives, parts or their ``total``; the next call's transfers wait for them."""
+        label = f"{info.name}.summed" if total else info.name
         for task, owner, channel in self._channels(info, interval):
-            sources = [owner] if info.kind == "gather" else range(self.world)
+            sources = [owner] if info.kind == "gather" or total else range(self.world)
             for source in sources:
                 if source != rank:
-                    transfer = transfer_name(info.name, channel, source, rank)
+                    transfer = transfer_name(label, channel, source, rank)
                     self._count(2)
                     self.graph.add_edge(transfer, nodes[task], kind="RAW", tensor=info.name)
                     self.graph.add_edge(nodes[task], transfer, kind="WAR", tensor=info.name, call=1)
 
-    def _gives(self, info: Moved, nodes: list[str], interval: Interval, rank: int) -> None:
-        """Transfers carry what tasks stored."""
+    def _gives(
+        self, info: Moved, nodes: list[str], interval: Interval, rank: int, total: bool
+    ) -> None:
+        """Transfers carry what tasks stored, parts or their ``total``."""
+        label = f"{info.name}.summed" if total else info.name
         for task, owner, channel in self._channels(info, interval):
-            targets = [owner] if info.kind == "scatter" else range(self.world)
+            targets = [owner] if info.spread and not total else range(self.world)
             for target in targets:
                 if target != rank:
-                    transfer = transfer_name(info.name, channel, rank, target)
+                    transfer = transfer_name(label, channel, rank, target)
                     self._count(1)
                     self.graph.add_edge(nodes[task], transfer, kind="RAW", tensor=info.name)
 
     def _own_part(
-        self, info: Moved, nodes: list[str], reads: list[Interval], writers: list[str]
+        self,
+        info: Moved,
+        variables: list[str | None],
+        nodes: list[str],
+        reads: list[Interval],
+        writers: list[str],
     ) -> None:
         """A sum takes this rank's own contribution where its tasks left it."""
-        variables = self._stored_variables(info)
         lows, highs = [], []
         for axis, variable in enumerate(variables):
             whole = (0, int(reads[axis][1].max(initial=0)))
@@ -234,12 +253,13 @@ class _Builder:
             for index in np.flatnonzero(meets).tolist():
                 self.graph.add_edge(writers[index], node, kind="RAW", tensor=info.name)
 
-    def _stored_variables(self, info: Moved) -> list[str | None]:
-        """For each axis, the loop variable by whose tiles ``info`` is stored; None: the whole axis at once."""
+    def _stored_variables(self, info: Moved, total: bool) -> list[str | None]:
+        """For each axis, the loop variable by whose tiles ``info``, or its ``total``, is stored; None: the
+        whole axis at once."""
         for stage in stages_of(self.program):
             for store in accesses(stage, info.name, "store"):
                 assert store.ref is not None
-                if not store.get("final"):
+                if not store.get("final") and bool(store.get("relay")) == total:
                     inside = [i if i in stage.args else None for i in store.ref.index]
                     return [i.name if isinstance(i, Value) else None for i in inside]
         raise KeyError(info.name)

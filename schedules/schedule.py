@@ -37,12 +37,20 @@ class Move:
     rank, None lets the compiler choose; more of them release the consumer earlier and cost more signals.
     ``sum``: where the arrived parts of a scatter are added: in a ``stage`` of their own, or in the
     ``epilogue`` of the tiles of this rank's own slice, which are computed last.
+    ``shots``: how a reduce is exchanged. 1: every rank gets every contribution and sums all of them;
+    2: each rank sums a part, and hands the sum to every rank. None chooses by size; the library's
+    collective chooses for itself. ``slots``: 2 gives what peers write two places, used by odd and by even
+    calls: no call waits for acknowledgements of the one before, and no kernel goes before the launch. All
+    moved tensors of a kernel have the same; only workers of the launch may move them (``sm:N``,
+    ``epilogue``).
     """
 
     resource: str = "copy_engine"
     tile: int | None = None
     channels: int | None = None
     sum: str = "stage"
+    shots: int | None = None
+    slots: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.resource, str) or not _RESOURCE.fullmatch(self.resource):
@@ -59,6 +67,33 @@ class Move:
             raise ScheduleError(
                 field="sum", detail=f"`{self.sum}`", help="use one of " + ", ".join(SUMS)
             )
+        if self.shots is not None and (isinstance(self.shots, bool) or self.shots not in (1, 2)):
+            raise ScheduleError(
+                field="shots",
+                detail=f"{self.shots!r} is no number of shots",
+                help="use 1, 2, or null to choose by size",
+            )
+
+        if isinstance(self.slots, bool) or self.slots not in (1, 2):
+            raise ScheduleError(
+                field="slots", detail=f"{self.slots!r} is no number of slots", help="use 1 or 2"
+            )
+        if self.slots == 2 and not self.by_workers:
+            raise ScheduleError(
+                field="slots",
+                detail=f"2 slots, but `{self.resource}` is no work of the launch",
+                help="use sm:N or epilogue, or 1 slot",
+            )
+
+    def by(self, resource: str) -> Move:
+        """This move by another resource, in one slot where it needs that."""
+        plain = replace(self, slots=1, resource=resource)
+        return replace(plain, slots=self.slots) if plain.by_workers else plain
+
+    @property
+    def by_workers(self) -> bool:
+        """Whether the workers of the launch move it, and no stream and no library."""
+        return self.resource == "epilogue" or self.sm_workers > 0
 
     @property
     def sm_workers(self) -> int:
@@ -155,7 +190,7 @@ class Schedule:
 
     def with_resource(self, resource: str) -> Schedule:
         """A copy in which every moved tensor uses ``resource``."""
-        return replace(self, moves=tuple((n, replace(m, resource=resource)) for n, m in self.moves))
+        return replace(self, moves=tuple((n, m.by(resource)) for n, m in self.moves))
 
     def to_json(self) -> str:
         """One line of JSON that :meth:`from_json` reads back."""

@@ -208,7 +208,8 @@ def base(scope: Scope, symbol: str, peer: str | None = None) -> str:
     if decl.name == "tensor" or (decl.get("space") == "local" and peer is None):
         return scope.pointers.setdefault(symbol, _parameter(scope, symbol, "_ptr"))
     if peer is not None:
-        return f"device.peer_pointer(peers, {peer}, {decl['offset']}, {TL_DTYPE[decl['dtype']]})"
+        place = scope.program.offset(decl)
+        return f"device.peer_pointer(peers, {peer}, {place}, {TL_DTYPE[decl['dtype']]})"
     return scope.buffers.setdefault(symbol, _parameter(scope, symbol, ""))
 
 
@@ -508,8 +509,6 @@ def load_sum(scope: Scope, op: Op) -> None:
     if op.operands:
         _folded_sum(scope, op, steps[0])
         return
-    if own is not None and strides(scope, own.symbol) != steps[1:]:
-        raise refuse(op, "a part of this rank that is laid out otherwise than the others")
     found = [a for a in axes(scope, op, ref)[1:] if a is not None]
     offsets, mask = _relative(scope, name, found)
     far = _corner(scope, base(scope, ref.symbol), found, _token(scope, ref.symbol))
@@ -519,6 +518,7 @@ def load_sum(scope: Scope, op: Op) -> None:
         f"{name}_{s}" for s in ("total", "part", "parts", "own", "from")
     )
     scope.used.update((total, there, here))
+    apart = ""
     scope.writer.line(f"{there} = {far[0]}")
     for term in far[1:]:
         scope.writer.line(f"{there} += {term}")
@@ -530,18 +530,28 @@ def load_sum(scope: Scope, op: Op) -> None:
         for term in local[1:]:
             scope.writer.line(f"{here} += {term}")
         aligned = aligned and _aligned(scope, near, 0, size)
+        # A part of columns lies closer together where it lands than in the whole.
+        if strides(scope, own.symbol) != steps[1:]:
+            apart, _ = _relative(scope, f"{name}_own", near)
     # All loads stand before the first addition, so that they are under way together.
     masked = [f"mask={mask}", "other=0"] if mask else []
+    if aligned and apart:
+        scope.writer.line(f"{here} = tl.multiple_of({here}, 16)")
     for source in range(count):
         scope.used.update((f"{chosen}{source}", f"{part}{source}"))
         shift = scope.expr(Expr.of(steps[0]) * source)
         scope.writer.line(f"{chosen}{source} = {there} + tl.cast({shift}, tl.int64)")
-        if own is not None:
+        if own is not None and not apart:
             choice = f"tl.where(rank == {source}, {here}, {chosen}{source})"
             scope.writer.line(f"{chosen}{source} = {choice}")
         if aligned:
             scope.writer.line(f"{chosen}{source} = tl.multiple_of({chosen}{source}, 16)")
-        args = [f"{chosen}{source} + {offsets}", *masked, 'eviction_policy="evict_first"']
+        places = f"{chosen}{source} + {offsets}"
+        if apart:
+            args = [f"rank == {source}", f"{here} + {apart}", places]
+            scope.writer.call(f"{chosen}{source} = tl.where(", args)
+            places = f"{chosen}{source}"
+        args = [places, *masked, 'eviction_policy="evict_first"']
         scope.writer.call(f"{part}{source} = tl.load(", args)
     scope.writer.line(f"{total} = {part}0.to(tl.float32)")
     for source in range(1, count):

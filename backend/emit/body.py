@@ -9,6 +9,7 @@ from tilelink.backend.emit.loops import Walk, announce, enter_tiles
 from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import condition, one_call
 from tilelink.ir import All, At, Expr, Op, Range, Value
+from tilelink.ir.layout import SLOT_FLAGS, WORD
 
 _INFIX = {
     "add": "+",
@@ -244,6 +245,8 @@ def word_of(scope: Scope, symbol: str, index: tuple[Expr, ...]) -> Expr:
     found: Expr = Expr.of(int(scope.program.symbols[symbol]["offset"]) // 4)
     for item, step in zip(index, access.strides(scope, symbol), strict=True):
         found = found + item * step
+    if scope.program.folded and scope.program.symbols[symbol].name == "flag":
+        found = found + Expr.name("slot") * (SLOT_FLAGS // WORD)
     return found
 
 
@@ -269,14 +272,17 @@ def _wait(scope: Scope, op: Op) -> None:
 
     def write() -> None:
         assert op.ref is not None
-        if _wait_at_once(scope, op):
-            return
         index: list[Expr] = []
         opened = 0
+        sources: Range | None = None
+        from_rank = scope.program.constant(shape[0]) == scope.program.world
         for item, whole in zip(op.ref.index or tuple(All() for _ in shape), shape, strict=True):
             if isinstance(item, All):
                 item = Range(Expr.const(0), Expr.of(whole))
-            if isinstance(item, Range):
+            if isinstance(item, Range) and not index and from_rank and decl.name == "flag":
+                sources = item
+                index.append(Expr.const(0))
+            elif isinstance(item, Range):
                 name = scope.fresh("source" if not index else "part")
                 scope.names[name] = name
                 low, high = scope.expr(item.lo), scope.expr(item.hi)
@@ -296,38 +302,19 @@ def _wait(scope: Scope, op: Op) -> None:
         else:
             shift = op.get("epoch", 0)
             epoch = "ctx.epoch" if shift == 0 else f"ctx.epoch + {scope.expr(shift, 5)}"
-            from_rank = scope.program.constant(shape[0]) == scope.program.world
+            if sources is not None:
+                step = scope.expr(access.strides(scope, symbol)[0])
+                ranks = (scope.expr(sources.lo), scope.expr(sources.hi))
+                args = ["ctx", where, step, *ranks, epoch, scope.tile, str(ident)]
+                scope.writer.call("token += device.peer_tiles_wait(", [*args, *fence])
+                scope.writer.depth -= opened
+                return
             producer = scope.expr(index[0]) if from_rank else "rank"
             args = ["ctx", where, epoch, producer, scope.tile, str(ident)]
             scope.writer.call("token += device.peer_tile_wait(", [*args, *fence])
         scope.writer.depth -= opened
 
     _guarded(scope, op, write)
-
-
-def _wait_at_once(scope: Scope, op: Op) -> bool:
-    """Write a wait for one flag of each of several ranks as one; whether it is such a wait.
-
-    Only in front of a folded sum, behind the main loop of its tile, where each round trip shows.
-    """
-    assert op.ref is not None
-    shape = scope.program.shape(op.symbol)
-    flag = scope.program.symbols[op.symbol].name == "flag"
-    index = op.ref.index
-    if not flag or len(index) != 2 or scope.program.constant(shape[0]) != scope.program.world:
-        return False
-    ranks, channel = index
-    if not scope.folded or not isinstance(ranks, Range) or not isinstance(channel, Expr):
-        return False
-    step = scope.expr(access.strides(scope, op.symbol)[0])
-    where = word(scope, op, op.symbol, (Expr.const(0), channel))
-    low, high = scope.expr(ranks.lo), scope.expr(ranks.hi)
-    shift = op.get("epoch", 0)
-    epoch = "ctx.epoch" if shift == 0 else f"ctx.epoch + {scope.expr(shift, 5)}"
-    fence = ["True"] if op.get("proxy") else []
-    args = ["ctx", where, step, low, high, epoch, scope.tile, str(scope.program.wait_id(op))]
-    scope.writer.call("token += device.peer_tiles_wait(", [*args, *fence])
-    return True
 
 
 def plain_wait(op: Op) -> None:
@@ -388,7 +375,43 @@ def _transfer(scope: Scope, op: Op) -> None:
     _guarded(scope, op, lambda: access.transfer(scope, op))
 
 
+def _everyone(scope: Scope, op: Op) -> list[str] | None:
+    """The arguments of the primitive that makes a loop over all ranks which only notifies; None for others."""
+    notify = op.body[0] if len(op.body) == 1 else None
+    if notify is None or notify.name != "notify" or notify.ref is None or op.results:
+        return None
+    program, d = scope.program, op.args[0].name
+    whole = (program.constant(op["lo"]), program.constant(op["hi"])) == (0, program.world)
+    own = program.symbols[notify.symbol].name == "flag" and str(notify.get("peer")) == d
+    free = all(isinstance(i, Expr) and d not in i.names for i in notify.ref.index)
+    count, through = Expr.of(notify.get("count", 1)), notify.get("through")
+    if not (whole and own and free) or d in count.names or notify.get("if") is not None:
+        return None
+    if through is not None:
+        first, *rest = through.index
+        if str(first) != d or any(not isinstance(i, Expr) or d in i.names for i in rest):
+            return None
+    if notify.get("delay"):
+        return None
+    plain_notify(program, notify)
+    args = ["ctx", word(scope, notify, notify.symbol, element(notify, notify.ref.index))]
+    if program.constant(count) == 1:
+        return args
+    if through is None:
+        return None
+    counter = word(scope, notify, through.symbol, element(notify, (Expr.const(0), *rest)))
+    step = scope.expr(access.strides(scope, through.symbol)[0])
+    return [*args, counter, step, scope.expr(count)]
+
+
 def _for_range(scope: Scope, op: Op) -> None:
+    everyone = _everyone(scope, op)
+    if everyone is not None:
+        if op.body[0].get("drain"):
+            scope.writer.line("device.drain_tma_stores()")
+        kind = "all_tile_notify" if len(everyone) == 2 else "counted_all_tile_notify"
+        scope.writer.call(f"device.{kind}(", everyone)
+        return
     variable, *_ = op.args
     name = scope.define(variable)
     carry_in(scope, op, 0)

@@ -56,7 +56,11 @@ class Host:
             op.name == "counter"
         ):
             raise refuse(op, f"a {op.name} with `cleared = {str(op['cleared']).lower()}`")
-        after = f"after={_names(op.get('after', ()))}"
+        folded = self.program.folded
+        names = tuple(n for n in op.get("after", ()) if not (folded and n == "head"))
+        after = f"after={_names(names)}"
+        if op.name == "head" and folded:
+            return
         if op.name == "head":
             for inner in op.walk():
                 _plain(inner, self.program)

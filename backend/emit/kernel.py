@@ -17,7 +17,7 @@ from tilelink.ir import Expr, Op, Range, Value
 class Parameter:
     """A kernel parameter and where the host gets its value.
 
-    ``kind`` is ``pointer``, ``descriptor``, ``extent``, ``scalar``, or ``context`` for the five that
+    ``kind`` is ``pointer``, ``descriptor``, ``extent``, ``scalar``, or ``context`` for those that
     every kernel ends with; ``block`` is a descriptor's.
     """
 
@@ -48,17 +48,21 @@ def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str])
     parameters = _parameters(scope)
     head = Writer()
     runtime = [p.name for p in parameters if p.kind == "extent"] + ["rank"]
-    names = ", ".join(f'"{n}"' for n in (*runtime, "progress_ns", "arrival_ns"))
+    last = ("program",) if program.folded else ()
+    names = ", ".join(f'"{n}"' for n in (*runtime, "progress_ns", "arrival_ns", *last))
     head.line(f"@triton.jit(do_not_specialize=[{names}])")
     head.call(f"def {name}(", [_declare(scope, p) for p in parameters], "):")
     head.depth += 1
-    head.call("ctx = device.context(", ["arena", "peers", "rank", str(program.world), *CONTEXT[3:]])
+    given = ["arena", "peers", "rank", str(program.world), *CONTEXT[3:], *last]
+    head.call(f"ctx = device.{'begin_call' if program.folded else 'context'}(", given)
+    if program.folded:
+        head.line("slot = device.slot(ctx)")
     for symbol, pointer in sorted(scope.buffers.items()):
         decl = program.symbols[symbol]
-        text = f"device.pointer(arena, {decl['offset']}, {TL_DTYPE[decl['dtype']]})"
+        text = f"device.pointer(arena, {program.offset(decl)}, {TL_DTYPE[decl['dtype']]})"
         head.line(f"{pointer} = {text}")
     head.lines += scope.writer.lines
-    if not any("ctx" in line for line in scope.writer.lines):
+    if not program.folded and not any("ctx" in line for line in scope.writer.lines):
         head.lines = [line for line in head.lines if not line.strip().startswith("ctx = ")]
     return Kernel(
         name,
@@ -71,7 +75,7 @@ def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str])
 
 
 def _declare(scope: Scope, parameter: Parameter) -> str:
-    if parameter.kind == "extent" or parameter.name == "rank":
+    if parameter.kind == "extent" or parameter.name in ("rank", "program"):
         return f"{parameter.name}: tl.int32"
     if parameter.name.endswith("_ns"):
         return f"{parameter.name}: tl.int64"
@@ -94,13 +98,15 @@ def _parameters(scope: Scope) -> tuple[Parameter, ...]:
     data = [p for _, p in sorted(found, key=lambda item: item[0])]
     extents = [Parameter(n, "extent", s) for s, n in sorted(scope.extents.items())]
     scalars = [Parameter(n, "scalar", s) for s, n in sorted(scope.scalars.items())]
-    return (*data, *extents, *scalars, *(Parameter(n, "context", n) for n in CONTEXT))
+    context = (*CONTEXT, "program") if scope.program.folded else CONTEXT
+    return (*data, *extents, *scalars, *(Parameter(n, "context", n) for n in context))
 
 
 def _write(program: Program, launch: Op, system: frozenset[str]) -> Scope:
     stages, warps = int(launch.get("stages", 3)), int(launch.get("warps", 4))
     scope = Scope(program, Writer(), stages=stages, warps=warps)
-    scope.used |= {"ctx", *CONTEXT, "token", "arrived", "q", "last"}
+    scope.used |= {"ctx", *CONTEXT, "token", "arrived", "q", "last", "program", "slot"}
+    scope.names["slot"] = "slot"
     scope.writer.depth = 1
     scope.contracted = access.contracted(launch.body)
     for number, op in enumerate(launch.body):
@@ -242,6 +248,12 @@ def _task(scope: Scope, stage: Op, q: str) -> None:
 
 def _leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) -> None:
     """The way out: the last CTA runs `finish` and, after an abort, frees streams that wait."""
+    if program.folded:
+        first, last = program.counter_words
+        scope.writer.line()
+        scope.writer.line("# The last worker to leave makes everything ready for the next call.")
+        scope.writer.line(f"device.end_call(ctx, {first}, {last})")
+        return
     finish = launch.find("finish")
     raised = {
         op.symbol for op in launch.walk() if op.name == "notify" and op.ref and op.symbol in system

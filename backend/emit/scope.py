@@ -8,6 +8,7 @@ from typing import Any
 from tilelink.backend.emit.text import Writer, identifier, render
 from tilelink.errors import Span, TilelinkError
 from tilelink.ir import DTYPES, Expr, Op, Type, Value
+from tilelink.ir.layout import SLOT_BYTES, WORD
 
 TL_DTYPE = {
     "bf16": "tl.bfloat16",
@@ -81,6 +82,23 @@ class Program:
             for operand in op.operands
             for dim in operand.type.shape
         }
+
+        self.folded = program.get("slots") is not None  # the head, into the launch; and two slots
+
+    def offset(self, decl: Op) -> str:
+        """The text of the byte at which a symmetric buffer begins in an arena."""
+        text = str(decl["offset"])
+        return f"{text} + slot * {SLOT_BYTES}" if self.folded else text
+
+    @property
+    def counter_words(self) -> tuple[int, int]:
+        """The counter words [first, last) that a call leaves at 0."""
+        spans = [
+            (int(d["offset"]) // WORD, self.numel(name))
+            for name, d in self.symbols.items()
+            if d.name == "counter"
+        ]
+        return min((a for a, _ in spans), default=0), max((a + n for a, n in spans), default=0)
 
     def wait_id(self, op: Op) -> int:
         """The number of a wait, in program order."""

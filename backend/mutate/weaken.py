@@ -133,6 +133,19 @@ def reset(program: Op) -> Iterator[Mutant]:
             yield mutant(program, site, "reset", what, with_attr(site.op, "cleared", not cleared))
 
 
+def one_slot(program: Op) -> Iterator[Mutant]:
+    """Two slots -> one, without the acknowledgements that one needs."""
+    if program.get("slots") is None:
+        return
+    ops = tuple(op.with_attrs(folded=None) if op.name == "head" else op for op in program.body)
+    yield Mutant(
+        "one-slot",
+        "one slot, and no acknowledgements",
+        program.span,
+        program.with_ops(ops).with_attrs(slots=None),
+    )
+
+
 def missing_ack(program: Op) -> Iterator[Mutant]:
     """The ack of a call, or the wait for it -> nothing, or a part of the ranks."""
     for site in sites(program, "finish"):

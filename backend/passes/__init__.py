@@ -5,6 +5,7 @@ from collections.abc import Callable
 from tilelink.backend.passes.bind_resources import bind_resources
 from tilelink.backend.passes.choose_channels import choose_channels
 from tilelink.backend.passes.choose_emitter import choose_emitter
+from tilelink.backend.passes.choose_shots import choose_shots
 from tilelink.backend.passes.common import UnsupportedProgram
 from tilelink.backend.passes.fold_sums import fold_sums
 from tilelink.backend.passes.lay_out_memory import lay_out_memory
@@ -16,6 +17,7 @@ from tilelink.backend.passes.plan_buffers import plan_buffers
 from tilelink.ir import Op
 
 PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
+    ("choose-shots", choose_shots),
     ("order-tiles", order_tiles),
     ("fold-sums", fold_sums),
     ("choose-emitter", choose_emitter),

@@ -125,7 +125,7 @@ def _by_copy_engine(program: Op, info: Moved) -> Op:
                 f"{info.name}.all", _index(program, info, _shift(RANK * info.shard, local))
             )
         else:
-            base = peer * info.shard if info.kind == "scatter" else Expr.const(0)
+            base = peer * info.shard if info.spread else Expr.const(0)
             source = Ref(f"{info.name}.partial", _index(program, info, _shift(base, local)))
             target = Ref(f"{info.name}.parts", (RANK, *_index(program, info, local)))
         return (
@@ -136,7 +136,7 @@ def _by_copy_engine(program: Op, info: Moved) -> Op:
         )
 
     def finished(channel: Expr) -> Op:
-        index = (peer, channel) if info.kind == "scatter" else (channel,)
+        index = (peer, channel) if info.spread else (channel,)
         count = info.tasks_of(channel)
         wait = make("wait", ref=Ref(f"{info.name}.done", index), count=count, span=span)
         return wait.with_attrs(**{"if": _there(info, channel)})
@@ -144,7 +144,7 @@ def _by_copy_engine(program: Op, info: Moved) -> Op:
     if info.kind == "gather":
         first = 1 if info.in_place else 0
         body: tuple[Op, ...] = (_loop(step, first, WORLD, _each_channel(info, send)),)
-    elif info.kind == "scatter":
+    elif info.spread:
         body = (_loop(step, 1, WORLD, _each_channel(info, lambda c: (finished(c), *send(c)))),)
     else:
         body = _each_channel(info, lambda c: (finished(c), _loop(step, 1, WORLD, send(c))))
@@ -173,11 +173,11 @@ def _by_workers(program: Op, info: Moved) -> Op:
         source = Ref(info.name, _index(program, info, tile))
         target = Ref(f"{info.name}.all", _index(program, info, At(tile, RANK * info.shard + start)))
     else:
-        index = (peer, channel) if info.kind == "scatter" else (channel,)
+        index = (peer, channel) if info.spread else (channel,)
         count = info.tasks_of(channel)
         body.append(make("wait", ref=Ref(f"{info.name}.done", index), count=count, span=span))
-        base = peer * info.shard + start if info.kind == "scatter" else start
-        moved_tile: Index = At(tile, base) if info.kind == "scatter" else tile
+        base = peer * info.shard + start if info.spread else start
+        moved_tile: Index = At(tile, base) if info.spread else tile
         source = Ref(f"{info.name}.partial", _index(program, info, moved_tile))
         target = Ref(f"{info.name}.parts", (RANK, *_index(program, info, tile)))
     body.append(make("transfer", ref=source, to=target, peer=peer, span=span))
@@ -193,7 +193,7 @@ def _by_workers(program: Op, info: Moved) -> Op:
         )
     )
     ranks, rows = (WORLD - skip, step), (Expr.of(info.live), tile)
-    order = (rows, ranks) if info.kind == "reduce" else (ranks, rows)
+    order = (ranks, rows) if info.spread else (rows, ranks)
     stage = make(
         "stage",
         ref=Ref(f"{info.name}.push"),

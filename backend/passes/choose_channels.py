@@ -46,10 +46,12 @@ def choose_channels(program: Op) -> Op:
         flag @ack {dims = [WORLD]}
         flag @A.ready {dims = [WORLD, 1]}
 
-    Invariant: a channel holds whole communication tiles and, of a stored tensor, whole compute tiles.
+    A program with two slots has no acknowledgements. Invariant: a channel holds whole communication tiles
+    and, of a stored tensor, whole compute tiles.
     """
     flags: list[Op] = []
     counters: list[Op] = []
+    program = _slots(program)
     for name, tensor in tensors_of(program).items():
         if tensor["move"] not in MOVED:
             stages = len(handed_on(program, name))
@@ -61,7 +63,7 @@ def choose_channels(program: Op) -> Op:
         world = Expr.name("WORLD")
         if info.kind != "gather" and info.resource not in ("epilogue", "none"):
             sources: tuple[object, ...] = (
-                (world, info.channels) if info.kind == "scatter" else (info.channels,)
+                (world, info.channels) if info.spread else (info.channels,)
             )
             counters.append(make("counter", ref=Ref(f"{name}.done"), dims=sources))
         if info.resource != "none":
@@ -70,12 +72,32 @@ def choose_channels(program: Op) -> Op:
             counters.append(
                 make("counter", ref=Ref(f"{name}.arrived"), dims=(world, info.channels))
             )
-    if flags:
+        if info.shots == 2:
+            flags.append(make("flag", ref=Ref(f"{name}.summed"), dims=(world, info.channels)))
+            counters.append(make("counter", ref=Ref(f"{name}.added"), dims=(world, info.channels)))
+    if flags and program.get("slots") is None:
         ack = make(
             "flag", ref=Ref("ack"), dims=(Expr.name("WORLD"),), offset=arena.ACK * arena.WORD
         )
         flags.insert(0, ack)
     return add_declarations(program, *flags, *counters)
+
+
+def _slots(program: Op) -> Op:
+    """The program, with `slots = 2` where its schedule asks for that: of all moved tensors or of none."""
+    schedule = schedule_of(program)
+    moves = {n: schedule.move(n) for n, t in tensors_of(program).items() if t["move"] in MOVED}
+    if not any(move.slots == 2 for move in moves.values()):
+        return program
+    for name, move in moves.items():
+        if move.slots != 2:
+            raise ScheduleError(
+                program.declared(name).span,
+                field=f"moves.{name}.slots",
+                detail=f"`{name}` has 1, another moved tensor of the kernel 2",
+                help="give all of them the same",
+            )
+    return program.with_attrs(slots=2)
 
 
 def _choose(program: Op, name: str, tensor: Op) -> Op:

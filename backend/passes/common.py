@@ -64,6 +64,11 @@ def tensors_of(program: Op) -> dict[str, Op]:
     return {op.symbol: op for op in program.find("tensor")}
 
 
+def moved_axis(tensor: Op) -> int:
+    """The axis that ranks share out: `over`, or `part_axis` of a sum in two shots; 0 where there is none."""
+    return int(tensor.get("part_axis", tensor.get("over", 0)))
+
+
 def replace_declaration(program: Op, new: Op) -> Op:
     """The program with the declaration of the same symbol replaced."""
     ops = tuple(new if op.name == new.name and op.ref == new.ref else op for op in program.body)
@@ -94,7 +99,8 @@ class Moved:
     """A tensor that is spread over the ranks, with its owner map in closed form.
 
     ``axis``: the moved axis, ``extent`` elements long; ``shard`` of them a rank, in blocks of
-    ``block``. A reduce tensor is not spread: its shard is the whole extent. ``channel_rows``: local
+    ``block``. A reduce tensor is not spread, and its shard is the whole extent, unless it is summed in
+    two ``shots``: then each rank sums one part, and the parts go round. ``channel_rows``: local
     elements of one channel; ``tile``: of one communication tile. ``task_rows``: elements along the moved axis
     that one task stores, ``tasks_across``: tasks beside each other over all other axes. ``dynamic``: the moved
     extent, where only its capacity is known.
@@ -114,6 +120,7 @@ class Moved:
     task_rows: int = 1
     tasks_across: int = 1
     dynamic: str | None = None
+    shots: int = 1
 
     @property
     def live(self) -> Expr | int:
@@ -121,12 +128,17 @@ class Moved:
         if self.dynamic is None:
             return self.shard
         whole = Expr.name(self.dynamic)
-        return whole if self.kind == "reduce" else whole // WORLD
+        return whole // WORLD if self.spread else whole
+
+    @property
+    def spread(self) -> bool:
+        """Whether each part of the moved axis has one rank that owns it, or (in two shots) sums it."""
+        return self.kind != "reduce" or self.shots == 2
 
     @property
     def shard(self) -> int:
         """Elements of the moved axis that one rank holds."""
-        return self.extent if self.kind == "reduce" else self.extent // self.world
+        return self.extent // self.world if self.spread else self.extent
 
     @property
     def blocks(self) -> int:
@@ -148,7 +160,7 @@ class Moved:
 
     def local_of(self, start: Expr) -> Expr:
         """The place of element ``start`` in its owner's shard."""
-        if self.kind == "reduce":
+        if not self.spread:
             return start
         if self.block == self.shard:
             return start % self.shard
@@ -156,7 +168,7 @@ class Moved:
 
     def landing_of(self, start: Expr) -> Expr:
         """The place of element ``start`` where shards lie one behind the other in rank order."""
-        if self.kind == "reduce" or self.block == self.shard:
+        if not self.spread or self.block == self.shard:
             return start
         return self.owner_of(start) * self.shard + self.local_of(start)
 
@@ -235,12 +247,15 @@ def moved(program: Op, name: str) -> Moved:
     op = program.declared(name)
     names = environment(program)
     dims = global_dims(op, names)
-    axis = int(op.get("over", 0))
+    axis = moved_axis(op)
     owner = op.get("owner")
     world = names["WORLD"]
     kind = op["move"]
     extent = dims[axis]
-    shard = extent if kind == "reduce" else extent // world
+    shots = int(op.get("shots", 1))
+    shard = extent if kind == "reduce" and shots == 1 else extent // world
+    if kind == "reduce" and shots == 2:
+        owner = Expr.name("e") // shard
     concrete = owner.substitute(dict(names)) if isinstance(owner, Expr) else None
     return Moved(
         name=name,
@@ -257,6 +272,7 @@ def moved(program: Op, name: str) -> Moved:
         task_rows=int(op.get("task_rows", 1)),
         tasks_across=int(op.get("tasks_across", 1)),
         dynamic=_dynamic_along(program, op, axis),
+        shots=shots,
     )
 
 
@@ -329,10 +345,10 @@ def substitute(op: Op, values: dict[str, Value]) -> Op:
 
 def storing_stage(program: Op, name: str) -> tuple[Op, int | None]:
     """The stage whose tasks store ``name``, and its variable that walks the moved axis (None: none does)."""
-    axis = int(program.declared(name).get("over", 0))
+    axis = moved_axis(program.declared(name))
     for stage in stages_of(program):
         for store in accesses(stage, name, "store"):
-            if not store.get("final"):
+            if not store.get("final") and not store.get("relay"):
                 assert store.ref is not None
                 element = store.ref.index[axis]
                 return stage, stage.args.index(element) if element in stage.args else None
@@ -354,7 +370,8 @@ def handed_on(program: Op, name: str) -> tuple[tuple[str, int], ...]:
         found += [
             (launch.symbol, number)
             for number, stage in stages
-            if number < last and any(not s.get("final") for s in accesses(stage, name, "store"))
+            if number < last
+            and any(not (s.get("final") or s.get("relay")) for s in accesses(stage, name, "store"))
         ]
     return tuple(found)
 

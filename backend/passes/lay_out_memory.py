@@ -21,7 +21,8 @@ def lay_out_memory(program: Op) -> Op:
         buffer @A.all {dims = [M, K], dtype = "bf16", offset = 262144, space = "symmetric"}
 
     The program's ``bytes`` attribute is the arena that it needs, ``workspace`` the local memory beside
-    it: what no peer writes lies apart, so that the next program's pushes cannot reach it. Invariant:
+    it: what no peer writes lies apart, so that the next program's pushes cannot reach it. Places in an
+    arena of slots are those of even calls. Invariant:
     places do not overlap and each kind stays in its area.
     """
     env = environment(program)
@@ -55,6 +56,14 @@ def lay_out_memory(program: Op) -> Op:
             detail="the program needs more flags than an arena has",
             help="use fewer channels in the schedule",
         )
+    if program.get("slots") is not None:
+        if flags > arena.FLAGS + arena.SLOT_FLAGS or data > arena.SLOT_BYTES:
+            raise UnsupportedProgram(
+                detail=f"{data - arena.DATA} bytes of buffers do not fit a slot of "
+                f"{arena.SLOT_BYTES - arena.DATA}",
+                help="use `slots = 1` in the schedule",
+            )
+        data += arena.SLOT_BYTES
     return program.with_ops(tuple(ops)).with_attrs(bytes=data, workspace=workspace or None)
 
 

@@ -220,6 +220,8 @@ def _blocks(program: Op, stage: Op) -> dict[str, int]:
 def _boxed(program: Op, ref: Ref, blocks: dict[str, int], store: bool = False) -> bool:
     """Whether a region is a box of two axes that a TMA descriptor can have."""
     declared = program.declared(ref.symbol)
+    if program.get("slots") is not None and declared.get("space") == "symmetric":
+        return False  # a descriptor has one place
     dims = declared["dims"]
     index: tuple[Index, ...] = ref.index or tuple(All() for _ in dims)
     if declared["dtype"] not in _TMA_DTYPES or len(dims) != 2 or len(index) != 2:

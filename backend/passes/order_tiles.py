@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from tilelink.backend.expand import environment
+from tilelink.backend.passes.choose_shots import last_store
 from tilelink.backend.passes.common import (
     RANK,
     WORLD,
@@ -44,12 +45,13 @@ def order_tiles(program: Op) -> Op:
               do (%m: tile, %n: tile) {
             %acc = for_tiles (%z) {extent = [K], tile = [64]} do (%k: tile, …) {…}
 
+    A reduce in two shots gets a stage behind the last that stores it, in which each rank sums its part.
     Invariant: a stage visits every tile once; no tile crosses the boundary of two owners' blocks. Where the
     moved extent is dynamic, segments are those of its capacity, and ``live`` says how much of each is there.
     """
+    schedule = schedule_of(program)
     program = _localise(program) if program["world"] == 1 else _measure_blocks(program)
     _check_dynamic(program)
-    schedule = schedule_of(program)
     declarations = tuple(op for op in program.body if op.name in DECLARATIONS)
     prelude = tuple(op for op in program.body if op.name not in DECLARATIONS and not op.blocks)
     nests = tuple(op for op in program.body if op.blocks)
@@ -62,6 +64,11 @@ def order_tiles(program: Op) -> Op:
                 help="put it inside a loop over output tiles, which can run in parallel",
             )
         stages.append(_stage(program, schedule, nest, prelude, number))
+        stages += [
+            _relay_stage(program, schedule, name)
+            for name, tensor in tensors_of(program).items()
+            if tensor.get("shots") == 2 and last_store(nests, name) == number
+        ]
     for name, tensor in tensors_of(program).items():
         if tensor["move"] in ("scatter", "reduce") and tensor["role"] != "temp":
             stages.append(_sum_stage(program, schedule, name))
@@ -278,7 +285,7 @@ class _Demand:
 def _moved_accesses(program: Op, body: Op, variables: list[Value]) -> list[tuple[Moved, int]]:
     found: list[tuple[Moved, int]] = []
     for name, tensor in tensors_of(program).items():
-        if tensor["move"] in ("gather", "scatter", "shard"):
+        if tensor["move"] in ("gather", "scatter", "shard") or tensor.get("shots") == 2:
             info = moved(program, name)
             for kind in ("load", "store"):
                 for access in accesses(body, name, kind):
@@ -302,7 +309,14 @@ def _segments(
             order = "own"
         if info.dynamic is not None and order != "own" and apart(schedule, info.name):
             continue  # the library's collective leaves rows side by side, as many as there are
+        if info.kind == "reduce" and not stored:
+            # Sums of all parts are read, in the order in which their ranks are likely to send them.
+            order = "arrival"
         demands.append(_Demand(axis, info, order))
+    if len({(d.axis, d.moved.block) for d in demands}) > 1:
+        # What others own cuts the loop; a sum that is read there waits for all of its parts.
+        read_only = [d for d in demands if d.moved.kind == "reduce" and d.order == "arrival"]
+        demands = [d for d in demands if d not in read_only] or read_only[:1]
     if not demands:
         return {}
     axes = sorted({d.axis for d in demands})
@@ -357,6 +371,17 @@ def _departure(info: Moved) -> Expr:
     return form
 
 
+def _relay_stage(program: Op, schedule: Schedule, name: str) -> Op:
+    """The stage in which this rank sums its part of a reduce and hands the sum to every rank."""
+    stage = _sum_stage(program, schedule, name)
+    info = moved(program, name)
+    values = {v.name: Value(f"{v.name}.part", v.type) for v in stage.args}
+    values[f"{name}.sum"] = Value(f"{name}.part", stage.body[0].results[0].type)
+    stage = substitute(replace(stage, ref=Ref(f"{name}.relay")), values)
+    stage = stage.with_ops(tuple(op.with_attrs(relay=True, final=None) for op in stage.body))
+    return stage.with_attrs(segment=info.block, segments=1, visit=RANK, axis=info.axis or None)
+
+
 def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
     """The stage that brings the sum of an output into the user's tensor."""
     tensor = program.declared(name)
@@ -382,8 +407,8 @@ def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
         schedule, variables, list(tensor["dims"]), probe, names, dynamic_extent(program)
     )
     attrs: dict[str, object] = {}
+    info = moved(program, name)
     if tensor["move"] == "scatter":
-        info = moved(program, name)
         attrs = {
             "segment": info.block,
             "segments": info.blocks,
@@ -392,6 +417,8 @@ def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
         }
         if info.dynamic is not None:
             attrs["live"] = info.live
+    elif info.spread:
+        attrs = {"segment": info.block, "visit": _arrival(info), "axis": info.axis or None}
     return make(
         "stage",
         ref=Ref(f"{name}.sum"),

@@ -12,8 +12,10 @@ from tilelink.backend.passes.common import (
     handed_on,
     moved,
     start_of,
+    tasks_across,
     tensors_of,
 )
+from tilelink.errors import Span
 from tilelink.ir import INDEX, Block, Expr, Op, Range, Ref, Value, make
 
 
@@ -35,16 +37,18 @@ def place_notifies(program: Op) -> Op:
           notify @C.ready[RANK, 0] {peer = m.start / 1024, count = 32, through = @C.arrived[m.start / 1024, 0]}
 
     The head of a call waits until every rank has acknowledged the call before, and the last worker
-    acknowledges this one. Invariant: one notify a task and channel, behind the task's last write.
+    acknowledges this one. With two slots nobody does, and the head is folded into the launch. Invariant: one
+    notify a task and channel, behind the task's last write.
     """
-    acked = bool(program.find("flag"))
-    headed = acked or bool(program.find("counter"))
+    slots = program.get("slots") is not None
+    acked = bool(program.find("flag")) and not slots
+    headed = acked or slots or bool(program.find("counter"))
     launches = program.find("launch")
     ops: list[Op] = []
     for op in program.body:
         if op.name == "launch":
             if headed and op is launches[0]:
-                ops.append(_head(acked))
+                ops.append(_head(acked).with_attrs(folded=slots or None))
             stages = tuple(_announce(program, op, number) for number in range(len(op.body)))
             finish = (_finish(),) if acked and op is launches[-1] else ()
             after = (*(("head",) if headed else ()), *op.get("after", ()))
@@ -81,6 +85,9 @@ def _announce(program: Op, launch: Op, number: int) -> Op:
             ]
             if not stores:
                 continue
+            if stores[0].get("relay"):
+                body[-1:] = _relayed(program, moved(program, name), stage, op)
+                continue
             if tensor["move"] not in MOVED:
                 places, here = handed_on(program, name), (launch.symbol, number)
                 if here in places:
@@ -107,7 +114,7 @@ def _place(info: Moved, store: Op) -> tuple[Expr, Expr]:
 
 def _locally(info: Moved, store: Op) -> Op:
     owner, channel = _place(info, store)
-    index = (owner, channel) if info.kind == "scatter" else (channel,)
+    index = (owner, channel) if info.spread else (channel,)
     return make("notify", ref=Ref(f"{info.name}.done", index), span=store.span)
 
 
@@ -115,21 +122,62 @@ def _to_peers(info: Moved, op: Op) -> tuple[Op, ...]:
     """The store of a tile followed by its notify: to the owner, or for a reduce to every rank."""
     store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
     owner, channel = _place(info, store)
-    variable = Value(f"{info.name}.d", INDEX)
-    peer = owner if info.kind == "scatter" else Expr.name(variable.name)
     count = info.tasks_of(channel)
-    notify = make(
-        "notify",
-        ref=Ref(f"{info.name}.ready", (RANK, channel)),
-        peer=peer,
-        count=None if count == 1 else count,
-        through=None if count == 1 else Ref(f"{info.name}.arrived", (peer, channel)),
-        span=store.span,
+    if not info.spread:
+        return _to_everyone(info, op, ("ready", "arrived"), channel, count)
+    return (
+        _with_peer(op, info.name, owner),
+        _notify(info, ("ready", "arrived"), channel, count, owner, store.span),
     )
-    sent = (_with_peer(op, info.name, peer), notify)
-    if info.kind == "scatter":
-        return sent
-    return (make("for_range", lo=0, hi=WORLD, blocks=(Block((variable,), sent),), span=store.span),)
+
+
+def _relayed(program: Op, info: Moved, stage: Op, op: Op) -> tuple[Op, ...]:
+    """The store of a part's sum into every rank, and its notifies."""
+    store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
+    _, channel = _place(info, store)
+    element = store.ref.index[info.axis]  # type: ignore[union-attr]
+    variable = stage.args.index(element)
+    across = tasks_across(program, stage, variable)
+    rows = info.rows_of(channel)
+    length = int(stage["tile"][variable])
+    count = (rows + (length - 1)) // length * across
+    return _to_everyone(info, op, ("summed", "added"), channel, count)
+
+
+def _to_everyone(
+    info: Moved, op: Op, words: tuple[str, str], channel: Expr, count: Expr | int
+) -> tuple[Op, ...]:
+    """A store into every rank, this one last, then the notifies of all: none waits for another one's store."""
+    d, p = (Value(f"{info.name}.{letter}", INDEX) for letter in "dp")
+    store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
+    peer = (RANK + 1 + Expr.name(d.name)) % WORLD
+    sent = _with_peer(op, info.name, peer)
+    told = _notify(info, words, channel, count, Expr.name(p.name), store.span)
+    return tuple(
+        make("for_range", lo=0, hi=WORLD, blocks=(Block((variable,), (one,)),), span=store.span)
+        for variable, one in ((d, sent), (p, told))
+    )
+
+
+def _notify(
+    info: Moved,
+    words: tuple[str, str],
+    channel: Expr,
+    count: Expr | int,
+    peer: Expr,
+    span: Span | None,
+) -> Op:
+    """The notify of this rank's flag ``words[0]`` at ``peer``, where need be counted by ``words[1]``."""
+    flag, counter = (f"{info.name}.{word}" for word in words)
+    once = count == 1
+    return make(
+        "notify",
+        ref=Ref(flag, (RANK, channel)),
+        peer=peer,
+        count=None if once else count,
+        through=None if once else Ref(counter, (peer, channel)),
+        span=span,
+    )
 
 
 def _with_peer(op: Op, name: str, peer: Expr) -> Op:

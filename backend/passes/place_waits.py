@@ -14,6 +14,7 @@ from tilelink.backend.passes.common import (
     accesses,
     handed_on,
     moved,
+    moved_axis,
     start_of,
     stop_of,
     tasks_of_stage,
@@ -116,7 +117,7 @@ def _guard_inner(program: Op, op: Op, stored: Stored) -> Op:
 def _reads(loop: Op, name: str, program: Op) -> list[Op]:
     """Loads of ``name`` that belong to ``loop``: indexed by its tile, or (at a stage) by no segmented tile."""
     tensor = program.declared(name)
-    axis = int(tensor.get("over", 0)) if tensor["move"] in MOVED else 0
+    axis = moved_axis(tensor) if tensor["move"] in MOVED else 0
     inner = {
         arg
         for op in loop.walk()
@@ -151,6 +152,8 @@ def _waits(program: Op, tensor: Op, load: Op, loop: Op, stored: Stored) -> list[
     )
     if info.kind == "gather":
         return _gather_waits(info, tile, load, loop)
+    if info.shots == 2 and not load.get("relay"):
+        return _total_waits(info, tile, load, loop)
     return _sum_waits(program, info, tile, load, loop)
 
 
@@ -168,6 +171,18 @@ def _gather_waits(info: Moved, tile: Value | None, load: Op, loop: Op) -> list[O
     ]
 
 
+def _total_waits(info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op]:
+    """For the parts that other ranks have summed, and for this rank's own."""
+    summed = f"{info.name}.summed"
+    number = loop.args.index(tile) if tile is not None else -1
+    if tile is None or loop.get("segment") is None or int(loop.get("axis", 0)) != number:
+        everything = (Range(Expr.const(0), WORLD), Range(Expr.const(0), Expr.const(info.channels)))
+        return [make("wait", ref=Ref(summed, everything), span=load.span)]
+    span = _span(*info.channel_range(start_of(tile), stop_of(tile), _length(loop, tile)))
+    index = (info.owner_of(start_of(tile)), span)
+    return [make("wait", ref=Ref(summed, index), span=load.span)]
+
+
 def _sum_waits(program: Op, info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op]:
     lo, hi = Expr.const(0), Expr.const(info.channels)
     if tile is not None:
@@ -176,7 +191,7 @@ def _sum_waits(program: Op, info: Moved, tile: Value | None, load: Op, loop: Op)
     if info.resource == "epilogue":
         index = (Range(Expr.const(0), WORLD), _span(lo, hi))
         return [make("wait", ref=Ref(ready, index), span=load.span)]
-    here = (RANK, _span(lo, hi)) if info.kind == "scatter" else (_span(lo, hi),)
+    here = (RANK, _span(lo, hi)) if info.spread else (_span(lo, hi),)
     if isinstance(here[-1], Range):
         # Channels of unequal size have unequal counts: one wait a channel.
         raise UnsupportedProgram(

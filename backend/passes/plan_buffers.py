@@ -35,7 +35,8 @@ def plan_buffers(program: Op) -> Op:
         store @C.partial[%m, %n] (%c)
         %s = load_sum @C.parts[:, %m at m.start % 1024, %n] {own = @C.partial[%m, %n]}
 
-    Shards lie one behind the other in rank order in a landing buffer. Where rows are dynamic, buffers have
+    Shards lie one behind the other in rank order in a landing buffer. The sums of a reduce in two shots
+    land in a buffer of their own, where every later read finds them. Where rows are dynamic, buffers have
     those of the capacity, except for what a collective of the library fills or empties, while the user's tensors
     hold live rows alone: a segment of theirs begins where the live rows of the one before end. Invariant: no
     access names a tensor at an index that this rank does not hold.
@@ -97,8 +98,9 @@ def _buffers(program: Op, tensor: Op, info: Moved) -> list[Op]:
             buffer("partial", dims, "local", info.name if inside and not read else ""),
             *([buffer("total", held, "local", f"{info.name}.partial" if inside else "")] * read),
         ]
-    parts = buffer("parts", (Expr.name("WORLD"), *held), "symmetric")
-    return [parts] if info.resource == "epilogue" else [buffer("partial", dims, "local"), parts]
+    planned = [] if info.resource == "epilogue" else [buffer("partial", dims, "local")]
+    planned.append(buffer("parts", (Expr.name("WORLD"), *held), "symmetric"))
+    return [*planned, buffer("all", dims, "symmetric")] if info.shots == 2 else planned
 
 
 def _reads(stage: Op, name: str) -> bool:
@@ -173,8 +175,12 @@ def _rewrite(op: Op, infos: dict[str, Moved], cut: frozenset[Value]) -> Op:
         return _gathered(op, info, cut)
     if op.name == "load":
         return _held(op, info) if info.kind == "shard" else _sum(op, info)
+    if op.get("final") and info.kind == "reduce":
+        return op.with_attrs(final=None)
     if info.kind == "shard" or op.get("final"):
         return _held(op, info).with_attrs(final=None)
+    if op.get("relay"):
+        return replace(op, ref=Ref(f"{info.name}.all", op.ref.index)).with_attrs(relay=None)
     return _contribution(op, info)
 
 
@@ -212,6 +218,9 @@ def _gathered(op: Op, info: Moved, cut: frozenset[Value]) -> Op:
 def _sum(op: Op, info: Moved) -> Op:
     assert op.ref is not None
     index = op.ref.index
+    if info.shots == 2 and not op.get("relay"):
+        return replace(op, ref=Ref(f"{info.name}.all", index))
+    op = op.with_attrs(relay=None)
     local = _at(info, index, "local")
     if info.resource == "none":
         return replace(op, ref=Ref(f"{info.name}.total", local))  # type: ignore[arg-type]

@@ -325,7 +325,7 @@ def _meet(
     state.agree(name, {**facts, "versions": versions}, error)
     if error is not None:
         raise error
-    arena = state.arena_for(image.arena_bytes)
+    arena = state.arena_for(image.arena_bytes, image.slots)
     try:
         program = Program(state, image, host, arena)
         numbers = {n: scalars[n] for n in image.scalars}

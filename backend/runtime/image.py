@@ -62,7 +62,7 @@ class Image:
 
     ``dynamic``: run-time extents with their capacities, which ``tensors`` have, ``least`` their smallest
     values; ``launches`` (of emitted kernels) and ``collectives``: their symbols. ``bare``: everything is the
-    library's, there is no kernel and no stream.
+    library's, there is no kernel and no stream. Places of ``slots`` are those of even calls.
     """
 
     name: str
@@ -81,6 +81,7 @@ class Image:
     varying: dict[str, Op]
     extents: dict[str, int]
     bare: bool = False
+    slots: int = 1
 
     @property
     def outputs(self) -> tuple[Slot, ...]:
@@ -117,7 +118,12 @@ class Image:
     def arena_bytes(self) -> int:
         """Bytes of the arena that the program needs."""
         shared = [b for b in self.buffers.values() if not b.local and not b.alias]
-        return max((b.offset + b.bytes for b in shared), default=layout.DATA)
+        one = max((b.offset + b.bytes for b in shared), default=layout.DATA)
+        if self.slots == 1:
+            return one
+        if one > layout.SLOT_BYTES:
+            raise ValueError(f"{one} bytes of a slot of {layout.SLOT_BYTES}")
+        return layout.SLOT_BYTES + one
 
     @property
     def workspace_bytes(self) -> int:
@@ -138,6 +144,9 @@ class Image:
 
     def describe_word(self, word: int) -> str:
         """The flag or counter element that word ``word`` of the arena is, as the IR writes it."""
+        first = layout.FLAGS // layout.WORD
+        if self.slots == 2 and first <= word < layout.COUNTERS // layout.WORD:
+            word = first + (word - first) % (layout.SLOT_FLAGS // layout.WORD)
         for slot in (*self.flags.values(), *self.counters.values()):
             if slot.word <= word < slot.word + slot.words:
                 flat, index = word - slot.word, []
@@ -193,6 +202,7 @@ def image_of(program: Op) -> Image:
         declared=tuple(program.find("tensor")),
         varying={op.symbol: op for op in program.find("buffer") if _varies(op, dynamic)},
         extents=names,
+        slots=int(program.get("slots", 1)),
     )
 
 

@@ -100,7 +100,7 @@ class LocalState(GroupState):
             facts = {"kernel": image.name, "shapes": str(shapes), "emitted source": digest}
             self.agree(image.name, facts, None)
             module = load_module(write_module(source, image.name))
-            arena = self.arena_for(image.arena_bytes)
+            arena = self.arena_for(image.arena_bytes, image.slots)
             self.agree(image.name, {"compiled": "yes"}, None)
             self._programs[digest] = image, module, arena, self.number_of(image)
         image, module, arena, number = self._programs[digest]

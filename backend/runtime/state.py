@@ -41,6 +41,7 @@ class GroupState(ABC):
             raise Unavailable(backend="cuda", reason=f"{world} ranks, at most {layout.MAX_WORLD}")
         self.group, self.rank, self.world, self.store = group, rank, world, store
         self.arenas: list[Any] = []
+        self._newest: dict[int, Any] = {}  # by the slots of its programs
         self.images: list[Image] = []
         self.roster: Roster | None = None
         self._hello: Meeting | None = None
@@ -91,14 +92,21 @@ class GroupState(ABC):
         self.images.append(image)
         return len(self.images)
 
-    def arena_for(self, size: int) -> Any:
-        """An arena of at least ``size`` bytes: the newest, or a further one; collective where it is."""
-        if not self.arenas or self.arenas[-1].size < size:
+    def arena_for(self, size: int, slots: int = 1) -> Any:
+        """An arena of at least ``size`` bytes: the newest, or a further one; collective where it is.
+
+        Programs with two ``slots`` have an arena of their own, which is never too small.
+        """
+        newest = self._newest.get(slots)
+        if newest is None or newest.size < size:
             least = knobs.ARENA_MB.get() << 20
-            grown = max(size, least, 2 * self.arenas[-1].size if self.arenas else 0)
+            grown = max(size, least, 2 * newest.size if newest is not None else 0)
+            if slots == 2:
+                grown = 2 * layout.SLOT_BYTES
             grown = -(-grown // (2 << 20)) * (2 << 20)
-            self.arenas.append(self.allocate(grown))
-        return self.arenas[-1]
+            newest = self._newest[slots] = self.allocate(grown)
+            self.arenas.append(newest)
+        return newest
 
     def agree(
         self, kernel: str, facts: dict[str, str], error: BaseException | None, least: float = 0.0
@@ -175,9 +183,9 @@ class GroupState(ABC):
         for arena in self.arenas:
             words = self.control(arena, self.rank)
             if words[layout.ABORT] == 0:
-                missing = [
-                    r for r in lost if _before(words[layout.ARRIVED + r], words[layout.EPOCH])
-                ]
+                # Where the head is folded into the launch, the epoch is stored when the call has ended.
+                begun = words[layout.ARRIVED + self.rank]
+                missing = [r for r in lost if _before(words[layout.ARRIVED + r], begun)]
                 if missing:
                     self.set_abort(arena, self.rank, layout.LOST + missing[0])
             if (words[layout.ABORT] or lost) and busy and self._stopped is None:
@@ -286,7 +294,9 @@ class GroupState(ABC):
         for arena in self.arenas:
             words = self.control(arena, self.rank)
             for rank in range(self.world):
-                if (words[layout.ARRIVED + rank] - words[layout.EPOCH]) % (1 << 32) == 1:
+                if (words[layout.ARRIVED + rank] - words[layout.ARRIVED + self.rank]) % (
+                    1 << 32
+                ) == 1:
                     ahead.add(rank)
         self._suspects = {rank: self._suspects.get(rank, 0) + 1 for rank in sorted(ahead)}
         return [rank for rank, times in self._suspects.items() if times >= AHEAD]

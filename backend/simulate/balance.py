@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from tilelink.backend.simulate.errors import BalanceError
 from tilelink.backend.simulate.execute import Task
 from tilelink.backend.simulate.geometry import Geometry
@@ -23,7 +25,7 @@ def check_held(task: Task) -> None:
 def check_counters(geometry: Geometry, memory: Memory) -> None:
     """BalanceError where a counter of a rank ends a call at another value than its waits expect."""
     for name in sorted(memory.channels):
-        if geometry.decls[name].kind != "counter":
+        if name not in geometry.decls or geometry.decls[name].kind != "counter":
             continue
         channel = memory.channels[name]
         for element in sorted(channel.notified.keys() | channel.asked.keys()):
@@ -47,10 +49,11 @@ def check_flags(geometry: Geometry, memories: list[Memory]) -> None:
         if op.name == "wait" and geometry.decls[op.symbol].kind == "flag":
             slack[op.symbol] = max(slack.get(op.symbol, 0), -int(op.get("epoch", 0)))
     for memory in memories:
-        for name in sorted(memory.channels):
-            channel = memory.channels[name]
-            if geometry.decls[name].kind != "flag":
+        for name, call in itertools.product(sorted(geometry.decls), (0, 1)):
+            place = geometry.slot(name, call)
+            if geometry.decls[name].kind != "flag" or (call and place == name):
                 continue
+            channel = memory.channels[place]
             for element, seen in sorted(channel.notified.items()):
                 asked = channel.asked.get(element)
                 if asked is None or asked + slack.get(name, 0) < seen:

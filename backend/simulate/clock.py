@@ -146,6 +146,8 @@ class _Clock:
     ) -> None:
         machine, state = self.machine, self.ranks[rank]
         delay = {"head": machine.head_us, "launch": machine.launch_us}.get(agent.name, 0.0)
+        if agent.get("folded"):
+            delay = 0.0  # the workers of the launch do what it does
         if agent.name != "launch":
             body = iter(()) if agent.name == "collective" else state.walker.block(agent.body)
             # Workers share the names of their rank's walker, so each piece is walked at once.

@@ -122,7 +122,7 @@ def _chain(
             return lines, False
         channel = sources.geometry.channel(blocked.symbol, missing[0])
         element = sources.geometry.element(blocked.symbol, missing[0])
-        value = machine.memories[task.rank].channels[blocked.symbol].values[missing[0]]
+        value = machine.memories[task.rank].channels[blocked.place].values[missing[0]]
         lines.append(
             f"{task.describe()} waits at `{op_line(blocked.op)}`{where}"
             f" for {channel}, which is {value} and must be {blocked.need}"

@@ -39,13 +39,20 @@ from tilelink.ir import Op, Value
 
 @dataclass(slots=True, eq=False)
 class Blocked:
-    """A wait that is not satisfied: the elements of a channel on this rank, and the value needed."""
+    """A wait that is not satisfied: the elements of a channel on this rank, and the value needed.
+
+    ``place``: the name of the channel's slot.
+    """
 
     op: Op
     symbol: str
     elements: tuple[int, ...]
     need: int
     equal: bool = False
+    place: str = ""
+
+    def __post_init__(self) -> None:
+        self.place = self.place or self.symbol
 
 
 Steps: TypeAlias = Generator[Blocked | None, None, None]
@@ -173,7 +180,8 @@ class Machine:
         """A store reaches memory."""
         memory = self.memories[rank]
         if self.values:
-            target = memory.tensor(self.geometry.decls[region.symbol])
+            place = self.geometry.slot(region.symbol, task.call)
+            target = memory.tensor(self.geometry.decls[region.symbol], place)
             if isinstance(value, torch.Tensor):
                 shape = target[region.key].shape
                 if value.dim() and value.shape != shape:
@@ -181,11 +189,12 @@ class Machine:
                     raise BoundsError(None, symbol=region.symbol, detail=detail)
             target[region.key] = value
         if self.versions is not None and region.row >= 0:
-            self.versions.written(memory, region.symbol, region.mask, uid, task.call)
+            place = self.geometry.slot(region.symbol, task.call)
+            self.versions.written(memory, place, region.mask, uid, task.call)
 
     def missing(self, rank: int, blocked: Blocked) -> list[int]:
         """The elements that still keep a wait from passing."""
-        values, need = self.memories[rank].channels[blocked.symbol].values, blocked.need
+        values, need = self.memories[rank].channels[blocked.place].values, blocked.need
         if blocked.equal:
             return [e for e in blocked.elements if values[e] != need]
         # Compared cyclically, as 32-bit numbers.
@@ -304,16 +313,18 @@ class Runner:
         if task.proxy is not None and isinstance(ins, Load) and ins.tma:
             view = task.proxy
         access = Access(ins.op, False, task, ins.place)
-        self.memory.trackers[region.symbol].read(region.row, access, view)
+        place = self.geometry.slot(region.symbol, task.call)
+        self.memory.trackers[place].read(region.row, access, view)
         if machine.versions is not None and machine.stale is None:
             try:
-                machine.versions.read(self.memory, ins, part, region, task.call, task)
+                machine.versions.read(self.memory, place, ins, part, region, task.call, task)
             except VersionError as error:
                 # A race says more of the same fault; this is what remains if none is found.
                 machine.stale = error
 
     def _value(self, region: Region) -> torch.Tensor:
-        return self.memory.tensor(self.geometry.decls[region.symbol])[region.key]
+        place = self.geometry.slot(region.symbol, self.task.call)
+        return self.memory.tensor(self.geometry.decls[region.symbol], place)[region.key]
 
     def _load(self, ins: Load) -> None:
         for number, part in enumerate(ins.parts):
@@ -350,7 +361,8 @@ class Runner:
         if region.row >= 0:
             stamp = None if component is None else (component, machine.streamed[component])
             access = Access(ins.op, True, task, ins.place)
-            tracker = machine.memories[rank].trackers[region.symbol]
+            place = self.geometry.slot(region.symbol, task.call)
+            tracker = machine.memories[rank].trackers[place]
             tracker.write(region.row, access, task.view, stamp)
         if not machine.late():
             machine.land(task, rank, region, value, ins.uid)
@@ -373,8 +385,9 @@ class Runner:
         task, machine = self.task, self.machine
         machine.control(task, ins.op)
         need = ins.need if ins.counter else self.memory.epoch + ins.need
-        channel = self.memory.channels[ins.symbol]
-        blocked = Blocked(ins.op, ins.symbol, ins.elements, need, ins.equal)
+        place = self.geometry.slot(ins.symbol, task.call)
+        channel = self.memory.channels[place]
+        blocked = Blocked(ins.op, ins.symbol, ins.elements, need, ins.equal, place)
         yield None
         while machine.missing(task.rank, blocked):
             yield blocked
@@ -431,7 +444,8 @@ class Runner:
                     release.add(clock, kernel, ins.gpu)
         if carried is not None:
             release.add(carried, kernel, ins.gpu)
-        channel = machine.memories[ins.rank].channels[ins.symbol]
+        place = self.geometry.slot(ins.symbol, task.call)
+        channel = machine.memories[ins.rank].channels[place]
         epoch = self.memory.epoch
         for element in ins.elements:
             channel.values[element] = epoch
@@ -439,7 +453,7 @@ class Runner:
             if channel.notified.get(element) == epoch:
                 channel.twice.setdefault(element, ins.op)
             channel.notified[element] = epoch
-        machine.wake(ins.rank, ins.symbol)
+        machine.wake(ins.rank, place)
 
     def _count(self, ins: Notify, symbol: str, element: int, carried: Clock | None) -> int:
         """Add one to a local counter; its releases form one chain."""

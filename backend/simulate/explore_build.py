@@ -117,15 +117,17 @@ class Builder:
                 self.names.append(f"@{symbol}[{', '.join(map(str, at))}] on rank {rank}")
         return found
 
-    def words(self, rank: int, ref: Ref, env: Env) -> list[int]:
+    def words(self, rank: int, ref: Ref, env: Env, call: int) -> list[int]:
+        """The words of ``rank`` that ``ref`` names in a call; with slots, odd calls have their own."""
+        odd = ("odd",) if self.geometry.slot(ref.symbol, call) != ref.symbol else ()
         try:
             found = self.geometry.elements(ref, env)
         except KeyError as error:
             raise Unsupported(f"@{ref.symbol}: {error} is known at run time only") from None
-        return [self.element(rank, ref.symbol, at) for at in found]
+        return [self.element(rank, ref.symbol, (*at, *odd)) for at in found]
 
-    def all_words(self, rank: int, symbol: str) -> list[int]:
-        return self.words(rank, Ref(symbol, ()), self.geometry.env(rank))
+    def all_words(self, rank: int, symbol: str, call: int) -> list[int]:
+        return self.words(rank, Ref(symbol, ()), self.geometry.env(rank), call)
 
     # Chains of nodes.
 
@@ -233,7 +235,7 @@ class Builder:
                 continue
             if not decl.op.get("cleared", decl.kind == "counter"):
                 continue
-            words = self.all_words(at.rank, decl.name)
+            words = self.all_words(at.rank, decl.name, at.call)
             self.cleared.update(words)
             if decl.kind == "counter":
                 cleared += words
@@ -335,7 +337,7 @@ class Builder:
         if counter is None:
             word = self.element(PSEUDO, "queue", stage.symbol, rank, call, position)
         else:
-            (word,) = self.words(rank, counter, self.geometry.env(rank))
+            (word,) = self.words(rank, counter, self.geometry.env(rank), call)
             if name not in self.after_head:
                 self.unordered.add(word)
         self.queues.add(word)
@@ -411,7 +413,7 @@ class Builder:
             _, box = self.geometry.region(ref, at.env, at.values)
         except KeyError as error:
             raise Unsupported(f"@{ref.symbol}: {error} is known at run time only") from None
-        touch = (rank, self.geometry.home(ref.symbol), box, kind)
+        touch = (rank, self.geometry.slot(self.geometry.home(ref.symbol), at.call), box, kind)
         if touch not in at.chain[-1].accesses[-64:]:
             at.chain[-1].accesses.append(touch)
 
@@ -461,7 +463,7 @@ class Builder:
     def _wait(self, at: _Place, op: Op, where: str) -> None:
         assert op.ref is not None
         self._use_control(at)
-        words = self.words(at.rank, op.ref, at.env)
+        words = self.words(at.rank, op.ref, at.env, at.call)
         gpu = op.get("scope", "sys") == "gpu"
         mode = (IN_KERNEL_GPU if gpu else IN_KERNEL) if at.kernel else IN_STREAM + gpu
         if op.get("order") == "relaxed":
@@ -489,7 +491,7 @@ class Builder:
         self._use_control(at)
         counter = self.geometry.decls[op.symbol].kind == "counter"
         rank = at.rank if counter else self._peer(at, op)
-        words = self.words(rank, op.ref, at.env)
+        words = self.words(rank, op.ref, at.env, at.call)
         weak = op.get("order") == "relaxed" or op.get("barrier") is False
         gpu = op.get("scope", "sys") == "gpu"
         mode = self._good_for(at, rank, weak, gpu)
@@ -505,7 +507,7 @@ class Builder:
             return
         count, slot = self._value(op.get("count", 1), at), -1
         if op.get("through") is not None:
-            (slot,) = self.words(at.rank, op["through"], at.env)
+            (slot,) = self.words(at.rank, op["through"], at.env, at.call)
             self._mark(at, [slot])
             self.asked[at.call, slot] = count
             self.counted.add((at.call, slot))

@@ -235,9 +235,10 @@ class FaultRun(Scheduler):
             elif fault.symbol is None:
                 self.memories[fault.rank].epoch += fault.change
             else:
-                values = self.memories[fault.rank].channels[fault.symbol].values
+                place = self.geometry.slot(fault.symbol, self.calls[fault.rank].number)
+                values = self.memories[fault.rank].channels[place].values
                 values[fault.element] += fault.change
-                self._wake(fault.rank, fault.symbol)
+                self._wake(fault.rank, place)
 
     def _struck(self) -> None:
         self.struck = self.now if self.struck is None else self.struck
@@ -272,9 +273,9 @@ class FaultRun(Scheduler):
     def _has_arrived(self, watch: _Watch) -> bool:
         return self._ranks[watch.producer].started >= watch.call
 
-    def _wake(self, rank: int, symbol: str) -> None:
-        super()._wake(rank, symbol)
-        for task in self.blocked.get((rank, symbol), ()):
+    def _wake(self, rank: int, place: str) -> None:
+        super()._wake(rank, place)
+        for task in self.blocked.get((rank, place), ()):
             watch = self._watches.get(task)
             if watch is None or task.blocked is None:
                 continue
@@ -343,7 +344,7 @@ class FaultRun(Scheduler):
         channel, seen = f"collective {blocked.op.symbol}", 0
         if watch.element >= 0:
             channel = self.geometry.channel(blocked.symbol, watch.element)
-            seen = self.memories[rank].channels[blocked.symbol].values[watch.element]
+            seen = self.memories[rank].channels[blocked.place].values[watch.element]
         late = "it has not started the call" if not watch.here else "it has started the call"
         self.errors[rank] = WaitRanOut(
             blocked.op.span,

@@ -105,6 +105,13 @@ class Geometry:
             if a.name == "launch"
         }
         self._check_memory()
+        shared = [d.name for d in self.decls.values() if d.op.get("space") == "symmetric"]
+        flags = [d.name for d in self.decls.values() if d.kind == "flag"]
+        self.slotted = frozenset([*shared, *flags] if program.get("slots") is not None else [])
+
+    def slot(self, symbol: str, call: int) -> str:
+        """What ``symbol`` is called in call ``call``: with slots, odd calls have another place for it."""
+        return f"{symbol} of odd calls" if call % 2 and symbol in self.slotted else symbol
 
     def env(self, rank: int) -> Env:
         """The names that every expression on ``rank`` may use."""

@@ -199,9 +199,13 @@ class Memory:
         self.tensors: dict[str, torch.Tensor] = {}
         self.versions: dict[str, NDArray[np.int64]] = {}
 
-    def tensor(self, decl: Decl) -> torch.Tensor:
-        """The values of a tensor or buffer; garbage until something is written."""
-        found = self.tensors.get(decl.name)
+    def tensor(self, decl: Decl, name: str | None = None) -> torch.Tensor:
+        """The values of a tensor or buffer; garbage until something is written.
+
+        ``name``: that of the slot, where there are several.
+        """
+        name = name or decl.name
+        found = self.tensors.get(name)
         if found is None:
-            found = self.tensors[decl.name] = garbage(decl.shape, decl.dtype)
+            found = self.tensors[name] = garbage(decl.shape, decl.dtype)
         return found

@@ -127,12 +127,18 @@ class Scheduler:
     def _make_memory(self) -> None:
         for memory in self.memories:
             for decl in self.geometry.decls.values():
-                if decl.kind in ("flag", "counter"):
-                    memory.channels[decl.name] = Channel(int(np.prod(decl.shape)))
-                elif self.versions is not None and decl.name in self.traces.written:
-                    self.versions.fresh(memory, decl)
+                for place in self._places(decl.name):
+                    if decl.kind in ("flag", "counter"):
+                        memory.channels[place] = Channel(int(np.prod(decl.shape)))
+                    elif self.versions is not None and decl.name in self.traces.written:
+                        self.versions.fresh(memory, decl, slot=place)
             for name, table in self.traces.tables.items():
-                memory.trackers[name] = Tracker(name, memory.rank, table, self.options.races)
+                for place in self._places(name):
+                    memory.trackers[place] = Tracker(name, memory.rank, table, self.options.races)
+
+    def _places(self, name: str) -> list[str]:
+        """The names of the slots of a symbol."""
+        return sorted({self.geometry.slot(name, call) for call in (0, 1)})
 
     # The run.
 
@@ -172,7 +178,7 @@ class Scheduler:
             self._push(task)
         else:
             task.blocked = blocked
-            self.blocked.setdefault((task.rank, blocked.symbol), []).append(task)
+            self.blocked.setdefault((task.rank, blocked.place), []).append(task)
 
     def _deadlock(self) -> DeadlockError:
         tasks = list(self.tasks)
@@ -193,8 +199,9 @@ class Scheduler:
         self._pushed += 1
         heapq.heappush(self._ready, (self.hostility.key(task.component), self._pushed, task))
 
-    def _wake(self, rank: int, symbol: str) -> None:
-        waiting = self.blocked.get((rank, symbol))
+    def _wake(self, rank: int, place: str) -> None:
+        """A word of a channel, or of its slot called ``place``, has changed."""
+        waiting = self.blocked.get((rank, place))
         if not waiting:
             return
         still = []
@@ -205,7 +212,7 @@ class Scheduler:
             else:
                 task.blocked = None
                 self._push(task)
-        self.blocked[rank, symbol] = still
+        self.blocked[rank, place] = still
 
     # Calls and agents.
 
@@ -443,7 +450,7 @@ class Scheduler:
         self.machine.write_control(task, op)
         memory.epoch += 1
         for name in self.traces.cleared:
-            memory.channels[name].clear()
+            memory.channels[self.geometry.slot(name, task.call)].clear()
         yield from Runner(self.machine, task).block(op)
 
     def _worker(self, task: Task, launch: Op) -> Steps:

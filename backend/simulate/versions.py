@@ -33,24 +33,33 @@ class Versions:
         # All versions of a read, or the one that all its elements have.
         self._seen: dict[tuple[int, int, int], bytes | int] = {}
 
-    def fresh(self, memory: Memory, decl: Decl, call: int | None = None) -> None:
-        """Nobody has written ``decl``; with ``call``, the user has."""
+    def fresh(
+        self, memory: Memory, decl: Decl, call: int | None = None, slot: str | None = None
+    ) -> None:
+        """Nobody has written ``decl``, or its slot of that name; with ``call``, the user has."""
         value = UNWRITTEN
         if call is not None:
             place = Place(memory.rank, "<host>")
             uid = self.traces.uid(("input", memory.rank, decl.name), decl.op, place)
             value = (uid << CALLS) + call
-        memory.versions[decl.name] = np.full(decl.shape, value, dtype=np.int64)
+        memory.versions[slot or decl.name] = np.full(decl.shape, value, dtype=np.int64)
 
-    def written(self, memory: Memory, symbol: str, mask: Any, uid: int, call: int) -> None:
-        """A write has reached memory."""
-        memory.versions[symbol][mask] = (uid << CALLS) + call
+    def written(self, memory: Memory, place: str, mask: Any, uid: int, call: int) -> None:
+        """A write has reached memory, in the slot called ``place``."""
+        memory.versions[place][mask] = (uid << CALLS) + call
 
     def read(
-        self, memory: Memory, ins: Load | Transfer, part: int, region: Region, call: int, who: Any
+        self,
+        memory: Memory,
+        place: str,
+        ins: Load | Transfer,
+        part: int,
+        region: Region,
+        call: int,
+        who: Any,
     ) -> None:
         """Compare what a read sees with what it saw before; VersionError where it differs."""
-        held = memory.versions[region.symbol][region.mask]
+        held = memory.versions[place][region.mask]
         key = (ins.uid, part, call if self.traces.dynamic else 0)
         # Most reads see one write alone, and then its number says all.
         if held.size and (held == held.flat[0]).all():

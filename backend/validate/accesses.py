@@ -106,6 +106,8 @@ class AccessMachine(TileCalls):
         self.queues: dict[int, Ints] = {}
         self.wait_names: list[int] = []
         self.left = False
+        self.begun = False  # the call, by the workers
+        self.ended = False
 
     def start(self, arguments: Mapping[str, Any]) -> Trace:
         """Runs the kernel for arguments by parameter name."""

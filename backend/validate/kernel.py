@@ -59,6 +59,38 @@ class KernelMachine(AccessMachine):
             self.hazard("the context is that of another rank")
         return Context()
 
+    def on_device_begin_call(
+        self,
+        arena: Any,
+        peers: Any,
+        rank: Any,
+        world: Any,
+        progress: Any,
+        arrival: Any,
+        program: Any,
+    ) -> Context:
+        """``device.begin_call``: the context of a call that every worker of the launch begins."""
+        self.special(program, "program")
+        if self.begun or not self.all or self.stage != -1 or self.trace.step:
+            self.hazard("not every worker begins the call, before anything else")
+        self.begun = True
+        return self.on_device_context(arena, peers, rank, world, progress, arrival)
+
+    def on_device_slot(self, ctx: Any) -> Num:
+        """``device.slot``."""
+        self.context(ctx)
+        return Num(self.layout.SLOT)
+
+    def on_device_end_call(self, ctx: Any, first: Any, last: Any) -> None:
+        """``device.end_call``: every worker leaves, and all counters of the program are cleared."""
+        self.on_device_finish_arrive(ctx)
+        self.stage = -1
+        if not self.begun:
+            self.hazard("a call is ended that no worker has begun")
+        if (first, last) != self.layout.counter_words:
+            self.hazard(f"the end of the call clears other words than {self.layout.counter_words}")
+        self.ended = True
+
     def attribute(self, value: Any, node: ast.Attribute) -> Any:
         """``ctx.epoch``, or a dotted name."""
         if isinstance(value, Context):
@@ -97,9 +129,10 @@ class KernelMachine(AccessMachine):
 
     def arena(self, home: Ints, offset: Any, dtype: Any) -> Pointer:
         """A pointer to a symmetric buffer."""
-        if not isinstance(offset, int) or offset % 16:
+        place = constant(full(self.number(offset).v, self.lanes)[self.on])
+        if place is None or place % 16:
             self.unclear("an offset in the arena that is not a constant multiple of 16")
-        symbol, byte = self.layout.buffer(offset, self.dtype(dtype))
+        symbol, byte = self.layout.buffer(place, self.dtype(dtype))
         return Pointer(symbol, home, byte, self.layout.item[symbol])
 
     def context(self, ctx: Any) -> None:
@@ -231,12 +264,8 @@ class KernelMachine(AccessMachine):
         self, ctx: Any, word: Any, epoch: Any, wait: Any, fence: Any = False
     ) -> Num:
         """``device.rank_wait``: one wait a rank."""
-        total = Num(0)
-        for peer in range(self.layout.world):
-            at = self.binary(ast.Add, self.number(word), Num(peer), self.node or ast.Pass())
-            one = self.on_device_peer_tile_wait(ctx, at, epoch, Num(peer), Num(peer), wait, fence)
-            total = self.arithmetic(ast.Add, total, one, self.node or ast.Pass())
-        return total
+        world = self.layout.world
+        return self.on_device_peer_tiles_wait(ctx, word, 1, 0, world, epoch, 0, wait, fence)
 
     def released(self, on: Mask) -> None:
         """Refuses a release behind TMA stores that may still be under way."""
@@ -352,8 +381,23 @@ class KernelMachine(AccessMachine):
         """``device.rank_notify``: one notify a peer."""
         self.context(ctx)
         mine = self.binary(ast.Add, self.number(word), Num(self.rank), self.node or ast.Pass())
+        self.on_device_all_tile_notify(ctx, mine)
+
+    def on_device_all_tile_notify(self, ctx: Any, word: Any) -> None:
+        """``device.all_tile_notify``: one notify a peer."""
+        self.context(ctx)
         for peer in range(self.layout.world):
-            self.flagged(mine, Num(peer))
+            self.flagged(word, Num(peer))
+
+    def on_device_counted_all_tile_notify(
+        self, ctx: Any, word: Any, through: Any, step: Any, count: Any
+    ) -> None:
+        """``device.counted_all_tile_notify``: one notify a peer, each counted by a counter of its own."""
+        node = self.node or ast.Pass()
+        for peer in range(self.layout.world):
+            shift = self.arithmetic(ast.Mult, self.number(step), Num(peer), node)
+            at = self.arithmetic(ast.Add, self.number(through), shift, node)
+            self.on_device_counted_tile_notify(ctx, word, Num(peer), at, count)
 
     def on_device_tile_sum_parts(
         self, own: Any, parts: Any, step: Any, inside: Any, rank: Any, world: Any

@@ -9,7 +9,7 @@ import numpy as np
 from tilelink.backend.expand import dims_of, environment
 from tilelink.backend.validate.values import Ints
 from tilelink.ir import DTYPES, Op
-from tilelink.ir.layout import WORD
+from tilelink.ir.layout import SLOT_BYTES, SLOT_FLAGS, WORD
 
 TL_NAMES = {
     "bf16": "bfloat16",
@@ -59,6 +59,27 @@ class Layout:
         self.parts = frozenset(op.symbol for op in sums)
         self.own = frozenset(op["own"].symbol for op in sums if op.get("own") is not None)
 
+    # The number that stands for the slot of a call while a kernel is read. It is none that a text could hold
+    # in its place.
+    SLOT = 7
+
+    def first(self, op: Op) -> int:
+        """The byte at which a flag array, counters or a symmetric buffer begin, in the slot of the call."""
+        place = int(op["offset"])
+        if self.program.get("slots") is None or op.name == "counter":
+            return place
+        return place + self.SLOT * (SLOT_FLAGS if op.name == "flag" else SLOT_BYTES)
+
+    @property
+    def counter_words(self) -> tuple[int, int]:
+        """The words from the first counter of the program to the last."""
+        found = [
+            (int(op["offset"]) // WORD, int(np.prod(self.dims[name], dtype=np.int64)))
+            for name, op in self.declared.items()
+            if op.name == "counter"
+        ]
+        return min((a for a, _ in found), default=0), max((a + n for a, n in found), default=0)
+
     def strides(self, symbol: str) -> tuple[int, ...]:
         """Elements from one index to the next, an axis each: everything is row-major."""
         found = [1]
@@ -71,7 +92,7 @@ class Layout:
         for name, op in self.declared.items():
             if op.name not in ("flag", "counter"):
                 continue
-            first = int(op["offset"]) // WORD
+            first = self.first(op) // WORD
             size = int(np.prod(self.dims[name], dtype=np.int64))
             inside = (words >= first) & (words < first + size)
             if inside.all():
@@ -85,7 +106,7 @@ class Layout:
         for name, op in self.declared.items():
             if op.name != "buffer" or op.get("space") == "local":
                 continue
-            first = int(op["offset"])
+            first = self.first(op)
             size = int(np.prod(self.dims[name], dtype=np.int64)) * self.item[name]
             if first <= offset < first + size:
                 if TL_NAMES[str(op["dtype"])] != dtype:

@@ -390,11 +390,14 @@ class Machine:
         wide = x.wide or y.wide
         if op is ast.Mult and not (x.shape and y.shape):
             tile, factor = (x, y) if x.shape else (y, x)
+            # A multiple by a constant other than 0 depends on all that the tile does.
+            scaled = isinstance(factor.base, int) and factor.base != 0
             made = Lattice(
                 np.asarray(tile.base) * factor.base,
                 tile.shape,
                 tuple(np.asarray(s) * factor.base for s in tile.steps),
                 wide,
+                tile.tokens if scaled else {},
             )
         elif op in (ast.Add, ast.Sub):
             sign = 1 if op is ast.Add else -1

@@ -71,6 +71,7 @@ class Validator:
         self.wait_names: list[int] = []
         self.lanes = 0
         self.traces: list[Trace] = []
+        self.folded = program.get("slots") is not None
         self.flushes: list[int] = []  # phases behind which every worker performs what it holds back
 
     def run(self) -> Validation:
@@ -79,6 +80,7 @@ class Validator:
         agents = HostMachine(self.module.source, self.layout, frozenset(self.module.kernels)).start(
             self.module.host
         )
+        agents = self.with_head(agents)
         self.same_agents(agents)
         streamed = frozenset(
             s.symbol for a in agents if a.kind == "stream" for s in self.of(a).signals if s.wait
@@ -157,6 +159,22 @@ class Validator:
                 names = [f"`{o.name} @{o.symbol}`" if o.ref else f"`{o.name}`" for o in (one, two)]
                 self.differs(None, f"it carries {names[0]} where the kernel gives {names[1]}")
         self.differs(None, "the program that it carries is not that of the kernel")
+
+    def with_head(self, agents: list[Agent]) -> list[Agent]:
+        """The agents with the head that a program with slots folds into its launch.
+
+        That the kernel begins and ends the call is what :meth:`launch` holds.
+        """
+        if not self.folded:
+            return agents
+        for agent in agents:
+            if agent.kind == "head":
+                self.differs(agent.node, "a head, which the program folds into its launch")
+            if agent.after:
+                self.differs(agent.node, "the launch comes after an agent that nobody enqueues")
+        node = agents[0].node if agents else ast.Pass()
+        moved = [replace(agent, after=("head",)) for agent in agents]
+        return [Agent("head", "head", (), node, waits=False), *moved]
 
     def same_agents(self, agents: list[Agent]) -> None:
         """Agents, their order and what they come after, sizes of launches, sides of collectives."""
@@ -272,6 +290,8 @@ class Validator:
             p.kind == "finish" and self.expected.agents[p.agent].symbol == agent.name
             for p in self.expected.phases
         )
+        if (machine.begun, machine.ended) != (self.folded, self.folded):
+            self.differs(function, "the launch does not begin and end the call as the program says")
         if has_finish and not machine.left:
             self.differs(function, "the launch is not left through `finish_arrive`")
         return trace
@@ -286,7 +306,13 @@ class Validator:
             machine.fits(np.repeat(array, agent.workers), False, None)
             return Num(np.repeat(array, agent.workers))
         if isinstance(value, Special):
-            typed = {"arena": "", "peers": "", "progress_ns": "tl.int64", "arrival_ns": "tl.int64"}
+            typed = {
+                "arena": "",
+                "peers": "",
+                "progress_ns": "tl.int64",
+                "arrival_ns": "tl.int64",
+                "program": "tl.int32",
+            }
             if value.name in typed:
                 if kind != typed[value.name]:
                     self.differs(agent.node, f"`{value.name}` for the parameter `{parameter.arg}`")

@@ -1,8 +1,9 @@
 """reuse, beyond the same program twice: the next program on the arena, the words of flags and counters.
 
-All programs of a group share an arena. Another program may push to a rank as soon as its `head` has
-passed, and that waits for the acknowledgements of the call before, and nothing else. So everything that
-a program does to memory which peers reach must be acknowledged to every peer that could overwrite it.
+All programs of a group share an arena, those with slots one of their own. Another program may push to a rank
+as soon as its `head` has passed, and that waits for the acknowledgements of the call before, and nothing else.
+So everything that a program does to memory which peers reach must be acknowledged to every peer that could
+overwrite it.
 """
 
 from __future__ import annotations
@@ -115,6 +116,9 @@ def check_arena(out: Expansion, words: Elements, order: Order) -> None:
     declared = [op for op in out.declarations.values() if op.name == "flag"]
     if out.world == 1 or not (shared or flags or declared):
         return
+    if out.program.get("slots") is not None:
+        _heard_by_all(out, words, order)
+        return
     ack = _acks(out)
     _ack_writers(out, words, ack)
     if declared:
@@ -155,6 +159,31 @@ def check_arena(out: Expansion, words: Elements, order: Order) -> None:
                             *weak(words),
                         ),
                     )
+
+
+def _heard_by_all(out: Expansion, words: Elements, order: Order) -> None:
+    """In an arena of slots each rank knows, when it has ended a call, that all ranks have begun it.
+
+    So they have ended the call before. What a program writes on peers it writes two calls after whoever used
+    the place last, with one such call in between, of whichever program: all that was done there is over.
+    Only programs of this kind use the arena.
+    """
+    for rank in range(out.world):
+        known = order.reached[0][words.call("end", rank)]
+        for other in range(out.world):
+            if not known >> words.call("start", other) & 1:
+                symbol = next(
+                    s.symbol for s in out.syncs if out.declarations[s.symbol].name == "flag"
+                )
+                raise ReuseError(
+                    out.program.span,
+                    symbol=symbol,
+                    notes=(
+                        f"rank {rank} may end the call before rank {other} has begun it, and write two "
+                        f"calls later what rank {other} still reads",
+                        *weak(words),
+                    ),
+                )
 
 
 def _everyone_hears(out: Expansion, flag: Op, ack: str) -> None:

@@ -20,6 +20,8 @@ from tilelink.ir.layout import (
     FLAG_BYTES,
     FLAGS,
     MAX_WORLD,
+    SLOT_BYTES,
+    SLOT_FLAGS,
     WORD,
 )
 
@@ -165,14 +167,17 @@ def _shapes(out: Expansion, into: Access) -> None:
 
 
 def _areas(out: Expansion) -> None:
-    """Flags, counters and buffers lie in their areas and do not overlap."""
+    """Flags, counters and buffers lie in their areas, those of a slot in it, and do not overlap."""
+    slots = out.program.get("slots") is not None
     taken: list[tuple[bool, int, int, Op]] = []
     for op in out.declarations.values():
         if op.name == "tensor" or op.get("offset") is None:
             continue
         begin, size = int(op["offset"]), bytes_of(op, out.env)
         end = begin + size
-        if op.name == "flag":
+        if op.name == "flag" and slots:
+            areas = [(FLAGS, FLAGS + SLOT_FLAGS)]
+        elif op.name == "flag":
             areas = [
                 (FLAGS, FLAGS + FLAG_BYTES),
                 (ACK * WORD, (ACK + MAX_WORLD) * WORD),
@@ -180,7 +185,8 @@ def _areas(out: Expansion) -> None:
         elif op.name == "counter":
             areas = [(COUNTERS, COUNTERS + COUNTER_BYTES)]
         else:
-            areas = [(0 if op.get("space") == "local" else DATA, 1 << 62)]
+            shared = (DATA, SLOT_BYTES if slots else 1 << 62)
+            areas = [(0, 1 << 62) if op.get("space") == "local" else shared]
         unit = 16 if op.name == "buffer" else WORD
         if begin % unit:
             raise BoundsError(
@@ -196,6 +202,8 @@ def _areas(out: Expansion) -> None:
             )
         local = op.get("space") == "local"
         room = out.program.get("workspace" if local else "bytes")
+        if slots and not local and room is not None:
+            room = int(room) - SLOT_BYTES  # that of odd calls lies behind
         if op.name == "buffer" and room is not None and end > int(room):
             raise BoundsError(
                 op.span,

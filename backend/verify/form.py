@@ -30,7 +30,7 @@ WORDS = {
     "queue": ("static", "dynamic"),
     "space": ("symmetric", "local"),
 }
-SWITCHES = ("barrier", "proxy", "drain", "wide", "cleared")
+SWITCHES = ("barrier", "proxy", "drain", "wide", "cleared", "folded")
 Dim: TypeAlias = "str | int | None"  # a tile's length by its name, a number, or unknown
 
 
@@ -53,6 +53,7 @@ def check_form(program: Op) -> None:
             checker.block(agent.body, agent.name)
             if agent.name == "head":
                 checker.head(agent)
+    _check_slots(program)
 
 
 class _Checker:
@@ -262,6 +263,33 @@ class _Checker:
         if len(left) != 2 or len(right) != 2 or left[1] != right[0] or out != [left[0], right[1]]:
             types = ", ".join(str(v.type) for v in op.operands[:2])
             _fail(op, f"a product of {types} that is {op.results[0].type}")
+
+
+def _check_slots(program: Op) -> None:
+    """Two slots and a folded head come together, in a program that is one launch and nothing beside it.
+
+    What `head` does at the start of a call the workers do at its end: they leave counters at 0 for whoever
+    comes next, and so must every program of such an arena.
+    """
+    slots = program.get("slots")
+    folded = [op for op in program.find("head") if op.get("folded") is not None]
+    if slots is None and not folded:
+        return
+    if slots != 2:
+        _fail(program if slots is not None else folded[0], "a folded head comes with `slots = 2`")
+    agents = [op for op in program.body if op.name in AGENTS]
+    if [op.name for op in agents] != ["head", "launch"]:
+        _fail(program, "a program with slots is a folded head and one launch")
+    head, launch = agents
+    if head.get("folded") is not True or head.body or launch.get("after") != ("head",):
+        _fail(head, "with slots, `head` is folded into the launch behind it and waits for nothing")
+    if launch.find("finish"):
+        _fail(launch, "with slots, nobody acknowledges a call")
+    for op in program.body:
+        if op.name in ("flag", "counter") and op.get("cleared", op.name == "counter") != (
+            op.name == "counter"
+        ):
+            _fail(op, "with slots, counters are cleared and flags are not")
 
 
 def _fail(op: Op, detail: str) -> None:

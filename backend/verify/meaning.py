@@ -84,6 +84,7 @@ class _Meaning:
         }
         self.number = 0  # of the nest that is compared
         self.final = False  # whether it is the delivery of an output's sum
+        self.relay = False  # whether it sums parts and hands them on
         self.names = Names(self.env)
         self.turn: _Turn | None = None
         self.dynamic = {op.symbol for op in kernel.find("extent") if op.get("dynamic")}
@@ -104,6 +105,14 @@ class _Meaning:
                 at += 2
                 continue
             at += 1
+            relayed = self.relays(stage)
+            self.relay = relayed is not None
+            if relayed is not None:
+                if self.last_store.get(relayed, -1) >= done:
+                    self.fail(stage, f"`{relayed}` is still stored behind it")
+                self.number = len(self.nests)
+                self.stage(stage, tiles, self.delivery(relayed), ())
+                continue
             delivered = self.delivers(stage)
             self.final = delivered is not None
             if delivered is not None:
@@ -185,6 +194,18 @@ class _Meaning:
         for op in stage.walk():
             if op.name == "collective":
                 self.fail(op, "it cannot stand in a stage")
+
+    def relays(self, stage: Op) -> str | None:
+        """The reduced tensor whose parts a stage sums into a buffer of sums, or None.
+
+        Who sums which part is free: what a read finds at a place was put there for that place, which
+        *dataflow* follows, and *cover* holds that something was.
+        """
+        stores = [op.symbol for op in stage.walk() if op.name == "store" and op.ref is not None]
+        name = self.out.base(stores[0]) if stores else ""
+        if name not in self.tensors or self.moved(name) != "reduce" or name in stores:
+            return None
+        return name if set(stores) <= self.summed else None
 
     def delivers(self, stage: Op) -> str | None:
         """The output whose sum a stage brings into the user's tensor and does nothing else, or None."""
@@ -272,6 +293,8 @@ class _Meaning:
         """``stage`` is ``nest``: its outer loops are the queue, what is inside them the body."""
         loops = self.loops(stage, nest)
         self.compare(stage, loops, (*prelude, *loops.body))
+        if self.relay:
+            return  # who sums which part is free
         fault = partition_fault([tile for _, tile in tiles], loops.lengths, loops.owned)
         if fault:
             self.fail(stage, f"its tasks {fault}")
@@ -439,6 +462,8 @@ class _Meaning:
         if theirs.name == "store":
             partial = contributed and not self.final
             fits = buffered and not total if partial else not buffered
+            if self.relay:
+                fits = buffered and total and stacked == 0
         elif contributed and later:
             fits = mine.name == "load" and buffered and not total and stacked == 0
         elif contributed:
@@ -479,8 +504,9 @@ class _Meaning:
         axis = self.axis(name)
         at = 0
         for one, other in zip(index, wanted, strict=True):
-            placed = at == axis and isinstance(one, At) and isinstance(other, Value)
-            if placed:
+            # The parts of a sum in two shots are cut along any axis.
+            moves = at == axis or self.moved(name) == "reduce"
+            if moves and isinstance(one, At) and isinstance(other, Value):
                 # Where the tile lies in a shard or a buffer is what dataflow follows.
                 assert isinstance(one, At)
                 one = one.value

@@ -247,8 +247,8 @@ def _meets(order: Order, codes: Ints, call: int) -> npt.NDArray[np.bool_]:
     return found
 
 
-def across(order: Order, meeting: Meeting) -> tuple[int, int] | None:
-    """Two rows in conflict, the first of one call, the second of the next, in no order; else None."""
+def across(order: Order, meeting: Meeting, calls: int = 1) -> tuple[int, int] | None:
+    """Two rows in conflict, the first of one call, the second ``calls`` later, in no order; else None."""
     seq = np.zeros(0, dtype=np.int64)
     rows = Rows(order, meeting.node, meeting.task, seq, meeting.tma, meeting.write)
     writes, reads = meeting.write_row, meeting.read_row
@@ -259,7 +259,7 @@ def across(order: Order, meeting: Meeting) -> tuple[int, int] | None:
         (writes[meeting.both_second], writes[meeting.both_first]),
         (writes, writes),
     ):
-        bad = np.flatnonzero(~holds(order, rows.codes(first, second), call=1))
+        bad = np.flatnonzero(~holds(order, rows.codes(first, second), call=calls))
         if len(bad):
             return int(first[bad[0]]), int(second[bad[0]])
     return None

@@ -200,7 +200,7 @@ class Thread:
 
 @dataclass(slots=True)
 class Order:
-    """Threads, nodes, and the clocks of two consecutive calls.
+    """Threads, nodes, and the clocks of two consecutive calls, of three in a program with slots.
 
     ``releases`` holds a mask a node, and behind them, where the program has accesses through TMA, one a
     node for TMA stores. ``proxied`` is the node of the last proxy fence before a node in its task,
@@ -249,7 +249,7 @@ class Order:
         """``releases`` and the first call's share of ``clocks`` as rows of 64-bit words."""
         if not self.packed:
             self.packed.append(_pack(self.releases, self.words.total))
-        while len(self.packed) < 3:
+        while len(self.packed) < len(self.clocks) + 1:
             self.packed.append(_pack(self.clocks[len(self.packed) - 1], self.words.total))
         return self.packed[0], self.packed[1 + call]
 
@@ -313,7 +313,7 @@ def order(out: Expansion, words: Elements) -> Order:
     found.releases = _releases(threads, node)
     if any(a.tma for a in out.accesses):
         _async(found, out)
-    for call in range(2):
+    for call in range(3 if out.program.get("slots") is not None else 2):
         _clocks(found, out, node, call)
         if found.stuck:
             break
@@ -453,7 +453,7 @@ def _clocks(found: Order, out: Expansion, nodes: int, call: int) -> None:
     fired = [False] * words.total
     for rank in range(out.world):
         if call:
-            reached[words.call("start", rank)] = found.reached[0][words.call("end", rank)]
+            reached[words.call("start", rank)] = found.reached[call - 1][words.call("end", rank)]
     waiting: dict[int, list[int]] = {}
     position = [0] * len(found.threads)
     ready: deque[int] = deque(e for e in range(words.total) if missing[e] == 0 and e >= words.words)
@@ -487,7 +487,7 @@ def _clocks(found: Order, out: Expansion, nodes: int, call: int) -> None:
                 if kind == WAIT:
                     now |= reached[element]
             elif kind == PREVIOUS and call:
-                now |= found.reached[0][element]
+                now |= found.reached[call - 1][element]
             slot += 1
 
     while ready:

@@ -1,4 +1,8 @@
-"""reuse: the next call writes nothing that this call still reads or writes, on any rank."""
+"""reuse: the next call writes nothing that this call still reads or writes, on any rank.
+
+In a program with slots, what peers write lies in another place in the next call: there it is the call after
+that which comes to the same place.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,17 @@ from tilelink.backend.verify.memory import Meeting, across
 from tilelink.backend.verify.order import Order
 
 
+def slotted(out: Expansion, symbol: str) -> bool:
+    """Whether odd and even calls have places of their own for ``symbol``."""
+    shared = out.declarations[symbol]
+    mine = shared.name == "flag" or (shared.name == "buffer" and shared.get("space") != "local")
+    return mine and out.program.get("slots") is not None
+
+
 def check_reuse(out: Expansion, order: Order, meeting: Meeting) -> None:
-    """Raise ReuseError for a pair of accesses of two consecutive calls in no order."""
-    pair = across(order, meeting)
+    """Raise ReuseError for a pair of accesses of two calls that use the same place, in no order."""
+    apart = 2 if slotted(out, meeting.symbol) else 1
+    pair = across(order, meeting, apart)
     if pair is None:
         return
     first, second = pair
@@ -23,7 +35,7 @@ def check_reuse(out: Expansion, order: Order, meeting: Meeting) -> None:
         symbol=meeting.symbol,
         notes=(
             f"this call: {where(out, meeting, first)}",
-            f"the next call: {where(out, meeting, second)}",
+            f"{'the next call' if apart == 1 else 'two calls later'}: {where(out, meeting, second)}",
             "no chain of notifies and waits leads from the first to the second",
             f"behind the first, its task notifies {channels(order, meeting, first, waits=False)}",
             f"before the second, its task waits for {channels(order, meeting, second, waits=True)}",

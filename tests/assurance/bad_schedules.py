@@ -97,6 +97,10 @@ CASES: tuple[Case, ...] = (
     schedule("a sum nowhere", move(sum="never"), "sum", "never"),
     schedule("a sum that is a number", move(sum=1), "sum", "1"),
     schedule("the sum of a gather", move(sum="epilogue"), "sum", "`A`", "scatter"),
+    schedule("a move's shots 3", move(shots=3), "shots", "3"),
+    schedule("a move's slots 0", move(resource="sm:4", slots=0), "slots", "0"),
+    schedule("two slots by copy engine", move(slots=2), "slots", "copy_engine"),
+    schedule("a move's shots text", move(shots="two"), "shots", "'two'"),
     schedule("epilogue of a gather", move(resource="epilogue"), "A", "epilogue"),
     Command(
         "schedule: the file is missing",

@@ -23,7 +23,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ CASES = (
     ("gemm_rs", 2, "epilogue"),
     ("ag_gemm", 2, "sm:1"),
     ("gemm_rs", 2, "copy_engine"),
+    ("gemm_ar", 3, "epilogue slots"),
 )
 M, K, N = 48, 16, 16
 MEASURED = (
@@ -57,12 +58,17 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class Case:
-    """A program with its name; ``streams``: some flags are raised by copy engines."""
+    """A program with its name; ``streams``: some flags are raised by copy engines.
+
+    ``slots``: the epoch in the arena is read when a call begins and written when it ends, so that what
+    overwrites it meanwhile goes unnoticed.
+    """
 
     name: str
     world: int
     program: Op
     streams: bool
+    slots: bool = False
 
 
 @dataclass
@@ -84,8 +90,14 @@ class Outcome:
 def case_of(kernel: str, world: int, resource: str) -> Case:
     """A small program of one tile a rank."""
     op = getattr(kernels, kernel).build({"M": M, "K": K, "N": N}, world=world, dtype="fp32")
-    program = compile_kernel(op, default_schedule(op).with_resource(resource))
-    return Case(f"{kernel} {resource}", world, program, resource == "copy_engine")
+    resource, _, slots = resource.partition(" ")
+    schedule = default_schedule(op).with_resource(resource)
+    if slots:
+        moves = tuple((name, replace(move, shots=2, slots=2)) for name, move in schedule.moves)
+        schedule = replace(schedule, moves=moves)
+    program = compile_kernel(op, schedule)
+    streams = resource == "copy_engine"
+    return Case(f"{kernel} {resource} {slots}".strip(), world, program, streams, bool(slots))
 
 
 def inputs_of(case: Case, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -169,7 +181,7 @@ def one_seed(
     (when,) = instants(case, WHEN, 1)
     if when == 0.0:
         outcome.wrong = "the fault did not happen"
-    elif fault == "delay":
+    elif fault == "delay" or (fault == "corrupt" and case.slots):
         outcome.wrong = right(case, calls, ranks)
     else:
         waits = [instant for instant in instants(case, WAITED, case.world) if instant]

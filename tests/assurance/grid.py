@@ -50,12 +50,16 @@ class Sample:
     group: int = 1
     dtype: str = "bf16"
     emitter: str = "triton"
+    shots: int | None = None
+    slots: int = 1
 
     @property
     def name(self) -> str:
         """A short name that no other sample has."""
         parts = [self.kernel, self.resource, f"w{self.world}", f"t{self.tiles}x{self.columns}"]
         parts += [f"p{self.workers}", f"c{self.channels or 0}", self.order, f"g{self.group}"]
+        parts += [f"s{self.shots}"] if self.shots else []
+        parts += ["slots"] if self.slots == 2 else []
         parts += ["flat" if self.flatten else "nested", self.dtype]
         return ".".join([*parts, *([self.emitter] if self.emitter != "triton" else [])])
 
@@ -67,7 +71,8 @@ class Sample:
 
     def program(self) -> Op:
         """The fused program, not proven."""
-        moves = ((self.tensor, move_of(self.resource, self.channels)),)
+        move = replace(move_of(self.resource, self.channels), shots=self.shots, slots=self.slots)
+        moves = ((self.tensor, move),)
         tiles = tuple((name, self.tile) for name in "KMN")
         schedule = Schedule(
             tiles=tiles,
@@ -83,7 +88,9 @@ class Sample:
     def trial(self, seed: int = 0) -> Trial:
         """Random inputs of a few calls, and the reference's outputs."""
         kernel = self.op()
-        inputs = [random_inputs(kernel, CALLS * seed + call) for call in range(CALLS)]
+        # With slots it is the third call that comes back to the place of the first.
+        calls = CALLS + self.slots - 1
+        inputs = [random_inputs(kernel, calls * seed + call) for call in range(calls)]
         return Trial(inputs, [reference.run(kernel, given) for given in inputs], kernel)
 
 
@@ -101,6 +108,12 @@ def samples() -> list[Sample]:
                 found.append(other)
             if resource in ("none", "copy_engine") and kernel != "ag_gemm_swiglu":
                 found.append(replace(plain, emitter="library"))
+            if not by_rank and resource not in ("none", "sm:2"):
+                found.append(replace(plain, tiles=2, columns=2, shots=2))
+            if resource in ("epilogue", "sm:1"):
+                found.append(replace(plain, tiles=2, slots=2))
+            if resource == "epilogue" and not by_rank:
+                found.append(replace(plain, tiles=2, columns=2, shots=2, slots=2))
     return found
 
 

@@ -20,11 +20,12 @@ SAMPLES = (
     Sample("gemm_rs", "C", "sm:1", 2, 4),
     Sample("gemm_ar_add", "P", "copy_engine", 2, 3),
     Sample("gemm_ar", "C", "none", 2, 3),
+    Sample("gemm_ar", "C", "sm:1", 2, 2, columns=2, shots=2, slots=2),
 )
 
 
 def named(sample: Sample) -> str:
-    return f"{sample.kernel}-{sample.resource}"
+    return f"{sample.kernel}-{sample.resource}{'-slots' if sample.slots == 2 else ''}"
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=named)

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from tilelink.schedules import ORDERS, Move, Schedule, ScheduleError
 
 moves = st.builds(
-    Move,
-    resource=st.sampled_from(("copy_engine", "sm:4", "epilogue", "none")),
+    lambda ways, **rest: Move(resource=ways[0], slots=ways[1], **rest),
+    ways=st.sampled_from(
+        (("copy_engine", 1), ("sm:4", 2), ("sm:4", 1), ("epilogue", 2), ("none", 1))
+    ),
     tile=st.none() | st.integers(1, 999),
     channels=st.none() | st.integers(1, 99),
     sum=st.sampled_from(("stage", "epilogue")),
+    shots=st.sampled_from((None, 1, 2)),
 )
 schedules = st.builds(
     Schedule,
@@ -56,6 +59,10 @@ def test_json_round_trips(schedule: Schedule) -> None:
         ('{"moves": {"A": {"resource": "sm:132"}}}', "moves.A.resource"),
         ('{"moves": {"A": {"channel": 2}}}', "moves.A.channel"),
         ('{"moves": {"A": {"channels": 0}}}', "channels"),
+        ('{"moves": {"A": {"shots": 3}}}', "shots"),
+        ('{"moves": {"A": {"shots": true}}}', "shots"),
+        ('{"moves": {"A": {"slots": 2}}}', "slots"),
+        ('{"moves": {"A": {"resource": "epilogue", "slots": 3}}}', "slots"),
         ('{"moves": {"A": 7}}', "moves.A."),
     ],
 )

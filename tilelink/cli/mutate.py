@@ -75,7 +75,7 @@ def execute(args: argparse.Namespace) -> int:
         for number, mutant in enumerate(chosen):
             verdicts.append(judge(mutant, trial, seed=args.seed))
             progress(number + 1, len(chosen))
-        print(as_json(unit, verdicts) if args.json else render(unit, verdicts))
+        print(as_json(unit, verdicts) if args.json else render(unit, verdicts, len(trial.inputs)))
         survivors = [v for v in verdicts if v.survivors]
         code |= bool(survivors)
         for number, verdict in enumerate(survivors):
@@ -133,7 +133,9 @@ def trial_of(kernel: Op, program: Op, seed: int) -> Trial:
     from tilelink.backend.mutate.judge import Trial
     from tilelink.backend.simulate import run_calls
 
-    inputs = [random_inputs(program, CALLS * seed + call) for call in range(CALLS)]
+    # With slots it is the third call that comes back to the place of the first.
+    calls = CALLS if program.get("slots") is None else CALLS + 1
+    inputs = [random_inputs(program, calls * seed + call) for call in range(calls)]
     if kernel.name == "kernel":
         return Trial(inputs, [reference.run(kernel, given) for given in inputs], kernel)
     return Trial(inputs, run_calls(program, inputs, seed))
@@ -171,7 +173,7 @@ def tally(verdicts: Sequence[Verdict]) -> dict[str, Counter[str]]:
     return found
 
 
-def render(unit: Unit, verdicts: Sequence[Verdict]) -> str:
+def render(unit: Unit, verdicts: Sequence[Verdict], calls: int) -> str:
     """The table, class by class."""
     counted = tally(verdicts)
     columns = (*HEADER[:5], "undecided", *HEADER[5:])
@@ -182,7 +184,7 @@ def render(unit: Unit, verdicts: Sequence[Verdict]) -> str:
         rows.append([name, *(str(counts[column]) for column in columns[1:])])
     rows.append(["all", *(str(total[column]) for column in columns[1:])])
     shape = " ".join(f"{op.symbol}={op['value']}" for op in unit.op.find("extent"))
-    head = f"{unit.name}: {shape}, {unit.world} ranks, {CALLS} calls"
+    head = f"{unit.name}: {shape}, {unit.world} ranks, {calls} calls"
     return f"{head}\n{table.render(columns, rows, '  ')}"
 
 

@@ -161,7 +161,7 @@ def schedule_of(args: argparse.Namespace, kernel: Op) -> Schedule:
         moves = {name: schedule.move(name) for name in moved}
         for name, resource in args.resource.items():
             for target in [name] if name else moved:
-                moves[target] = replace(moves[target], resource=resource)
+                moves[target] = moves[target].by(resource)
         schedule = replace(schedule, moves=tuple(sorted(moves.items())))
     if args.workers:
         schedule = replace(schedule, workers=args.workers)

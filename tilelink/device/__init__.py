@@ -3,8 +3,9 @@
 Every function may be called from any ``@triton.jit`` kernel. The names are those of the TileLink paper
 (Zheng et al., 2025, section 3): signals between tiles (``producer_tile_notify``,
 ``consumer_tile_wait``), between peers (``peer_tile_notify``, ``peer_tile_wait``), between all ranks
-(``rank_notify``, ``rank_wait``), and data movement (``tile_push_data``, ``tile_pull_data``,
-``rank_copy_data``). Where control words lie in an arena says :mod:`tilelink.ir.layout`.
+(``rank_notify``, ``rank_wait``; ``all_tile_notify`` and ``peer_tiles_wait`` for one tile), and data
+movement (``tile_push_data``, ``tile_pull_data``, ``rank_copy_data``). Where control words lie in an
+arena says :mod:`tilelink.ir.layout`.
 """
 
 from tilelink.device.data import (
@@ -18,18 +19,23 @@ from tilelink.device.data import (
 from tilelink.device.math import erf, power, tanh
 from tilelink.device.program import (
     acknowledge_kernel,
+    begin_call,
+    end_call,
     finish_arrive,
     finish_leave,
     grouped_tile,
     head_kernel,
     notify_kernel,
     queue_next,
+    slot,
     wait_kernel,
 )
 from tilelink.device.signal import (
     Context,
+    all_tile_notify,
     consumer_tile_wait,
     context,
+    counted_all_tile_notify,
     counted_tile_notify,
     delayed_counted_notify,
     delayed_peer_notify,
@@ -46,13 +52,17 @@ from tilelink.device.signal import (
 __all__ = [
     "Context",
     "acknowledge_kernel",
+    "all_tile_notify",
+    "begin_call",
     "consumer_tile_wait",
     "context",
+    "counted_all_tile_notify",
     "counted_tile_notify",
     "delayed_counted_notify",
     "delayed_peer_notify",
     "delayed_tile_notify",
     "drain_tma_stores",
+    "end_call",
     "erf",
     "finish_arrive",
     "finish_leave",
@@ -70,6 +80,7 @@ __all__ = [
     "rank_copy_data",
     "rank_notify",
     "rank_wait",
+    "slot",
     "tanh",
     "tile_pull_data",
     "tile_push_data",

@@ -137,6 +137,48 @@ def differing(arena, world: tl.constexpr, said):
 
 
 @triton.jit
+def begin_call(arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns, program):
+    """The :class:`Context` of a call that has no head: by every CTA of the one launch of a program with slots.
+
+    The epoch is the stored one plus one; :func:`end_call` stores it. The first CTA tells all ranks that this
+    one has arrived. ``program``: a number for the error record.
+    """
+    before = tl.load(arena + EPOCH)
+    ctx = Context(arena, peers, rank, before + 1, world, progress_ns, arrival_ns)
+    if tl.program_id(0) == 0:
+        here = tl.load(arena + ARRIVED + rank)
+        if here != before:
+            lost = Context(arena, peers, rank, before, world, progress_ns, arrival_ns)
+            _abort(lost, EPOCH, here, before, rank, 0, 0, 4)
+        tl.store(arena + PROGRAM, program)
+        # It carries nothing: only a wait that has run out of time looks at it.
+        flags, inside = _words(peers, world, ARRIVED + rank)
+        value = tl.full((MAX_WORLD,), 0, tl.int32) + ctx.epoch
+        tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
+    return ctx
+
+
+@triton.jit
+def slot(ctx):
+    """The slot of this call: 0 in calls of an even epoch, 1 in those of an odd one."""
+    return ctx.epoch & 1
+
+
+@triton.jit
+def end_call(ctx, first, last):
+    """Leave the last stage. The last CTA to do so clears the counter words [``first``, ``last``) and stores
+    the epoch: the next call finds everything as :func:`begin_call` wants it."""
+    tl.debug_barrier()
+    left = tl.atomic_add(ctx.arena + EXITED, 1, sem="acq_rel", scope="gpu")
+    if left == tl.num_programs(0) - 1:
+        for start in range(first, last, _CLEAR):
+            words = start + tl.arange(0, _CLEAR)
+            tl.store(ctx.arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
+        tl.store(ctx.arena + EXITED, 0)
+        tl.store(ctx.arena + EPOCH, ctx.epoch)
+
+
+@triton.jit
 def grouped_tile(position, rows, columns, group):
     """Tile (row, column) at ``position`` of ``rows`` x ``columns`` tiles, ``group`` rows at a time."""
     width = group * columns

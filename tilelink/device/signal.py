@@ -28,6 +28,8 @@ FIRST_LOOK = tl.constexpr(
     16 if CUDA.value else 4
 )  # polls before the clock and the abort word are first looked at
 MAX_WORLD = tl.constexpr(layout.MAX_WORLD)
+# Polls of several flags at once before they are waited for one after the other, with a limit: about 4 ms.
+TOGETHER = tl.constexpr(4096 if CUDA.value else 4)
 POLL_NS = tl.constexpr(16_000)  # one poll of the interpreter, about
 
 
@@ -203,27 +205,6 @@ def peer_tile_wait(ctx, word, epoch, producer, tile, wait, fence: tl.constexpr =
 
 
 @triton.jit
-def peer_tiles_wait(ctx, word, step, low, high, epoch, tile, wait, fence: tl.constexpr = False):
-    """Acquire: until flags ``word + r * step`` of all ranks r in ``low``..``high`` have reached ``epoch``.
-
-    Rank r raises the r-th of them. Otherwise like :func:`peer_tile_wait`; all are asked at once.
-    """
-    ranks = tl.arange(0, MAX_WORLD)
-    inside = (ranks >= low) & (ranks < high)
-    nothing = tl.zeros((MAX_WORLD,), tl.int32)
-    flags = ctx.arena + word + ranks * step
-    seen = tl.atomic_add(flags, nothing, mask=inside, sem="acquire", scope="sys")
-    behind = tl.sum((inside & (seen - epoch < 0)).to(tl.int32), axis=0)
-    token = behind >> 31
-    if behind != 0:
-        for peer in range(low, high):
-            token += peer_tile_wait(ctx, word + peer * step, epoch, peer, tile, wait)
-    if fence:
-        token = _fence_proxy(token)
-    return token
-
-
-@triton.jit
 def consumer_tile_wait(ctx, word, count, tile, wait, fence: tl.constexpr = False):
     """Acquire: until the local counter ``word`` has reached ``count``; returns a token like
     :func:`peer_tile_wait`."""
@@ -322,27 +303,66 @@ def _words(peers, world, word):
 
 
 @triton.jit
-def rank_notify(ctx, word):
-    """Release: flag ``word + rank`` of every rank becomes this call's epoch."""
+def all_tile_notify(ctx, word):
+    """Release: flag ``word`` of every rank becomes this call's epoch, after every thread's stores."""
     tl.debug_barrier()
-    flags, inside = _words(ctx.peers, ctx.world, word + ctx.rank)
+    flags, inside = _words(ctx.peers, ctx.world, word)
     value = tl.full((MAX_WORLD,), 0, tl.int32) + ctx.epoch
     tl.atomic_xchg(flags, value, mask=inside, sem="release", scope="sys")
 
 
 @triton.jit
-def rank_wait(ctx, word, epoch, wait, fence: tl.constexpr = False):
-    """Acquire: until flags ``word`` to ``word + world`` have all reached ``epoch``; returns a token."""
+def counted_all_tile_notify(ctx, word, through, step, count):
+    """Release: as :func:`all_tile_notify`, by the ``count``-th caller of this call.
+
+    The local counters ``through``, ``through + step``, … count for one rank each. Whoever counts last
+    also releases what the others stored.
+    """
+    tl.debug_barrier()
     ranks = tl.arange(0, MAX_WORLD)
+    one = tl.full((MAX_WORLD,), 1, tl.int32)
+    counters = ctx.arena + through + ranks * step
+    before = tl.atomic_add(counters, one, mask=ranks < ctx.world, sem="acq_rel", scope="sys")
+    flags, inside = _words(ctx.peers, ctx.world, word)
+    value = tl.full((MAX_WORLD,), 0, tl.int32) + ctx.epoch
+    last = inside & (before == count - 1)
+    tl.atomic_xchg(flags, value, mask=last, sem="release", scope="sys")
+
+
+@triton.jit
+def rank_notify(ctx, word):
+    """Release: flag ``word + rank`` of every rank becomes this call's epoch."""
+    all_tile_notify(ctx, word + ctx.rank)
+
+
+@triton.jit
+def peer_tiles_wait(ctx, word, step, low, high, epoch, tile, wait, fence: tl.constexpr = False):
+    """Acquire: until the flags of ranks ``low`` to ``high`` (half open) have all reached ``epoch``.
+
+    Rank r raises flag ``word + r * step``. Returns a token like :func:`peer_tile_wait`.
+    """
+    ranks = tl.arange(0, MAX_WORLD)
+    inside = (ranks >= low) & (ranks < high)
     nothing = tl.zeros((MAX_WORLD,), tl.int32)
-    flags = ctx.arena + word + ranks
-    seen = tl.atomic_add(flags, nothing, mask=ranks < ctx.world, sem="acquire", scope="sys")
-    behind = tl.sum(((ranks < ctx.world) & (seen - epoch < 0)).to(tl.int32), axis=0)
+    flags = ctx.arena + word + ranks * step
+    seen = tl.atomic_add(flags, nothing, mask=inside, sem="acquire", scope="sys")
+    behind = tl.sum((inside & (seen - epoch < 0)).to(tl.int32), axis=0)
+    polls = tl.full((), 0, tl.int32)
+    while (behind != 0) & (polls < TOGETHER):
+        seen = tl.atomic_add(flags, nothing, mask=inside, sem="acquire", scope="sys")
+        behind = tl.sum((inside & (seen - epoch < 0)).to(tl.int32), axis=0)
+        polls += 1
     token = behind >> 31
-    # All flags at once; one after the other, with a limit, only where some rank is not there yet.
+    # All flags at once; one after the other, with a limit, only where some rank is late.
     if behind != 0:
-        for peer in range(0, ctx.world):
-            token += peer_tile_wait(ctx, word + peer, epoch, peer, peer, wait)
+        for peer in range(low, high):
+            token += peer_tile_wait(ctx, word + peer * step, epoch, peer, tile, wait)
     if fence:
         token = _fence_proxy(token)
     return token
+
+
+@triton.jit
+def rank_wait(ctx, word, epoch, wait, fence: tl.constexpr = False):
+    """Acquire: until flags ``word`` to ``word + world`` have all reached ``epoch``; returns a token."""
+    return peer_tiles_wait(ctx, word, 1, 0, ctx.world, epoch, 0, wait, fence)

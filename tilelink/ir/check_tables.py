@@ -21,9 +21,9 @@ ATTRIBUTES = {
     "exprs": "dims extent tile",
     "expr": "hi lo peer owner signal visit if when epoch segment segments live",
     "count": "world value:extent workers:launch resident warps stages count group block channel_rows "
-    "task_rows tasks_across delay least",
+    "task_rows tasks_across delay least shots slots",
     "whole": "offset bytes workspace over axis first flatten_axis part_axis",
-    "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final",
+    "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded relay",
     "text": "file kernel schedule into offsets source table",
     "texts": "after",
     "ref": "alias own to through counter",

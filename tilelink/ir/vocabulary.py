@@ -17,15 +17,15 @@ from tilelink.ir.node import DECLARATIONS, Op, Ref
 # Attributes by op; `!` marks those that must be there. docs/ir.md says what they mean.
 _TABLE = {
     "kernel": "world! file",
-    "program": "world! bytes file kernel kernel_text schedule workspace",
+    "program": "world! bytes file kernel kernel_text schedule slots workspace",
     "extent": "value! dynamic least",
     "tensor": "dims! dtype! move! role! block channel_rows comm_tile in_place into offsets over "
-    "owner resource signal source table task_rows tasks_across tile",
+    "owner part_axis resource shots signal source table task_rows tasks_across tile",
     "scalar": "dtype!",
     "buffer": "dims! dtype! space! alias offset",
     "flag": "dims! cleared offset",
     "counter": "dims! cleared offset",
-    "head": "",
+    "head": "folded",
     "stream": "after",
     "launch": "after emitter part resident stages warps workers!",
     "collective": "op! to! after",
@@ -35,9 +35,9 @@ _TABLE = {
     "for_tiles": "bounds extent part part_axis part_of segment segments tile visit",
     "for_range": "hi! lo!",
     "yield": "",
-    "load": "own via when wide",
+    "load": "own relay via when wide",
     "load_sum": "own wide",
-    "store": "final peer via wide",
+    "store": "final peer relay via wide",
     "wait": "compare count epoch if order proxy scope",
     "notify": "barrier count delay drain if order peer scope through",
     "transfer": "peer! to! if wide",
@@ -80,7 +80,17 @@ _ATTRIBUTE_REFERS = {
     "through": ("counter",),
     "counter": ("counter",),
 }
-_WHOLE = ("world", "workers", "resident", "warps", "stages", "offset", "bytes", "workspace")
+_WHOLE = (
+    "world",
+    "workers",
+    "resident",
+    "warps",
+    "stages",
+    "offset",
+    "bytes",
+    "workspace",
+    "slots",
+)
 _AGENTS = ("head", "stream", "launch", "collective")
 
 

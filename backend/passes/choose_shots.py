@@ -1,0 +1,140 @@
+"""How a reduce is summed: by every rank (one shot), or each part by one rank that hands it on (two)."""
+
+from __future__ import annotations
+
+from tilelink.backend.expand import environment
+from tilelink.backend.passes.common import (
+    global_dims,
+    replace_declaration,
+    schedule_of,
+    tensors_of,
+)
+from tilelink.frontend.owners import uniform_block
+from tilelink.ir import DTYPES, Expr, Index, Op, Value
+from tilelink.schedules import Schedule, ScheduleError
+
+# Bytes of a sum over all ranks of which one shot is the faster way: 256 KB at 8 ranks, 1 MB at 2. One shot
+# sends every contribution to every rank, two shots send less and take one more trip over the link.
+ONE_SHOT_BYTES = 2 << 20
+
+
+def choose_shots(program: Op) -> Op:
+    """Record on every reduce that is summed in two shots which axis the ranks share out for it.
+
+    Before::
+
+        tensor @C {dims = [M, N], move = "reduce", …}
+
+    After::
+
+        tensor @C {dims = [M, N], move = "reduce", part_axis = 1, shots = 2, …}
+
+    The world divides the axis, and the outer loops that store the tensor walk it. The first axis is taken if
+    its parts are whole tiles, else the last such one, else any. Errors: ScheduleError where two shots are
+    asked for and no axis will do.
+    """
+    if program["world"] == 1:
+        return program
+    schedule = schedule_of(program)
+    for name, tensor in tensors_of(program).items():
+        move = schedule.move(name)
+        if tensor["move"] != "reduce" or move.resource == "none" or move.shots == 1:
+            continue
+        if move.shots is None and _bytes(program, tensor) * int(program["world"]) <= ONE_SHOT_BYTES:
+            continue
+        axis = _part_axis(program, schedule, tensor)
+        if axis is not None:
+            new = tensor.with_attrs(shots=2, part_axis=axis)
+            program = replace_declaration(program, new)
+        elif move.shots == 2:
+            raise ScheduleError(
+                tensor.span,
+                field=f"moves.{name}.shots",
+                detail=f"no axis of `{name}` can be cut into {program['world']} parts that tasks store whole",
+                help="store it by tiles of an axis that the world divides, or use 1",
+            )
+    return program
+
+
+def last_store(nests: tuple[Op, ...], name: str) -> int:
+    """The number of the last loop nest that stores ``name``; -1 where none does."""
+    stores = [n for n, nest in enumerate(nests) if _stored_by(nest, name)]
+    return stores[-1] if stores else -1
+
+
+def _stored_by(nest: Op, name: str) -> list[Op]:
+    return [
+        op for op in nest.walk() if op.name == "store" and op.ref is not None and op.symbol == name
+    ]
+
+
+def _bytes(program: Op, tensor: Op) -> int:
+    size = DTYPES[tensor["dtype"]]
+    for length in global_dims(tensor, environment(program)):
+        size *= length
+    return size
+
+
+def _part_axis(program: Op, schedule: Schedule, tensor: Op) -> int | None:
+    """The axis that the ranks share out for the sum, or None."""
+    nests = [op for op in program.body if op.blocks and _stored_by(op, tensor.symbol)]
+    dims = global_dims(tensor, environment(program))
+    world = int(program["world"])
+    fits: list[tuple[int, bool]] = []
+    for axis, (dim, length) in enumerate(zip(tensor["dims"], dims, strict=True)):
+        cut = {_cut(program, nest, tensor.symbol, axis) for nest in nests}
+        if length % world or (cut != {None} and cut != {length // world}):
+            continue
+        if all(_walked(nest, tensor.symbol, axis) for nest in nests):
+            fits.append((axis, length // world % schedule.tile(str(dim), 128) == 0))
+    whole = [axis for axis, even in fits if even]
+    if whole:
+        return 0 if 0 in whole else whole[-1]
+    return fits[-1][0] if fits else None
+
+
+def _outer(nest: Op) -> list[Value]:
+    """The tile variables of the loops that become the queue of a stage."""
+    found: list[Value] = []
+    body: tuple[Op, ...] = (nest,)
+    while len(body) == 1 and body[0].name in ("for_tiles", "for_range") and not body[0].results:
+        if body[0].name == "for_tiles" and body[0].get("extent") is None:
+            break
+        found += [v for v in body[0].args if v.type.is_tile]
+        body = body[0].body
+    return found
+
+
+def _element(op: Op, axis: int) -> Index | None:
+    """What an access indexes ``axis`` with; None where it names no index."""
+    return op.ref.index[axis] if op.ref is not None and op.ref.index else None
+
+
+def _walked(nest: Op, name: str, axis: int) -> bool:
+    """Whether every store of ``name`` is by a tile of the outer loops along ``axis``."""
+    outer = _outer(nest)
+    return all(_element(op, axis) in outer for op in _stored_by(nest, name))
+
+
+def _cut(program: Op, nest: Op, name: str, axis: int) -> int | None:
+    """The length of the owners' blocks by which other tensors cut the nest: None if none does, 0 if they
+    cut another axis than ``axis`` of ``name``."""
+    outer = _outer(nest)
+    variables = [_element(op, axis) for op in _stored_by(nest, name)]
+    found: int | None = None
+    for other, tensor in tensors_of(program).items():
+        if tensor["move"] not in ("gather", "scatter", "shard") or tensor.get("over") is None:
+            continue
+        over = int(tensor["over"])
+        for op in nest.walk():
+            named = op.name in ("load", "store") and op.ref is not None and op.symbol == other
+            element = _element(op, over) if named else None
+            if element is None or element not in outer:
+                continue
+            if element not in variables:
+                return 0
+            names = environment(program)
+            extent = global_dims(tensor, names)[over]
+            block = uniform_block(Expr.of(tensor["owner"]), extent, names["WORLD"], names)
+            found = block if found in (None, block) else 0
+    return found

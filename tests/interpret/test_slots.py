@@ -1,0 +1,87 @@
+"""Programs with two slots on the interpreter: call after call, in turn with others, and when ranks break."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.assurance import faults_interpreted
+from tilelink import kernels
+from tilelink.backend.pipeline import compile_kernel
+from tilelink.backend.runtime import interpret
+from tilelink.schedules import Move, Schedule
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tensor", "resource", "shots"),
+    [
+        ("gemm_ar", "C", "epilogue", 1),
+        ("gemm_ar", "C", "sm:1", 2),
+        ("gemm_rs", "C", "epilogue", None),
+        ("ag_gemm", "A", "sm:2", None),
+    ],
+)
+def test_calls_in_a_row_are_right(
+    kernel: str, tensor: str, resource: str, shots: int | None
+) -> None:
+    world, m, k, n = 4, 64, 16, 32
+    op = getattr(kernels, kernel).build({"M": m, "K": k, "N": n}, world=world, dtype="fp32")
+    move = Move(resource=resource, shots=shots, slots=2)
+    tiles = tuple((name, 16) for name in "KMN")
+    program = compile_kernel(op, Schedule(tiles=tiles, workers=5, moves=((tensor, move),)))
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randint(-3, 4, shape, generator=generator).float()
+
+    rows = m // world if kernel == "ag_gemm" else m
+    calls = [[{"A": draw(rows, k), "B": draw(k, n)} for _ in range(world)] for _ in range(5)]
+    # The epoch passes the largest int32 in the third call.
+    outputs = interpret.run_calls(program, calls, epoch=2**31 - 3, timeout=120.0)
+    for inputs, ranks in zip(calls, outputs, strict=True):
+        if kernel == "ag_gemm":
+            whole = torch.cat([i["A"] for i in inputs])
+            right = [whole @ i["B"] for i in inputs]
+        else:
+            total = torch.stack([i["A"] @ i["B"] for i in inputs]).sum(0)
+            right = list(total.chunk(world)) if kernel == "gemm_rs" else [total] * world
+        for got, want in zip(ranks, right, strict=True):
+            assert torch.equal(got["C"], want)
+
+
+def test_programs_in_turn_on_the_arenas_of_a_group(tmp_path: Path) -> None:
+    world = 3
+    command = [sys.executable, "-m", "tests.interpret.slots_rank"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(tmp_path / "store")],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(said)[-3000:]
+
+
+def test_faults_are_named_and_an_epoch_that_is_overwritten_meanwhile_heals() -> None:
+    number = len(faults_interpreted.CASES) - 1
+    assert faults_interpreted.CASES[number][2].endswith("slots")
+    first = number * len(faults_interpreted.FAULTS)
+    found = faults_interpreted.attack(4, 2.0, first=first, beyond=4.0, longest=0.5)
+    assert found["failures"] == []
+    assert found["survived_delays"] == 1 and found["named_errors"] >= 3

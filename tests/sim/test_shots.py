@@ -1,0 +1,146 @@
+"""All-reduce in one shot and in two: where the parts lie, who sums them, and that the numbers are exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.emitted_mutants import mutants as text_mutants
+from tilelink import kernels
+from tilelink.backend.emit.triton import emit
+from tilelink.backend.mutate import mutants
+from tilelink.backend.mutate.judge import Trial, judge
+from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.reference import run as reference
+from tilelink.backend.validate import EmittedError, read_module, validate
+from tilelink.cli.inputs import random_inputs
+from tilelink.errors import Source
+from tilelink.ir import Op
+from tilelink.schedules import Move, Schedule, ScheduleError
+
+TENSOR = {"gemm_ar": "C", "gemm_ar_add": "P"}
+
+
+def schedule(kernel: str, tile: int = 16, workers: int = 5, **move: Any) -> Schedule:
+    tiles = tuple((name, tile) for name in "KMN")
+    return Schedule(
+        tiles=tiles,
+        workers=workers,
+        moves=((TENSOR[kernel], Move(**move)),),
+    )
+
+
+def whole_numbers(world: int, m: int, k: int, n: int) -> tuple[list[torch.Tensor], ...]:
+    """A and B of every rank: whole numbers, of which sums and products are exact, and which bf16 rounds once."""
+    generator = torch.Generator().manual_seed(m + n)
+
+    def make(*shape: int) -> list[torch.Tensor]:
+        return [torch.randint(-3, 4, shape, generator=generator).bfloat16() for _ in range(world)]
+
+    return make(m, k), make(k, n)
+
+
+def agrees(kernel: str, backend: str, world: int, m: int, n: int, chosen: Schedule) -> None:
+    """The same bits as the reference, on every rank."""
+    a, b = whole_numbers(world, m, 24, n)
+    one = getattr(kernels, kernel)
+    got = one.on(backend, world=world, schedule=chosen)(a, b)
+    for mine, right in zip(got, one.on("reference", world=world)(a, b), strict=True):
+        assert torch.equal(mine, right)
+
+
+@given(data=st.data())
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+def test_two_shots_give_the_bits_of_the_reference(data: st.DataObject) -> None:
+    world = data.draw(st.sampled_from((2, 4, 8)))
+    kernel = data.draw(st.sampled_from(sorted(TENSOR)))
+    resource = data.draw(st.sampled_from(("epilogue", "copy_engine", "sm:2")))
+    m = data.draw(st.integers(1, 40))
+    n = world * data.draw(st.integers(1, 40))
+    if data.draw(st.booleans()):
+        m, n = n, m
+    channels = data.draw(st.sampled_from((None, 1, 2)))
+    chosen = schedule(kernel, resource=resource, channels=channels, shots=2)
+    agrees(kernel, "simulate", world, m, n, chosen)
+
+
+@pytest.mark.parametrize("kernel", sorted(TENSOR))
+@pytest.mark.parametrize("resource", ("epilogue", "copy_engine", "sm:2"))
+@pytest.mark.parametrize(("m", "n"), ((16, 64), (128, 24), (1, 128)))
+def test_emitted_two_shots_are_the_program_and_compute_it(
+    kernel: str, resource: str, m: int, n: int
+) -> None:
+    chosen = schedule(kernel, resource=resource, shots=2)
+    program = compile_kernel(
+        getattr(kernels, kernel).build({"M": m, "K": 24, "N": n}, world=4), chosen
+    )
+    validate(read_module(Source("emitted.py", emit(program))), program)
+    if kernel == "gemm_ar":
+        agrees(kernel, "interpret", 4, m, n, chosen)
+
+
+def parts(m: int, n: int, world: int = 4, tile: int = 16, **move: Any) -> Op:
+    """The tensor C of the program of gemm_ar."""
+    chosen = schedule("gemm_ar", tile, **move)
+    op = kernels.gemm_ar.build({"M": m, "K": 16, "N": n}, world=world)
+    return run_passes(op, chosen, after="choose-shots").declared("C")
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "axis"),
+    [
+        (64, 64, 0),  # whole tiles of rows
+        (16, 64, 1),  # less than a tile of rows a rank
+        (1, 64, 1),
+        (8, 24, 1),  # no whole tiles at all: the last axis
+        (8, 6, 0),  # the only axis that four ranks divide
+    ],
+)
+def test_the_axis_that_is_shared_out(m: int, n: int, axis: int) -> None:
+    tensor = parts(m, n, shots=2)
+    assert (tensor["shots"], tensor["part_axis"]) == (2, axis)
+
+
+def test_small_sums_take_one_shot_and_large_ones_two() -> None:
+    # 512 KiB at four ranks is the last that takes one.
+    assert parts(512, 512, tile=128).get("shots") is None
+    assert parts(512, 1024, tile=128).get("shots") == 2
+    assert parts(512, 1024, tile=128, shots=1).get("shots") is None
+    assert parts(512, 1024, tile=128, resource="none").get("shots") is None
+    assert parts(511, 1026, tile=128).get("shots") is None  # four ranks divide neither axis
+
+
+def test_two_shots_of_what_cannot_be_cut_are_an_error() -> None:
+    with pytest.raises(ScheduleError, match=r"moves\.C\.shots.*4 parts"):
+        parts(3, 6, shots=2)
+
+
+@pytest.mark.parametrize("resource", ("epilogue", "copy_engine", "sm:1"))
+def test_mutants_of_two_shots_survive_nothing(resource: str) -> None:
+    kernel = kernels.gemm_ar.build({"M": 16, "K": 8, "N": 8}, world=2)
+    chosen = schedule("gemm_ar", 8, workers=2, resource=resource, shots=2)
+    program = compile_kernel(kernel, chosen)
+    inputs = [random_inputs(program, call) for call in range(2)]
+    trial = Trial(inputs, [reference(kernel, given) for given in inputs], kernel)
+    # All are judged by `python -m tests.assurance.mutants`; here every seventh.
+    verdicts = [judge(mutant, trial) for mutant in list(mutants(program))[::7]]
+    assert len(verdicts) > 15
+    assert [v.mutant.description for v in verdicts if v.survivors] == []
+    assert all(v.proof or v.truth for v in verdicts)
+
+
+def test_mutants_of_the_text_of_two_shots_are_refused() -> None:
+    kernel = kernels.gemm_ar.build({"M": 32, "K": 32, "N": 128}, world=2)
+    program = compile_kernel(kernel, schedule("gemm_ar", resource="epilogue", shots=2))
+    text = emit(program)
+    validate(read_module(Source("emitted.py", text)), program)
+    names = ("peer_tiles_wait", "all_tile_notify", "peer_tile_wait")
+    found = [m for m in text_mutants(text) if any(n in m.what for n in names)]
+    assert len(found) > 5
+    for mutant in found:
+        with pytest.raises(EmittedError):
+            validate(read_module(Source("emitted.py", mutant.text)), program)
