@@ -94,20 +94,19 @@ def _whole(program: Op, schedule: Schedule, stage: Op) -> Op:
             help="use triton, or keep the product apart in a loop nest of its own",
         ) from None
     names = environment(program)
-    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
-    for extent in stage["extent"]:
-        if Expr.of(extent).names & dynamic:
-            raise ScheduleError(
-                stage.span,
-                field="emitter",
-                detail=f"the library multiplies whole matrices, and `{extent}` is dynamic",
-                help="use triton, or give the extent as it is",
-            )
     axis, segment = int(stage.get("axis", 0)), stage.get("segment")
     met = list(_met(program, schedule, stage))
     apart = any(info.block != info.shard or info.resource != "none" for info in met)
     cut = segment is not None and (stage.get("segments") is not None or apart)
     tiles = [int(evaluate(extent, names, stage)) for extent in stage["extent"]]
+    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
+    if cut and Expr.of(stage["extent"][axis]).names & dynamic:
+        raise ScheduleError(
+            stage.span,
+            field="emitter",
+            detail=f"the library multiplies whole slices, and `{stage['extent'][axis]}` is dynamic",
+            help="use triton or the resource none, or give the extent as it is",
+        )
     if cut:
         tiles[axis] = int(segment)
     else:

@@ -72,7 +72,7 @@ class State:
     def workspace_for(self, size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.uint8)
 
-    def arena_for(self, size: int) -> Any:
+    def arena_for(self, size: int, slots: int) -> Any:
         views = [torch.zeros(size, dtype=torch.uint8) for _ in range(WORLD)]
         addresses = [view.data_ptr() for view in views]
         return SimpleNamespace(views=views, addresses=addresses, peers=torch.tensor(addresses))
