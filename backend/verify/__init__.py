@@ -133,7 +133,7 @@ def verify(program: Op, kernel: Op | None = None) -> Report:
     if meaning is not None:
         check_meaning(out, meaning)
     report = prove(out, known=meaning is not None)
-    check_rows(out, meaning, lambda small: prove(small, contents=False))
+    check_rows(out, meaning, lambda small: prove(small, contents=False), check_bounds)
     if any(op.get("dynamic") for op in program.find("extent")):
         return replace(report, rules=(*report.rules, "rows"))
     return report

@@ -10,8 +10,9 @@ segment behind segment. Three things make that the kernel's meaning for this M, 
 - Each access of a row finds it in the place that it has at the capacity, in the user's tensors in its place
   among the rows that are there.
 - Which tasks there are, and what they wait for and notify, changes only where a number of tiles or of channels
-  does. Between two such values of M the bounds of all accesses are linear in M, so what is ordered, apart or
-  inside at both ends is so in between: the program is enumerated and proven at both ends of each such range.
+  does. Of all M between two such values the largest stands for the others: their tasks are the same, with fewer
+  rows in the last tile of a segment, on the reading and on the writing side alike. So the program is
+  enumerated at both ends of each such range, where places and bounds are compared, and proven at the upper one.
 """
 
 from __future__ import annotations
@@ -42,29 +43,41 @@ _MAY_NAME = {
 }
 
 
-def check_rows(out: Expansion, kernel: Op | None, prove: Callable[[Expansion], object]) -> None:
-    """Raise RowsError, or an error of ``prove``, where a call with fewer rows could go wrong.
+def check_rows(
+    out: Expansion,
+    kernel: Op | None,
+    prove: Callable[[Expansion], object],
+    inside: Callable[[Expansion], None],
+) -> None:
+    """Raise RowsError, or an error of ``prove`` or ``inside``, where a call with fewer rows could go wrong.
 
     ``out`` is the program at its capacity, proven; ``prove`` proves the order of accesses and the signals of
-    another value's rows. Nothing to do where no extent is dynamic.
+    another value's rows, ``inside`` that they lie in what is declared. Nothing to do where no extent is dynamic.
     """
     if not any(op.get("dynamic") for op in out.program.find("extent")):
         return
     rows = _rows_of(out, kernel)
     rows.declarations()
     rows.independent()
-    for small in rows.instances():
+    lower, upper = rows.ends()
+    for value in sorted({*lower, *upper}):
+        small = at_extents(out.program, {rows.name: value})
         rows.placed(small)
         there = expand(small, kernel)
         rows.copied(there)
-        prove(there)
+        if value in upper:
+            prove(there)
+        else:
+            inside(there)
 
 
 def smaller(out: Expansion, kernel: Op | None) -> list[Op]:
-    """The program at each value of its dynamic extent for which it has to be proven beside the capacity."""
+    """The program at each value of its dynamic extent at which it is enumerated beside the capacity."""
     if not any(op.get("dynamic") for op in out.program.find("extent")):
         return []
-    return _rows_of(out, kernel).instances()
+    rows = _rows_of(out, kernel)
+    values = sorted({value for end in rows.ends() for value in end})
+    return [at_extents(out.program, {rows.name: value}) for value in values]
 
 
 def _rows_of(out: Expansion, kernel: Op | None) -> _Rows:
@@ -223,8 +236,8 @@ class _Rows:
 
     # Values -------------------------------------------------------------------------------------
 
-    def ends(self) -> list[int]:
-        """The values of the extent, without its capacity, at both ends of each range of equal structure."""
+    def ends(self) -> tuple[list[int], list[int]]:
+        """The values of the extent, without its capacity, that begin and end a range of equal structure."""
         unit, least = self.unit, 1
         declared = self.out.program.declared(self.name)
         if declared.get("least") is not None:
@@ -252,12 +265,8 @@ class _Rows:
             )
         first = np.flatnonzero(change)
         last = np.append(first[1:] - 1, len(values) - 1)
-        found = sorted({int(values[n]) for n in (*first, *last)} - {self.capacity})
-        return found
-
-    def instances(self) -> list[Op]:
-        """The program at each of these values."""
-        return [at_extents(self.out.program, {self.name: value}) for value in self.ends()]
+        lower, upper = ([int(values[n]) for n in some] for some in (first, last))
+        return [v for v in lower if v != self.capacity], [v for v in upper if v != self.capacity]
 
     def placed(self, small: Op) -> None:
         """Each access in a stage begins where it does at the capacity, in the user's whole tensors among the

@@ -17,6 +17,7 @@ from tilelink.backend.pipeline import compile_kernel, run_passes
 from tilelink.backend.runtime.image import image_of
 from tilelink.backend.validate import EmittedError, read_module, split_modules, validate
 from tilelink.backend.verify import RowsError, carried, smaller, verify
+from tilelink.cli.main import main
 from tilelink.errors import TilelinkError
 from tilelink.frontend.capacity import capacity_of, read_capacities
 from tilelink.frontend.errors import BadCall, NotDivisible
@@ -244,3 +245,14 @@ def test_the_runtime_reads_the_rows_of_a_call_off_its_tensors() -> None:
     # A shard tells as well.
     assert image.extents_of({"residual": (10, 32)}) == {"M": 20}
     assert image.buffers["P.parts"].dims == (2, 32, 32)
+
+
+def test_the_command_line_compiles_for_a_capacity(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(Path(__file__).parents[2] / "examples" / "ag_gemm.py")
+    assert main(["check", file, "--dynamic", "M"]) == 0
+    assert "holds for every value up to it" in capsys.readouterr().out
+    assert main(["ir", file, "--dynamic", "M", "--fused"]) == 0
+    assert "live = M / WORLD" in capsys.readouterr().out
+    assert main(["run", file, "--dynamic", "M"]) == 0
+    assert main(["check", file, "--dynamic", "Q"]) == 2
+    assert "known: M, K, N" in capsys.readouterr().err

@@ -44,6 +44,13 @@ def add_common(parser: argparse.ArgumentParser, *, file_optional: bool = False) 
         help="element type of the floating-point arguments, or A=bf16,B=fp32 for some of them",
     )
     shape.add_argument(
+        "--dynamic",
+        action="append",
+        default=[],
+        metavar="M",
+        help="extents that vary from call to call: their values here are capacities",
+    )
+    shape.add_argument(
         "--target",
         metavar="h200x8",
         help="machine: its GPU, links and, without --world, its number of GPUs",

@@ -213,6 +213,7 @@ def _build(kernel: Kernel, name: str, path: str, args: argparse.Namespace) -> Un
             {name: dtype for name, dtype in named.items() if name in spoken},
             world_of(args, DEFAULT_WORLD),
             dtype=args.dtype.get("", "bf16"),
+            dynamic=args.dynamic,
         )
     except MissingExtent as error:
         values = error.values
@@ -221,6 +222,11 @@ def _build(kernel: Kernel, name: str, path: str, args: argparse.Namespace) -> Un
         ) from None
     extents = [child.symbol for child in op.find("extent")]
     _check_extents({n: v for n, v in sets.items() if n not in spoken}, extents)
+    for extent in args.dynamic:
+        if extent not in extents:
+            raise UnknownName(
+                option="--dynamic", what="extent", name=extent, known=", ".join(extents)
+            )
     _check_tensors(named, [child.symbol for child in op.find("tensor")])
     return Unit(name, path, op)
 
