@@ -106,6 +106,13 @@ ARENA_MB = Knob(
     "the smallest arena that is allocated for a process group; larger programs get larger ones",
     _count,
 )
+TUNED = Knob(
+    "TILELINK_TUNED",
+    True,
+    "0 or 1",
+    "on GPUs, a call without a schedule takes a tuned or predicted one; 0: the default schedule",
+    _switch,
+)
 DEBUG = Knob("TILELINK_DEBUG", False, "0 or 1", "shows the Python traceback of an error", _switch)
 
 KNOBS: tuple[Knob[float] | Knob[int] | Knob[Path] | Knob[bool], ...] = (
@@ -113,6 +120,7 @@ KNOBS: tuple[Knob[float] | Knob[int] | Knob[Path] | Knob[bool], ...] = (
     ARRIVAL_TIMEOUT,
     CACHE,
     ARENA_MB,
+    TUNED,
     DEBUG,
 )
 

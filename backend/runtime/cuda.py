@@ -14,9 +14,9 @@ import torch
 import triton
 
 from tilelink import knobs
-from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import load_module, write_module
 from tilelink.backend.runtime.arena import Arena, CudaState, state_of
+from tilelink.backend.runtime.choose import compile_chosen
 from tilelink.backend.runtime.driver import driver
 from tilelink.backend.runtime.errors import BadArgument, NotPrepared, TooManyWorkers
 from tilelink.backend.runtime.image import Image, Slot, image_of
@@ -232,7 +232,7 @@ def _meet_kernel(
     def compile_it() -> tuple[Image, Host, dict[str, str]]:
         bound = kernel.bind((), state.world, {**tensors, **scalars})
         op: Op = kernel.build_for(bound)
-        program = compile_kernel(op, schedule)
+        program, _ = compile_chosen(op, schedule, torch.cuda.get_device_name(state.device))
         from tilelink.backend.emit.triton import emit
 
         source = emit(program)
