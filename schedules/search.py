@@ -22,6 +22,9 @@ Predict = Callable[[Sequence[Schedule]], list[float]]
 """Microseconds of each schedule; infinity for one that cannot be compiled."""
 
 
+STARTED, CHECKED = "started", "checked"
+
+
 class NothingRuns(TilelinkError):
     """A search in which every candidate failed."""
 
@@ -126,6 +129,8 @@ class Log:
     def __init__(self, path: Path | None, cell: str) -> None:
         self.path, self.cell = path, cell
         self.known: dict[tuple[str, int], Measured] = {}
+        # Schedules during whose first call an earlier run ended.
+        self.lost: set[str] = set()
         if path is not None and path.exists():
             self.load(path.read_text(encoding="utf-8").splitlines(), str(path))
 
@@ -137,9 +142,13 @@ class Log:
                 entry = json.loads(line)
                 if entry.get("cell") != self.cell or "schedule" not in entry:
                     continue
-                schedule = Schedule.from_json(json.dumps(entry["schedule"]))
+                text = Schedule.from_json(json.dumps(entry["schedule"])).to_json()
+                if "state" in entry:
+                    (self.lost.add if entry["state"] == STARTED else self.lost.discard)(text)
+                    continue
                 measured = Measured(tuple(entry["samples_us"]), entry["failed"])
-                self.known[schedule.to_json(), int(entry["samples"])] = measured
+                self.known[text, int(entry["samples"])] = measured
+                self.lost.discard(text)
             except (ValueError, KeyError, TypeError, AttributeError, TilelinkError) as error:
                 # An interrupted run may leave half a line at the end.
                 if number == len(every):
@@ -160,6 +169,10 @@ class Log:
             samples_us=[round(s, 3) for s in measured.samples_us],
             failed=measured.failed,
         )
+
+    def mark(self, schedule: Schedule, state: str) -> None:
+        """Keeps that a schedule's first call is about to be made (``STARTED``), or is over (``CHECKED``)."""
+        self.write(cell=self.cell, schedule=schedule.to_sparse(), state=state)
 
     def write(self, **entry: Any) -> None:
         """Appends one line."""
@@ -273,8 +286,11 @@ def search(
 def _measure_rung(trials: Sequence[Trial], samples: int, measure: Measure, log: Log) -> None:
     missing = []
     for trial in trials:
-        known = log.known.get((trial.schedule.to_json(), samples))
-        if known is None:
+        text = trial.schedule.to_json()
+        known = log.known.get((text, samples))
+        if text in log.lost:
+            trial.rungs[samples] = Measured(failed="an earlier run ended during its first call")
+        elif known is None:
             missing.append(trial)
         else:
             trial.rungs[samples] = known

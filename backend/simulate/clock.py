@@ -157,7 +157,14 @@ class _Clock:
             span = waiting[0].waiting.op.span if waiting and waiting[0].waiting else None
             notes = tuple(f"{t.track.name} waits" for t in waiting[:8])
             raise DeadlockError(span, blocked=self._unfinished, notes=notes)
-        return max((t.track.end for t in self.tasks), default=0.0) + self.machine.finish_us
+        if not self.tasks:
+            return 0.0
+        # The side streams join, and the guards of the outputs run.
+        last = max((t.track for t in self.tasks), key=lambda track: track.end)
+        end = last.end + self.machine.finish_us
+        last.segments.append(Segment(last.end, end, "start", "finish", " "))
+        last.end = end
+        return end
 
     def _push(self, time: float, item: _Task | _Signal) -> None:
         self._pushed += 1
