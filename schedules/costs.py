@@ -85,7 +85,7 @@ def task_us(
     """Microseconds of ``task`` on one worker.
 
     ``share``: the machine's rates divided by this are one worker's. ``active``: workers that draw on
-    memory at once. ``now``: microseconds since the start of the call.
+    memory at once. ``now``: microseconds since the first product of the call.
     """
     vector = task.elementwise / (machine.elementwise_tflops * 1e6) * share
     cached = task.bytes / (machine.l2_gbps * 1e3) * share

@@ -50,7 +50,7 @@ class Machine:
     """One host. GB/s are 1e9 bytes a second; times are microseconds.
 
     ``device`` is the name that CUDA gives its GPUs. ``tflops`` is the sustained rate of matrix products
-    by dtype over all ``sms``; at the start of a call it is higher by ``burst`` (a share), which power
+    by dtype over all ``sms``; when products begin it is higher by ``burst`` (a share), which power
     limits take back with the time constant ``burst_us``. ``hbm_gbps`` is the bandwidth of memory, and
     ``sum_gbps`` what stages without a product draw of it. ``load_us`` is the latency of a tile's load.
     ``emitters`` says what code costs on top. ``contention`` is the share of the computing rate that is
@@ -148,7 +148,7 @@ class Machine:
     def dot_us(self, flops: float, dtype: str, now: float = math.inf) -> float:
         """Time of ``flops`` of matrix products of ``dtype`` operands on the whole GPU.
 
-        ``now``: microseconds since the start of the call; by default power limits have set in.
+        ``now``: microseconds since the first product; by default power limits have set in.
         """
         rate = self.tflops.get(dtype, self.tflops["fp32"]) * 1e6
         return flops / (rate * (1.0 + self.burst * math.exp(-now / self.burst_us)))

@@ -15,7 +15,7 @@ from typing import Any
 
 from tilelink.ir import DTYPES, Op
 from tilelink.schedules import schedule as schedules
-from tilelink.schedules.costs import Code, Task, task_us
+from tilelink.schedules.costs import Code, Task, library_us, task_us
 from tilelink.schedules.default import default_schedule, product_extents
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.schedule import Move, Schedule, ScheduleError
@@ -247,6 +247,10 @@ def estimate_us(product: Product | None, schedule: Schedule, machine: Machine) -
     if product is None:
         return 0.0
     (m, n, k), (rows, columns, depth) = product.tile(schedule), product.extent
+    if schedule.emitter == "library":
+        flops = 2.0 * rows * columns * depth * product.dots
+        whole = Task(flops, product.dtype, 1.0, rows, columns * product.dots)
+        return library_us(machine, whole, 0.0)
     split = int(getattr(schedule, "split", 1))
     size = DTYPES[product.dtype]
     steps = ceil(depth / split / k)

@@ -139,7 +139,8 @@ def compile_offline(
 ) -> list[Compiled]:
     """Every kernel of the emitted module ``source`` of ``program``, compiled for sm_90.
 
-    ``worker``: where it is compiled, :func:`in_subprocess` or :func:`in_fork`. Raises :class:`CompileFailed` with the last lines of Triton's message.
+    ``worker``: where it is compiled, :func:`in_subprocess` or :func:`in_fork`. Raises :class:`CompileFailed`
+    with the last lines of Triton's message.
     """
     done: list[Compiled] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ import heapq
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 from typing import Any, NamedTuple
 
 from tilelink.backend.simulate.errors import DeadlockError
@@ -73,6 +73,7 @@ class _Rank:
     left: dict[str, int] = field(default_factory=dict)
     workers: dict[str, int] = field(default_factory=dict)
     positions: dict[int, int] = field(default_factory=dict)
+    began: float = inf  # of the first product
     egress: float = 0.0
     ingress: float = 0.0
     sent: float = 0.0
@@ -281,10 +282,14 @@ class _Clock:
             tiles = len(queue)
             library = launch.get("emitter") == "library"
             waits = any(o.name == "wait" for o in stage.walk())
-            # Only the simple emitter loses the overlap of tiles to a wait between them.
-            flat = bool(stage.get("flatten")) and not (waits and self.emitter == "triton")
+            # The simple emitter loses the overlap of tiles to waits between those of a segment.
+            simple = self.emitter != "gluon"
+            broken = simple and (
+                (waits and stage.get("segment") is None) or stage.get("queue") == "dynamic"
+            )
+            flat = bool(stage.get("flatten")) and not broken
             code = Code(
-                "library" if library else self.emitter,
+                "library" if library else self.emitter if not simple else "triton",
                 int(launch.get("warps", 8)),
                 int(launch.get("stages", 3)),
                 flat,
@@ -386,11 +391,15 @@ class _Clock:
         )
         if stage is None:
             return task_us(machine, work, Code(), machine.sms, machine.sms, now)
-        took = task_us(machine, work, stage.code, stage.share, stage.active, now)
+        state = self.ranks[task.track.rank]
+        if cost.flops:
+            state.began = min(state.began, now)
+        took = task_us(
+            machine, work, stage.code, stage.share, stage.active, max(0.0, now - state.began)
+        )
         if self.alone or not cost.flops:
             return took
         # Copies and stores to peers draw on the same memory, cache and power.
-        state = self.ranks[task.track.rank]
         busy = max(state.egress, state.ingress) - now
         return took + machine.contention * min(max(busy, 0.0), took)
 

@@ -56,7 +56,7 @@ def test_compute_alone_is_near_cublas(m: int, k: int, n: int, milliseconds: floa
 
 
 def tile_us(k: int, now: float) -> float:
-    """A tile of 128 x 256 x 64, by hand: one of 132 workers, ``now`` microseconds into the call."""
+    """A tile of 128 x 256 x 64, by hand: one of 132 workers, ``now`` microseconds after the first one."""
     triton = H200.emitters["triton"]
     rate = 715e6 / 132 * (1 + H200.burst * math.exp(-now / H200.burst_us))
     dot, cast = 2 * 128 * 256 * k / rate, 128 * 256 / (30e6 / 132)
@@ -67,7 +67,7 @@ def test_compute_alone_is_waves_of_tiles() -> None:
     found = ag_gemm().compute
     assert (2048 // 128) * (2048 // 256) <= 132  # one wave
     start = H200.head_us + H200.launch_us
-    assert found == pytest.approx(start + tile_us(2048, start) + H200.finish_us, rel=1e-6)
+    assert found == pytest.approx(start + tile_us(2048, 0.0) + H200.finish_us, rel=1e-6)
 
 
 def test_communication_alone_is_the_bytes_of_one_rank_over_its_links() -> None:
@@ -90,8 +90,12 @@ def test_waits_delay_the_tiles_that_need_them() -> None:
     found = timeline(program, Machine(**slow))
     copies = 3 * (128 * 512 * 2 / 1e3 + H200.copy_us + H200.link_latency_us + H200.copy_signal_us)
     last = H200.head_us + H200.stream_us + copies + H200.poll_us
-    first = tile_us(512, last)
-    ends = last + first + tile_us(512, last + first) + H200.finish_us
+    # The worker computes its own slice first, and waits.
+    own = tile_us(512, 0.0)
+    since = last - H200.head_us - H200.launch_us
+    first = tile_us(512, since)
+    assert own < since
+    ends = last + first + tile_us(512, since + first) + H200.finish_us
     assert found.makespan == pytest.approx(ends, rel=1e-6)
     assert found.makespan > found.compute
 

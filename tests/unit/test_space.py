@@ -106,7 +106,8 @@ def test_tiles_hold_no_more_than_the_rows_of_one_rank() -> None:
 
 @pytest.mark.parametrize(("kernel", "shape"), CASES)
 def test_moves_can_be_fused(kernel: object, shape: tuple[int, int, int]) -> None:
-    op = build(kernel, *(min(e, 1024) for e in shape), world=4)
+    m, k, n = (min(extent, 1024) for extent in shape)
+    op = build(kernel, m, k, n, world=4)
     space = Space(op, H200)
     names = {class_of(s) for s in space.moves(space.base)}
     assert {name[1][0] for name in names} >= {"copy_engine", "sm", "none"}
