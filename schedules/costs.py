@@ -26,7 +26,8 @@ MMA_RATE = 0.6  # of `mma.sync`, for tiles of fewer rows than `wgmma` takes
 @dataclass(frozen=True, slots=True)
 class Task:
     """A task's work: ``flops`` of products in ``steps`` of ``rows`` by ``columns``, ``elementwise``
-    operations, ``bytes`` loaded and stored, ``memory`` of them from or to memory and not the cache."""
+    operations, ``bytes`` loaded and stored, ``memory`` of them from or to memory and not the cache. ``sums``
+    are bytes that are read behind the product, when nothing of it is under way any more."""
 
     flops: float = 0.0
     dtype: str = "bf16"
@@ -36,6 +37,7 @@ class Task:
     elementwise: float = 0.0
     bytes: float = 0.0
     memory: float = 0.0
+    sums: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,4 +102,6 @@ def task_us(
     dot /= tensor_core_share(task.rows, task.columns, code.warps)
     loads = task.steps * machine.load_us / max(0.5, code.stages - BUSY_STAGES)
     product = max(dot + task.steps * emitter.step_us, loads, cached, memory)
+    if task.sums:
+        product += task.sums / (machine.sum_gbps * 1e3) * active + machine.load_us
     return product + vector + (emitter.flat_us if code.flat else emitter.tile_us)

@@ -314,6 +314,13 @@ class _Clock:
         axis = int(stage.get("axis", 0))
         names = [arg.name for arg in stage.args[: len(queue[0])]]
         own = {name: len({t[i].number for t in queue}) for i, name in enumerate(names)}
+        whole = {
+            name: max(
+                own[name],
+                geometry.value(extent, env) // max(1, queue[0][i].stop - queue[0][i].start),
+            )
+            for i, (name, extent) in enumerate(zip(names, stage["extent"], strict=False))
+        }
         others = prod(count for i, count in enumerate(own.values()) if i != axis)
         rows = min(own[names[axis]], int(stage.get("group", 1)))
         at_once = min(workers, tiles)
@@ -322,9 +329,14 @@ class _Clock:
         for op in stage.walk():
             if op.name not in ("load", "store", "load_sum") or op.ref is None:
                 continue
+            if op.name == "load_sum" and op.operands:
+                continue
             decl = geometry.decls[op.symbol]
-            footprint = prod(decl.shape) * DTYPES[decl.dtype]
+            footprint = float(prod(decl.shape) * DTYPES[decl.dtype])
             used = {n for n in names if any(_mentions(item, n) for item in op.ref.index)}
+            if decl.op.get("over") is None:
+                # A stage of some blocks touches its share of what lies along their axis.
+                footprint *= prod(own[n] / whole[n] for n in used)
             distinct = prod(own[n] for n in used)
             running = (rows if names[axis] in used else 1) * (across if used - {names[axis]} else 1)
             part = footprint / max(distinct, 1) * min(running, at_once) / at_once
@@ -388,6 +400,7 @@ class _Clock:
             cost.elementwise,
             cost.bytes,
             stage.memory if stage is not None and cost.flops else cost.bytes,
+            cost.sums,
         )
         if stage is None:
             return task_us(machine, work, Code(), machine.sms, machine.sms, now)

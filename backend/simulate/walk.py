@@ -20,7 +20,7 @@ Element: TypeAlias = tuple[int, ...]
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a piece of work uses: flops by dtype of a dot, in ``steps`` of ``rows`` by ``columns``,
-    elementwise operations, bytes of memory.
+    elementwise operations, bytes of memory; ``sums``: bytes of parts that are added to a product behind it.
 
     A product of a short tile computes the whole tile, so its flops are those of the whole one.
     """
@@ -32,6 +32,7 @@ class Cost:
     columns: int = 0
     elementwise: float = 0.0
     bytes: float = 0.0
+    sums: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -42,6 +43,7 @@ class Cost:
             other.columns or self.columns,
             self.elementwise + other.elementwise,
             self.bytes + other.bytes,
+            self.sums + other.sums,
         )
 
     def times(self, tiles: int, full: float) -> Cost:
@@ -251,6 +253,8 @@ class Walker:
             copies = self.geometry.world if op.name == "load_sum" else 1
             copies -= len(op.operands) if op.name == "load_sum" else 0
             size = prod(self.geometry.shape(value, self.env)) * DTYPES[value.type.dtype] * copies
+            if op.name == "load_sum" and op.operands:
+                return Cost(sums=size, elementwise=size / 2)
             return Cost(bytes=size, elementwise=size / 2 if op.name == "load_sum" else 0.0)
         if op.name == "dot":
             a, b = (self._whole_shape(v) for v in op.operands[:2])
