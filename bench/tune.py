@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--suite", choices=sorted(SUITES), default="grid")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="only cases named so")
     parser.add_argument("--budget", type=float, default=300, metavar="SECONDS", help="of measuring")
-    parser.add_argument("--candidates", type=int, default=8, help="measured a case")
+    parser.add_argument("--candidates", type=int, default=12, help="measured a case")
     parser.add_argument(
         "--effort", type=int, default=96, help="predicted a case in each of two passes"
     )

@@ -50,18 +50,20 @@ class Code:
     flat: bool = False
 
 
-def tensor_core_share(rows: int, columns: int, warps: int) -> float:
+def tensor_core_share(rows: int, columns: int, warps: int, issue: float = 0.0) -> float:
     """The share of the tensor cores' rate that tiles of ``rows`` by ``columns`` reach.
 
     A warpgroup's ``wgmma`` is 64 rows high; groups beyond the tile's rows split its columns. Below 128
-    columns shared memory is too slow for its operands, below 64 rows ``mma.sync`` takes over.
+    columns shared memory is too slow for its operands, below 64 rows ``mma.sync`` takes over. ``issue`` is
+    the time between two instructions in columns; the widest instruction is what rates are measured with.
     """
     if rows < WGMMA_ROWS:
         return MMA_RATE
     groups = max(1, warps // WARPGROUP)
     across = max(1, groups * WGMMA_ROWS // rows)
     wide = min(WGMMA_COLUMNS, max(8, columns // across))
-    return min(1.0, 2.0 * wide / (FULL_COLUMNS + wide))
+    fed = min(1.0, 2.0 * wide / (FULL_COLUMNS + wide))
+    return min(fed, wide / (wide + issue) * (WGMMA_COLUMNS + issue) / WGMMA_COLUMNS)
 
 
 def library_us(machine: Machine, task: Task, now: float) -> float:
@@ -99,9 +101,11 @@ def task_us(
         return library_us(machine, task, now)
     emitter = machine.emitter(code.emitter)
     dot = machine.dot_us(task.flops, task.dtype, now) * share
-    dot /= tensor_core_share(task.rows, task.columns, code.warps)
+    dot /= tensor_core_share(task.rows, task.columns, code.warps, emitter.issue)
+    # While one warpgroup waits at a step, another one multiplies.
+    step = emitter.step_us * max(1.0, 2.0 * WARPGROUP / code.warps)
     loads = task.steps * machine.load_us / max(0.5, code.stages - BUSY_STAGES)
-    product = max(dot + task.steps * emitter.step_us, loads, cached, memory)
+    product = max(dot + task.steps * step, loads, cached, memory)
     if task.sums:
         product += task.sums / (machine.sum_gbps * 1e3) * active + machine.load_us
     return product + vector + (emitter.flat_us if code.flat else emitter.tile_us)

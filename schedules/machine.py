@@ -37,12 +37,13 @@ class Emitter:
 
     ``step_us``: a step of the main loop (barriers, addresses). ``tile_us``: a tile, where the next tile's
     loads start behind its epilogue (filling the pipeline, the stores); ``flat_us``: the same where they
-    are under way meanwhile.
+    are under way meanwhile. ``issue``: what passes between two instructions of a product, in columns of one.
     """
 
     step_us: float
     tile_us: float
     flat_us: float
+    issue: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

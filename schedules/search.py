@@ -22,6 +22,10 @@ Predict = Callable[[Sequence[Schedule]], list[float]]
 """Microseconds of each schedule; infinity for one that cannot be compiled."""
 
 
+# How much slower than the best a class may be predicted and still be measured.
+WORTH = 1.6
+# The same of a further schedule of a class.
+NEAR = 1.15
 STARTED, CHECKED = "started", "checked"
 
 
@@ -193,20 +197,18 @@ def prune(
     keep: int,
     effort: int = 64,
     first: Sequence[Schedule] = (),
+    usable: Callable[[Schedule], bool] = lambda _: True,
 ) -> list[Trial]:
     """The ``keep`` most promising schedules by ``predict``, with the default and ``first`` among them.
 
-    ``effort`` bounds the predictions. The best computations of each emitter, by an estimate of the product
-    alone, are combined with every way to move; the best ways to move of each class with more
-    computations. The best of every class (emitter and resource) comes before the second of any, as long as it
-    is not twice as slow as the best of all: the model may be wrong about a class as a whole.
+    ``effort`` bounds the predictions; what is not ``usable`` is passed over. The best computations of each
+    emitter, by an estimate of the product alone, are combined with every way to move; the best ways to move
+    of each class with more computations. The best of every class (emitter and resource) comes before the
+    second of any, as long as it is not ``WORTH`` times as slow as the best of all: the model may be wrong
+    about a class as a whole. Of schedules that it cannot tell apart one stands for all.
     """
     base = space.base
-    computations = by_class(
-        space.computations(),
-        lambda s: estimate_us(space.product, s, space.machine),
-        max(2, effort // 16),
-    )
+    computations = _computations(space, max(2, effort // 16))
     seeds = _first_of(computations, lambda s: s.emitter)
     moved = [way for seed in seeds for way in space.moves(seed)]
     # Of every class one before a second of any, in case that there is no effort for all.
@@ -222,11 +224,39 @@ def prune(
     known = set(predicted)
     predicted |= _predicted([s for s in more if s not in known], predict, effort)
     ordered = sorted(predicted, key=predicted.__getitem__)
-    limit = 2.0 * predicted[ordered[0]]
-    classes = [s for s in _first_of(ordered, class_of) if predicted[s] <= limit]
-    chosen = list(dict.fromkeys([*first, base, *classes[: max(1, keep - 2)], *ordered]))
-    chosen = [s for s in chosen if math.isfinite(predicted[s])][:keep]
-    return sorted((Trial(s, predicted[s]) for s in chosen), key=lambda t: t.predicted_us)
+    best = predicted[ordered[0]]
+    classes = [s for s in _first_of(ordered, class_of) if predicted[s] <= WORTH * best]
+    # Others that differ in what the model is sure of before those that it can hardly tell apart.
+    near = [s for s in ordered if predicted[s] <= NEAR * best]
+    others = _first_of(near, _shape_of)
+    kin = [s for s in near if _shape_of(s) == _shape_of(ordered[0])][1:2]
+    most = max(1, keep * 2 // 3)
+    chosen: list[Trial] = []
+    seen: set[Any] = set()
+    for schedule in dict.fromkeys([*first, base, *classes[:most], *kin, *others, *near, *ordered]):
+        us = predicted[schedule]
+        same = class_of(schedule), schedule.tiles, schedule.warps, schedule.stages, us
+        if len(chosen) == keep or same in seen or not math.isfinite(us) or not usable(schedule):
+            continue
+        seen.add(same)
+        chosen.append(Trial(schedule, us))
+    return sorted(chosen, key=lambda t: t.predicted_us)
+
+
+def _shape_of(schedule: Schedule) -> tuple[Any, ...]:
+    return class_of(schedule), schedule.tiles, schedule.warps
+
+
+def _computations(space: Space, keep: int) -> list[Schedule]:
+    """Of each emitter the best of ``keep`` tile shapes, then the best few of all, by the estimate alone."""
+
+    def estimate(schedule: Schedule) -> float:
+        return estimate_us(space.product, schedule, space.machine)
+
+    ordered = sorted(space.computations(), key=estimate)
+    shapes = _first_of(ordered, lambda s: (s.emitter, s.tiles, s.warps))
+    diverse = [*by_class(shapes, estimate, keep), *by_class(ordered, estimate, max(2, keep // 2))]
+    return sorted(dict.fromkeys(diverse), key=estimate)
 
 
 def _predicted(

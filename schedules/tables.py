@@ -156,6 +156,11 @@ def kernel_key(kernel: Op) -> str:
     return hashlib.sha256(print_ir(plain.with_ops(body)).encode()).hexdigest()[:16]
 
 
+def world_of(kernel: Op) -> int:
+    """The number of ranks that a table of ``kernel`` is for: 1 where nothing moves, whoever else runs it."""
+    return int(kernel["world"]) if any(t["move"] != "local" for t in kernel.find("tensor")) else 1
+
+
 def extents_of(kernel: Op) -> dict[str, int]:
     """The extents of a kernel by name, in order of declaration."""
     return {op.symbol: int(op["value"]) for op in kernel.find("extent")}
@@ -174,7 +179,7 @@ def lookup(kernel: Op, device: str, tables: Iterable[Table] | None = None) -> Fo
     None where no shape of the same kernel, ranks and device is within ``NEAR`` octaves. The same tables
     give the same answer everywhere.
     """
-    key, world, extents = kernel_key(kernel), int(kernel["world"]), extents_of(kernel)
+    key, world, extents = kernel_key(kernel), world_of(kernel), extents_of(kernel)
     found = [
         Found(entry.schedule, table, entry, entry.distance(extents))
         for table in (load_tables() if tables is None else tables)

@@ -19,7 +19,7 @@ from tilelink.schedules import Schedule, default_schedule
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.search import prune
 from tilelink.schedules.space import Space
-from tilelink.schedules.tables import lookup
+from tilelink.schedules.tables import lookup, world_of
 
 # Tasks that the virtual clock may step through for one choice: about a second.
 TASKS = 12_000
@@ -38,7 +38,7 @@ class Choice:
 
 def choices(kernel: Op, device: str) -> Iterator[Choice]:
     """Schedules of ``kernel`` on GPUs that CUDA calls ``device``, the one to try first first."""
-    if knobs.TUNED.get() and kernel["world"] > 1:
+    if knobs.TUNED.get():
         found = lookup(kernel, device)
         if found is not None:
             yield Choice(found.schedule, found.origin)
@@ -68,7 +68,7 @@ def compile_chosen(kernel: Op, schedule: Schedule | None, device: str) -> tuple[
 
 def predicted_choice(kernel: Op, device: str) -> Choice | None:
     """The schedule with the shortest predicted time; None without a model of the machine or a clear gain."""
-    machine = Machine.of_device(device, int(kernel["world"]))
+    machine = Machine.of_device(device, world_of(kernel))
     if machine is None:
         return None
     space = Space(kernel, machine)

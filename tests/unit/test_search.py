@@ -153,7 +153,7 @@ def test_pruning_keeps_the_default_and_one_of_each_class_that_is_near() -> None:
     assert space.base in [t.schedule for t in kept]
     assert [t.predicted_us for t in kept] == sorted(t.predicted_us for t in kept)
     assert {class_of(t.schedule)[1][0] for t in kept} == {"copy_engine", "sm", "epilogue"}
-    assert dict(kept[0].schedule.tiles)["M"] == 128
+    assert dict(kept[0].schedule.tiles)["M"] == 256
 
 
 def test_pruning_is_the_same_each_time() -> None:

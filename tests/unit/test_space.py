@@ -129,8 +129,8 @@ def test_estimates_prefer_tiles_that_keep_the_tensor_cores_busy() -> None:
         return estimate_us(product, schedule, H200)
 
     assert us(base) < us(base.with_tiles(M=64, N=64)) / 1.3
-    # Six waves of which the last is a third full, or eleven of half the length.
-    odd = product_of(build(ag_gemm, 8192, 4096, 2816))
+    # Two waves of which the last is nearly empty, or three of half the length.
+    odd = product_of(build(ag_gemm, 4480, 4096, 1024))
     half = replace(base.with_tiles(N=128), stages=5)
     assert estimate_us(odd, half, H200) < estimate_us(odd, base, H200)
 

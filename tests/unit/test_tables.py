@@ -9,7 +9,7 @@ import pytest
 
 from tilelink.backend.runtime.choose import choices, compile_chosen, predicted_choice
 from tilelink.ir import Op, Ref
-from tilelink.kernels import ag_gemm, gemm_ar, gemm_rs
+from tilelink.kernels import ag_gemm, gemm, gemm_ar, gemm_rs
 from tilelink.schedules import Schedule, default_schedule
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.tables import (
@@ -21,6 +21,7 @@ from tilelink.schedules.tables import (
     load_tables,
     lookup,
     parse_table,
+    world_of,
 )
 
 DEVICE = "NVIDIA H200"
@@ -171,9 +172,17 @@ def test_the_callers_schedule_and_the_knob_go_first(monkeypatch: pytest.MonkeyPa
     assert [c.origin for c in choices(op, tuned.device)] == ["default"]
 
 
-def test_unknown_machines_and_single_ranks_have_the_default() -> None:
+def test_unknown_machines_have_the_default() -> None:
     assert [c.origin for c in choices(built(), "Abacus 9000")] == ["default"]
-    assert [c.origin for c in choices(built(world=1), DEVICE)] == ["default"]
+
+
+def test_a_product_alone_is_the_same_on_any_number_of_ranks() -> None:
+    one, four = (gemm.build({"M": 64, "K": 64, "N": 64}, {}, world) for world in (1, 4))
+    assert world_of(one) == world_of(four) == 1
+    assert world_of(built(world=4)) == 4
+    alone = Table("gemm", kernel_key(four), "bf16", 1, DEVICE, (RUN,), (entry(64, 64, 64),))
+    assert lookup(four, DEVICE, [alone]) is not None
+    assert lookup(one, DEVICE, [alone]) is not None
 
 
 def test_a_shape_that_nobody_tuned_is_predicted_the_same_each_time() -> None:

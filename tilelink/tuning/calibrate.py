@@ -127,7 +127,7 @@ def emitters(part: Part, machine: Machine) -> Any:
         before = machine.emitter(emitter)
         flat = max(0.1, rest)
         more = max(0.0, before.tile_us - before.flat_us)
-        found[emitter] = Emitter(max(0.0, step - dot), flat + more, flat)
+        found[emitter] = Emitter(max(0.0, step - dot), flat + more, flat, before.issue)
     return MappingProxyType(found)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from tilelink.schedules import Schedule, default_schedule
 from tilelink.schedules.search import RUNGS, Log, Measured, NothingRuns, Result, Rung, Trial, search
 from tilelink.schedules.tables import Entry, Run, Table, parse_table
+from tilelink.tuning.errors import CannotMakeInputs
 from tilelink.tuning.prepare import Prepared
 from tilelink.tuning.problem import Problem
 
@@ -179,7 +180,7 @@ def _tune(
             )
         finally:
             cell.close()
-    except NothingRuns as error:
+    except (NothingRuns, CannotMakeInputs) as error:
         return Outcome(problem, None, str(error).splitlines()[0])
     failures = [t for t in trials if t not in runnable]
     return Outcome(

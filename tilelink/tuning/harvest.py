@@ -15,6 +15,7 @@ from tilelink.tuning.problem import READY_MADE, Problem
 OURS = "tilelink"
 # Parts of a baseline, measured alone: nothing that computes the whole result.
 PARTS = ("cublas", "nccl")
+ALONE = "gemm"  # the kernel of which the library's product is the whole
 
 
 class BadHarvest(TilelinkError):
@@ -62,9 +63,10 @@ def _entry(case: Mapping[str, Any]) -> Entry | None:
             continue
         us = statistics.median(candidate["samples_us"])
         name = candidate["name"].removesuffix(" graph")
-        if candidate["family"] == OURS and candidate["schedule"]:
-            ours.setdefault(name, (us, json.dumps(candidate["schedule"])))
-        elif candidate["family"] not in (*PARTS, OURS):
+        if candidate["family"] == OURS:
+            if candidate["schedule"]:
+                ours.setdefault(name, (us, json.dumps(candidate["schedule"])))
+        elif candidate["family"] not in (*PARTS, OURS) or case["kind"] == ALONE:
             timed.setdefault(name, us)
     if not ours:
         return None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from tilelink.backend.expand import dims_of, environment
 from tilelink.backend.runtime.views import TORCH_DTYPES
-from tilelink.errors import TilelinkError
 from tilelink.ir import FLOATS, Op
+from tilelink.tuning.errors import CannotMakeInputs
 from tilelink.tuning.problem import READY_MADE, Problem
 from tilelink.tuning.ranks import Part
 from tilelink.tuning.timing import Run
@@ -23,14 +23,6 @@ MOST_SETS = 12
 LIMITS = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-3}
 # Kernels whose result the library gives: an independent reference, and the baseline.
 LIBRARY = ("ag_gemm", "gemm_rs", "gemm_ar", "gemm")
-
-
-class CannotMakeInputs(TilelinkError):
-    """A kernel with tensors for which random numbers are no sensible values."""
-
-    code: ClassVar[str] = "tune-inputs"
-    message: ClassVar[str] = "cannot make inputs for `{kernel}`: `{tensor}` is {dtype}"
-    hint: ClassVar[str] = "kernels of floating-point tensors can be tuned"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
+from tilelink.errors import TilelinkError
+from tilelink.ir import Op
 from tilelink.schedules import Schedule
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.search import prune
@@ -84,8 +86,26 @@ class GpuLab:
 def plan_problem(problem: str, machine: str, keep: int, effort: int) -> list[Plan]:
     """The candidates of one problem (JSON texts), planned in this process."""
     kernel, model = Problem.from_json(problem).build(), Machine.from_json(machine)
-    trials = prune(Space(kernel, model), predictor(kernel, model), keep, effort)
+    trials = prune(
+        Space(kernel, model),
+        predictor(kernel, model),
+        keep,
+        effort,
+        usable=lambda schedule: has_code(kernel, schedule),
+    )
     return [Plan(t.schedule.to_json(), t.predicted_us) for t in trials]
+
+
+def has_code(kernel: Op, schedule: Schedule) -> bool:
+    """Whether the emitter takes the fused program of ``kernel`` under ``schedule``."""
+    from tilelink.backend.emit.triton import emit
+    from tilelink.backend.pipeline import run_passes
+
+    try:
+        emit(run_passes(kernel, schedule))
+    except TilelinkError:
+        return False
+    return True
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tilelink.ir import Op
 from tilelink.kernel import Kernel, load_kernels
-from tilelink.schedules.tables import Table, dtype_of, extents_of, kernel_key
+from tilelink.schedules.tables import Table, dtype_of, kernel_key, world_of
 
 READY_MADE = "tilelink.kernels"
 
@@ -61,7 +61,7 @@ class Problem:
             kernel=self.kernel,
             key=kernel_key(op),
             dtype=dtype_of(op),
-            world=self.world,
+            world=world_of(op),
             device=device,
             runs=(),
             entries=(),
@@ -102,6 +102,3 @@ def _kernels(file: str) -> Mapping[str, Kernel]:
         found = {name: getattr(tilelink.kernels, name) for name in tilelink.kernels.__all__}
         return {name: value for name, value in found.items() if isinstance(value, Kernel)}
     return load_kernels(file)
-
-
-__all__ = ["READY_MADE", "Problem", "extents_of", "problem_of"]
