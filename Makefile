@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check assurance
+.PHONY: help demo test check tune-check assurance
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ check: $(INSTALLED)  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(wildcard tilelink tests bench)
+
+tune-check: $(INSTALLED)  ## every tuned schedule: proven, compiled, predicted; ARGS="TABLE.json" checks one
+	$(BIN)/python -m tilelink tune --check $(ARGS)
 
 assurance: $(INSTALLED)  ## all evidence that needs no GPU; ARGS="bad_input" runs one case
 	$(BIN)/python -m tests.assurance $(ARGS)

@@ -17,9 +17,10 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory  # defines the fused operators
 
 from bench import stats
-from bench.candidates import Candidate, Inputs, Run, eager_and_graph
+from bench.candidates import Candidate, Inputs, eager_and_graph
 from bench.cases import AG_GEMM, GEMM, GEMM_AR, GEMM_RS, Case
 from bench.cluster import Part
+from tilelink.tuning.timing import Run
 
 # A one-shot all-reduce reads the whole tensor of every peer. Above this many bytes it takes more than
 # twice the time of the others (bf16, 8 ranks: 485 us with its product at 16 MiB, NCCL 212).

@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from bench.cases import AG_GEMM, GEMM, GEMM_RS, Case
 from bench.cluster import Part
-
-Run = Callable[[int], torch.Tensor | None]
+from tilelink.tuning.timing import Run
 
 L2_BYTES = 60 << 20
 
@@ -98,31 +97,6 @@ def _reference(part: Part, case: Case, a: torch.Tensor, b: torch.Tensor) -> torc
         return mine
     dist.all_reduce(partial, group=part.group)
     return partial
-
-
-def capture(run: Run, count: int) -> Run:
-    """``run`` captured in one CUDA graph an input set; it must have run on each before."""
-    pool = torch.cuda.graph_pool_handle()
-    graphs: list[tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = []
-    side: Any = torch.cuda.Stream
-    torch.cuda.synchronize()
-    # Not `torch.cuda.graph`: it collects garbage and empties the allocator's cache each time.
-    with torch.cuda.stream(side()):
-        for index in range(count):
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                out = run(index)
-            finally:
-                graph.capture_end()
-            graphs.append((graph, out))
-
-    def replay(i: int) -> torch.Tensor | None:
-        graph, out = graphs[i % count]
-        graph.replay()
-        return out
-
-    return replay
 
 
 def eager_and_graph(

@@ -10,12 +10,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-# NVLink multicast stays off: its use can put the GPUs of a shared host out of service.
-NO_MULTICAST = {
-    "NCCL_NVLS_ENABLE": "0",
-    "NVSHMEM_DISABLE_NVLS": "1",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-}
+from tilelink.tuning import NO_MULTICAST
+
 # A rank that fails before it launches must end the wait of the others well before a run is given up.
 ARRIVAL_SECONDS = "20"
 NOTE = "NCCL without NVLink multicast"

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from bench.candidates import Candidate, Inputs, Run, capture
+from bench.candidates import Candidate, Inputs
 from bench.cluster import Part, Watchdog, describe_error, fatal
 from bench.stats import IN_TURN, OURS, TOLERANCE, Measured
+from tilelink.tuning.timing import Run, capture, relative_error
 
 # Calls of which the host's time is taken, between two waits for the device: few enough that the device's
 # queue, about a thousand entries, does not fill.
@@ -32,17 +33,6 @@ class Settings:
     rounds: int = 20
     warmup: int = 3
     seed: int = 0
-
-
-def relative_error(out: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """The largest over rows of ‖row − reference‖ / ‖reference row‖; infinite where it is NaN."""
-    worst = torch.zeros((), device=out.device)
-    # In slices of rows: whole fp32 copies of large outputs would double the memory in use.
-    for first in range(0, out.shape[0], 2048):
-        rows, wanted = out[first : first + 2048], reference[first : first + 2048]
-        error = (rows.float() - wanted).norm(dim=1) / wanted.norm(dim=1)
-        worst = torch.maximum(worst, error.nan_to_num(nan=float("inf")).max())
-    return worst
 
 
 def checksum(out: torch.Tensor) -> torch.Tensor:

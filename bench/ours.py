@@ -22,8 +22,9 @@ from bench import stats
 from bench.cases import AG_GEMM, GEMM, GEMM_AR, GEMM_RS, Case
 
 if TYPE_CHECKING:
-    from bench.candidates import Candidate, Inputs, Run
+    from bench.candidates import Candidate, Inputs
     from bench.cluster import Part
+    from tilelink.tuning.timing import Run
 
 # The moved tensor of each kernel.
 MOVED = {AG_GEMM: "A", GEMM_RS: "C", GEMM_AR: "C"}

@@ -19,7 +19,7 @@ def default_schedule(kernel: Op) -> Schedule:
     """
     extents = {op.symbol: int(op["value"]) for op in kernel.find("extent")}
     wide = any(op.get("dtype") == "fp32" for op in kernel.find("tensor"))
-    rows, columns, depth = _roles(kernel)
+    rows, columns, depth = product_extents(kernel)
     tiles: dict[str, int] = {}
     for name in extents:
         tiles[name] = 64 if wide else 128
@@ -46,8 +46,8 @@ def _resource(tensor: Op, extents: dict[str, int]) -> str:
     return "epilogue" if size <= EPILOGUE_BYTES.get(tensor["move"], 0) else "copy_engine"
 
 
-def _roles(kernel: Op) -> tuple[set[str], set[str], set[str]]:
-    """Extents that are rows, columns and depth of some matrix product."""
+def product_extents(kernel: Op) -> tuple[set[str], set[str], set[str]]:
+    """Extents that are rows, columns and depth of some matrix product of ``kernel``, by name."""
     rows: set[str] = set()
     columns: set[str] = set()
     depth: set[str] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
@@ -20,44 +20,120 @@ class UnknownMachineError(TilelinkError):
 
     code = "unknown-machine"
     message = "there is no machine `{name}`"
-    hint = "known machines: {known}"
+    hint = "known machines: {known}; fewer GPUs of one are known too"
+
+
+class BadMachineError(TilelinkError):
+    """A description of a machine that lacks a field, or has one of another kind."""
+
+    code = "bad-machine"
+    message = "this is no description of a machine: {detail}"
+    hint = "`tilelink tune --calibrate` writes one; docs/tuning.md lists the fields"
+
+
+@dataclass(frozen=True, slots=True)
+class Emitter:
+    """What generated code of one kind costs beside the tensor cores' work, microseconds.
+
+    ``step_us``: a step of the main loop (barriers, addresses). ``tile_us``: a tile, where the next tile's
+    loads start behind its epilogue (filling the pipeline, the stores); ``flat_us``: the same where they
+    are under way meanwhile. ``issue``: what passes between two instructions of a product, in columns of one.
+    """
+
+    step_us: float
+    tile_us: float
+    flat_us: float
+    issue: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One host. Rates are sustained ones; GB/s are 1e9 bytes a second; times are microseconds.
+    """One host. GB/s are 1e9 bytes a second; times are microseconds.
 
-    ``tflops`` is the rate of matrix products by dtype over all ``sms`` inside a tile, and ``tile_us``
-    what a tile costs on top (filling the pipeline, the epilogue). ``link_gbps`` is one direction of
-    one GPU's links, to one peer or to all together. ``copy_us`` is the fixed cost of a copy-engine
-    copy, ``copy_signal_us`` of the four-byte copy that signals it, ``store_signal_us`` the time from a
-    release in a kernel to its sight by a peer. ``worker_copy_gbps`` is what one worker moves with
-    loads and stores. ``collective_gbps`` is bus bandwidth by bytes of the whole tensor.
+    ``device`` is the name that CUDA gives its GPUs. ``tflops`` is the sustained rate of matrix products
+    by dtype over all ``sms``; when products begin it is higher by ``burst`` (a share), which power
+    limits take back with the time constant ``burst_us``. ``hbm_gbps`` is the bandwidth of memory, and
+    ``sum_gbps`` what stages without a product draw of it. ``load_us`` is the latency of a tile's load.
+    ``emitters`` says what code costs on top. ``contention`` is the share of the computing rate that is
+    lost while the links of the GPU are busy. ``link_gbps`` is one direction of one GPU's links, to one
+    peer or to all together. ``copy_us`` is the fixed cost of a copy-engine copy, ``copy_signal_us`` of the
+    four-byte copy that signals it, ``store_signal_us`` the time from a release in a kernel to its sight by
+    a peer. ``worker_copy_gbps`` is what one worker moves with loads and stores, ``bulk_copy_gbps`` with
+    TMA, ``push_gbps`` with the stores of a tile alone. ``poll_us`` is one look of a worker at a flag.
+    ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the start and of the
+    end of a call, ``stream_us`` of handing over to a side stream and ``stream_wait_us`` of a
+    stream's wait for a counter. ``collective_gbps`` is bus bandwidth by
+    number of ranks, collective and bytes of the whole tensor.
     """
 
     name: str
     description: str
+    device: str
     world: int
     sms: int
     tflops: Mapping[str, float]
+    burst: float
+    burst_us: float
     elementwise_tflops: float
     hbm_gbps: float
+    sum_gbps: float
     l2_gbps: float
-    tile_us: float
+    l2_bytes: int
+    load_us: float
+    emitters: Mapping[str, Emitter]
+    contention: float
     link_gbps: float
     link_latency_us: float
     copy_us: float
     copy_signal_us: float
     store_signal_us: float
     worker_copy_gbps: float
+    bulk_copy_gbps: float
+    push_gbps: float
+    poll_us: float
     launch_us: float
     head_us: float
-    collective_gbps: Mapping[str, tuple[tuple[float, float], ...]]
+    stream_us: float
+    stream_wait_us: float
+    finish_us: float
+    collective_gbps: Mapping[int, Mapping[str, tuple[tuple[float, float], ...]]]
 
     @staticmethod
     def load(name: str = "h200x8") -> Machine:
-        """The machine described by ``schedules/machines/NAME.json``; UnknownMachineError if none is."""
+        """The machine described by ``schedules/machines/NAME.json``, or fewer GPUs of it.
+
+        ``h200x4`` is four GPUs of ``h200x8`` where it has no description of its own.
+        UnknownMachineError if there is none.
+        """
         return _load(name)
+
+    @staticmethod
+    def of_device(device: str, world: int) -> Machine | None:
+        """The description of ``world`` GPUs that CUDA calls ``device``; None if there is none."""
+        found = [m for m in map(Machine.load, Machine.known()) if m.device == device]
+        wide = sorted((m for m in found if m.world >= world), key=lambda m: (m.world, m.name))
+        return (
+            replace(wide[0], world=world, name=_with_world(wide[0].name, world)) if wide else None
+        )
+
+    @staticmethod
+    def from_json(text: str) -> Machine:
+        """The machine that a JSON object describes; BadMachineError where it does not."""
+        try:
+            return _parse(json.loads(text))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadMachineError(detail=f"{type(error).__name__}: {error}") from None
+
+    def to_json(self) -> str:
+        """Indented JSON that :meth:`from_json` reads back."""
+        data = {field.name: getattr(self, field.name) for field in fields(Machine)}
+        data["tflops"] = dict(self.tflops)
+        data["emitters"] = {name: asdict(made) for name, made in self.emitters.items()}
+        data["collective_gbps"] = {
+            str(world): {op: [list(point) for point in curve] for op, curve in curves.items()}
+            for world, curves in self.collective_gbps.items()
+        }
+        return json.dumps(data, indent=2) + "\n"
 
     @staticmethod
     def known() -> tuple[str, ...]:
@@ -66,9 +142,17 @@ class Machine:
         names = (entry.name for entry in folder.iterdir())
         return tuple(sorted(n.removesuffix(".json") for n in names if n.endswith(".json")))
 
-    def dot_us(self, flops: float, dtype: str) -> float:
-        """Time of ``flops`` of matrix products of ``dtype`` operands on the whole GPU."""
-        return flops / (self.tflops.get(dtype, self.tflops["fp32"]) * 1e6)
+    def emitter(self, name: str) -> Emitter:
+        """The costs of the code that ``name`` emits; those of ``triton`` where it is not described."""
+        return self.emitters.get(name) or self.emitters["triton"]
+
+    def dot_us(self, flops: float, dtype: str, now: float = math.inf) -> float:
+        """Time of ``flops`` of matrix products of ``dtype`` operands on the whole GPU.
+
+        ``now``: microseconds since the first product; by default power limits have set in.
+        """
+        rate = self.tflops.get(dtype, self.tflops["fp32"]) * 1e6
+        return flops / (rate * (1.0 + self.burst * math.exp(-now / self.burst_us)))
 
     def link_us(self, size: float) -> float:
         """Time of ``size`` bytes on one GPU's links in one direction, without latency."""
@@ -82,7 +166,7 @@ class Machine:
         """
         if world == 1:
             return 0.0
-        curve = self.collective_gbps[op]
+        curve = self._curve(op, world)
         share = (world - 1) / world * (2.0 if op == "all_reduce" else 1.0)
         at = max(size, curve[0][0])
         rate = curve[-1][1]
@@ -92,15 +176,42 @@ class Machine:
                 break
         return at * share / (rate * 1e3)
 
+    def _curve(self, op: str, world: int) -> tuple[tuple[float, float], ...]:
+        """The curve measured at the number of ranks nearest to ``world``, the larger one of two."""
+        known = [w for w, curves in self.collective_gbps.items() if op in curves]
+        nearest = min(known, key=lambda w: (abs(math.log(w / world)), -w))
+        return self.collective_gbps[nearest][op]
+
 
 @cache
 def _load(name: str) -> Machine:
-    path = files("tilelink.schedules") / "machines" / f"{name}.json"
-    if name not in Machine.known():
-        raise UnknownMachineError(name=name, known=", ".join(Machine.known()))
-    found: dict[str, Any] = json.loads(path.read_text())
-    found["tflops"] = MappingProxyType(found["tflops"])
+    known = Machine.known()
+    if name in known:
+        text = (files("tilelink.schedules") / "machines" / f"{name}.json").read_text()
+        return Machine.from_json(text)
+    base, _, world = name.rpartition("x")
+    if world.isdecimal() and int(world) > 0:
+        for other in known:
+            machine = _load(other)
+            if other.rpartition("x")[0] == base and machine.world >= int(world):
+                return replace(machine, world=int(world), name=name)
+    raise UnknownMachineError(name=name, known=", ".join(known))
+
+
+def _with_world(name: str, world: int) -> str:
+    return f"{name.rpartition('x')[0]}x{world}"
+
+
+def _parse(found: dict[str, Any]) -> Machine:
+    found = dict(found)
+    found["tflops"] = MappingProxyType(dict(found["tflops"]))
+    found["emitters"] = MappingProxyType({n: Emitter(**e) for n, e in found["emitters"].items()})
     found["collective_gbps"] = MappingProxyType(
-        {op: tuple((a, b) for a, b in curve) for op, curve in found["collective_gbps"].items()}
+        {
+            int(world): MappingProxyType(
+                {op: tuple((float(a), float(b)) for a, b in curve) for op, curve in curves.items()}
+            )
+            for world, curves in found["collective_gbps"].items()
+        }
     )
     return Machine(**{field.name: found[field.name] for field in fields(Machine)})

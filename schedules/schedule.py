@@ -199,6 +199,26 @@ class Schedule:
         data["moves"] = {name: asdict(move) for name, move in self.moves}
         return json.dumps(data, sort_keys=True)
 
+    def to_sparse(self) -> dict[str, Any]:
+        """JSON data of the fields that differ from their defaults, tile lengths and resources always.
+
+        :meth:`from_json` reads its text back; a table that holds it grows with no field that comes later.
+        """
+        data = {
+            field.name: getattr(self, field.name)
+            for field in fields(Schedule)
+            if field.name not in ("tiles", "moves") and getattr(self, field.name) != field.default
+        }
+        moves = {
+            name: {
+                f.name: getattr(move, f.name)
+                for f in fields(Move)
+                if f.name == "resource" or getattr(move, f.name) != f.default
+            }
+            for name, move in self.moves
+        }
+        return {"tiles": dict(self.tiles), **data, "moves": moves}
+
     @staticmethod
     def from_json(text: str) -> Schedule:
         """The schedule that ``text`` holds; ScheduleError if it holds none."""

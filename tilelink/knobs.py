@@ -113,6 +113,13 @@ GRAPHS = Knob(
     "whether calls that repeat with the same tensors are enqueued as one CUDA graph each",
     _switch,
 )
+TUNED = Knob(
+    "TILELINK_TUNED",
+    True,
+    "0 or 1",
+    "on GPUs, a call without a schedule takes a tuned or predicted one; 0: the default schedule",
+    _switch,
+)
 DEBUG = Knob("TILELINK_DEBUG", False, "0 or 1", "shows the Python traceback of an error", _switch)
 
 KNOBS: tuple[Knob[float] | Knob[int] | Knob[Path] | Knob[bool], ...] = (
@@ -121,6 +128,7 @@ KNOBS: tuple[Knob[float] | Knob[int] | Knob[Path] | Knob[bool], ...] = (
     CACHE,
     ARENA_MB,
     GRAPHS,
+    TUNED,
     DEBUG,
 )
 

@@ -15,9 +15,9 @@ import torch
 import triton
 
 from tilelink import knobs
-from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import load_module, write_module
 from tilelink.backend.runtime.arena import Arena, CudaState, state_of
+from tilelink.backend.runtime.choose import compile_chosen
 from tilelink.backend.runtime.driver import Event, driver
 from tilelink.backend.runtime.errors import BadArgument, NotPrepared, TooManyWorkers
 from tilelink.backend.runtime.image import Image, Slot, image_of
@@ -277,7 +277,7 @@ def _meet_kernel(
         bound = kernel.bind((), state.world, {**tensors, **scalars})
         bound, _ = kernel.at_capacity(bound, capacities)
         op: Op = kernel.build_for(bound)
-        program = compile_kernel(op, schedule)
+        program, _ = compile_chosen(op, schedule, torch.cuda.get_device_name(state.device))
         from tilelink.backend.emit.triton import emit
 
         source = emit(program)

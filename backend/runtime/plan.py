@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import triton
 
 from tilelink import knobs
 from tilelink.backend.runtime.driver import Event, driver, rows_of
@@ -76,7 +77,9 @@ class Launch:
 
 def compile_launch(kernel: Any, workers: int, args: tuple[Any, ...], **options: Any) -> Launch:
     """The launch of a kernel with these arguments, not run; compiled where it has not been before."""
-    key = (kernel, torch.cuda.current_device(), *options.values(), *_specialised(kernel, args))
+    # Triton's own idea of the device: kernels are compiled ahead of a search where there is none.
+    device = triton.runtime.driver.active.get_current_device()
+    key = (kernel, device, *options.values(), *_specialised(kernel, args))
     compiled = _compiled.get(key)
     if compiled is None:
         compiled = kernel.warmup(*args, grid=(workers,), **options)

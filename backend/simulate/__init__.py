@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tilelink.backend.simulate.clock import timeline
+from tilelink.backend.simulate.clock import predict, timeline
 from tilelink.backend.simulate.command import reproduce
 from tilelink.backend.simulate.errors import (
     BalanceError,
@@ -55,6 +55,7 @@ __all__ = [
     "Timeline",
     "VersionError",
     "WaitRanOut",
+    "predict",
     "run",
     "run_calls",
     "survive",

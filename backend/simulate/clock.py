@@ -1,27 +1,31 @@
 """The virtual clock: a discrete-event run of a fused program without values.
 
-Workers compute at their share of the machine's rates, copies and stores queue at the links of the
-source and of the destination, streams are first in, first out. One call is timed, on an arena whose
-former call every rank has finished.
+Workers compute at their share of the machine's rates (:mod:`tilelink.schedules.costs`), copies and
+stores queue at the links of the source and of the destination, streams are first in, first out. One call
+is timed, on an arena whose former call every rank has finished.
+
+:func:`timeline` runs all ranks. :func:`predict` runs one, and takes it that each other rank does the same
+at the same time (:mod:`tilelink.backend.simulate.mirror`), which is what a search can afford.
 """
 
 from __future__ import annotations
 
 import heapq
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
-from typing import NamedTuple
+from math import inf, prod
+from typing import Any, NamedTuple
 
 from tilelink.backend.simulate.errors import DeadlockError
 from tilelink.backend.simulate.geometry import Geometry, Tile, bind_args
+from tilelink.backend.simulate.mirror import Asymmetric, Mirror, Piece
 from tilelink.backend.simulate.timeline import Segment, Timeline, Track, digit
 from tilelink.backend.simulate.walk import Cost, Element, Event, Move, Notify, Wait, Walker, Work
-from tilelink.ir import DTYPES, At, Op
+from tilelink.ir import DTYPES, At, Op, Value
+from tilelink.schedules.costs import Code, task_us
+from tilelink.schedules.costs import Task as TaskCost
 from tilelink.schedules.machine import Machine
-
-# Tiles of a CTA that the library chooses from.
-LIBRARY_TILES = ((128, 256), (256, 128), (128, 128), (64, 128))
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +39,10 @@ class _Task:
     arrives: float = 0.0
     waiting: Wait | None = None
     since: float = 0.0
+    # What the events come from, and how many of them have been taken.
+    piece: Piece | None = None
+    taken: int = 0
+    seen: dict[int, list[Element]] = field(default_factory=dict)
 
 
 class _Gap(NamedTuple):
@@ -55,14 +63,13 @@ class _Signal(NamedTuple):
 
 @dataclass(slots=True)
 class _Stage:
-    """What the workers of a stage share: its rates (microseconds a unit on one worker)."""
+    """What the tasks of a stage share: see :func:`tilelink.schedules.costs.task_us`."""
 
     label: str
-    tile_us: float
-    hbm_bytes: float  # of one tile, where dots read tiles again and again
-    hbm_us: float  # a byte
-    share: float  # one worker has the machine's rates divided by this
-    l2_us: float  # a byte
+    code: Code
+    memory: float  # bytes that a task with a product draws from memory and not from the cache
+    active: float
+    share: float
     sums: bool
 
 
@@ -72,6 +79,7 @@ class _Rank:
     left: dict[str, int] = field(default_factory=dict)
     workers: dict[str, int] = field(default_factory=dict)
     positions: dict[int, int] = field(default_factory=dict)
+    began: float = inf  # of the first product
     egress: float = 0.0
     ingress: float = 0.0
     sent: float = 0.0
@@ -95,11 +103,34 @@ def timeline(program: Op, machine: Machine) -> Timeline:
     )
 
 
+def predict(program: Op, machine: Machine) -> float:
+    """The makespan of :func:`timeline`, microseconds, from one rank where all do the same.
+
+    Where ranks differ, all of them are run. DeadlockError if the program stops short of its end.
+    """
+    geometry = Geometry(program)
+    try:
+        mirror = Mirror(geometry)
+        return _Clock(geometry, machine, range(1), alone=False, mirror=mirror).run()
+    except (Asymmetric, DeadlockError):
+        return _Clock(geometry, machine, range(geometry.world), alone=False).run()
+
+
 class _Clock:
-    def __init__(self, geometry: Geometry, machine: Machine, ranks: range, alone: bool) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        machine: Machine,
+        ranks: range,
+        alone: bool,
+        mirror: Mirror | None = None,
+    ) -> None:
         self.geometry = geometry
         self.machine = machine
         self.alone = alone
+        self.mirror = mirror
+        text = geometry.program.get("schedule")
+        self.emitter = str(json.loads(text).get("emitter", "triton")) if text else "triton"
         self.ranks = [_Rank(Walker(geometry, r, sums=not alone)) for r in ranks]
         self.tasks: list[_Task] = []
         self.collectives = 0.0
@@ -133,7 +164,14 @@ class _Clock:
             span = waiting[0].waiting.op.span if waiting and waiting[0].waiting else None
             notes = tuple(f"{t.track.name} waits" for t in waiting[:8])
             raise DeadlockError(span, blocked=self._unfinished, notes=notes)
-        return max((t.track.end for t in self.tasks), default=0.0)
+        if not self.tasks:
+            return 0.0
+        # The side streams join, and the guards of the outputs run.
+        last = max((t.track for t in self.tasks), key=lambda track: track.end)
+        end = last.end + self.machine.finish_us
+        last.segments.append(Segment(last.end, end, "start", "finish", " "))
+        last.end = end
+        return end
 
     def _push(self, time: float, item: _Task | _Signal) -> None:
         self._pushed += 1
@@ -145,13 +183,15 @@ class _Clock:
         self, rank: int, agent: Op, name: str, now: float, cause: tuple[Track, float] | None
     ) -> None:
         machine, state = self.machine, self.ranks[rank]
-        delay = {"head": machine.head_us, "launch": machine.launch_us}.get(agent.name, 0.0)
+        fixed = {"head": machine.head_us, "launch": machine.launch_us, "stream": machine.stream_us}
+        delay = fixed.get(agent.name, 0.0)
         if agent.get("folded"):
             delay = 0.0  # the workers of the launch do what it does
         if agent.name != "launch":
             body = iter(()) if agent.name == "collective" else state.walker.block(agent.body)
             # Workers share the names of their rank's walker, so each piece is walked at once.
-            task = _Task(Track(rank, name, agent.name), iter(list(body)))
+            piece = Piece(agent.body)
+            task = _Task(Track(rank, name, agent.name), iter(list(body)), piece=piece)
             self._begin(task, now, delay, cause)
             if agent.name == "collective":
                 self._meet(task, agent, now)
@@ -208,6 +248,7 @@ class _Clock:
                 last = _Task(
                     Track(track.rank, name, "launch", -1),
                     iter(list(state.walker.block(finish[0].body))),
+                    piece=Piece(finish[0].body),
                 )
                 self._begin(last, now, 0.0, (track, now))
                 return
@@ -239,6 +280,7 @@ class _Clock:
                 task.stage = self._stage(launch, stage, queue, hi - lo)
                 task.glyph = self._glyph(stage, task.stage.sums, queue[q])
                 bind_args(stage.args, queue[q], walker.env, walker.values)
+                task.piece, task.taken = Piece(stage.body, stage, q), 0
                 for event in list(walker.block(stage.body)):
                     yield event
                     if library and isinstance(event, Wait | Notify) and not self.alone:
@@ -249,49 +291,71 @@ class _Clock:
     def _stage(self, launch: Op, stage: Op, queue: list[tuple[Tile, ...]], workers: int) -> _Stage:
         found = self._stages.get(id(stage))
         if found is None:
-            machine, tiles = self.machine, len(queue)
+            tiles = len(queue)
             library = launch.get("emitter") == "library"
-            footprint = self._footprint(stage)
-            # One worker alone cannot draw the whole bandwidth of memory.
-            active = 1.0 if library else max(min(workers, tiles), machine.sms / 4)
-            share = float(max(machine.sms, self.geometry.workers[launch.symbol]))
-            if library:
-                share = _waves([t.stop - t.start for t in queue[0]], machine.sms)
+            waits = any(o.name == "wait" for o in stage.walk())
+            # The simple emitter loses the overlap of tiles to waits between those of a segment.
+            simple = self.emitter != "gluon"
+            broken = simple and (
+                (waits and stage.get("segment") is None) or stage.get("queue") == "dynamic"
+            )
+            flat = bool(stage.get("flatten")) and not broken
+            code = Code(
+                "library" if library else self.emitter if not simple else "triton",
+                int(launch.get("warps", 8)),
+                int(launch.get("stages", 3)),
+                flat,
+            )
             found = self._stages[id(stage)] = _Stage(
                 f"@{stage.symbol}",
-                machine.tile_us,
-                footprint / max(tiles, 1),
-                active / (machine.hbm_gbps * 1e3),
-                share,
-                (1.0 if library else share) / (machine.l2_gbps * 1e3),
+                code,
+                self._memory_of(stage, tiles, workers),
+                # One worker alone cannot draw the whole bandwidth of memory.
+                1.0 if library else max(min(workers, tiles), self.machine.sms / 4),
+                1.0 if library else max(self.machine.sms, self.geometry.workers[launch.symbol]),
                 _is_sum(stage),
             )
         return found
 
-    def _footprint(self, stage: Op) -> float:
-        """Bytes of all that the tiles of a stage touch; parts that are added are counted as they come."""
+    def _memory_of(self, stage: Op, tiles: int, workers: int) -> float:
+        """Bytes of memory a task of ``stage``: what tasks that run at once read together counts once."""
+        env, geometry = self.ranks[0].walker.env, self.geometry
+        queue = geometry.queue(stage, env)
+        if not queue:
+            return 0.0
         axis = int(stage.get("axis", 0))
-        env = self.ranks[0].walker.env
-        extent = self.geometry.value(stage["extent"][axis], env)
-        segment = self.geometry.value(stage.get("segment", extent), env)
-        segments = self.geometry.value(stage.get("segments", extent // max(1, segment)), env)
-        share = segment * segments / max(1, extent)
-        found: dict[str, float] = {}
+        names = [arg.name for arg in stage.args[: len(queue[0])]]
+        own = {name: len({t[i].number for t in queue}) for i, name in enumerate(names)}
+        whole = {
+            name: max(
+                own[name],
+                geometry.value(extent, env) // max(1, queue[0][i].stop - queue[0][i].start),
+            )
+            for i, (name, extent) in enumerate(zip(names, stage["extent"], strict=False))
+        }
+        others = prod(count for i, count in enumerate(own.values()) if i != axis)
+        rows = min(own[names[axis]], int(stage.get("group", 1)))
+        at_once = min(workers, tiles)
+        across = min(others, -(-at_once // rows))
+        total = 0.0
         for op in stage.walk():
-            if op.name in ("load", "store", "load_sum") and not (
-                op.name == "load_sum" and op.operands
-            ):
-                assert op.ref is not None
-                decl = self.geometry.decls[op.symbol]
-                size = prod(decl.shape) * DTYPES[decl.dtype]
+            if op.name not in ("load", "store", "load_sum") or op.ref is None:
+                continue
+            if op.name == "load_sum" and op.operands:
+                continue
+            decl = geometry.decls[op.symbol]
+            footprint = float(prod(decl.shape) * DTYPES[decl.dtype])
+            used = {n for n in names if any(_mentions(item, n) for item in op.ref.index)}
+            if decl.op.get("over") is None:
                 # A stage of some blocks touches its share of what lies along their axis.
-                cut = any(
-                    (item.value if isinstance(item, At) else item) == stage.args[axis]
-                    for item in op.ref.index
-                )
-                whole = not cut or decl.op.get("over") is not None
-                found[op.symbol] = max(found.get(op.symbol, 0.0), size * (1.0 if whole else share))
-        return sum(found[symbol] for symbol in sorted(found))
+                footprint *= prod(own[n] / whole[n] for n in used)
+            distinct = prod(own[n] for n in used)
+            running = (rows if names[axis] in used else 1) * (across if used - {names[axis]} else 1)
+            part = footprint / max(distinct, 1) * min(running, at_once) / at_once
+            # What the cache holds is read once a call.
+            cached = footprint < self.machine.l2_bytes / 2
+            total += footprint / tiles if cached else max(part, footprint / tiles)
+        return total
 
     def _glyph(self, stage: Op, sums: bool, tiles: tuple[Tile, ...]) -> str:
         if sums:
@@ -305,8 +369,10 @@ class _Clock:
 
     def _step(self, task: _Task, now: float) -> None:
         for event in task.events:
+            # Gaps are no events of the piece.
+            task.taken += not isinstance(event, _Gap)
             if isinstance(event, Work):
-                took = self._work_us(event.cost, task.stage)
+                took = self._work_us(event.cost, task, now)
                 label = task.stage.label if task.stage else "work"
                 self._spend(task, now, took, "work", label, task.glyph)
                 return
@@ -314,9 +380,15 @@ class _Clock:
                 self._spend(task, now, event.us, "start", "start", " ")
                 return
             if isinstance(event, Wait):
-                if not self.alone and not self._satisfied(task, event):
+                if self.alone:
+                    continue
+                if not self._satisfied(task, event):
                     task.waiting, task.since = event, now
                     self._blocked.setdefault((task.track.rank, event.symbol), []).append(task)
+                    return
+                took = self._poll_us(task, event)
+                if took:
+                    self._spend(task, now, took, "signal", f"acquire {event.symbol}", "|")
                     return
             elif isinstance(event, Notify):
                 took = self._notify(task, event, now)
@@ -333,17 +405,41 @@ class _Clock:
         task.track.segments.append(Segment(now, now + took, kind, label, glyph))
         self._push(now + took, task)
 
-    def _work_us(self, cost: Cost, stage: _Stage | None) -> float:
-        machine = self.machine
-        share = stage.share if stage is not None else machine.sms
-        dot = machine.dot_us(cost.flops, cost.dtype) * share
-        vector = cost.elementwise / (machine.elementwise_tflops * 1e6) * share
+    def _work_us(self, cost: Cost, task: _Task, now: float) -> float:
+        machine, stage = self.machine, task.stage
+        work = TaskCost(
+            cost.flops,
+            cost.dtype,
+            cost.steps,
+            cost.rows,
+            cost.columns,
+            cost.elementwise,
+            cost.bytes,
+            stage.memory if stage is not None and cost.flops else cost.bytes,
+            cost.sums,
+        )
         if stage is None:
-            return max(dot + vector, cost.bytes / (machine.l2_gbps * 1e3) * share)
-        cached = cost.bytes * stage.l2_us
-        hbm = stage.hbm_us * (stage.hbm_bytes if cost.flops else cost.bytes)
-        overhead = stage.tile_us if cost.flops else 0.0
-        return max(dot + vector, cached, hbm) + overhead
+            return task_us(machine, work, Code(), machine.sms, machine.sms, now)
+        state = self.ranks[task.track.rank]
+        if cost.flops:
+            state.began = min(state.began, now)
+        took = task_us(
+            machine, work, stage.code, stage.share, stage.active, max(0.0, now - state.began)
+        )
+        if self.alone or not cost.flops:
+            return took
+        # Copies and stores to peers draw on the same memory, cache and power.
+        busy = max(state.egress, state.ingress) - now
+        return took + machine.contention * min(max(busy, 0.0), took)
+
+    def _poll_us(self, task: _Task, event: Wait) -> float:
+        """What it takes to see that a wait is over; a worker that waits for the same again need not look."""
+        if task.track.kind == "stream":
+            return self.machine.stream_wait_us
+        if task.track.kind != "launch" or task.seen.get(id(event.op)) == event.elements:
+            return 0.0
+        task.seen[id(event.op)] = event.elements
+        return self.machine.poll_us * len(event.elements)
 
     def _satisfied(self, task: _Task, wait: Wait) -> bool:
         # Flags of former epochs (acknowledgements) are set: the former call is over everywhere.
@@ -374,8 +470,12 @@ class _Clock:
             label = f"wait {symbol}"
             segment = Segment(task.since, now, "wait", label, ".", (by, sent))
             task.track.segments.append(segment)
+            took = self._poll_us(task, task.waiting)
+            if took:
+                acquired = Segment(now, now + took, "signal", f"acquire {symbol}", "|")
+                task.track.segments.append(acquired)
             task.waiting = None
-            self._push(now, task)
+            self._push(now + took, task)
         self._blocked[rank, symbol] = still
 
     def _notify(self, task: _Task, event: Notify, now: float) -> float:
@@ -396,14 +496,34 @@ class _Clock:
             self._values[slot] = (seen, task.track, now)
             if seen < event.count:
                 return 0.0
-        stream = task.track.kind == "stream"
-        took = self.machine.copy_signal_us if stream else 0.0
-        away = 0.0 if event.peer == rank else self.machine.store_signal_us
-        visible = max(now, arrives) + (took if stream else away)
-        for element in event.elements:
-            signal = _Signal(event.peer, event.symbol, element, task.track, now)
-            self._push(visible, signal)
+        if task.track.kind == "stream":
+            took = away = self.machine.copy_signal_us
+        else:
+            # A release waits until the stores before it are there, unless it is held back.
+            held = event.op.get("delay") is not None or event.op.get("order") == "relaxed"
+            took = 0.0 if held else max(0.0, arrives - now)
+            away = self.machine.store_signal_us
+        for sender, sent in self._sent(task, event):
+            near = sent.peer == sender and task.track.kind != "stream"
+            visible = max(now, arrives) + (0.0 if near else away)
+            target = sent.peer if self.mirror is None else 0
+            for element in sent.elements:
+                self._push(visible, _Signal(target, sent.symbol, element, task.track, now))
         return took
+
+    def _sent(self, task: _Task, event: Notify) -> Iterator[tuple[int, Notify]]:
+        """The rank and the signal of every notify that happens with ``event``.
+
+        It alone; where one rank stands for all, what each rank signals to this one at this point.
+        """
+        if self.mirror is None:
+            yield task.track.rank, event
+            return
+        assert task.piece is not None
+        for rank in range(self.geometry.world):
+            other = self.mirror.notify(task.piece, task.taken - 1, event, rank)
+            if other.peer == 0:
+                yield rank, other
 
     def _move(self, task: _Task, event: Move, now: float) -> bool:
         """Send bytes; whether the task goes on later."""
@@ -414,7 +534,8 @@ class _Clock:
             return True
         if self.alone:
             return False
-        source, target = self.ranks[rank], self.ranks[event.peer]
+        source = self.ranks[rank]
+        target = source if self.mirror is not None else self.ranks[event.peer]
         took = machine.link_us(event.bytes)
         # The two ends queue apart: a busy receiver does not hold up the sender's other peers.
         source.egress = max(source.egress, now) + took
@@ -423,27 +544,25 @@ class _Clock:
         target.received += event.bytes
         arrives = max(source.egress, target.ingress) + machine.link_latency_us
         if event.store:
-            task.arrives = max(task.arrives, arrives)
+            stored = now + event.bytes / (machine.push_gbps * 1e3)
+            task.arrives = max(task.arrives, arrives, stored)
             return False
         if task.track.kind == "stream":
             done = arrives + machine.copy_us
         else:
-            done = max(arrives, now + event.bytes / (machine.worker_copy_gbps * 1e3))
+            bulk = event.op.get("via") == "tma"
+            rate = machine.bulk_copy_gbps if bulk else machine.worker_copy_gbps
+            done = max(arrives, now + event.bytes / (rate * 1e3))
         task.arrives = max(task.arrives, done)
         label = f"{event.op.symbol} to rank {event.peer}"
         self._spend(task, now, done - now, "copy", label, digit(event.peer))
         return True
 
 
-def _waves(shape: list[int], sms: int) -> float:
-    """By how much a product of the library takes longer than at the whole machine's rate: its last wave
-    of CTAs is not full, and edges of its tiles lie outside. It takes the best of its tile sizes."""
-    rows, columns = shape
-    found = []
-    for m, n in LIBRARY_TILES:
-        ctas = -(-rows // m) * -(-columns // n)
-        found.append(-(-ctas // sms) * sms * m * n / (rows * columns))
-    return min(found)
+def _mentions(item: Any, name: str) -> bool:
+    """Whether an element of an index depends on the tile variable ``name``."""
+    value = item.value if isinstance(item, At) else item
+    return isinstance(value, Value) and value.name == name
 
 
 def _is_sum(stage: Op) -> bool:

@@ -6,12 +6,12 @@ The virtual clock runs on these events, and a deadlock is explained with them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeAlias
 
 from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args, keep_scalar
-from tilelink.ir import DTYPES, Op, Ref
+from tilelink.ir import DTYPES, Op, Ref, Value
 from tilelink.ir.limits import check_rows
 
 Element: TypeAlias = tuple[int, ...]
@@ -19,25 +19,42 @@ Element: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a piece of work uses: flops by dtype of a dot, elementwise operations, bytes of memory."""
+    """What a piece of work uses: flops by dtype of a dot, in ``steps`` of ``rows`` by ``columns``,
+    elementwise operations, bytes of memory; ``sums``: bytes of parts that are added to a product behind it.
+
+    A product of a short tile computes the whole tile, so its flops are those of the whole one.
+    """
 
     flops: float = 0.0
     dtype: str = "bf16"
+    steps: float = 0.0
+    rows: int = 0
+    columns: int = 0
     elementwise: float = 0.0
     bytes: float = 0.0
+    sums: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        dtype = other.dtype if other.flops else self.dtype
         return Cost(
             self.flops + other.flops,
-            dtype,
+            other.dtype if other.flops else self.dtype,
+            self.steps + other.steps,
+            other.rows or self.rows,
+            other.columns or self.columns,
             self.elementwise + other.elementwise,
             self.bytes + other.bytes,
+            self.sums + other.sums,
         )
 
-    def times(self, factor: float) -> Cost:
-        """This work ``factor`` times."""
-        return Cost(self.flops * factor, self.dtype, self.elementwise * factor, self.bytes * factor)
+    def times(self, tiles: int, full: float) -> Cost:
+        """This work in a loop over ``tiles``, which hold as much as ``full`` whole ones."""
+        return replace(
+            self,
+            flops=self.flops * tiles,
+            steps=self.steps * tiles,
+            elementwise=self.elementwise * full,
+            bytes=self.bytes * full,
+        )
 
 
 @dataclass(slots=True)
@@ -101,6 +118,13 @@ class Walker:
         self._costs: dict[tuple[Any, ...], Cost] = {}
         self._names: dict[int, tuple[str, ...]] = {}
         self._eventful: dict[int, bool] = {}
+        # Of a tile variable, the length of a whole tile.
+        self._whole: dict[str, int] = {}
+        for op in geometry.program.walk():
+            sizes = op.get("tile") if op.name in ("stage", "for_tiles") else None
+            if sizes is not None:
+                given = zip(op.args, sizes, strict=False)
+                self._whole |= {a.name: geometry.value(t, self.env) for a, t in given}
 
     def block(self, ops: tuple[Op, ...]) -> Iterator[Event]:
         """The events of ``ops`` in order; work between two synchronisations is one event."""
@@ -134,6 +158,12 @@ class Walker:
                 cost = cost + self.cost(op)
         if cost is not _NOTHING:
             yield Work(cost)
+
+    def notify(self, op: Op) -> Notify:
+        """The signal of ``op`` at the values that names have now."""
+        event = self._sync(op)
+        assert isinstance(event, Notify)
+        return event
 
     def _is_eventful(self, op: Op) -> bool:
         found = self._eventful.get(id(op))
@@ -215,7 +245,7 @@ class Walker:
             for inner in op.body:
                 keep_scalar(inner, self.values, self.env)
                 total = total + self.cost(inner)
-            return total.times(_weight(positions))
+            return total.times(len(positions), _weight(positions))
         if op.name == "load_sum" and not self._sums:
             return _NOTHING
         if op.name in ("load", "store", "load_sum"):
@@ -223,13 +253,22 @@ class Walker:
             copies = self.geometry.world if op.name == "load_sum" else 1
             copies -= len(op.operands) if op.name == "load_sum" else 0
             size = prod(self.geometry.shape(value, self.env)) * DTYPES[value.type.dtype] * copies
+            if op.name == "load_sum" and op.operands:
+                return Cost(sums=size, elementwise=size / 2)
             return Cost(bytes=size, elementwise=size / 2 if op.name == "load_sum" else 0.0)
         if op.name == "dot":
-            a, b = (self.geometry.shape(v, self.env) for v in op.operands[:2])
-            return Cost(flops=2.0 * prod(a) * b[-1], dtype=op.operands[0].type.dtype)
+            a, b = (self._whole_shape(v) for v in op.operands[:2])
+            dtype = op.operands[0].type.dtype
+            return Cost(2.0 * prod(a) * b[-1], dtype, 1.0, a[-2], b[-1])
         if not op.results or op.name in ("zeros", "full", "transpose", "expand", "reshape"):
             return _NOTHING
         return Cost(elementwise=float(prod(self.geometry.shape(op.results[0], self.env))))
+
+    def _whole_shape(self, value: Value) -> tuple[int, ...]:
+        """The shape of ``value`` where no tile is short."""
+        return tuple(
+            self._whole.get(dim) or self.geometry.length(dim, self.env) for dim in value.type.shape
+        )
 
 
 def _weight(positions: list[tuple[Tile, ...]]) -> float:

@@ -122,7 +122,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> tuple[State, Driver, Launched]:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 3, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    properties = SimpleNamespace(multi_processor_count=132)
+    properties = SimpleNamespace(name="no known GPU", multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for kept in ("_kernels", "_programs", "_last", "_links"):
         monkeypatch.setattr(cuda, kept, {})

@@ -10,6 +10,7 @@ from tilelink.cli import table
 from tilelink.cli.errors import BadWorld, Unavailable
 from tilelink.cli.inputs import random_inputs
 from tilelink.cli.source import Unit, load
+from tilelink.ir import Op
 
 
 def execute_cuda(args: argparse.Namespace) -> int:
@@ -51,8 +52,19 @@ def execute_cuda(args: argparse.Namespace) -> int:
         distributed.destroy_process_group()
 
 
+def program_of(unit: Unit, args: argparse.Namespace, device: str) -> Op:
+    """The fused program; where no option says how to schedule it, as a call of the kernel would choose."""
+    from tilelink.backend.runtime.choose import compile_chosen
+
+    if unit.fused or args.schedule or args.tile or args.resource or args.workers:
+        return unit.program(args)
+    program, _ = compile_chosen(unit.op, None, device)
+    return program
+
+
 def run_unit(unit: Unit, args: argparse.Namespace, rank: int, device: Any) -> list[list[str]]:
     """Runs one kernel; the table's rows on rank 0, nothing elsewhere."""
+    import torch
     from torch import distributed
 
     from tilelink.backend.emit.triton import emit
@@ -60,7 +72,7 @@ def run_unit(unit: Unit, args: argparse.Namespace, rank: int, device: Any) -> li
     from tilelink.backend.runtime.watch import synchronize
     from tilelink.cli.run import compare
 
-    program = unit.program(args)
+    program = program_of(unit, args, torch.cuda.get_device_name(device))
     inputs = random_inputs(unit.op, args.seed)
     scalars = {child.symbol for child in program.find("scalar")}
     mine = {n: v.to(device) for n, v in inputs[rank].items() if n not in scalars}

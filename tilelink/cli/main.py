@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tilelink import knobs
-from tilelink.cli import check, emit, env, graph, ir, mutate, run, simulate
+from tilelink.cli import check, emit, env, graph, ir, mutate, run, simulate, tune
 from tilelink.cli.errors import BadUsage, TooLarge
 from tilelink.cli.source import is_ir
 from tilelink.errors import InternalError, TilelinkError
 from tilelink.schedules import ScheduleError
 
-COMMANDS = (run, check, ir, graph, emit, simulate, mutate, env)
+COMMANDS = (run, check, ir, graph, emit, simulate, tune, mutate, env)
 
 DESCRIPTION = "A compiler for GPU kernels that compute and communicate at once."
 EPILOG = """\

@@ -254,9 +254,12 @@ def world_of(args: argparse.Namespace, default: int) -> int:
 
 def machine_of(target: str | None) -> Machine:
     """The machine model called ``target``, or the default; UnknownName if there is none."""
-    from tilelink.schedules.machine import Machine
+    from tilelink.schedules.machine import Machine, UnknownMachineError
 
-    if target is not None and target not in Machine.known():
+    try:
+        return Machine.load(target) if target is not None else Machine.load()
+    except UnknownMachineError:
         known = ", ".join(Machine.known())
-        raise UnknownName(option="--target", what="machine", name=target, known=known)
-    return Machine.load(target) if target is not None else Machine.load()
+        raise UnknownName(
+            option="--target", what="machine", name=str(target), known=known
+        ) from None

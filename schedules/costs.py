@@ -1,0 +1,111 @@
+"""What one task costs on one worker of a machine: the formulas of the virtual clock.
+
+A task of a matrix product is bound by the tensor cores, by the latency of its loads, by the L2 cache or
+by memory, whichever is slowest; other tasks by memory. Times are microseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from tilelink.schedules.machine import Machine
+
+WARPGROUP = 4  # warps that share one `wgmma`
+WGMMA_ROWS = 64
+WGMMA_COLUMNS = 256  # of the widest instruction
+# Columns from which on an instruction computes longer than it reads its rows from shared memory.
+FULL_COLUMNS = 128
+# Tiles of a CTA that the library chooses from.
+LIBRARY_TILES = ((128, 256), (256, 128), (128, 128), (64, 128))
+# Stages whose tiles are being multiplied, on average, and so not being loaded.
+BUSY_STAGES = 1.5
+MMA_RATE = 0.6  # of `mma.sync`, for tiles of fewer rows than `wgmma` takes
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task's work: ``flops`` of products in ``steps`` of ``rows`` by ``columns``, ``elementwise``
+    operations, ``bytes`` loaded and stored, ``memory`` of them from or to memory and not the cache. ``sums``
+    are bytes that are read behind the product, when nothing of it is under way any more."""
+
+    flops: float = 0.0
+    dtype: str = "bf16"
+    steps: float = 0.0
+    rows: int = 0
+    columns: int = 0
+    elementwise: float = 0.0
+    bytes: float = 0.0
+    memory: float = 0.0
+    sums: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """How a launch runs: the emitter, warps and stages, and whether tiles overlap (``flat``)."""
+
+    emitter: str = "triton"
+    warps: int = 8
+    stages: int = 3
+    flat: bool = False
+
+
+def tensor_core_share(rows: int, columns: int, warps: int, issue: float = 0.0) -> float:
+    """The share of the tensor cores' rate that tiles of ``rows`` by ``columns`` reach.
+
+    A warpgroup's ``wgmma`` is 64 rows high; groups beyond the tile's rows split its columns. Below 128
+    columns shared memory is too slow for its operands, below 64 rows ``mma.sync`` takes over. ``issue`` is
+    the time between two instructions in columns; the widest instruction is what rates are measured with.
+    """
+    if rows < WGMMA_ROWS:
+        return MMA_RATE
+    groups = max(1, warps // WARPGROUP)
+    across = max(1, groups * WGMMA_ROWS // rows)
+    wide = min(WGMMA_COLUMNS, max(8, columns // across))
+    fed = min(1.0, 2.0 * wide / (FULL_COLUMNS + wide))
+    return min(fed, wide / (wide + issue) * (WGMMA_COLUMNS + issue) / WGMMA_COLUMNS)
+
+
+def library_us(machine: Machine, task: Task, now: float) -> float:
+    """Microseconds of a product of the vendor's library over the whole GPU.
+
+    Its last wave of CTAs is not full, and edges of its tiles lie outside; it takes the best of its tiles.
+    """
+    memory = max(task.memory / (machine.hbm_gbps * 1e3), task.bytes / (machine.l2_gbps * 1e3))
+    dot = machine.dot_us(task.flops, task.dtype, now)
+    fixed = machine.emitter("library").tile_us
+    found = []
+    for m, n in LIBRARY_TILES:
+        ctas = ceil(task.rows / m) * ceil(task.columns / n)
+        waves = ceil(ctas / machine.sms)
+        more = waves * machine.sms * m * n / (task.rows * task.columns)
+        found.append(dot * more + waves * fixed)
+    return max(min(found), memory)
+
+
+def task_us(
+    machine: Machine, task: Task, code: Code, share: float, active: float, now: float
+) -> float:
+    """Microseconds of ``task`` on one worker.
+
+    ``share``: the machine's rates divided by this are one worker's. ``active``: workers that draw on
+    memory at once. ``now``: microseconds since the first product of the call.
+    """
+    vector = task.elementwise / (machine.elementwise_tflops * 1e6) * share
+    cached = task.bytes / (machine.l2_gbps * 1e3) * share
+    if not task.flops:
+        memory = task.memory / (machine.sum_gbps * 1e3) * active
+        return max(vector, cached, memory) + (machine.load_us if task.bytes else 0.0)
+    memory = task.memory / (machine.hbm_gbps * 1e3) * active
+    if code.emitter == "library":
+        return library_us(machine, task, now)
+    emitter = machine.emitter(code.emitter)
+    dot = machine.dot_us(task.flops, task.dtype, now) * share
+    dot /= tensor_core_share(task.rows, task.columns, code.warps, emitter.issue)
+    # While one warpgroup waits at a step, another one multiplies.
+    step = emitter.step_us * max(1.0, 2.0 * WARPGROUP / code.warps)
+    loads = task.steps * machine.load_us / max(0.5, code.stages - BUSY_STAGES)
+    product = max(dot + task.steps * step, loads, cached, memory)
+    if task.sums:
+        product += task.sums / (machine.sum_gbps * 1e3) * active + machine.load_us
+    return product + vector + (emitter.flat_us if code.flat else emitter.tile_us)

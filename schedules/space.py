@@ -1,0 +1,299 @@
+"""The schedule space of a kernel: how it may compute, and how each of its tensors may travel.
+
+Both halves are enumerated in a fixed order, the same on every rank and machine. The product of the two is
+the whole space; a search need not make it. Which fields exist is read from :class:`Schedule` and
+:class:`Move`, so the space grows with them; a value that they refuse is left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from math import ceil, prod
+from typing import Any
+
+from tilelink.ir import DTYPES, Op
+from tilelink.schedules import schedule as schedules
+from tilelink.schedules.costs import Code, Task, library_us, task_us
+from tilelink.schedules.default import default_schedule, product_extents
+from tilelink.schedules.machine import Machine
+from tilelink.schedules.schedule import Move, Schedule, ScheduleError
+
+SHARED_BYTES = 232_448  # of a CTA of sm_90
+SHARED_RESERVE = 1_024  # barriers and what the compiler keeps for itself
+STORE_COLUMNS = 128  # of a tile that is stored at once
+ACCUMULATORS = 128  # fp32 registers of a thread that accumulators may take; more of them spill
+ROW_TILES = (16, 32, 64, 128, 256)
+COLUMN_TILES = (32, 64, 128, 256)
+DEPTH_TILES = (32, 64, 128)
+STAGES = (2, 3, 4, 5, 6)
+GROUPS = (8, 4, 16)
+SPLITS = (1, 2, 4, 8)
+COPY_WORKERS = (4, 8, 16, 32)
+CHANNELS = (None, 1, 2, 4, 8)
+# Elements of a product's tile from which on a tile is worth its fixed costs.
+SMALLEST_TILE = 16 * 32
+# Bytes of a sum from which on one shot, or a second set of slots, costs more than it can gain.
+SMALL_SUM = 32 << 20
+
+
+class Space:
+    """All schedules of ``kernel`` (Tile IR, extents known) on ``machine``.
+
+    ``base`` is the default schedule: what no part of the space changes stays as it says. ``product`` is the
+    kernel's matrix product, ``extents`` its extents by name.
+    """
+
+    def __init__(self, kernel: Op, machine: Machine) -> None:
+        self.kernel = kernel
+        self.machine = machine
+        self.base = default_schedule(kernel)
+        self.product = product_of(kernel)
+        self.extents = {op.symbol: int(op["value"]) for op in kernel.find("extent")}
+
+    def computations(self) -> list[Schedule]:
+        """The default schedule with every legal way to compute: tiles, warps, stages, group, emitter, split.
+
+        Without a matrix product there is the default alone.
+        """
+        if self.product is None:
+            return [self.base]
+        found: dict[Schedule, None] = {}
+        for emitter in _values("EMITTERS", "triton"):
+            for tiles in self._tiles(self.product):
+                for warps, stages in itertools.product((4, 8), STAGES):
+                    for extra in self._extras(emitter):
+                        made = _made(
+                            self.base,
+                            tiles=tiles,
+                            warps=warps,
+                            stages=stages,
+                            emitter=emitter,
+                            **extra,
+                        )
+                        if made is not None and legal(self.product, made):
+                            found.setdefault(self._plain(made))
+        return list(found)
+
+    def moves(self, schedule: Schedule) -> list[Schedule]:
+        """``schedule`` with every way in which the moved tensors may travel."""
+        options = [
+            [(tensor.symbol, move) for move in self._moves_of(tensor)]
+            for tensor in self.kernel.find("tensor")
+            if tensor["move"] in ("gather", "scatter", "reduce")
+        ]
+        if self.kernel["world"] == 1:
+            return [schedule]
+        made = (_made(schedule, moves=tuple(sorted(some))) for some in itertools.product(*options))
+        return [s for s in made if s is not None and legal(self.product, s)]
+
+    def schedules(self) -> Iterator[Schedule]:
+        """The whole space, computations outermost."""
+        for computation in self.computations():
+            yield from self.moves(computation)
+
+    def _tiles(self, product: Product) -> Iterator[tuple[tuple[str, int], ...]]:
+        """Tile lengths of the product's extents; others keep their default."""
+        rows, columns, depth = product.names
+        tallest, widest, deepest = product.extent
+        if _moved_rows(self.kernel, rows):
+            tallest = max(1, tallest // int(self.kernel["world"]))
+        sizes = (
+            _fitting(ROW_TILES, tallest),
+            _fitting(COLUMN_TILES, widest),
+            _fitting(DEPTH_TILES, deepest),
+        )
+        for m, n, k in itertools.product(*sizes):
+            if m * n < SMALLEST_TILE:
+                continue
+            new = dict.fromkeys(rows, m) | dict.fromkeys(columns, n) | dict.fromkeys(depth, k)
+            yield tuple(sorted({**dict(self.base.tiles), **new}.items()))
+
+    def _extras(self, emitter: str) -> Iterator[dict[str, Any]]:
+        """The fields beside tiles, warps and stages: group, and split where there is one."""
+        known = {field.name for field in fields(Schedule)}
+        splits = SPLITS if "split" in known and emitter != "library" else (1,)
+        for group, split in itertools.product(GROUPS, splits):
+            yield {"group": group} | ({"split": split} if "split" in known else {})
+
+    def _plain(self, schedule: Schedule) -> Schedule:
+        """A library's product has no tiles, warps or stages of ours: those of the default stand for all."""
+        if schedule.emitter != "library":
+            return schedule
+        return replace(self.base, emitter="library")
+
+    def _moves_of(self, tensor: Op) -> list[Move]:
+        kind, size = tensor["move"], self.bytes_of(tensor)
+        found: dict[Move, None] = {}
+        for resource in _resources(kind):
+            fixed = resource in ("none", "collective")
+            for channels in (None,) if fixed else CHANNELS:
+                for extra in _move_extras(kind, resource, size):
+                    move = _made(Move(), resource=resource, channels=channels, **extra)
+                    if move is not None:
+                        found.setdefault(move)
+        return list(found)
+
+    def bytes_of(self, tensor: Op) -> int:
+        """Bytes of the whole of a tensor."""
+        dims = (d if isinstance(d, int) else int(d.evaluate(self.extents)) for d in tensor["dims"])
+        return prod(dims) * DTYPES[tensor["dtype"]]
+
+
+def _values(name: str, *default: Any) -> tuple[Any, ...]:
+    """The values of a field that the schedule's module lists under ``name``."""
+    found: tuple[Any, ...] = getattr(schedules, name, default)
+    return found
+
+
+def _resources(kind: str) -> tuple[str, ...]:
+    workers = tuple(f"sm:{n}" for n in COPY_WORKERS)
+    direct = () if kind == "gather" else ("epilogue",)
+    return ("copy_engine", *workers, *direct, "collective", "none")
+
+
+def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
+    """Combinations of the further fields of a move that mean something for it."""
+    known = {field.name for field in fields(Move)}
+    axes: dict[str, tuple[Any, ...]] = {}
+    if "sum" in known and kind == "scatter" and resource not in ("none", "collective"):
+        axes["sum"] = _values("SUMS", "stage", "epilogue")
+    if "shots" in known and kind == "reduce" and resource not in ("none", "collective"):
+        axes["shots"] = (1, 2) if size <= SMALL_SUM else (2,)
+    if "slots" in known and kind != "gather" and resource not in ("none", "collective"):
+        axes["slots"] = (1, 2) if size <= SMALL_SUM else (1,)
+    return [dict(zip(axes, some, strict=True)) for some in itertools.product(*axes.values())]
+
+
+def _made(base: Any, **changes: Any) -> Any:
+    """``base`` with fields replaced, or None where it refuses them."""
+    try:
+        return replace(base, **changes)
+    except ScheduleError:
+        return None
+
+
+def _fitting(sizes: Sequence[int], length: int) -> list[int]:
+    """Tile lengths up to the smallest that holds ``length``, and the largest of them at least."""
+    found = [size for size in sizes if size < 2 * length]
+    return found or [sizes[0]]
+
+
+def _moved_rows(kernel: Op, rows: Sequence[str]) -> bool:
+    """Whether the rows of the product are spread over the ranks, so that tiles end at each shard."""
+    return any(
+        tensor.get("over") is not None and str(tensor["dims"][tensor["over"]]) in rows
+        for tensor in kernel.find("tensor")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The matrix products of one loop over output tiles.
+
+    ``names``: extents that are rows, columns and depth; ``extent``: the shortest of each. ``dots``: products
+    of one loop, which share its accumulator registers. ``dtype``: of the operands.
+    """
+
+    names: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+    extent: tuple[int, int, int]
+    dots: int
+    dtype: str
+
+    def tile(self, schedule: Schedule) -> tuple[int, int, int]:
+        """The tile lengths of rows, columns and depth."""
+        tiles = dict(schedule.tiles)
+        m, n, k = (tiles.get(some[0], 128) for some in self.names)
+        return m, n, k
+
+    def shared_bytes(self, schedule: Schedule) -> int:
+        """Shared memory of a CTA: the slots of the ring of operand tiles, and a tile on its way out."""
+        m, n, k = self.tile(schedule)
+        size = DTYPES[self.dtype]
+        # Tiles wider than a descriptor's limit leave in halves, one after the other.
+        slots = schedule.stages * (m * k + self.dots * k * n)
+        return (slots + m * min(n, STORE_COLUMNS)) * size
+
+
+def product_of(kernel: Op) -> Product | None:
+    """The products of ``kernel``; None where it has none with extents of its own."""
+    rows, columns, depth = (tuple(sorted(some)) for some in product_extents(kernel))
+    if not (rows and columns and depth):
+        return None
+    lengths = {op.symbol: int(op["value"]) for op in kernel.find("extent")}
+    dots = max(sum(o.name == "dot" for o in op.body) for op in kernel.walk() if op.blocks)
+    first = next(op for op in kernel.walk() if op.name == "dot")
+    shortest = [min(lengths[n] for n in some) for some in (rows, columns, depth)]
+    m, n, k = shortest
+    return Product((rows, columns, depth), (m, n, k), dots, first.operands[0].type.dtype)
+
+
+def legal(product: Product | None, schedule: Schedule) -> bool:
+    """Whether a schedule fits the GPU as far as can be told without compiling it."""
+    if product is None or schedule.emitter == "library":
+        return True
+    m, n, _ = product.tile(schedule)
+    if schedule.warps * 32 * ACCUMULATORS < m * n * product.dots:
+        return False
+    # More warps than 16 rows or 32 columns each would idle.
+    if schedule.warps * 16 > max(m, 64) * max(1, n // 32):
+        return False
+    return product.shared_bytes(schedule) <= SHARED_BYTES - SHARED_RESERVE
+
+
+def estimate_us(product: Product | None, schedule: Schedule, machine: Machine) -> float:
+    """Microseconds of the products alone, by waves of tiles: enough to order computations by."""
+    if product is None:
+        return 0.0
+    (m, n, k), (rows, columns, depth) = product.tile(schedule), product.extent
+    if schedule.emitter == "library":
+        flops = 2.0 * rows * columns * depth * product.dots
+        whole = Task(flops, product.dtype, 1.0, rows, columns * product.dots)
+        return library_us(machine, whole, 0.0)
+    split = int(getattr(schedule, "split", 1))
+    size = DTYPES[product.dtype]
+    steps = ceil(depth / split / k)
+    tiles = ceil(rows / m) * ceil(columns / n) * split
+    workers = min(schedule.workers, machine.sms)
+    # Each operand comes from memory once at least.
+    operands = (columns * product.dots + rows) * depth * size / tiles
+    task = Task(
+        flops=2.0 * m * n * k * steps * product.dots,
+        dtype=product.dtype,
+        steps=steps * product.dots,
+        rows=m,
+        columns=n,
+        bytes=steps * (m * k + product.dots * k * n) * size + m * n * size,
+        memory=operands + m * n * size,
+    )
+    code = Code(schedule.emitter, schedule.warps, schedule.stages, schedule.flatten)
+    one = task_us(machine, task, code, machine.sms, min(workers, tiles), 0.0)
+    return ceil(tiles / workers) * one
+
+
+def by_class(
+    schedules: Sequence[Schedule], key: Callable[[Schedule], float], keep: int
+) -> list[Schedule]:
+    """The ``keep`` best of each class (emitter and resources) by ``key``, in order of ``key``."""
+    classes: dict[tuple[Any, ...], list[Schedule]] = {}
+    for schedule in sorted(schedules, key=key):
+        classes.setdefault(class_of(schedule), []).append(schedule)
+    return sorted((s for some in classes.values() for s in some[:keep]), key=key)
+
+
+def class_of(schedule: Schedule) -> tuple[Any, ...]:
+    """What makes schedules different in kind: the emitter, and the resource and sum of each move."""
+    return (
+        schedule.emitter,
+        *(
+            ("sm" if move.sm_workers else move.resource, getattr(move, "sum", None))
+            for _, move in schedule.moves
+        ),
+    )
+
+
+def size_of(space: Space) -> Mapping[str, int]:
+    """How many computations and moves there are, for a progress line."""
+    computations = space.computations()
+    return {"computations": len(computations), "moves": len(space.moves(computations[0]))}

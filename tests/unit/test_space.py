@@ -1,0 +1,141 @@
+"""The schedule space: deterministic, legal, and as wide as the schedule's fields."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.kernels.misc import in_place
+from tilelink.backend.pipeline import run_passes
+from tilelink.ir import Op
+from tilelink.kernels import ag_gemm, ag_gemm_swiglu, gemm_ar, gemm_rs
+from tilelink.schedules import EMITTERS, Schedule, default_schedule
+from tilelink.schedules.machine import Machine
+from tilelink.schedules.space import (
+    SHARED_BYTES,
+    Space,
+    class_of,
+    estimate_us,
+    legal,
+    product_of,
+)
+
+H200 = Machine.load()
+
+
+def build(kernel: object, m: int, k: int, n: int, world: int = 8, dtype: str = "bf16") -> Op:
+    op: Op = kernel.build(  # type: ignore[attr-defined]
+        {"M": m, "K": k, "N": n}, {}, world, dtype=dtype
+    )
+    return op
+
+
+CASES = [
+    pytest.param(ag_gemm, (8192, 8192, 7168), id="ag_gemm"),
+    pytest.param(ag_gemm_swiglu, (8192, 4096, 2816), id="swiglu"),
+    pytest.param(gemm_rs, (1024, 3584, 8192), id="gemm_rs"),
+    pytest.param(gemm_ar, (16, 3584, 8192), id="gemm_ar"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "shape"), CASES)
+def test_enumeration_is_the_same_each_time_and_has_nothing_twice(
+    kernel: object, shape: tuple[int, int, int]
+) -> None:
+    op = build(kernel, *shape)
+    first, second = Space(op, H200).computations(), Space(op, H200).computations()
+    assert first == second
+    assert len(set(first)) == len(first) > 50
+    moves = Space(op, H200).moves(first[0])
+    assert len(set(moves)) == len(moves) > 5
+    assert {m.moves for m in moves} > {default_schedule(op).moves}
+
+
+@pytest.mark.parametrize(("kernel", "shape"), CASES)
+def test_every_computation_fits_the_gpu(kernel: object, shape: tuple[int, int, int]) -> None:
+    op = build(kernel, *shape)
+    product = product_of(op)
+    assert product is not None
+    for schedule in Space(op, H200).computations():
+        if schedule.emitter == "library":
+            continue
+        m, n, _ = product.tile(schedule)
+        assert product.shared_bytes(schedule) < SHARED_BYTES
+        assert m * n * product.dots <= schedule.warps * 32 * 128
+
+
+def test_the_default_schedule_is_part_of_the_space() -> None:
+    op = build(ag_gemm, 8192, 8192, 7168)
+    base = default_schedule(op)
+    space = Space(op, H200)
+    assert legal(product_of(op), base)
+    assert base in space.computations()
+    assert base in space.moves(base)
+
+
+def test_the_whole_space_is_the_product_of_its_halves() -> None:
+    op = build(gemm_ar, 16, 256, 64, world=2)
+    space = Space(op, H200)
+    whole = list(space.schedules())
+    assert len(whole) == sum(len(space.moves(c)) for c in space.computations())
+    assert len(set(whole)) == len(whole)
+
+
+def test_fp32_takes_smaller_tiles() -> None:
+    wide, narrow = (build(ag_gemm, 2048, 2048, 2048, dtype=d) for d in ("bf16", "fp32"))
+    largest = [
+        max(p.shared_bytes(s) for s in Space(op, H200).computations() if s.emitter == "triton")
+        for op in (wide, narrow)
+        if (p := product_of(op)) is not None
+    ]
+    assert all(size <= SHARED_BYTES for size in largest)
+    product = product_of(narrow)
+    assert product is not None
+    assert not legal(product, default_schedule(wide).with_tiles(M=128, N=256, K=128))
+
+
+def test_tiles_hold_no_more_than_the_rows_of_one_rank() -> None:
+    op = build(ag_gemm, 128, 1024, 1024)
+    rows = {dict(s.tiles)["M"] for s in Space(op, H200).computations() if s.emitter == "triton"}
+    assert rows == {16}
+    # An all-reduce is not cut at ranks.
+    op = build(gemm_ar, 128, 1024, 1024)
+    assert {dict(s.tiles)["M"] for s in Space(op, H200).computations()} >= {16, 128}
+
+
+@pytest.mark.parametrize(("kernel", "shape"), CASES)
+def test_moves_can_be_fused(kernel: object, shape: tuple[int, int, int]) -> None:
+    m, k, n = (min(extent, 1024) for extent in shape)
+    op = build(kernel, m, k, n, world=4)
+    space = Space(op, H200)
+    names = {class_of(s) for s in space.moves(space.base)}
+    assert {name[1][0] for name in names} >= {"copy_engine", "sm", "none"}
+    for schedule in space.moves(space.base)[:12]:
+        run_passes(op, schedule)
+
+
+def test_every_emitter_of_the_schedule_is_searched() -> None:
+    op = build(ag_gemm, 8192, 8192, 7168)
+    assert {s.emitter for s in Space(op, H200).computations()} == set(EMITTERS)
+
+
+def test_estimates_prefer_tiles_that_keep_the_tensor_cores_busy() -> None:
+    op = build(ag_gemm, 8192, 8192, 7168)
+    product = product_of(op)
+    base = default_schedule(op)
+
+    def us(schedule: Schedule) -> float:
+        return estimate_us(product, schedule, H200)
+
+    assert us(base) < us(base.with_tiles(M=64, N=64)) / 1.3
+    # Two waves of which the last is nearly empty, or three of half the length.
+    odd = product_of(build(ag_gemm, 4480, 4096, 1024))
+    half = replace(base.with_tiles(N=128), stages=5)
+    assert estimate_us(odd, half, H200) < estimate_us(odd, base, H200)
+
+
+def test_a_kernel_without_a_product_has_one_computation() -> None:
+    op: Op = in_place.build({"M": 8, "K": 16})
+    assert product_of(op) is None
+    assert Space(op, H200).computations() == [default_schedule(op)]

@@ -1,0 +1,205 @@
+"""Tuned tables: their form, their key, and how a kernel finds its schedule."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from tilelink.backend.runtime.choose import choices, compile_chosen, predicted_choice
+from tilelink.ir import Op, Ref
+from tilelink.kernels import ag_gemm, gemm, gemm_ar, gemm_rs
+from tilelink.schedules import Schedule, default_schedule
+from tilelink.schedules.machine import Machine
+from tilelink.schedules.tables import (
+    BadTable,
+    Entry,
+    Run,
+    Table,
+    kernel_key,
+    load_tables,
+    lookup,
+    parse_table,
+    world_of,
+)
+
+DEVICE = "NVIDIA H200"
+RUN = Run("a.json", "2026-01-01", {"triton": "3.6.0"})
+
+
+def built(m: int = 1024, k: int = 512, n: int = 512, world: int = 4) -> Op:
+    return ag_gemm.build({"M": m, "K": k, "N": n}, {}, world)
+
+
+def table(*entries: Entry, world: int = 4, device: str = DEVICE) -> Table:
+    key = kernel_key(built(world=world))
+    return Table("ag_gemm", key, "bf16", world, device, (RUN,), entries, name="t.json")
+
+
+def entry(m: int, k: int, n: int, group: int = 2, us: float = 10.0) -> Entry:
+    schedule = replace(default_schedule(built()), group=group)
+    return Entry({"M": m, "K": k, "N": n}, schedule, us)
+
+
+def test_a_table_round_trips() -> None:
+    first = replace(
+        table(
+            entry(1024, 512, 512), replace(entry(2048, 512, 512), baseline_us=12.5, baseline="x")
+        ),
+        present=("bias",),
+        constants={"nk": True},
+    )
+    again = parse_table(first.to_json(), "t.json")
+    assert again == first
+    assert again.to_json() == first.to_json()
+    # A line an entry, so that a change of one is a change of one line.
+    assert sum('"extents"' in line for line in first.to_json().splitlines()) == 2
+
+
+def test_the_key_is_of_what_is_computed_and_moved() -> None:
+    key = kernel_key(built())
+    assert key == kernel_key(built(4096, 8, 16, world=2))
+    assert key != kernel_key(ag_gemm.build({"M": 8, "K": 8, "N": 8}, {}, 4, dtype="fp16"))
+    assert key != kernel_key(ag_gemm.build({"M": 8, "K": 8, "N": 8}, {}, 4, scalars={"nk": True}))
+    assert key != kernel_key(gemm_rs.build({"M": 8, "K": 8, "N": 8}, {}, 4))
+
+
+def test_a_kernel_of_another_name_has_the_same_key() -> None:
+    op = built()
+    renamed = replace(op, ref=Ref("mine"))
+    assert kernel_key(renamed) == kernel_key(op)
+
+
+def test_lookup_takes_the_entry_of_the_shape() -> None:
+    found = lookup(built(), DEVICE, [table(entry(2048, 512, 512, 3), entry(1024, 512, 512, 5))])
+    assert found is not None
+    assert (found.schedule.group, found.distance) == (5, 0.0)
+    assert "tuned (t.json)" in found.origin
+
+
+def test_lookup_takes_the_nearest_shape_and_none_that_is_far() -> None:
+    tables = [table(entry(2048, 512, 512, 3), entry(8192, 512, 512, 5))]
+    found = lookup(built(4096, 512, 600), DEVICE, tables)
+    assert found is not None
+    assert found.schedule.group in (3, 5)
+    assert found.entry.extents["M"] in (2048, 8192)
+    near = lookup(built(3072, 512, 512), DEVICE, tables)
+    assert near is not None
+    assert near.schedule.group == 3
+    assert "tuned for M=2048" in near.origin
+    assert lookup(built(64, 512, 512), DEVICE, tables) is None
+
+
+@pytest.mark.parametrize(("world", "device"), [(2, DEVICE), (4, "NVIDIA H100")])
+def test_lookup_never_crosses_ranks_or_devices(world: int, device: str) -> None:
+    assert lookup(built(world=world), device, [table(entry(1024, 512, 512))]) is None
+
+
+def test_new_entries_replace_those_of_their_shape_and_drop_unused_runs() -> None:
+    old = table(entry(1024, 512, 512, 3), entry(2048, 512, 512, 3))
+    later = Run("b.json", "2026-02-02", {})
+    one = old.with_entries([entry(1024, 512, 512, 7)], later)
+    assert [(e.extents["M"], e.schedule.group, one.runs[e.run].source) for e in one.entries] == [
+        (1024, 7, "b.json"),
+        (2048, 3, "a.json"),
+    ]
+    both = one.with_entries([entry(2048, 512, 512, 9)], later)
+    assert [r.source for r in both.runs] == ["b.json"]
+    assert parse_table(both.to_json(), "t.json") == both
+
+
+def test_a_sparse_schedule_is_the_whole_one() -> None:
+    schedule = replace(default_schedule(built()), group=4, warps=4)
+    sparse = schedule.to_sparse()
+    assert "stages" not in sparse
+    assert Schedule.from_json(json.dumps(sparse)) == schedule
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: "{", "not JSON"),
+        (lambda d: [], "not an object"),
+        (lambda d: d | {"color": 1}, "no field `color`"),
+        (lambda d: {k: v for k, v in d.items() if k != "key"}, "`key` is missing"),
+        (lambda d: d | {"world": "four"}, "`world` is 'four'"),
+        (lambda d: d | {"world": True}, "`world` is True"),
+        (lambda d: d | {"entries": [d["entries"][0]] * 2}, "there twice"),
+        (lambda d: d | {"entries": [d["entries"][0] | {"us": -1}]}, "time of -1"),
+        (lambda d: d | {"entries": [d["entries"][0] | {"run": 3}]}, "no run 3"),
+        (lambda d: d | {"entries": [d["entries"][0] | {"extents": {"M": 0}}]}, "`M` is 0"),
+        (lambda d: d | {"entries": [d["entries"][0] | {"schedule": {"warps": 3}}]}, "`warps`"),
+        (lambda d: d | {"entries": [{"us": 1.0}]}, "`extents` is missing"),
+    ],
+)
+def test_a_broken_table_is_refused_by_name(change: object, words: str) -> None:
+    data = json.loads(table(entry(1024, 512, 512)).to_json())
+    broken = change(data)  # type: ignore[operator]
+    text = broken if isinstance(broken, str) else json.dumps(broken)
+    with pytest.raises(BadTable, match=words) as caught:
+        parse_table(text, "t.json")
+    assert "t.json" in str(caught.value)
+
+
+def test_the_tables_of_the_package_are_as_they_would_be_written() -> None:
+    from importlib.resources import files
+
+    for found in load_tables():
+        text = (files("tilelink.schedules") / "tuned" / found.name).read_text()
+        assert found.to_json() == text
+        assert found.file_name == found.name
+
+
+def test_a_call_takes_what_was_tuned_for_it() -> None:
+    tuned = load_tables()[0]
+    extents = dict(tuned.entries[0].extents)
+    op = ag_gemm.build(extents, {}, tuned.world)
+    first = next(choices(op, tuned.device))
+    assert first.schedule == tuned.entries[0].schedule
+    program, origin = compile_chosen(op, None, tuned.device)
+    assert Schedule.from_json(program["schedule"]) == tuned.entries[0].schedule
+    assert origin.startswith("tuned")
+
+
+def test_the_callers_schedule_and_the_knob_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = load_tables()[0]
+    op = ag_gemm.build(dict(tuned.entries[0].extents), {}, tuned.world)
+    asked = replace(default_schedule(op), group=1)
+    program, origin = compile_chosen(op, asked, tuned.device)
+    assert (Schedule.from_json(program["schedule"]), origin) == (asked, "given")
+    monkeypatch.setenv("TILELINK_TUNED", "0")
+    assert [c.origin for c in choices(op, tuned.device)] == ["default"]
+
+
+def test_unknown_machines_have_the_default() -> None:
+    assert [c.origin for c in choices(built(), "Abacus 9000")] == ["default"]
+
+
+def test_a_product_alone_is_the_same_on_any_number_of_ranks() -> None:
+    one, four = (gemm.build({"M": 64, "K": 64, "N": 64}, {}, world) for world in (1, 4))
+    assert world_of(one) == world_of(four) == 1
+    assert world_of(built(world=4)) == 4
+    alone = Table("gemm", kernel_key(four), "bf16", 1, DEVICE, (RUN,), (entry(64, 64, 64),))
+    assert lookup(four, DEVICE, [alone]) is not None
+    assert lookup(one, DEVICE, [alone]) is not None
+
+
+def test_a_shape_that_nobody_tuned_is_predicted_the_same_each_time() -> None:
+    op = gemm_ar.build({"M": 16, "K": 512, "N": 2048}, {}, 4)
+    first, second = (predicted_choice(op, DEVICE) for _ in range(2))
+    assert first == second
+    assert Machine.of_device(DEVICE, 4) is not None
+
+
+def test_a_schedule_that_does_not_compile_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilelink.backend.runtime import choose
+
+    op = built()
+    # No tensor of this kernel is called X, so the passes refuse it.
+    wrong = Schedule.from_json('{"moves": {"X": {"resource": "copy_engine"}}}')
+    refused = iter([choose.Choice(wrong, "tuned"), choose.Choice(None, "default")])
+    monkeypatch.setattr(choose, "choices", lambda *_: refused)
+    program, origin = choose.compile_chosen(op, None, DEVICE)
+    assert origin == "default"
+    assert Schedule.from_json(program["schedule"]) == default_schedule(op)

@@ -1,0 +1,160 @@
+"""``tilelink tune --check``: a sound table passes, and each way to break an entry has its own error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tilelink.cli.main import main
+from tilelink.errors import TilelinkError
+from tilelink.kernels import gemm_rs
+from tilelink.schedules.tables import kernel_key, parse_table
+from tilelink.tuning import check
+from tilelink.tuning.check import (
+    BadCode,
+    IllegalEntry,
+    PredictedSlower,
+    RefusedEntry,
+    UnknownKernelKey,
+    WrongTarget,
+    check_tables,
+    code_key,
+)
+
+SHAPE = {"M": 512, "K": 256, "N": 512}
+GOOD = {"tiles": {"K": 64, "M": 64, "N": 128}, "warps": 4, "moves": {"C": {"resource": "epilogue"}}}
+
+
+def text_of(change: Callable[[dict[str, Any]], object] = lambda _: None) -> str:
+    """A table of one sound entry, after ``change``."""
+    key = kernel_key(gemm_rs.build(SHAPE, {}, 4))
+    data: dict[str, Any] = {
+        "kernel": "gemm_rs",
+        "key": key,
+        "dtype": "bf16",
+        "world": 4,
+        "device": "NVIDIA H200",
+        "runs": [{"source": "test", "date": "2026-01-01", "versions": {}}],
+        "entries": [{"extents": SHAPE, "us": 50.0, "schedule": json.loads(json.dumps(GOOD))}],
+    }
+    change(data)
+    return json.dumps(data)
+
+
+def schedule(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    """Sets fields of the entry's schedule."""
+    return lambda data: data["entries"][0]["schedule"].update(fields)
+
+
+BROKEN = [
+    pytest.param(
+        lambda d: d.update(kernel="gemm_rss"), UnknownKernelKey, "no kernel `gemm_rss`", id="name"
+    ),
+    pytest.param(
+        lambda d: d.update(key="0" * 16), UnknownKernelKey, "the table is of 0000", id="key"
+    ),
+    pytest.param(
+        lambda d: d.update(device="Abacus"), WrongTarget, "no machine of 4 x Abacus", id="device"
+    ),
+    pytest.param(lambda d: d.update(world=16), WrongTarget, "16 x NVIDIA H200", id="world"),
+    pytest.param(
+        schedule(tiles={"K": 128, "M": 128, "N": 256}, stages=5, warps=8),
+        IllegalEntry,
+        "5 stages",
+        id="shared-memory",
+    ),
+    pytest.param(
+        schedule(tiles={"K": 64, "M": 128, "N": 256}), IllegalEntry, "4 warps", id="registers"
+    ),
+    pytest.param(
+        schedule(moves={"X": {"resource": "epilogue"}}), RefusedEntry, "has no `X`", id="tensor"
+    ),
+    pytest.param(
+        lambda d: d["entries"][0].update(extents={"M": 512, "K": 256}),
+        RefusedEntry,
+        "N",
+        id="extents",
+    ),
+    pytest.param(
+        schedule(tiles={"K": 16, "M": 16, "N": 32}, stages=2, moves={"C": {"resource": "sm:1"}}),
+        PredictedSlower,
+        "the default schedule",
+        id="slow",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    """All broken tables, and a sound one, in one run: processes take seconds to start."""
+    texts = {str(p.id): text_of(p.values[0]) for p in BROKEN}  # type: ignore[arg-type]
+    texts["sound"] = text_of()
+    tables = [parse_table(text, f"{name}.json") for name, text in texts.items()]
+    report = check_tables(tables)
+    return {"report": report, "names": list(texts)}
+
+
+@pytest.mark.parametrize(("change", "error", "words"), BROKEN)
+def test_a_broken_entry_is_refused_by_its_kind(
+    outcomes: dict[str, Any],
+    change: object,
+    error: type[TilelinkError],
+    words: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    name = request.node.callspec.id
+    found = [e for e in outcomes["report"].errors if f"{name}.json" in str(e)]
+    assert [type(e) for e in found] == [error]
+    assert words in str(found[0])
+
+
+def test_a_sound_entry_passes_and_its_kernel_was_compiled(outcomes: dict[str, Any]) -> None:
+    report = outcomes["report"]
+    assert [e for e in report.errors if "sound.json" in str(e)] == []
+    assert len(report.errors) == len(BROKEN)
+    assert report.compiled == 1
+
+
+def test_spilling_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile that the filter of shapes would not let pass spills, and the lint says so."""
+    from tilelink.tuning.problem import problem_of
+
+    broken = parse_table(text_of(schedule(tiles={"K": 64, "M": 128, "N": 256})), "spill.json")
+    problem = problem_of(broken, SHAPE)
+    fault = check.compile_entry(problem.to_json(), broken.entries[0].schedule.to_json())
+    assert "spills" in fault
+    error = BadCode(place="spill.json, entry 0", detail=fault)
+    assert error.code == "table-code"
+
+
+def test_programs_that_differ_in_numbers_alone_share_their_code() -> None:
+    from dataclasses import replace
+
+    from tilelink.backend.pipeline import run_passes
+    from tilelink.schedules import default_schedule
+
+    def key(m: int, tile: int, group: int = 8) -> str:
+        op = gemm_rs.build({"M": m, "K": 256, "N": 512}, {}, 4)
+        chosen = replace(default_schedule(op).with_tiles(M=tile), group=group)
+        return code_key(run_passes(op, chosen), chosen)
+
+    assert key(1024, 64) == key(2048, 64) == key(1024, 64, group=4)
+    assert key(1024, 64) != key(1024, 128)
+
+
+def test_the_command_prints_every_error_and_exits_with_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(text_of(lambda d: d.update(key="0" * 16)))
+    assert main(["tune", str(path), "--check"]) == 1
+    said = capsys.readouterr()
+    assert "error[table-kernel]" in said.err
+    assert "0 entries of 1 tables: 1 wrong" in said.out
+    path.write_text('{"kernel": "gemm_rs"}')
+    assert main(["tune", str(path), "--check"]) == 1
+    assert "error[bad-table]" in capsys.readouterr().err

@@ -1,0 +1,216 @@
+"""Candidates compiled ahead, scores of the model, tables of raw data, and the command line of tuning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tilelink.cli.main import main
+from tilelink.kernels import gemm_rs
+from tilelink.schedules import Schedule, default_schedule
+from tilelink.schedules.machine import BadMachineError, Machine, UnknownMachineError
+from tilelink.tuning.harvest import BadHarvest, harvest
+from tilelink.tuning.lab import plan_problem
+from tilelink.tuning.prepare import Prepared, prepare
+from tilelink.tuning.problem import READY_MADE, Problem
+from tilelink.tuning.score import BadScoreFile, points_of, score
+
+ROOT = Path(__file__).parents[2]
+PROBLEM = Problem(READY_MADE, "gemm_rs", {"M": 512, "K": 128, "N": 256}, 4)
+
+
+def case(**candidates: Any) -> dict[str, Any]:
+    base = default_schedule(PROBLEM.build())
+    rows = []
+    for name, samples in candidates.items():
+        ours = name.startswith("tilelink")
+        schedule = None
+        if ours:
+            resource = {"copy": "copy_engine"}.get(name.split("_")[1], name.split("_")[1])
+            schedule = json.loads(base.with_resource(resource).to_json())
+        rows.append(
+            {
+                "name": name.replace("_graph", " graph"),
+                "family": "tilelink" if ours else name,
+                "schedule": schedule,
+                "samples_us": samples or [],
+                "failed": None if samples else "it hangs",
+            }
+        )
+    return {"kind": "gemm_rs", "m": 512, "k": 128, "n": 256, "world": 4, "candidates": rows}
+
+
+def raw(*cases: dict[str, Any]) -> str:
+    return json.dumps(
+        {
+            "date": "2026-01-01T00:00",
+            "versions": {"triton": "3.6.0"},
+            "hardware": {"gpu": "NVIDIA H200"},
+            "cases": list(cases),
+        }
+    )
+
+
+def test_a_candidate_is_proven_emitted_and_compiled_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TILELINK_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    driver = pytest.importorskip("triton").runtime.driver
+    before = driver._active
+    try:
+        schedule = default_schedule(PROBLEM.build()).with_tiles(M=64, N=64)
+        done = prepare(PROBLEM.to_json(), schedule.to_json())
+        assert done.failed is None
+        assert done.path is not None
+        assert "def gemm_rs" in Path(done.path).read_text()
+        cubins = set((tmp_path / "triton").rglob("*.cubin"))
+        assert len(cubins) == 1
+        # A second time all of it is in the caches.
+        assert prepare(PROBLEM.to_json(), schedule.to_json()) == done
+        assert set((tmp_path / "triton").rglob("*.cubin")) == cubins
+        wrong = schedule.to_json().replace('"C": {', '"X": {')
+        refused = prepare(PROBLEM.to_json(), wrong)
+    finally:
+        driver._active = before
+    assert refused == Prepared(None, refused.failed)
+    assert "has no `X`" in str(refused.failed)
+
+
+def test_plans_hold_schedules_that_can_be_emitted() -> None:
+    plans = plan_problem(PROBLEM.to_json(), Machine.load("h200x4").to_json(), 4, 8)
+    assert 2 <= len(plans) <= 4
+    assert [p.predicted_us for p in plans] == sorted(p.predicted_us for p in plans)
+    assert default_schedule(PROBLEM.build()) in [Schedule.from_json(p.schedule) for p in plans]
+
+
+def test_replays_count_where_there_are_both() -> None:
+    text = raw(case(tilelink_copy=[50.0, 52.0], tilelink_copy_graph=[40.0], tilelink_none=[60.0]))
+    points = points_of(text, "x.json")
+    assert sorted(p.us for p in points) == [40.0, 60.0]
+    assert all(p.problem == PROBLEM for p in points)
+
+
+def test_a_score_says_how_far_off_and_how_often_right() -> None:
+    text = raw(case(tilelink_copy=[1e6], tilelink_none=[10.0], tilelink_epilogue=[10.5]))
+    found = score(points_of(text, "x.json"))
+    assert found.median_error > 0.5
+    assert list(found.choices) == [PROBLEM.cell]
+    assert found.good_share in (0.0, 1.0)
+    assert set(found.classes()) == {"triton copy_engine", "triton none", "triton epilogue"}
+
+
+def test_a_log_of_trials_can_be_scored() -> None:
+    schedule = default_schedule(PROBLEM.build()).to_sparse()
+    lines = [
+        {"cell": PROBLEM.cell, "problem": json.loads(PROBLEM.to_json())},
+        {"cell": PROBLEM.cell, "schedule": schedule, "state": "started"},
+        {"cell": PROBLEM.cell, "schedule": schedule, "samples": 5, "us": 70.0, "failed": None},
+        {"cell": PROBLEM.cell, "schedule": schedule, "samples": 20, "us": 60.0, "failed": None},
+    ]
+    points = points_of("\n".join(map(json.dumps, lines)), "log.jsonl")
+    assert [p.us for p in points] == [60.0]
+
+
+@pytest.mark.parametrize("text", ["[1", '{"cases": []}', '{"cases": [{}]}'])
+def test_files_without_measurements_are_refused(text: str) -> None:
+    with pytest.raises(BadScoreFile, match=r"x\.json"):
+        points_of(text, "x.json")
+
+
+def test_tables_are_made_of_the_fastest_of_each_cell() -> None:
+    text = raw(
+        case(
+            in_turn=[30.0],
+            async_tp=[25.0],
+            cublas=[5.0],
+            tilelink_copy=[22.0, 20.0, 21.0],
+            tilelink_none=None,
+            tilelink_epilogue=[24.0],
+        )
+    )
+    (table,) = harvest(text, "raw.json")
+    (entry,) = table.entries
+    assert (entry.us, entry.baseline, entry.baseline_us) == (21.0, "async_tp", 25.0)
+    assert entry.schedule.move("C").resource == "copy_engine"
+    assert table.runs[0].source == "raw.json"
+    again = harvest(text, "raw.json", [table])
+    assert again == [table]
+
+
+def test_what_is_no_benchmark_makes_no_table() -> None:
+    with pytest.raises(BadHarvest, match=r"raw\.json"):
+        harvest("{}", "raw.json")
+
+
+def test_machines_round_trip_and_stand_for_fewer_gpus() -> None:
+    whole = Machine.load()
+    assert Machine.from_json(whole.to_json()) == whole
+    four = Machine.load("h200x4")
+    assert (four.world, four.name, four.tflops) == (4, "h200x4", whole.tflops)
+    assert Machine.of_device("NVIDIA H200", 4) == four
+    assert Machine.of_device("NVIDIA H200", 16) is None
+    assert Machine.of_device("Abacus", 4) is None
+    for name in ("h200x16", "h200x", "h200xfour", "abacusx4"):
+        with pytest.raises(UnknownMachineError):
+            Machine.load(name)
+    with pytest.raises(BadMachineError, match="tflops"):
+        Machine.from_json("{}")
+
+
+def test_collectives_of_other_numbers_of_ranks_take_the_nearest_curve() -> None:
+    machine = Machine.load()
+    size = 64 << 20
+    two, four = (machine.collective_us("all_gather", size, world) for world in (2, 4))
+    assert two == pytest.approx(four * (1 / 2) / (3 / 4))
+    # There is no curve of an all-reduce of four.
+    assert machine.collective_us("all_reduce", size, 4) < machine.collective_us(
+        "all_reduce", size, 8
+    )
+
+
+def test_the_command_searches_by_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(ROOT / "tilelink" / "kernels" / "gemm_rs.py")
+    command = ["tune", f"{file}::gemm_rs", "--simulate", "--target", "h200x4", "--effort", "8"]
+    assert main([*command, "--candidates", "3", "--set", "M=512,K=256,N=512"]) == 0
+    said = capsys.readouterr().out
+    assert "predicted for h200x4 at world 4" in said
+    assert "the first is proven" in said
+    pasted = next(line for line in said.splitlines() if "--schedule '" in line)
+    text = pasted.split("--schedule '")[1].rstrip("'")
+    op = gemm_rs.build({"M": 512, "K": 256, "N": 512}, {}, 4)
+    assert dict(Schedule.from_json(text).tiles).keys() == dict(default_schedule(op).tiles).keys()
+
+
+def test_the_command_scores_and_harvests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "raw.json"
+    path.write_text(raw(case(tilelink_copy=[40.0], tilelink_none=[45.0], in_turn=[50.0])))
+    main(["tune", "--score", str(path)])
+    assert "2 points in 1 cells" in capsys.readouterr().out
+    out = tmp_path / "tuned"
+    assert main(["tune", "--harvest", str(path), "-o", str(out)]) == 0
+    assert [p.name for p in out.iterdir()] == ["gemm_rs.bf16.h200x4.json"]
+
+
+def test_the_command_says_what_it_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["tune"]) == 2
+    assert "error[nothing-to-tune]" in capsys.readouterr().err
+    from tilelink.cli import tune
+
+    monkeypatch.setattr(tune, "lacking", lambda _: "a CUDA device")
+    file = str(ROOT / "examples" / "gemm_rs.py")
+    assert main(["tune", file]) == 1
+    assert "--simulate searches without" in capsys.readouterr().err
+    assert main(["tune", "--calibrate"]) == 1
+    assert "it measures, and lacks a CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr(tune, "lacking", lambda _: "")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert main(["tune", file]) == 1
+    assert "torchrun" in capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""``tilelink tune``: search for schedules, check those that were found, and judge the model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tilelink.cli import table
+from tilelink.cli.env import lacking
+from tilelink.cli.errors import BadUsage, Unavailable
+from tilelink.cli.options import add_common, positive, read_file, write_file
+from tilelink.cli.source import load, machine_of
+
+if TYPE_CHECKING:
+    from tilelink.schedules.tables import Table
+
+ERROR_GOAL = 0.15
+
+
+class NothingToTune(BadUsage):
+    """``tilelink tune`` without a FILE and without one of the options that need none."""
+
+    code = "nothing-to-tune"
+    message = "there is no FILE to tune"
+    hint = "give one, or --check, --score, --harvest or --calibrate"
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the parser."""
+    parser = commands.add_parser(
+        "tune",
+        help="search for the fastest schedule, or check the tuned tables",
+        description="Search for the fastest schedule of a kernel: under torchrun by measuring, with "
+        "--simulate by the model alone. --check verifies all tuned tables without a GPU.",
+    )
+    parser.set_defaults(execute=execute)
+    add_common(parser, file_optional=True)
+    search = parser.add_argument_group("search")
+    search.add_argument("--simulate", action="store_true", help="search by the model; needs no GPU")
+    search.add_argument(
+        "--budget", type=positive, default=60, metavar="SECONDS", help="of measuring (default: 60)"
+    )
+    search.add_argument(
+        "--candidates",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="schedules to measure, or to show, after the model has chosen (default: 10)",
+    )
+    search.add_argument(
+        "--effort",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="schedules to predict in each of two passes (default: 128)",
+    )
+    search.add_argument(
+        "--log", metavar="OUT.jsonl", help="keep every trial here, and go on from it"
+    )
+    search.add_argument(
+        "-o",
+        "--out",
+        metavar="TABLE.json|FOLDER",
+        help="write or update a table (with --harvest: the tables of a folder)",
+    )
+    other = parser.add_argument_group("instead of a search")
+    other.add_argument(
+        "--check",
+        action="store_true",
+        help="verify all tables, or the FILE, without a GPU; 1 if an entry is wrong",
+    )
+    other.add_argument(
+        "--score", metavar="FILE.json", action="append", help="judge the model by measured times"
+    )
+    other.add_argument(
+        "--harvest", metavar="FILE.json", action="append", help="make tables of raw measurements"
+    )
+    other.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure the numbers of the machine model (under torchrun); -o writes them",
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Runs the part that the options ask for."""
+    if args.check:
+        return check(args)
+    if args.score:
+        return score(args)
+    if args.harvest:
+        return harvest(args)
+    if args.calibrate:
+        return calibrate(args)
+    if args.file is None:
+        raise NothingToTune()
+    return simulate(args) if args.simulate else measure(args)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Verifies tables; prints every error and a count."""
+    from tilelink.schedules.tables import load_tables, parse_table
+    from tilelink.tuning.check import MARGIN, check_tables
+
+    if args.file is not None:
+        tables = [parse_table(read_file(args.file), Path(args.file).name)]
+    else:
+        tables = list(load_tables())
+    report = check_tables(tables, progress=_say)
+    for error in report.errors:
+        print(error, file=sys.stderr)
+    print(f"{report} (margin to the default: {MARGIN:.0%})")
+    return int(bool(report.errors))
+
+
+def score(args: argparse.Namespace) -> int:
+    """Prints how far predictions are off, and how often the predicted best is close to the best."""
+    from tilelink.tuning.score import CLOSE, points_of, score
+
+    points = [p for path in args.score for p in points_of(read_file(path), Path(path).name)]
+    found = score(points, args.target)
+    rows = [
+        [name, str(count), f"{error:.1%}", f"{bias:+.1%}"]
+        for name, (count, error, bias) in found.classes().items()
+    ]
+    print(table.render(("schedules", "points", "median error", "median bias"), rows))
+    for cell, ratio in found.choices.items():
+        if ratio > CLOSE:
+            print(f"picked {ratio - 1:.0%} slower than the best: {cell}")
+    print(
+        f"{len(points)} points in {len(found.cells)} cells: median absolute error "
+        f"{found.median_error:.1%}; the predicted best is within {CLOSE - 1:.0%} of the measured best "
+        f"in {found.good_share:.0%} of {len(found.choices)} cells"
+    )
+    return int(found.median_error > ERROR_GOAL)
+
+
+def harvest(args: argparse.Namespace) -> int:
+    """Writes the tables that raw measurements make into the folder of ``--out``."""
+    from tilelink.schedules.tables import parse_table
+    from tilelink.tuning.harvest import harvest
+
+    folder = Path(args.out or "schedules/tuned")
+    known: list[Table] = [
+        parse_table(read_file(str(path)), path.name) for path in sorted(folder.glob("*.json"))
+    ]
+    for path in args.harvest:
+        known = harvest(read_file(path), path, known)
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in known:
+        write_file(str(folder / made.file_name), made.to_json())
+        print(f"{folder / made.file_name}: {len(made.entries)} entries")
+    return 0
+
+
+def simulate(args: argparse.Namespace) -> int:
+    """Searches by the model, and puts the best schedule through the proof and the simulator."""
+    from tilelink.tuning.session import tune_simulated
+
+    machine = machine_of(args.target)
+    for unit in load(args):
+        kernel = unit.kernel("tune")
+        found = tune_simulated(kernel, machine, args.candidates, args.effort, _say)
+        rows = [[f"{trial.predicted_us:.1f}", trial.schedule.to_json()] for trial in found.trials]
+        shape = " ".join(f"{op.symbol}={op['value']}" for op in kernel.find("extent"))
+        print(f"{unit.name}: {shape}, predicted for {machine.name} at world {unit.world}")
+        print(table.render(("us", "schedule"), rows))
+        print(found.checked)
+        print(found.paste(unit.path))
+    return 0
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Searches by measuring on the GPUs of this host, one process each."""
+    _need_gpus("tilelink tune", args)
+    from tilelink.cli.tune_cuda import execute_cuda
+
+    return execute_cuda(args)
+
+
+def calibrate(args: argparse.Namespace) -> int:
+    """Measures what the machine model counts with."""
+    _need_gpus("tilelink tune --calibrate", args)
+    from tilelink.cli.tune_cuda import calibrate_cuda
+
+    return calibrate_cuda(args)
+
+
+def _need_gpus(command: str, args: argparse.Namespace) -> None:
+    """Unavailable where there is no GPU, or no torchrun."""
+    import os
+
+    lacks = lacking("cuda")
+    if lacks:
+        advice = "" if args.calibrate else "; --simulate searches without"
+        raise Unavailable(what=f"`{command}`", reason=f"it measures, and lacks {lacks}{advice}")
+    if "LOCAL_RANK" not in os.environ:
+        rest = " ".join(sys.argv[1:])
+        raise Unavailable(
+            what=f"`{command}`",
+            reason=f"start it as: torchrun --nproc-per-node 8 -m tilelink {rest}",
+        )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

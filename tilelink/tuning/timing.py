@@ -1,0 +1,119 @@
+"""How one call is timed on GPUs: replays of CUDA graphs, in interleaved rounds, after a barrier."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from tilelink.tuning.ranks import Part, describe_error, fatal
+
+Run = Callable[[int], torch.Tensor | None]
+"""Works on input set i modulo the number of sets, and returns its output."""
+
+
+def capture(run: Run, count: int) -> Run:
+    """``run`` captured in one CUDA graph an input set; it must have run on each before."""
+    pool = torch.cuda.graph_pool_handle()
+    graphs: list[tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = []
+    side: Any = torch.cuda.Stream
+    torch.cuda.synchronize()
+    # Not `torch.cuda.graph`: it collects garbage and empties the allocator's cache each time.
+    with torch.cuda.stream(side()):
+        for index in range(count):
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                out = run(index)
+            finally:
+                graph.capture_end()
+            graphs.append((graph, out))
+
+    def replay(i: int) -> torch.Tensor | None:
+        graph, out = graphs[i % count]
+        graph.replay()
+        return out
+
+    return replay
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The largest over rows of ‖row − reference‖ / ‖reference row‖; infinite where it is NaN."""
+    worst = torch.zeros((), device=out.device)
+    # In slices of rows: whole fp32 copies of large outputs would double the memory in use.
+    for first in range(0, out.shape[0], 2048):
+        rows, wanted = out[first : first + 2048], reference[first : first + 2048]
+        error = (rows.float() - wanted).norm(dim=1) / wanted.norm(dim=1)
+        worst = torch.maximum(worst, error.nan_to_num(nan=float("inf")).max())
+    return worst
+
+
+def survivable(error: Exception) -> str:
+    """The error in words; raised again where the CUDA context is lost with it."""
+    if fatal(error):
+        raise error
+    return describe_error(error)
+
+
+class Rounds:
+    """Times several functions in turn, each round in another order, the same on all ranks of a part."""
+
+    def __init__(self, part: Part, seed: int = 0) -> None:
+        self.part = part
+        self._order = random.Random(seed)
+        self._calls = 0
+
+    def sample(
+        self, runs: Mapping[str, Run], warmup: int, samples: int
+    ) -> tuple[dict[str, list[float]], dict[str, str]]:
+        """Microseconds by name, each sample the largest over the ranks; and errors by name.
+
+        After an error on any rank no further round is made, and no times are given.
+        """
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        for number in range(-warmup, samples):
+            names = sorted(runs)
+            self._order.shuffle(names)
+            found, mine = self._round(runs, names)
+            errors = self.part.agreement.errors(mine)
+            if errors:
+                return {}, errors
+            if number >= 0:
+                for name, us in found.items():
+                    taken[name].append(us)
+        by_rank = self.part.agreement.gather(
+            {name: [round(us, 2) for us in values] for name, values in taken.items()}
+        )
+        return {
+            name: [max(some) for some in zip(*(r[name] for r in by_rank), strict=True)]
+            for name in runs
+        }, {}
+
+    def _round(
+        self, runs: Mapping[str, Run], names: list[str]
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        """Microseconds of each function on this rank, or the error of the one that met it.
+
+        A call that is not timed lets the host run ahead, as in a program of many layers; a barrier of all
+        ranks on the stream starts them together.
+        """
+        make: Any = torch.cuda.Event
+        events: dict[str, tuple[Any, Any]] = {}
+        now = ""
+        try:
+            for now in names:
+                begin, end = make(enable_timing=True), make(enable_timing=True)
+                runs[now](self._calls)
+                self.part.meet()
+                begin.record()
+                runs[now](self._calls + 1)
+                end.record()
+                # Counted over all, so that none finds the weights of the one before it in the cache.
+                self._calls += 2
+                events[now] = begin, end
+            self.part.settle()
+            return {n: 1000.0 * b.elapsed_time(e) for n, (b, e) in events.items()}, {}
+        except Exception as error:
+            return {}, {now: survivable(error)}
