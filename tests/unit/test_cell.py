@@ -15,6 +15,7 @@ from tilelink.schedules import Schedule, default_schedule
 from tilelink.schedules.machine import Machine
 from tilelink.tuning import calibrate, cell, inputs, timing
 from tilelink.tuning.cell import Cell
+from tilelink.tuning.errors import CannotMakeInputs
 from tilelink.tuning.prepare import Prepared
 from tilelink.tuning.problem import READY_MADE, Problem
 
@@ -141,7 +142,7 @@ def test_integer_tensors_are_refused(host: SimpleNamespace) -> None:
             for o in op.body
         )
     )
-    with pytest.raises(inputs.CannotMakeInputs, match="`A` is int32"):
+    with pytest.raises(CannotMakeInputs, match="`A` is int32"):
         inputs.make_sets(tables, FakeCluster(), 0)  # type: ignore[arg-type]
 
 
