@@ -72,14 +72,13 @@ def library_us(machine: Machine, task: Task, now: float) -> float:
     Its last wave of CTAs is not full, and edges of its tiles lie outside; it takes the best of its tiles.
     """
     memory = max(task.memory / (machine.hbm_gbps * 1e3), task.bytes / (machine.l2_gbps * 1e3))
-    dot = machine.dot_us(task.flops, task.dtype, now)
     fixed = machine.emitter("library").tile_us
     found = []
     for m, n in LIBRARY_TILES:
         ctas = ceil(task.rows / m) * ceil(task.columns / n)
         waves = ceil(ctas / machine.sms)
         more = waves * machine.sms * m * n / (task.rows * task.columns)
-        found.append(dot * more + waves * fixed)
+        found.append(machine.dot_us(task.flops * more, task.dtype, now) + waves * fixed)
     return max(min(found), memory)
 
 
@@ -100,8 +99,8 @@ def task_us(
     if code.emitter == "library":
         return library_us(machine, task, now)
     emitter = machine.emitter(code.emitter)
-    dot = machine.dot_us(task.flops, task.dtype, now) * share
-    dot /= tensor_core_share(task.rows, task.columns, code.warps, emitter.issue)
+    full = tensor_core_share(task.rows, task.columns, code.warps, emitter.issue)
+    dot = machine.dot_us(task.flops * share / full, task.dtype, now)
     # While one warpgroup waits at a step, another one multiplies.
     step = emitter.step_us * max(1.0, 2.0 * WARPGROUP / code.warps)
     loads = task.steps * machine.load_us / max(0.5, code.stages - BUSY_STAGES)

@@ -149,10 +149,20 @@ class Machine:
     def dot_us(self, flops: float, dtype: str, now: float = math.inf) -> float:
         """Time of ``flops`` of matrix products of ``dtype`` operands on the whole GPU.
 
-        ``now``: microseconds since the first product; by default power limits have set in.
+        ``now``: microseconds since the first product; by default power limits have set in. The rate falls
+        meanwhile: at t it is the sustained one times 1 + burst exp(-t / burst_us).
         """
-        rate = self.tflops.get(dtype, self.tflops["fp32"]) * 1e6
-        return flops / (rate * (1.0 + self.burst * math.exp(-now / self.burst_us)))
+        sustained = flops / (self.tflops.get(dtype, self.tflops["fp32"]) * 1e6)
+        gain = self.burst * math.exp(-now / self.burst_us)
+        taken = sustained / (1.0 + gain)
+        if taken < 0.01 * self.burst_us:
+            return taken
+        # Newton's method on the work done; it is concave in the time, so that this converges from below.
+        for _ in range(4):
+            decay = math.exp(-taken / self.burst_us)
+            done = taken + gain * self.burst_us * (1.0 - decay)
+            taken += (sustained - done) / (1.0 + gain * decay)
+        return taken
 
     def link_us(self, size: float) -> float:
         """Time of ``size`` bytes on one GPU's links in one direction, without latency."""

@@ -161,7 +161,7 @@ def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
         axes["sum"] = _values("SUMS", "stage", "epilogue")
     if "shots" in known and kind == "reduce" and resource not in ("none", "collective"):
         axes["shots"] = (1, 2) if size <= SMALL_SUM else (2,)
-    if "slots" in known and kind != "gather" and resource not in ("none", "collective"):
+    if "slots" in known and resource not in ("none", "collective"):
         axes["slots"] = (1, 2) if size <= SMALL_SUM else (1,)
     return [dict(zip(axes, some, strict=True)) for some in itertools.product(*axes.values())]
 

@@ -48,7 +48,7 @@ def test_unknown_machines_name_the_known_ones() -> None:
 
 # cuBLAS alone in bench/results/mlp_h200x4.json; nested loops of ours are up to a tenth behind it.
 @pytest.mark.parametrize(
-    ("m", "k", "n", "milliseconds"), [(8192, 8192, 7168, 1.355), (4096, 3584, 8192, 0.314)]
+    ("m", "k", "n", "milliseconds"), [(8192, 8192, 7168, 1.355), (8192, 4096, 3584, 0.313)]
 )
 def test_compute_alone_is_near_cublas(m: int, k: int, n: int, milliseconds: float) -> None:
     bound = timeline(resized("ag_gemm.copy_engine", 2, m, k, n), H200).compute
@@ -58,9 +58,17 @@ def test_compute_alone_is_near_cublas(m: int, k: int, n: int, milliseconds: floa
 def tile_us(k: int, now: float) -> float:
     """A tile of 128 x 256 x 64, by hand: one of 132 workers, ``now`` microseconds after the first one."""
     triton = H200.emitters["triton"]
-    rate = 715e6 / 132 * (1 + H200.burst * math.exp(-now / H200.burst_us))
-    dot, cast = 2 * 128 * 256 * k / rate, 128 * 256 / (30e6 / 132)
+    dot, cast = H200.dot_us(132 * 2 * 128 * 256 * k, "bf16", now), 128 * 256 / (30e6 / 132)
     return dot + k / 64 * triton.step_us + cast + triton.tile_us
+
+
+@pytest.mark.parametrize("now", [0.0, 250.0, 5000.0])
+@pytest.mark.parametrize("flops", [1e9, 1e11, 3e12])
+def test_products_begin_fast_and_slow_down(flops: float, now: float) -> None:
+    taken, steps = H200.dot_us(flops, "bf16", now), 20_000
+    times = [now + taken * (n + 0.5) / steps for n in range(steps)]
+    rates = [715e6 * (1 + H200.burst * math.exp(-t / H200.burst_us)) for t in times]
+    assert sum(rates) / steps * taken == pytest.approx(flops, rel=2e-3)
 
 
 def test_compute_alone_is_waves_of_tiles() -> None:
