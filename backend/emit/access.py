@@ -233,11 +233,12 @@ def _tma(scope: Scope, op: Op, ref: Ref, block: tuple[int, ...]) -> list[Axis] |
     return plain
 
 
-def descriptor(scope: Scope, symbol: str, block: tuple[int, ...]) -> str:
-    """The parameter that holds the TMA descriptor of a symbol with this block."""
-    key = (symbol, block)
+def descriptor(scope: Scope, symbol: str, block: tuple[int, ...], peer: int | None = None) -> str:
+    """The parameter that holds the TMA descriptor of a symbol with this block, here or on ``peer``."""
+    key = (symbol, block, peer)
     if key not in scope.descriptors:
-        scope.descriptors[key] = scope.fresh(f"{symbol}_{'x'.join(map(str, block))}")
+        name = f"{symbol}_{'x'.join(map(str, block))}"
+        scope.descriptors[key] = scope.fresh(name if peer is None else f"{name}_at{peer}")
     return scope.descriptors[key]
 
 
@@ -391,14 +392,15 @@ def store(scope: Scope, op: Op) -> None:
     decl = scope.program.symbols[ref.symbol]
     text = scope.names[value.name]
     peer = op.get("peer")
-    if peer is not None and op.get("via") is not None:
-        raise refuse(op, "a store to a peer through TMA")
     where = ""
+    block = scope.blocks(value.type)
+    if peer is not None and _boxed_at_peer(scope, op, ref, block):
+        _store_to_peer(scope, op, ref, block)
+        return
     if peer is not None:
         far = base(scope, ref.symbol, scope.expr(peer))
         where = scope.writer.let(f"{identifier_of(ref.symbol)}_peer", far)
         scope.used.add(where)
-    block = scope.blocks(value.type)
     if decl["dtype"] != value.type.dtype and value.name not in scope.literals:
         text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
     if not value.type.shape:
@@ -407,18 +409,68 @@ def store(scope: Scope, op: Op) -> None:
         scope.writer.call("tl.store(", [at.pointers, text])
         return
     found = [a for a in axes(scope, op, ref) if a is not None and a.dim is not None]
-    halves = len(block) == 2 and block[1] >= 256 and block[0] >= 64 and not found[1].vector
+    halves = _in_halves(block) and not found[1].vector
     if not halves:
         _store(scope, op, ref, where, text, block, peer is None, 0, found)
         return
-    label = scope.names[value.name]
+    low, high = _split(scope, scope.names[value.name], text, block)
+    half = (block[0], block[1] // 2)
+    _store(scope, op, ref, where, low, half, peer is None, 0, found)
+    _store(scope, op, ref, where, high, half, peer is None, half[1], found)
+
+
+def _split(scope: Scope, label: str, text: str, block: tuple[int, ...]) -> tuple[str, str]:
+    """Write the left and the right half of a tile; their names."""
     shaped = f"tl.reshape({text}, ({block[0]}, 2, {block[1] // 2}))"
     low, high = f"{label}_low", f"{label}_high"
     scope.used.update((low, high))
     scope.writer.call(f"{low}, {high} = tl.split(", [f"tl.permute({shaped}, (0, 2, 1))"])
-    half = (block[0], block[1] // 2)
-    _store(scope, op, ref, where, low, half, peer is None, 0, found)
-    _store(scope, op, ref, where, high, half, peer is None, half[1], found)
+    return low, high
+
+
+def _boxed_at_peer(scope: Scope, op: Op, ref: Ref, block: tuple[int, ...]) -> bool:
+    """Whether a store to a peer goes through TMA: whole tiles of this rank's slice of a buffer there."""
+    shape = scope.program.shape(ref.symbol)
+    if op.get("via") != "tma" or len(shape) != 3 or len(block) != 2:
+        return False
+    if ref.index[0] != Expr.name("RANK"):
+        return False
+    decl = scope.program.symbols[ref.symbol]
+    size = item_bytes(decl["dtype"])
+    inner = scope.program.constant(shape[2])
+    found = axes(scope, op, ref)[1:]
+    whole = all(a is not None and a.dim is not None and a.dim.exact and not a.vector for a in found)
+    columns = block[1] // 2 if _in_halves(block) else block[1]
+    fits = inner is not None and inner * size % 16 == 0 and columns * size >= 16
+    return whole and fits and max(block[0], columns) <= _TMA_BLOCK
+
+
+def _in_halves(block: tuple[int, ...]) -> bool:
+    return len(block) == 2 and block[1] >= 256 and block[0] >= 64
+
+
+def _store_to_peer(scope: Scope, op: Op, ref: Ref, block: tuple[int, ...]) -> None:
+    """A tile through TMA to the peer whose descriptor is chosen among those of all ranks."""
+    value = op.operands[0]
+    decl = scope.program.symbols[ref.symbol]
+    text = scope.names[value.name]
+    if decl["dtype"] != value.type.dtype:
+        text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
+    rows, cols = axes(scope, op, ref)[1:]
+    assert rows is not None and cols is not None
+    part = (block[0], block[1] // 2) if _in_halves(block) else block
+    label = identifier_of(ref.symbol)
+    number, target = f"{label}_peer", f"{label}_to"
+    scope.used.update((number, target))
+    scope.writer.line(f"{number} = {scope.expr(op['peer'])}")
+    scope.writer.line(f"{target} = {descriptor(scope, ref.symbol, part, 0)}")
+    for peer in range(1, scope.program.world):
+        with scope.writer.block(f"if {number} == {peer}:"):
+            scope.writer.line(f"{target} = {descriptor(scope, ref.symbol, part, peer)}")
+    tiles = (text,) if part == block else _split(scope, scope.names[value.name], text, block)
+    for place, tile in enumerate(tiles):
+        at_column = _plus(cols.start, str(place * part[1]))
+        scope.writer.line(f"{target}.store([{rows.start}, {at_column}], {tile})")
 
 
 def identifier_of(symbol: str) -> str:

@@ -89,7 +89,8 @@ class Host:
             elif parameter.kind == "extent":
                 args.append(f'call.extent("{parameter.symbol}")')
             else:
-                whole = self.whole(parameter.symbol)
+                peer = "" if parameter.peer is None else str(parameter.peer)
+                whole = self.whole(parameter.symbol, peer) + ("[rank]" if peer else "")
                 block = ", ".join(map(str, parameter.block))
                 args.append(f"call.descriptor({whole}, ({block}))" if parameter.block else whole)
         writer = self.writer

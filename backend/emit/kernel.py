@@ -18,13 +18,15 @@ class Parameter:
     """A kernel parameter and where the host gets its value.
 
     ``kind`` is ``pointer``, ``descriptor``, ``extent``, ``scalar``, or ``context`` for those that
-    every kernel ends with; ``block`` is a descriptor's.
+    every kernel ends with; ``block`` is a descriptor's. With ``peer`` it is of this rank's slice of a
+    buffer of that peer.
     """
 
     name: str
     kind: str
     symbol: str
     block: tuple[int, ...] = ()
+    peer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +91,10 @@ def _declare(scope: Scope, parameter: Parameter) -> str:
 def _parameters(scope: Scope) -> tuple[Parameter, ...]:
     order = {symbol: number for number, symbol in enumerate(scope.program.symbols)}
     found = [
-        *(((order[s], 0, ()), Parameter(n, "pointer", s)) for s, n in scope.pointers.items()),
+        *(((order[s], 0, (), -1), Parameter(n, "pointer", s)) for s, n in scope.pointers.items()),
         *(
-            ((order[s], 1, block), Parameter(n, "descriptor", s, block))
-            for (s, block), n in scope.descriptors.items()
+            ((order[s], 1, block, -1 if p is None else p), Parameter(n, "descriptor", s, block, p))
+            for (s, block, p), n in scope.descriptors.items()
         ),
     ]
     data = [p for _, p in sorted(found, key=lambda item: item[0])]

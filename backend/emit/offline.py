@@ -334,13 +334,16 @@ _DRAIN = re.compile(r"cp\.async\.bulk\.wait_group 0")
 def _drain_order(ttgir: str, read_back: tuple[str, ...]) -> list[str]:
     """Releases behind TMA stores that have been read from shared memory, but may not have completed.
 
-    Only of stores to memory that is read within the call; the end of the kernel drains the others.
+    Only of stores to memory that is read within the call, or by one of several descriptors, which are
+    peers'; the end of the kernel drains the others.
     """
     problems: list[str] = []
     under_way = False
+    head = re.search(r"tt\.func public @\w+\((.*)$", ttgir, re.M)
+    known = set(re.findall(r"%(\w+): !tt\.tensordesc", head[1])) if head is not None else set()
     for text in ttgir.splitlines():
         stored = _TMA_STORE.search(text)
-        if stored is not None and stored[1] in read_back:
+        if stored is not None and (stored[1] in read_back or stored[1] not in known):
             under_way = True
         elif _DRAIN.search(text):
             under_way = False

@@ -180,7 +180,8 @@ class Scope:
     )  # values: dims with stray elements
     literals: set[str] = field(default_factory=set)  # values that are Python numbers
     pointers: dict[str, str] = field(default_factory=dict)  # parameters: symbol to name
-    descriptors: dict[tuple[str, tuple[int, ...]], str] = field(default_factory=dict)
+    # By symbol, block, and the peer whose memory it is of (None: this rank's).
+    descriptors: dict[tuple[str, tuple[int, ...], int | None], str] = field(default_factory=dict)
     buffers: dict[str, str] = field(default_factory=dict)  # arena pointers: symbol to name
     scalars: dict[str, str] = field(default_factory=dict)
     extents: dict[str, str] = field(default_factory=dict)

@@ -243,7 +243,8 @@ def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op
     counters = []
     for i, own in enumerate(stages[at + 1 :], at + 1):
         # Own tiles are computed while others push still: whoever is free takes the next.
-        if any(op.operands for op in accesses(own, f"{info.name}.parts", "load_sum")):
+        folded = any(op.operands for op in accesses(own, f"{info.name}.parts", "load_sum"))
+        if folded and own.get("queue") is None:
             stages[i], counter = _dynamic(own)
             counters.append(counter)
     stages.insert(at + 1, stage)

@@ -185,10 +185,11 @@ def _stage(program: Op, stage: Op, through_registers: frozenset[str]) -> tuple[O
             sides = [r for r in (op.ref, op.get("own")) if r is not None]
             if all(_boxed(program, side, blocks) for side in sides):
                 return op.with_attrs(via="tma")
-        local = op.name == "store" and op.get("peer") is None and op.ref is not None
-        if local and (held or not signals):
+        # Stores to a peer are worth it only where their release is held back.
+        local = op.get("peer") is None
+        if op.name == "store" and (held or (local and not signals)):
             assert op.ref is not None
-            if _boxed(program, op.ref, blocks, store=True):
+            if _boxed(program, op.ref, blocks, store=True, slice_=not local):
                 return op.with_attrs(via="tma")
         return op
 
@@ -217,13 +218,22 @@ def _blocks(program: Op, stage: Op) -> dict[str, int]:
     return found
 
 
-def _boxed(program: Op, ref: Ref, blocks: dict[str, int], store: bool = False) -> bool:
-    """Whether a region is a box of two axes that a TMA descriptor can have."""
+def _boxed(
+    program: Op, ref: Ref, blocks: dict[str, int], store: bool = False, slice_: bool = False
+) -> bool:
+    """Whether a region is a box of two axes that a TMA descriptor can have.
+
+    ``slice_``: behind an axis of ranks, of which it is the part of this one.
+    """
     declared = program.declared(ref.symbol)
     if program.get("slots") is not None and declared.get("space") == "symmetric":
         return False  # a descriptor has one place
     dims = declared["dims"]
     index: tuple[Index, ...] = ref.index or tuple(All() for _ in dims)
+    if slice_:
+        if len(index) != 3 or index[0] != Expr.name("RANK"):
+            return False
+        dims, index = dims[1:], index[1:]
     if declared["dtype"] not in _TMA_DTYPES or len(dims) != 2 or len(index) != 2:
         return False
     size = DTYPES[declared["dtype"]]

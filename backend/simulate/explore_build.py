@@ -446,7 +446,7 @@ class Builder:
             at.perform_first = False
             at.chain += at.deferred
         rank = self._peer(at, op)
-        through_tma = op.get("via") == "tma" and op.get("peer") is None
+        through_tma = op.get("via") == "tma"
         self._touch(at, rank, op.ref, ASYNC_WRITE if through_tma else WRITE)
 
     def _transfer(self, at: _Place, op: Op, where: str) -> None:

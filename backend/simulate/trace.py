@@ -494,7 +494,7 @@ class Tracer:
         if shape and region.shape is not None and shape != region.shape:
             _misfit(op, op.symbol, shape, region.shape)
         rank = self.place.rank if peer is None else self._peer(op, peer)
-        tma = op.get("via") == "tma" and peer is None
+        tma = op.get("via") == "tma"
         uid, remote = self._uid(op), peer is not None
         return Store(op, self.place, uid, rank, region, value.name, tma, remote)
 

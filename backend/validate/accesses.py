@@ -270,7 +270,7 @@ class AccessMachine(TileCalls):
 
     def block(self, value: Descriptor, at: Any, on: Mask) -> tuple[Ints, Ints]:
         """The box of a TMA access, cut off at the end of the tensor as the hardware does."""
-        dims = self.layout.dims[value.symbol]
+        dims = self.layout.dims[value.symbol][0 if value.peer is None else 1 :]
         if not isinstance(at, tuple) or len(at) != len(value.block) or len(at) != len(dims):
             self.unclear("the index of a descriptor")
         starts = [self.number(a) for a in at]
@@ -294,8 +294,8 @@ class AccessMachine(TileCalls):
         flows: dict[Key, Flow] = {}
         shape: tuple[int, ...] | None = None
         for mask, part in options(self.on, value):
-            if not isinstance(part, Descriptor):
-                self.unclear("a load from something that is no descriptor")
+            if not isinstance(part, Descriptor) or part.peer is not None:
+                self.unclear("a load from something that is no descriptor of this rank's memory")
             on = self.on & mask
             if not on.any():
                 continue
@@ -317,14 +317,23 @@ class AccessMachine(TileCalls):
 
     def put(self, value: Any, at: Any, data: Any) -> None:
         """``descriptor.store``: what lies past the end is not written."""
-        if not isinstance(value, Descriptor):
-            self.unclear("a store to something that is no descriptor")
         tile = self.data(data)
-        if tile.form or tile.shape != value.block:
-            self.unclear(f"a store of a tile of shape {tile.shape} as a block of {value.block}")
-        lo, hi = self.block(value, at, self.on)
-        axes = tuple(range(len(value.block)))
-        self.write(value.symbol, "tma", self.on, self.rank, lo, hi, tile.flows, axes)
+        for mask, part in options(self.on, value):
+            if not isinstance(part, Descriptor):
+                self.unclear("a store to something that is no descriptor")
+            on = self.on & mask
+            if not on.any():
+                continue
+            if tile.form or tile.shape != part.block:
+                self.unclear(f"a store of a tile of shape {tile.shape} as a block of {part.block}")
+            lo, hi = self.block(part, at, on)
+            home, first = self.rank, 0
+            if part.peer is not None:
+                home, first = np.full(self.lanes, part.peer, dtype=np.int64), 1
+                lo = np.column_stack((self.rank, lo))
+                hi = np.column_stack((self.rank + 1, hi))
+            axes = tuple(range(first, first + len(part.block)))
+            self.write(part.symbol, "tma", on, home, lo, hi, tile.flows, axes)
 
     def region(self, pointer: Pointer, mask: Any, on: Mask) -> tuple[Ints, Ints, tuple[int, ...]]:
         """The box that a tile of addresses covers where the mask holds; arrays of all lanes."""

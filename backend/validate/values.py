@@ -65,10 +65,14 @@ class Pointer:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """A TMA descriptor of all of ``symbol`` of this rank, in blocks of ``block`` elements."""
+    """A TMA descriptor of all of ``symbol`` of this rank, in blocks of ``block`` elements.
+
+    With ``peer``: of the slice that belongs to this rank, by the first axis, in the memory of that peer.
+    """
 
     symbol: str
     block: tuple[int, ...]
+    peer: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -167,8 +167,6 @@ class _Checker:
                 _fail(op, f"`{key}` is true or false")
         if op.name == "load" and (op.get("when") is None) != (op.get("own") is None):
             _fail(op, "`own` and `when` come together")
-        if op.name == "store" and op.get("via") is not None and op.get("peer") is not None:
-            _fail(op, "a store to a peer does not go through the async proxy")
 
     def whole(self, op: Op, ref: Ref | None) -> None:
         """Every axis of an array of words is indexed."""

@@ -170,6 +170,11 @@ def test_a_peers_flag_may_be_held_back() -> None:
     assert oracle(altered("gemm_rs.epilogue", delayed)) in ("deadlock", "balance")
     late = ("    finish", "    flush\n    finish")
     assert oracle(altered("gemm_rs.epilogue", delayed, late)) == "deadlock"
+    # Through the async proxy to a peer: released by what drains it.
+    sent = ("(%c) {peer = m.start / 16", '(%c) {via = "tma", peer = m.start / 16')
+    drained = (counted, counted.replace("}", ", drain = true}"))
+    assert oracle(altered("gemm_rs.epilogue", sent, drained)) is None
+    assert oracle(altered("gemm_rs.epilogue", sent)) == "happens-before"
 
 
 def test_a_lost_notify_is_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +18,11 @@ from tilelink.backend.simulate.geometry import Geometry
 from tilelink.backend.verify import VerifyError, verify
 from tilelink.ir import Op, parse_ir, print_ir
 from tilelink.ir.check import IRTypeError, check_types
+from tilelink.kernel import load_kernels
 from tilelink.kernels import gemm_ar, gemm_rs, gemm_rs_add
 from tilelink.schedules import Move, Schedule, ScheduleError
 
+ROOT = Path(__file__).parents[2]
 SAMPLE = Sample("gemm_rs", "C", "copy_engine-folded", 3, 6, columns=2, workers=4)
 ADD = replace(SAMPLE, kernel="gemm_rs_add", tensor="P")
 
@@ -227,3 +230,14 @@ def test_the_lint_sees_a_part_that_is_read_above_its_wait() -> None:
     (kernel,) = compile_offline(emit(program), program)
     assert kernel.given and lint(kernel) == []
     assert any("above the wait" in p for p in lint(replace(kernel, given=())))
+
+
+def test_a_gather_of_the_same_nest_shares_the_queue_of_the_own_tiles() -> None:
+    kernel = load_kernels(ROOT / "tests" / "kernels" / "maps.py")["ag_gemm_rs"]
+    op = kernel.build({"M": 32, "K": 8, "N": 16}, {}, 2)
+    moves = (("A", Move("sm:1")), ("C", Move("sm:1", sum="epilogue")))
+    program = run_passes(op, Schedule(tiles=(("M", 8), ("N", 8)), workers=3, moves=moves))
+    verify(program, op)
+    assert own_stage(program)["queue"] == "dynamic"
+    queues = [op.symbol for op in program.find("counter") if op.symbol.endswith(".queue")]
+    assert queues == sorted(set(queues))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -104,8 +105,14 @@ def test_wide_from_two_to_the_thirty_one_elements() -> None:
     assert wide == ["load", "store"]
 
 
-@pytest.mark.parametrize("name", ["ag_gemm", "gemm_rs", "gemm_ar_add"])
-@pytest.mark.parametrize("resource", ["copy_engine", "sm:2", "none"])
+@pytest.mark.parametrize(
+    ("name", "resource"),
+    [
+        *itertools.product(("ag_gemm", "gemm_rs", "gemm_ar_add"), ("copy_engine", "sm:2", "none")),
+        ("gemm_rs", "epilogue"),
+        ("gemm_ar_add", "epilogue"),
+    ],
+)
 def test_a_second_run_changes_nothing(name: str, resource: str) -> None:
     program = fused(name, resource)
     assert order_memory(program) == program
@@ -128,10 +135,19 @@ def test_a_peers_flag_is_held_back_too_but_not_in_a_loop_over_peers() -> None:
     (notify,) = (op for op in launch.body[0].walk() if op.name == "notify")
     assert notify["delay"] == 1 and program.declared(notify.symbol).name == "flag"
     (store,) = (op for op in launch.body[0].walk() if op.name == "store")
-    assert store.get("via") is None and store.get("peer") is not None
+    assert store.get("via") == "tma" and store.get("peer") is not None
     # In the text once a tile, for the tile before, and once behind the loop.
     assert body(program).count("device.delayed_") == 2
     assert "device.peer_tile_notify(" not in body(program)
+    # One descriptor a rank, of this rank's slice there, and the store by the one of the tile's owner.
+    text = emit(program)
+    assert re.findall(r'buffer\("C.parts", peer=(\d)\)\[rank\], \(128, 128\)', text) == list("0123")
+    assert len(re.findall(r"C_parts_to\.store\(", text)) == 2
+    # At once, not behind the next main loop: the stores go by pointers, as before.
+    at_once = order_memory(
+        without(without(fused("gemm_rs", "epilogue"), "delay", "via"), "flatten")
+    )
+    assert all(op.get("via") is None for op in at_once.walk() if op.get("peer") is not None)
     reduced = fused("gemm_ar", "epilogue")
     assert all(op.get("delay") is None for op in reduced.walk())
     assert "device.delayed_" not in body(reduced)

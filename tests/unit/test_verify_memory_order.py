@@ -18,6 +18,7 @@ from tilelink.ir import Op, parse_ir
 
 AG, RS, AR = "ag_gemm.copy_engine", "gemm_rs.copy_engine", "gemm_ar.epilogue"
 PUSH = "gemm_rs.epilogue"
+SENT = "(%c) {peer = m.start / 16"
 COUNTED = "through = @C.arrived[m.start / 16, 0]"
 READY = "wait @A.ready[m.start / 16, 0] {if = m.start / 16 != RANK"
 LOAD = "when = m.start / 16 == RANK}"
@@ -52,6 +53,7 @@ FINE = [
     (RS, [(PARTIAL, PARTIAL + ' {via = "tma"}'), (DONE, DONE + " {drain = true}")]),
     (RS, [(DONE, DONE + " {delay = 1}"), (SUM, "    flush\n" + SUM)]),
     (PUSH, [(COUNTED, COUNTED + ", delay = 1"), (SUM, "    flush\n" + SUM)]),
+    (PUSH, [(SENT, SENT + ', via = "tma"'), (COUNTED, COUNTED + ", drain = true")]),
     (
         RS,
         [
@@ -170,6 +172,17 @@ WEAK = [
     ),
     (AG, [(ACK, ACK + ", delay = 1")], FenceError, "held back"),
     (RS, [(DONE, DONE + " {delay = 2}")], UndecidedError, "delay"),
+    (PUSH, [(SENT, SENT + ', via = "tma"')], CoverError, "drain"),
+    (
+        PUSH,
+        [
+            (SENT, SENT + ', via = "tma"'),
+            (COUNTED, COUNTED + ", delay = 1"),
+            (SUM, "    flush\n" + SUM),
+        ],
+        CoverError,
+        "drain",
+    ),
     # Words of flags and counters.
     (RS, [("counter @C.done {", "counter @C.done {cleared = false, ")], MatchError, "not cleared"),
     (
