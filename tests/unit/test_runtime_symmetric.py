@@ -89,4 +89,4 @@ def test_what_is_no_symmetric_tensor_is_refused(ranks: list[State]) -> None:
         tilelink.peers(matrix, group=1)
     for shape in ((-1,), (2.0,), (True, 2)):
         with pytest.raises(BadArgument, match="`shape`"):
-            tilelink.empty(*shape, group=0)  # type: ignore[arg-type]
+            tilelink.empty(*shape, group=0)
