@@ -10,6 +10,7 @@ from tilelink.kernel import BoundKernel, Kernel, kernel, load_kernels
 if TYPE_CHECKING:
     from tilelink.backend.runtime.errors import WaitTimeout
     from tilelink.backend.runtime.recover import recover
+    from tilelink.backend.runtime.symmetric import empty, peers
     from tilelink.backend.runtime.watch import synchronize
 
 __version__ = "0.1.0"
@@ -23,8 +24,10 @@ __all__ = [
     "Span",
     "TilelinkError",
     "WaitTimeout",
+    "empty",
     "kernel",
     "load_kernels",
+    "peers",
     "recover",
     "synchronize",
 ]
@@ -32,6 +35,8 @@ __all__ = [
 # Names whose modules import torch: found when they are first used.
 _LAZY = {
     "WaitTimeout": "tilelink.backend.runtime.errors",
+    "empty": "tilelink.backend.runtime.symmetric",
+    "peers": "tilelink.backend.runtime.symmetric",
     "recover": "tilelink.backend.runtime.recover",
     "synchronize": "tilelink.backend.runtime.watch",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from tilelink.backend.mutate import count, place, target, weaken
+from tilelink.backend.mutate import count, place, rows, target, weaken
 from tilelink.backend.mutate.deletions import deletions
 from tilelink.backend.mutate.sites import Mutant
 from tilelink.ir import Op, print_ir
@@ -44,6 +44,7 @@ OPERATORS: tuple[Callable[[Op], Iterator[Mutant]], ...] = (
     count.stale,
     count.equality,
     count.memory,
+    rows.frozen_rows,
 )
 
 CLASSES = (
@@ -74,6 +75,7 @@ CLASSES = (
     "stale",
     "equality",
     "memory",
+    "frozen-rows",
 )
 
 

@@ -17,6 +17,7 @@ from tilelink.backend.simulate.explore import explore
 from tilelink.backend.verify import verify
 from tilelink.errors import TilelinkError
 from tilelink.ir import Op
+from tilelink.ir.instance import at_extents
 
 EQUIVALENT, DIFFERENT, UNDECIDED = "equivalent", "different", "undecided"
 # What one run decides on, whatever the schedule: wrong numbers, indices and shapes.
@@ -30,12 +31,13 @@ class Trial:
     """What a program is run on: inputs of the calls, over ranks, and the outputs that are right.
 
     ``kernel`` is what the program was made from, where that is known: the proof holds the one against
-    the other.
+    the other. ``smaller`` are values of a dynamic extent below its capacity, with trials of their own.
     """
 
     inputs: Sequence[Sequence[Mapping[str, Any]]]
     expected: Outputs
     kernel: Op | None = None
+    smaller: Sequence[tuple[Mapping[str, int], Trial]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,10 @@ def prove(program: Op, kernel: Op | None = None) -> str:
 def simulate(program: Op, trial: Trial, schedules: int = SCHEDULES, seed: int = 0) -> str:
     """The simulator's oracle that objects to ``program``, or "" where none does."""
     failure = attack(program, _copied(trial).inputs, trial.expected, schedules, seed)
-    return "" if failure is None else failure.oracle
+    found = "" if failure is None else failure.oracle
+    for values, other in trial.smaller:
+        found = found or simulate(at_extents(program, values), other, schedules, seed)
+    return found
 
 
 def decide(program: Op, trial: Trial, limit: int = LIMIT, seed: int = 0) -> Truth:
@@ -105,6 +110,11 @@ def decide(program: Op, trial: Trial, limit: int = LIMIT, seed: int = 0) -> Trut
     if failure is not None:
         # Explored without a bad state, and yet this run had one: the two executors disagree.
         return Truth(UNDECIDED, f"no bad state, but a run: {failure}")
+    for values, other in trial.smaller:
+        truth = decide(at_extents(program, values), other, limit, seed)
+        if truth.word != EQUIVALENT:
+            named = ", ".join(f"{name} = {value}" for name, value in values.items())
+            return Truth(truth.word, f"with {named}: {truth.why}")
     return Truth(EQUIVALENT, f"{states} states, the same numbers")
 
 

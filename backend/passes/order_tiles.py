@@ -352,7 +352,7 @@ def _segments(
 
 def _all_segments(info: Moved) -> dict[str, object]:
     """The number of segments, where the extent does not tell."""
-    return {} if info.dynamic is None else {"segments": WORLD}
+    return {} if info.dynamic is None else {"segments": info.world}
 
 
 def _arrival(info: Moved) -> Expr:

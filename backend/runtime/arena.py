@@ -115,14 +115,18 @@ class CudaState(GroupState):
 
     def allocate(self, size: int) -> Arena:
         """Symmetric memory of the group, with cleared control words on all ranks."""
+        return self.block(size, f"arena/{len(self.arenas)}")
+
+    def block(self, size: int, name: str) -> Arena:
+        """``size`` bytes that all ranks map once this returns; ``name`` says which, the same on each rank."""
         if self.roster is None:
             return Arena(self.rank, self.world, self.device, size, "")
-        name = f"tilelink/{self.roster.name}"
+        group = f"tilelink/{self.roster.name}"
         if self._meeting is None:
-            self._meeting = _meeting(name, self.store, self.rank, self.world)
-        arena = Arena(self.rank, self.world, self.device, size, name)
+            self._meeting = _meeting(group, self.store, self.rank, self.world)
+        arena = Arena(self.rank, self.world, self.device, size, group)
         # Nobody writes a peer's flags before that peer has cleared them.
-        self.meet_here(f"arena/{len(self.arenas)}", knobs.ARRIVAL_TIMEOUT.get())
+        self.meet_here(name, knobs.ARRIVAL_TIMEOUT.get())
         return arena
 
     def spare(self) -> torch.cuda.Stream:

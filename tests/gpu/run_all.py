@@ -14,8 +14,10 @@ from tests.gpu.harness import Rank, failures, spawn
 LIMITS = {
     "correctness": 420.0,
     "graph": 180.0,
+    "varying": 300.0,
     "mismatch": 90.0,
     "late_mismatch": 90.0,
+    "unequal": 90.0,
     "killed": 90.0,
     "subgroups": 90.0,
 }
@@ -26,7 +28,7 @@ def run_test(name: str, world: int) -> tuple[list[dict[str, Any]], list[Rank]]:
     """The rows that rank 0 wrote (none if it did not get that far) and what became of the ranks."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
-        env = SHORT if name in ("killed", "late_mismatch") else {}
+        env = SHORT if name in ("killed", "late_mismatch", "unequal") else {}
         arguments = ["-m", "tests.gpu.worker", name, str(result)]
         ranks = spawn(arguments, world, LIMITS[name], env)
         rows = json.loads(result.read_text()) if result.exists() else []
@@ -85,7 +87,7 @@ def main() -> int:
         if problem:
             trouble.append(f"== {name}\n{problem}")
             rows.append({"test": name, "ok": False, "message": "see above"})
-        if name in ("killed", "mismatch", "late_mismatch"):
+        if name in ("killed", "mismatch", "late_mismatch", "unequal"):
             said = [r.output.strip() for r in ranks]
             print("\n".join(f"-- {name}, rank {i}: {text[-900:]}" for i, text in enumerate(said)))
         facts = {

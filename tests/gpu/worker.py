@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from tests.gpu.kernels import TOLERANCE, Case, bind, cases, inputs_for, reference, row_error
+from tests.gpu.varying import unequal, varying
 from tilelink.backend.runtime.errors import AgreementError, WaitTimeout
 from tilelink.backend.runtime.watch import synchronize
 from tilelink.errors import TilelinkError
@@ -224,7 +225,10 @@ def subgroups(rank: int, world: int) -> list[Row]:
     return [{"test": "subgroups", "error": error, "ok": error < TOLERANCE["bf16"]}]
 
 
-TESTS = {t.__name__: t for t in (correctness, graph, mismatch, late_mismatch, killed, subgroups)}
+TESTS = {
+    t.__name__: t
+    for t in (correctness, graph, varying, mismatch, late_mismatch, unequal, killed, subgroups)
+}
 
 
 def main(name: str, result: str | None) -> None:
@@ -237,7 +241,7 @@ def main(name: str, result: str | None) -> None:
     if result is not None and rank == 0:
         Path(result).write_text(json.dumps(rows))
     bad = [row for row in rows if not row["ok"]]
-    if name not in ("killed", "late_mismatch"):
+    if name not in ("killed", "late_mismatch", "unequal"):
         dist.barrier()
         torch.cuda.synchronize()
     if bad and name != "correctness":

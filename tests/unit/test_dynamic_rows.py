@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,14 @@ def test_the_command_line_compiles_for_a_capacity(capsys: pytest.CaptureFixture[
     assert main(["run", file, "--dynamic", "M"]) == 0
     assert main(["check", file, "--dynamic", "Q"]) == 2
     assert "known: M, K, N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resource", ["copy_engine", "epilogue", "none"])
+def test_mutants_of_dynamic_rows_are_noticed(
+    resource: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(Path(__file__).parents[2] / "tilelink" / "kernels" / "gemm_rs.py") + "::gemm_rs"
+    options = ["--dynamic", "M", "--resource", resource, "--class", "frozen-rows", "--json"]
+    assert main(["mutate", file, *options]) == 0
+    counts = json.loads(capsys.readouterr().out)["classes"]["frozen-rows"]
+    assert counts["mutants"] == counts["refused"] == counts["found"] >= 2

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.assurance.grid import Sample, samples
+from tests.dynamic import program_of
 from tests.strategies import FOLDED
 from tilelink.backend.mutate import CLASSES, OPERATORS, deletions, mutants
 from tilelink.backend.mutate.judge import prove
@@ -44,6 +45,7 @@ def test_mutants_are_legal_distinct_and_differ(sample: Sample) -> None:
 
 def test_every_class_occurs_and_order_is_fixed() -> None:
     programs = [sample.program() for sample in SAMPLES]
+    programs.append(program_of("ag_gemm", "copy_engine"))  # with dynamic rows
     first = [[(m.name, m.description) for m in mutants(p)] for p in programs]
     again = [[(m.name, m.description) for m in mutants(p)] for p in programs]
     assert first == again

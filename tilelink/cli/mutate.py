@@ -20,6 +20,7 @@ from tilelink.cli.options import add_common, positive, write_file
 from tilelink.cli.source import Unit, load
 from tilelink.errors import TilelinkError
 from tilelink.ir import Op, print_ir
+from tilelink.ir.instance import at_extents
 
 if TYPE_CHECKING:
     from tilelink.backend.mutate import Mutant
@@ -137,8 +138,29 @@ def trial_of(kernel: Op, program: Op, seed: int) -> Trial:
     calls = CALLS if program.get("slots") is None else CALLS + 1
     inputs = [random_inputs(program, calls * seed + call) for call in range(calls)]
     if kernel.name == "kernel":
-        return Trial(inputs, [reference.run(kernel, given) for given in inputs], kernel)
+        expected = [reference.run(kernel, given) for given in inputs]
+        small = smaller_values(kernel)
+        smaller = [
+            (
+                values,
+                trial_of(at_extents(kernel, values, fixed=True), at_extents(program, values), seed),
+            )
+            for values in small
+        ]
+        return Trial(inputs, expected, kernel, smaller)
     return Trial(inputs, run_calls(program, inputs, seed))
+
+
+def smaller_values(kernel: Op) -> list[dict[str, int]]:
+    """Values of a dynamic extent to try beside its capacity: one tile that is not whole, and some."""
+    world = int(kernel["world"])
+    found: list[dict[str, int]] = []
+    for op in kernel.find("extent"):
+        if op.get("dynamic"):
+            capacity = int(op["value"])
+            values = sorted({world, capacity // 2 // world * world + world})
+            found += [{op.symbol: value} for value in values if value < capacity]
+    return found
 
 
 def check_intact(program: Op, trial: Trial, seed: int) -> None:

@@ -1,0 +1,94 @@
+"""Calls whose number of rows changes at every step, on GPUs: exact on integers, few programs, no silence."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tilelink import kernels
+from tilelink.backend.runtime.errors import WaitTimeout
+from tilelink.backend.runtime.watch import synchronize
+from tilelink.schedules import Move, Schedule
+
+Row = dict[str, Any]
+LENGTHS = (1, 2048, 513, 64, 7, 1000, 256, 129, 2047, 33, 1536, 2)
+K, N = 64, 512
+RESOURCES = {
+    "ag_gemm": ("copy_engine", "sm:8", "none"),
+    "gemm_rs": ("copy_engine", "epilogue", "sm:8", "none"),
+    "gemm_ar": ("copy_engine", "epilogue", "none"),
+}
+MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
+
+
+def whole(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """-1, 0 and 1: sums of 64 products are exact in bf16, and sums over ranks in fp32."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    values = torch.randint(-1, 2, (rows, columns), generator=generator, device="cuda")
+    return values.bfloat16()
+
+
+def step(name: str, rows: int, rank: int, world: int, seed: int) -> tuple[Any, Any, torch.Tensor]:
+    """This rank's A and B, and its output, by plain arithmetic."""
+    b = [whole(K, N, 1000 * seed + 10 * r + 1) for r in range(world)]
+    if name == "ag_gemm":
+        a = whole(rows, K, 1000 * seed)
+        mine = a.chunk(world)[rank].contiguous()
+        return mine, b[rank], (a.float() @ b[rank].float()).bfloat16()
+    every = [whole(rows, K, 1000 * seed + 10 * r + 2) for r in range(world)]
+    total = torch.stack([x.float() @ y.float() for x, y in zip(every, b, strict=True)]).sum(0)
+    wanted = total.bfloat16()
+    if name == "gemm_rs":
+        wanted = wanted.chunk(world)[rank].contiguous()
+    return every[rank], b[rank], wanted
+
+
+def varying(rank: int, world: int) -> list[Row]:
+    """Each kernel and resource through the trace, twice, without a wait between its calls."""
+    rows: list[Row] = []
+    for name, resources in RESOURCES.items():
+        unit = 1 if name == "gemm_ar" else world
+        lengths = [-(-m // unit) * unit for m in LENGTHS]
+        for resource in resources:
+            moves = ((MOVED[name], Move(resource=resource)),)
+            tiles = (("K", 64), ("M", 64), ("N", 128))
+            schedule = Schedule(moves=moves, tiles=tiles)
+            call = getattr(kernels, name).on(schedule=schedule, dynamic=("M",))
+            steps = [step(name, m, rank, world, seed) for seed, m in enumerate(lengths)]
+            for a, b, _ in steps:  # a new capacity is met, compiled and agreed
+                call(a, b)
+            wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+            for a, b, wanted in steps * 4:
+                wrong += (call(a, b) != wanted).sum()
+            synchronize()
+            dist.all_reduce(wrong)
+            record = {"test": "varying", "kernel": name, "resource": resource, "M": max(lengths)}
+            record |= {"K": K, "N": N, "dtype": "bf16", "programs": call.compilations}
+            record |= {"mismatched": int(wrong), "error": float(wrong)}
+            rows.append({**record, "ok": int(wrong) == 0 and call.compilations <= 6})
+    return rows
+
+
+def unequal(rank: int, world: int) -> list[Row]:
+    """Rank 1 alone calls with fewer rows of a capacity that all know: no rank hangs, each has an error."""
+    call = kernels.ag_gemm.on(dynamic=("M",))
+    b = whole(K, N, 1)
+    for rows in (64 * world, 48 * world):
+        call(whole(rows // world, K, 2), b)
+    synchronize()
+    dist.barrier()
+    started, message = time.monotonic(), ""
+    out = call(whole(40 if rank == 1 else 64, K, 3), b)
+    try:
+        synchronize()
+    except WaitTimeout as problem:
+        message = str(problem)
+    seconds = time.monotonic() - started
+    print(f"rank {rank} after {seconds:.2f} s: {message}", flush=True)
+    told = "called `ag_gemm` with M = " in message
+    nan = bool(out.float().isnan().all())
+    row = {"test": "unequal", "seconds": seconds, "message": message, "nan": nan}
+    return [{**row, "ok": told and nan and seconds < 30}]
