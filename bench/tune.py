@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=300, metavar="SECONDS", help="of measuring")
     parser.add_argument("--candidates", type=int, default=12, help="measured a case")
     parser.add_argument(
-        "--effort", type=int, default=96, help="predicted a case in each of two passes"
+        "--effort", type=int, default=128, help="predicted a case in each of two passes"
     )
     parser.add_argument("--log", default="tune.jsonl", help="every trial; goes on from it")
     parser.add_argument("--tables", default=str(TABLES), metavar="FOLDER")

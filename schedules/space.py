@@ -8,7 +8,7 @@ the whole space; a search need not make it. Which fields exist is read from :cla
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from math import ceil, prod
 from typing import Any
@@ -126,13 +126,14 @@ class Space:
     def _moves_of(self, tensor: Op) -> list[Move]:
         kind, size = tensor["move"], self.bytes_of(tensor)
         found: dict[Move, None] = {}
-        for resource in _resources(kind):
-            fixed = resource in ("none", "collective")
-            for channels in (None,) if fixed else CHANNELS:
-                for extra in _move_extras(kind, resource, size):
-                    move = _made(Move(), resource=resource, channels=channels, **extra)
-                    if move is not None:
-                        found.setdefault(move)
+        # What matters least is outermost, so that the head of the list has all of the rest.
+        for channels, resource in itertools.product(CHANNELS, _resources(kind)):
+            if channels is not None and resource in ("none", "collective"):
+                continue
+            for extra in _move_extras(kind, resource, size):
+                move = _made(Move(), resource=resource, channels=channels, **extra)
+                if move is not None:
+                    found.setdefault(move)
         return list(found)
 
     def bytes_of(self, tensor: Op) -> int:
@@ -283,17 +284,15 @@ def by_class(
 
 
 def class_of(schedule: Schedule) -> tuple[Any, ...]:
-    """What makes schedules different in kind: the emitter, and the resource and sum of each move."""
+    """What makes schedules different in kind: the emitter, and how each tensor moves but for numbers."""
+    kinds = [f.name for f in fields(Move) if f.name not in ("resource", "tile", "channels")]
     return (
         schedule.emitter,
         *(
-            ("sm" if move.sm_workers else move.resource, getattr(move, "sum", None))
+            (
+                "sm" if move.sm_workers else move.resource,
+                *(getattr(move, name) for name in kinds),
+            )
             for _, move in schedule.moves
         ),
     )
-
-
-def size_of(space: Space) -> Mapping[str, int]:
-    """How many computations and moves there are, for a progress line."""
-    computations = space.computations()
-    return {"computations": len(computations), "moves": len(space.moves(computations[0]))}

@@ -42,10 +42,18 @@ def main() -> None:
     (out / "cubin").write_bytes(compiled.asm["cubin"])
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     (out / "sass").write_text(_output(tools / "nvdisasm", "-c", str(out / "cubin")))
-    usage = _output(tools / "cuobjdump", "--dump-resource-usage", str(out / "cubin"))
-    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    numbers = resources(out / "cubin")
     facts = {"shared": compiled.metadata.shared, "usage": numbers}
     (out / "metadata.json").write_text(json.dumps(facts))
+
+
+def resources(cubin: Path) -> dict[str, int]:
+    """What a kernel uses: ``REG`` registers, ``STACK`` and ``LOCAL`` bytes of local memory, a thread."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = _output(tool, "--dump-resource-usage", str(cubin))
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
 
 
 def _output(*command: object) -> str:

@@ -49,7 +49,6 @@ def test_enumeration_is_the_same_each_time_and_has_nothing_twice(
     assert len(set(first)) == len(first) > 50
     moves = Space(op, H200).moves(first[0])
     assert len(set(moves)) == len(moves) > 5
-    assert {m.moves for m in moves} > {default_schedule(op).moves}
 
 
 @pytest.mark.parametrize(("kernel", "shape"), CASES)

@@ -75,7 +75,7 @@ class Settings:
 
     budget: float = 300.0
     keep: int = 8
-    effort: int = 96
+    effort: int = 128
     rungs: tuple[Rung, ...] = RUNGS
 
 

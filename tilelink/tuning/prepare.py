@@ -7,10 +7,12 @@ A process proves a candidate, emits it, and compiles its kernels as a launch on 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from tilelink.schedules import Schedule
@@ -59,15 +61,16 @@ def prepare(problem: str, schedule: str) -> Prepared:
     try:
         program = compile_kernel(Problem.from_json(problem).build(), Schedule.from_json(schedule))
         path = write_module(emit(program), program.symbol)
-        compile_module(load_module(path), image_of(program))
+        spills = compile_module(load_module(path), image_of(program))
     except Exception as error:  # whatever it is, the search goes on without this candidate
         text = " ".join(str(error).split())
         return Prepared(None, f"{type(error).__name__}: {text}"[:300])
-    return Prepared(str(path))
+    # It may be fast by chance; `tilelink tune --check` would refuse it.
+    return Prepared(None, f"spills {spills} bytes a thread") if spills else Prepared(str(path))
 
 
 def compile_module(module: Any, image: Any) -> int:
-    """Compiles every kernel that a call of an emitted module launches; how many there are."""
+    """Compiles every kernel that a call of an emitted module launches; bytes that they spill a thread."""
     import torch
     import triton
 
@@ -78,13 +81,14 @@ def compile_module(module: Any, image: Any) -> int:
     class Precompiler(Views):
         """Takes the calls of an emitted host function; launches compile, all else does nothing."""
 
-        compiled = 0
+        compiled = spills = 0
 
         def launch(self, kernel: Any, workers: int, args: tuple[Any, ...], **options: Any) -> None:
             """Compiles a kernel for these arguments."""
             plain = {k: v for k, v in options.items() if k not in ("after", "name")}
-            compile_launch(kernel, workers, args, **plain)
+            found = compile_launch(kernel, workers, args, **plain)
             self.compiled += 1
+            self.spills += spilled(found.compiled)
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("_"):
@@ -104,7 +108,18 @@ def compile_module(module: Any, image: Any) -> int:
     }
     call.scalars = dict.fromkeys(image.scalars, 1.0)
     module.host(call)
-    return call.compiled
+    return call.spills
+
+
+def spilled(compiled: Any) -> int:
+    """Bytes of local memory that a thread of a compiled kernel uses."""
+    from tilelink.backend.emit.compile_worker import resources
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = resources(cubin)
+    return usage.get("STACK", 0) + usage.get("LOCAL", 0)
 
 
 class _Nothing:
