@@ -50,8 +50,11 @@ PUSH = (
 )
 DONE = "notify @C.done[m.start / 16, 0] {delay = 1, drain = true}"
 PARTIAL = 'store @C.partial[%m, %n] (%c) {via = "tma"}'
-STORE = "store @C.parts[RANK, %m, %n] (%c) {peer = C.d}"
-HERE = "notify @C.ready[RANK, 0] {peer = C.d}"
+STORE = "store @C.parts[RANK, %m, %n] (%c) {peer = (RANK + 1 + C.d) % WORLD}"
+HERE = "notify @C.ready[RANK, 0] {peer = C.p}"
+# The two change places, each in the other's loop over the peers.
+STORED_LATE = STORE.replace("C.d", "C.p")
+HERE_EARLY = HERE.replace("C.p", "C.d")
 SUM_WAIT = "wait @C.ready[0..WORLD, 0]"
 LOAD_B = '%b = load @B[%k, %n] {via = "tma"} : bf16[k, n]'
 Change = tuple[str, str]
@@ -67,7 +70,12 @@ BROKEN: list[tuple[str, str, list[Change], str]] = [
         [(HERE, HERE[:-1] + ", barrier = false}")],
         "race",
     ),
-    ("notified before the store", AR, [(STORE, "#"), (HERE, STORE), ("#", HERE)], "race"),
+    (
+        "notified before the store",
+        AR,
+        [(STORE, "#"), (HERE, STORED_LATE), ("#", HERE_EARLY)],
+        "race",
+    ),
     ("no proxy fence behind the wait", AG, [(", proxy = true", "")], "race"),
     ("the TMA store is not drained", RS, [(", drain = true", ""), ("{drain = true}", "")], "race"),
     (
