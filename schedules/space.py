@@ -27,7 +27,8 @@ ACCUMULATORS = 128  # fp32 registers of a thread that accumulators may take; mor
 ROW_TILES = (16, 32, 64, 128, 256)
 COLUMN_TILES = (32, 64, 128, 256)
 DEPTH_TILES = (32, 64, 128)
-STAGES = (2, 3, 4, 5, 6)
+# In the order in which equals are preferred.
+STAGES = (4, 3, 5, 6, 2)
 GROUPS = (8, 4, 16)
 SPLITS = (1, 2, 4, 8)
 COPY_WORKERS = (4, 8, 16, 32)
