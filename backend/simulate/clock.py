@@ -544,7 +544,9 @@ class _Clock:
         target.received += event.bytes
         arrives = max(source.egress, target.ingress) + machine.link_latency_us
         if event.store:
-            stored = now + event.bytes / (machine.push_gbps * 1e3)
+            bulk = event.op.get("via") == "tma"
+            rate = machine.bulk_copy_gbps if bulk else machine.push_gbps
+            stored = now + event.bytes / (rate * 1e3)
             task.arrives = max(task.arrives, arrives, stored)
             return False
         if task.track.kind == "stream":
