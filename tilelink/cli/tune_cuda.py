@@ -58,7 +58,10 @@ def execute_cuda(args: argparse.Namespace) -> int:
                 )
             )
 
-    return run_campaign(problems, settings, args.log, out, machine, "tilelink tune", finished)
+    try:
+        return run_campaign(problems, settings, args.log, out, machine, "tilelink tune", finished)
+    finally:
+        _leave()
 
 
 def run_campaign(
@@ -153,7 +156,16 @@ def calibrate_cuda(args: argparse.Namespace) -> int:
             print(f"written: {args.out}")
         else:
             print(machine.to_json(), end="")
+    _leave()
     return 0
+
+
+def _leave() -> None:
+    """Takes the process group down, where there is one."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _short_name() -> str:
