@@ -31,6 +31,9 @@ SM_TILE_BYTES = 128 * 1024
 COPY_BYTES = 8 << 20
 # Channels of one source where stores or workers signal as they go.
 FINE_CHANNELS = 8
+# Tiles of a source up to which each has a channel of its own where it is stored straight to the peers: a
+# signal that nothing has to count is the shorter way.
+FINE_TILES = 256
 
 
 def choose_channels(program: Op) -> Op:
@@ -234,6 +237,8 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
     channels = move.channels
     if channels is None:
         channels = 1 if move.resource in ("copy_engine", "none") else FINE_CHANNELS
+        if move.resource == "epilogue" and info.tasks_across == 1 and units <= FINE_TILES:
+            channels = units
         if move.resource == "copy_engine" and folded(program, info.name):
             channels = max(1, info.shard * _row_bytes(program, tensor, info) // COPY_BYTES)
     wanted = unit * -(-units // min(channels, units))
