@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tilelink.backend.expand import environment
 from tilelink.backend.passes.choose_shots import last_store
@@ -177,7 +178,7 @@ def _stage(program: Op, schedule: Schedule, nest: Op, prelude: tuple[Op, ...], n
     ).with_attrs(**attrs)
 
 
-def _single(length: object, tile: int, names: dict[str, int]) -> bool:
+def _single(length: Any, tile: int, names: dict[str, int]) -> bool:
     """Whether one tile holds ``length`` elements."""
     return (length if isinstance(length, int) else int(Expr.of(length).evaluate(names))) <= tile
 
