@@ -191,10 +191,8 @@ def spoil(ctx, host, out, size):
     elements, with NaN (-1 for integers), and writes 1 and the error record to pinned memory at ``host``
     (int64; 0: there is none)."""
     if tl.atomic_add(ctx.arena + ABORT, 0, sem="acquire", scope="sys") != 0:
-        if out.dtype.element_ty.is_floating():
-            value = float("nan")
-        else:
-            value = -1
+        floating: tl.constexpr = out.dtype.element_ty.is_floating()
+        value = float("nan") if floating else -1
         filled = tl.full((_CLEAR,), value, out.dtype.element_ty)
         for start in range(0, size, _CLEAR):
             offsets = tl.cast(start, tl.int64) + tl.arange(0, _CLEAR)
