@@ -78,6 +78,8 @@ def _smaller(
     if found == tiles or found[m] * found[n] > 64 * 64:
         stages = 3 if found == tiles else 4
         return Schedule(tiles=tuple(sorted(found.items())), stages=stages)
+    if found[m] < 64 and found[n] > COLUMNS:
+        return Schedule(tiles=tuple(sorted(found.items())), warps=4, stages=4)
     for name in depth:
         found[name] = min(128, _power(extents[name]))
     # A tile of 64 rows is one warpgroup's; of fewer rows, more warps bring the operands in.
