@@ -254,7 +254,9 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
     tile = channel_rows
     if move.sm_workers:
         tile = max(1, min(channel_rows, SM_TILE_BYTES // _row_bytes(program, tensor, info)))
-        tile = next(t for t in range(tile, 0, -1) if channel_rows % t == 0)
+        # Along an inner axis a copy is of rows: its columns are as many in every copy.
+        whole = info.shard if info.axis else 0
+        tile = next(t for t in range(tile, 0, -1) if channel_rows % t == whole % t == 0)
     return tile, channel_rows
 
 
