@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tilelink.ir import DTYPES, Op
+from tilelink.ir.layout import DATA, SLOT_BYTES
 from tilelink.schedules.schedule import Move, Schedule
 
 # Largest sums whose stores go straight to the peers (bench/results/mlp_h200x4.json): GEMM + reduce-scatter of
-# 9 and 17 MB takes 0.138 and 0.135 ms so and 0.162 and 0.164 by copy engine; of 38 MB, 0.354 and 0.316.
+# 9 and 17 MB takes 0.138 and 0.135 ms so and 0.162 and 0.164 by copy engine; of 38 MB, 0.354 and 0.316. An
+# all-reduce in one shot sends the whole to every rank: of 1 MB only.
 EPILOGUE_BYTES = {"reduce": 1 << 20, "scatter": 24 << 20}
+# Tasks that are about enough for all SMs of a GPU: below, tiles are cut smaller.
+TASKS = 100
+COLUMNS = 64  # of the smallest tile
 
 
 def default_schedule(kernel: Op) -> Schedule:
     """The schedule to use for ``kernel`` (Tile IR) where neither the user nor a table gives one.
 
     Moved tensors travel by copy engine, which costs the computation nothing. A small sum is stored
-    straight into its ranks, since the fixed cost of a copy would show: a reduce of at most 1 MiB, a
-    scatter of at most 24 MiB.
+    straight into its ranks, since the fixed cost of a copy would show: a reduce of at most 1 MiB (of 24
+    MiB in two shots), a scatter of at most 24 MiB. Where a product has too few tiles for the SMs, they are
+    made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots.
     """
     extents = {op.symbol: int(op["value"]) for op in kernel.find("extent")}
     wide = any(op.get("dtype") == "fp32" for op in kernel.find("tensor"))
@@ -31,19 +39,96 @@ def default_schedule(kernel: Op) -> Schedule:
         tiles[name] = 32 if wide else 64
     for name in sorted(rows):
         tiles[name] = 64 if wide else 128
-    tiles = {name: min(size, _power(extents[name])) for name, size in tiles.items()}
+    lengths = {**extents, **_shards(kernel, extents)}
+    tiles = {name: min(size, _power(lengths[name])) for name, size in tiles.items()}
+    small = None if wide else _smaller(kernel, extents, tiles, rows, columns, depth)
     moves: dict[str, Move] = {}
     for tensor in kernel.find("tensor"):
         if tensor["move"] in ("gather", "scatter", "reduce"):
-            moves[tensor.symbol] = Move(resource=_resource(tensor, extents))
-    return Schedule(tiles=tuple(sorted(tiles.items())), moves=tuple(sorted(moves.items())))
+            moves[tensor.symbol] = Move(resource=_resource(kernel, tensor, extents))
+    if small is not None and _fits_slots(kernel, extents, moves):
+        moves = {name: replace(move, slots=2) for name, move in moves.items()}
+    chosen = small or Schedule(tiles=tuple(sorted(tiles.items())))
+    return replace(chosen, moves=tuple(sorted(moves.items())))
 
 
-def _resource(tensor: Op, extents: dict[str, int]) -> str:
+def _smaller(
+    kernel: Op,
+    extents: dict[str, int],
+    tiles: dict[str, int],
+    rows: set[str],
+    columns: set[str],
+    depth: set[str],
+) -> Schedule | None:
+    """Tiles, warps and stages for one product, so that it fills a GPU; None where none do."""
+    if len(rows) != 1 or len(columns) != 1:
+        return None
+    (m,), (n,) = rows, columns
+    found = dict(tiles)
+
+    def tasks() -> int:
+        return -(-extents[m] // found[m]) * -(-extents[n] // found[n])
+
+    if found[m] < 64:
+        found[n] = min(found[n], 128)
+    while tasks() < TASKS and found[n] > COLUMNS:
+        found[n] //= 2
+    if tasks() < TASKS:
+        return None
+    if found == tiles or found[m] * found[n] > 64 * 64:
+        stages = 3 if found == tiles else 4
+        return Schedule(tiles=tuple(sorted(found.items())), stages=stages)
+    if found[m] < 64 and found[n] > COLUMNS:
+        return Schedule(tiles=tuple(sorted(found.items())), warps=4, stages=4)
+    for name in depth:
+        found[name] = min(128, _power(extents[name]))
+    # A tile of 64 rows is one warpgroup's; of fewer rows, more warps bring the operands in.
+    warps, stages = (4, 5) if found[m] == 64 else (8, 6)
+    return Schedule(tiles=tuple(sorted(found.items())), warps=warps, stages=stages)
+
+
+def _shards(kernel: Op, extents: dict[str, int]) -> dict[str, int]:
+    """Of the extents that ranks share out, the elements of one rank: a tile ends with them."""
+    world = int(kernel["world"])
+    found: dict[str, int] = {}
+    for tensor in kernel.find("tensor"):
+        if tensor["move"] in ("gather", "scatter", "shard"):
+            name = str(tensor["dims"][int(tensor["over"])])
+            if name in extents:
+                found[name] = max(1, extents[name] // world)
+    return found
+
+
+def _bytes(tensor: Op, extents: dict[str, int]) -> int:
     size = DTYPES[tensor["dtype"]]
     for dim in tensor["dims"]:
         size *= dim if isinstance(dim, int) else int(dim.evaluate(extents))
-    return "epilogue" if size <= EPILOGUE_BYTES.get(tensor["move"], 0) else "copy_engine"
+    return size
+
+
+def _resource(kernel: Op, tensor: Op, extents: dict[str, int]) -> str:
+    limit = EPILOGUE_BYTES.get(tensor["move"], 0)
+    world = int(kernel["world"])
+    lengths = [d if isinstance(d, int) else int(d.evaluate(extents)) for d in tensor["dims"]]
+    if tensor["move"] == "reduce" and any(length % world == 0 for length in lengths):
+        limit = EPILOGUE_BYTES["scatter"]  # in two shots, the first of which is a scatter
+    return "epilogue" if _bytes(tensor, extents) <= limit else "copy_engine"
+
+
+def _fits_slots(kernel: Op, extents: dict[str, int], moves: dict[str, Move]) -> bool:
+    """Whether what all moved tensors land in fits a slot, and workers move all of them."""
+    dynamic = any(op.get("dynamic") for op in kernel.find("extent"))
+    if not moves or dynamic or int(kernel["world"]) == 1:
+        return False
+    total = 0
+    for name, move in moves.items():
+        tensor = next(op for op in kernel.find("tensor") if op.symbol == name)
+        if not move.by_workers:
+            return False
+        # A scatter lands once; a reduce of more than 2 MiB over all ranks twice, of less on each rank.
+        size = _bytes(tensor, extents)
+        total += size if tensor["move"] == "scatter" else max(2 * size, 2 << 20)
+    return total <= SLOT_BYTES - DATA
 
 
 def product_extents(kernel: Op) -> tuple[set[str], set[str], set[str]]:

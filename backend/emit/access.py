@@ -746,8 +746,8 @@ def _region(scope: Scope, op: Op, ref: Ref) -> _Region:
             start = scope.expr(item.start) if isinstance(item, At) else ""
             start = start or (dim.start if dim else scope.names[value.name])
             length, number = (dim.length, None) if dim else ("1", 1)
-            if dim and dim.exact:
-                number = dim.block
+            if dim and (dim.exact or length.isdigit()):
+                number = dim.block if dim.exact else int(length)
         elif isinstance(item, Range):
             start = scope.expr(item.lo)
             number = scope.program.length(item.lo, item.hi)
@@ -773,7 +773,7 @@ def _region(scope: Scope, op: Op, ref: Ref) -> _Region:
         else:
             columns = _product(columns, count)
     if rows:  # a tile of run-time length: its rows one by one
-        if live[inner][1] is not None or len(rows) > 1:
+        if live[inner][1] is not None or len(rows) > 1 or inner:
             raise refuse(op, "a transfer of this region")
         return _Region(tuple(starts), rows[0], columns, live[inner][2], tuple(shifts))
     outer = live[:inner]

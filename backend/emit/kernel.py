@@ -51,7 +51,8 @@ def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str])
     head = Writer()
     runtime = [p.name for p in parameters if p.kind == "extent"] + ["rank"]
     last = ("program",) if program.folded else ()
-    names = ", ".join(f'"{n}"' for n in (*runtime, "progress_ns", "arrival_ns", *last))
+    fixed = (*last, "host_record") if last else ()
+    names = ", ".join(f'"{n}"' for n in (*runtime, "progress_ns", "arrival_ns", *fixed))
     head.line(f"@triton.jit(do_not_specialize=[{names}])")
     head.call(f"def {name}(", [_declare(scope, p) for p in parameters], "):")
     head.depth += 1
@@ -79,7 +80,7 @@ def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str])
 def _declare(scope: Scope, parameter: Parameter) -> str:
     if parameter.kind == "extent" or parameter.name in ("rank", "program"):
         return f"{parameter.name}: tl.int32"
-    if parameter.name.endswith("_ns"):
+    if parameter.name.endswith("_ns") or parameter.name == "host_record":
         return f"{parameter.name}: tl.int64"
     if parameter.kind == "scalar":
         dtype = str(scope.program.symbols[parameter.symbol]["dtype"])
@@ -100,14 +101,24 @@ def _parameters(scope: Scope) -> tuple[Parameter, ...]:
     data = [p for _, p in sorted(found, key=lambda item: item[0])]
     extents = [Parameter(n, "extent", s) for s, n in sorted(scope.extents.items())]
     scalars = [Parameter(n, "scalar", s) for s, n in sorted(scope.scalars.items())]
-    context = (*CONTEXT, "program") if scope.program.folded else CONTEXT
+    context = (*CONTEXT, "program", "host_record") if scope.program.folded else CONTEXT
     return (*data, *extents, *scalars, *(Parameter(n, "context", n) for n in context))
 
 
 def _write(program: Program, launch: Op, system: frozenset[str]) -> Scope:
     stages, warps = int(launch.get("stages", 3)), int(launch.get("warps", 4))
     scope = Scope(program, Writer(), stages=stages, warps=warps)
-    scope.used |= {"ctx", *CONTEXT, "token", "arrived", "q", "last", "program", "slot"}
+    scope.used |= {
+        "ctx",
+        *CONTEXT,
+        "token",
+        "arrived",
+        "q",
+        "last",
+        "program",
+        "slot",
+        "host_record",
+    }
     scope.names["slot"] = "slot"
     scope.writer.depth = 1
     scope.contracted = access.contracted(launch.body)
@@ -253,8 +264,19 @@ def _leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) -
     if program.folded:
         first, last = program.counter_words
         scope.writer.line()
-        scope.writer.line("# The last worker to leave makes everything ready for the next call.")
-        scope.writer.line(f"device.end_call(ctx, {first}, {last})")
+        scope.writer.line(
+            "# The last worker to leave makes everything ready for the next call, and after an"
+        )
+        scope.writer.line("# abort spoils the outputs.")
+        with scope.writer.block(f"if device.end_call(ctx, {first}, {last}):"):
+            for symbol in program.outputs:
+                args = [
+                    "ctx",
+                    "host_record",
+                    access.base(scope, symbol),
+                    str(program.numel(symbol)),
+                ]
+                scope.writer.call("device.spoil(", args)
         return
     finish = launch.find("finish")
     raised = {

@@ -76,9 +76,8 @@ def signature(program: Op, kernel: Kernel) -> dict[str, str]:
     found: dict[str, str] = {}
     for parameter in kernel.parameters:
         if parameter.kind == "context":
-            found[parameter.name] = {"arena": "*i32", "peers": "*i64", "rank": "i32"}.get(
-                parameter.name, "i64"
-            )
+            kinds = {"arena": "*i32", "peers": "*i64", "rank": "i32", "program": "i32"}
+            found[parameter.name] = kinds.get(parameter.name, "i64")
             continue
         if parameter.kind == "extent":
             found[parameter.name] = "i32"

@@ -91,6 +91,12 @@ class Program:
         return f"{text} + slot * {SLOT_BYTES}" if self.folded else text
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """The tensors that the program writes and the user sees."""
+        found = (d for d in self.symbols.values() if d.name == "tensor")
+        return tuple(d.symbol for d in found if d["role"] in ("out", "inout"))
+
+    @property
     def counter_words(self) -> tuple[int, int]:
         """The counter words [first, last) that a call leaves at 0."""
         spans = [

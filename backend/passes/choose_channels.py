@@ -31,6 +31,9 @@ SM_TILE_BYTES = 128 * 1024
 COPY_BYTES = 8 << 20
 # Channels of one source where stores or workers signal as they go.
 FINE_CHANNELS = 8
+# Tiles of a source up to which each has a channel of its own where it is stored straight to the peers: a
+# signal that nothing has to count is the shorter way.
+FINE_TILES = 256
 
 
 def choose_channels(program: Op) -> Op:
@@ -97,6 +100,12 @@ def _slots(program: Op) -> Op:
                 detail=f"`{name}` has 1, another moved tensor of the kernel 2",
                 help="give all of them the same",
             )
+    if any(op.get("dynamic") for op in program.find("extent")):
+        raise ScheduleError(
+            field=f"moves.{next(iter(moves))}.slots",
+            detail="2 slots, but an extent is known at run time only: `head` compares it between ranks",
+            help="use 1",
+        )
     return program.with_attrs(slots=2)
 
 
@@ -234,6 +243,8 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
     channels = move.channels
     if channels is None:
         channels = 1 if move.resource in ("copy_engine", "none") else FINE_CHANNELS
+        if move.resource == "epilogue" and info.tasks_across == 1 and units <= FINE_TILES:
+            channels = units
         if move.resource == "copy_engine" and folded(program, info.name):
             channels = max(1, info.shard * _row_bytes(program, tensor, info) // COPY_BYTES)
     wanted = unit * -(-units // min(channels, units))
@@ -243,7 +254,9 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
     tile = channel_rows
     if move.sm_workers:
         tile = max(1, min(channel_rows, SM_TILE_BYTES // _row_bytes(program, tensor, info)))
-        tile = next(t for t in range(tile, 0, -1) if channel_rows % t == 0)
+        # Along an inner axis a copy is of rows: its columns are as many in every copy.
+        whole = info.shard if info.axis else 0
+        tile = next(t for t in range(tile, 0, -1) if channel_rows % t == whole % t == 0)
     return tile, channel_rows
 
 

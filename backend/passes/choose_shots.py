@@ -30,17 +30,21 @@ def choose_shots(program: Op) -> Op:
         tensor @C {dims = [M, N], move = "reduce", part_axis = 1, shots = 2, …}
 
     The world divides the axis, and the outer loops that store the tensor walk it. The first axis is taken if
-    its parts are whole tiles, else the last such one, else any. Errors: ScheduleError where two shots are
-    asked for and no axis will do.
+    its parts are whole tiles, else the last such one, else any. In one shot by stores of the tiles, `part_axis`
+    alone is recorded where the first axis is a single tile: it says along which axis channels lie. Errors:
+    ScheduleError where two shots are asked for and no axis will do.
     """
     if program["world"] == 1:
         return program
     schedule = schedule_of(program)
     for name, tensor in tensors_of(program).items():
         move = schedule.move(name)
-        if tensor["move"] != "reduce" or move.resource == "none" or move.shots == 1:
+        if tensor["move"] != "reduce" or move.resource == "none":
             continue
-        if move.shots is None and _bytes(program, tensor) * int(program["world"]) <= ONE_SHOT_BYTES:
+        small = _bytes(program, tensor) * int(program["world"]) <= ONE_SHOT_BYTES
+        if move.shots == 1 or (move.shots is None and small):
+            if move.resource == "epilogue":
+                program = _by_columns(program, schedule, tensor)
             continue
         axis = _part_axis(program, schedule, tensor)
         if axis is not None:
@@ -54,6 +58,16 @@ def choose_shots(program: Op) -> Op:
                 help="store it by tiles of an axis that the world divides, or use 1",
             )
     return program
+
+
+def _by_columns(program: Op, schedule: Schedule, tensor: Op) -> Op:
+    """The program, with channels along the last axis of ``tensor`` if a single tile holds the first."""
+    dims, last = global_dims(tensor, environment(program)), len(tensor["dims"]) - 1
+    nests = [op for op in program.body if op.blocks and _stored_by(op, tensor.symbol)]
+    walked = all(_walked(nest, tensor.symbol, last) for nest in nests)
+    if last == 0 or dims[0] > schedule.tile(str(tensor["dims"][0]), 128) or not walked:
+        return program
+    return replace_declaration(program, tensor.with_attrs(part_axis=last))
 
 
 def last_store(nests: tuple[Op, ...], name: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tilelink.backend.expand import environment
 from tilelink.backend.passes.choose_shots import last_store
@@ -161,6 +162,9 @@ def _stage(program: Op, schedule: Schedule, nest: Op, prelude: tuple[Op, ...], n
     attrs = _segments(program, probe, variables, own, schedule)
     label = _label(probe, program.symbol, number)
     group = 1 if schedule.order == "row" or len(variables) != 2 else schedule.group
+    axis = int(attrs.get("axis") or 0)  # type: ignore[call-overload]
+    if variables and _single(attrs.get("segment", extents[axis]), tiles[axis], names):
+        group = 1  # there is nothing to walk together
     if schedule.flatten and any(op.name == "dot" for op in probe.walk()):
         attrs["flatten"] = True
     return make(
@@ -172,6 +176,11 @@ def _stage(program: Op, schedule: Schedule, nest: Op, prelude: tuple[Op, ...], n
         blocks=probe.blocks,
         span=nest.span,
     ).with_attrs(**attrs)
+
+
+def _single(length: Any, tile: int, names: dict[str, int]) -> bool:
+    """Whether one tile holds ``length`` elements."""
+    return (length if isinstance(length, int) else int(Expr.of(length).evaluate(names))) <= tile
 
 
 def _parallel(loop: Op) -> bool:

@@ -259,7 +259,7 @@ class Recorder(Views):
         self.plan = Plan()
         self._streams = streams
         self._group = group
-        self._host_record = host_record
+        self.host_record = host_record
         self._agents: dict[str, Agent] = {}
         self._stream: int | None = None
         self._base = self.arena.data_ptr()
@@ -428,8 +428,9 @@ class Recorder(Views):
         for name, agent in self._agents.items():
             if agent.stream is not None:
                 self._join_main((name,))
-        # Where nothing waits, nothing runs out.
-        for slot in self.image.outputs if self.image.waits else ():
+        # Where nothing waits, nothing runs out; with slots the last worker does what a guard does.
+        guarded = self.image.waits and self.image.slots == 1
+        for slot in self.image.outputs if guarded else ():
             self._guard(slot)
         self.plan.close()
         return self.plan
@@ -454,7 +455,7 @@ class Recorder(Views):
         tensor = self.tensors[slot.name]
         floating = tensor.dtype.is_floating_point
         args: tuple[object, ...] = (
-            *(self.arena, self._host_record, tensor, tensor.numel(), 1024, floating),
+            *(self.arena, self.host_record, tensor, tensor.numel(), 1024, floating),
         )
         if said := self.said():
             args += (self.peers, self.rank, said[0], self.world, True)

@@ -41,6 +41,7 @@ class Views:
         self.rank = rank
         self.world = image.world
         self.program = 0  # its number in error records
+        self.host_record = 0  # address of pinned memory for the error record; 0: there is none
         self.arena = arenas[rank].view(torch.int32)
         self.peers = peers
         self.progress_ns = int(progress * 1e9)

@@ -108,6 +108,7 @@ class AccessMachine(TileCalls):
         self.left = False
         self.begun = False  # the call, by the workers
         self.ended = False
+        self.spoiled: list[str] = []  # outputs, after an abort
 
     def start(self, arguments: Mapping[str, Any]) -> Trace:
         """Runs the kernel for arguments by parameter name."""

@@ -16,7 +16,7 @@ from tilelink.backend.validate.trace import Signal, Touch, Trace
 from tilelink.backend.validate.values import Descriptor, Ints, Name, Num, Special, full
 from tilelink.errors import Source
 
-CONTEXT = frozenset({"arena", "peers", "progress_ns", "arrival_ns", "program"})
+CONTEXT = frozenset({"arena", "peers", "progress_ns", "arrival_ns", "program", "host_record"})
 
 
 @dataclass(slots=True, eq=False)

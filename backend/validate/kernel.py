@@ -81,15 +81,27 @@ class KernelMachine(AccessMachine):
         self.context(ctx)
         return Num(self.layout.SLOT)
 
-    def on_device_end_call(self, ctx: Any, first: Any, last: Any) -> None:
+    def on_device_spoil(self, ctx: Any, host: Any, out: Any, size: Any) -> None:
+        """``device.spoil``: after an abort, by the last worker, all of an output."""
+        self.context(ctx)
+        self.special(host, "host_record")
+        plain = isinstance(out, Pointer) and not out.shape and not np.any(out.base)
+        if not plain or not self.ended or np.any((self.worker != self.workers - 1)[self.on]):
+            self.unclear("an output is spoiled by another than the last worker, or from elsewhere")
+        if size != int(np.prod(self.layout.dims[out.symbol], dtype=np.int64)):
+            self.hazard(f"after an abort a part of @{out.symbol} is spoiled")
+        self.spoiled.append(out.symbol)
+
+    def on_device_end_call(self, ctx: Any, first: Any, last: Any) -> Num:
         """``device.end_call``: every worker leaves, and all counters of the program are cleared."""
-        self.on_device_finish_arrive(ctx)
+        final = self.on_device_finish_arrive(ctx)
         self.stage = -1
         if not self.begun:
             self.hazard("a call is ended that no worker has begun")
         if (first, last) != self.layout.counter_words:
             self.hazard(f"the end of the call clears other words than {self.layout.counter_words}")
         self.ended = True
+        return final
 
     def attribute(self, value: Any, node: ast.Attribute) -> Any:
         """``ctx.epoch``, or a dotted name."""

@@ -292,6 +292,11 @@ class Validator:
         )
         if (machine.begun, machine.ended) != (self.folded, self.folded):
             self.differs(function, "the launch does not begin and end the call as the program says")
+        outputs = [
+            op.symbol for op in self.program.find("tensor") if op["role"] in ("out", "inout")
+        ]
+        if self.folded and sorted(machine.spoiled) != sorted(outputs):
+            self.differs(function, f"after an abort it spoils {machine.spoiled}, not {outputs}")
         if has_finish and not machine.left:
             self.differs(function, "the launch is not left through `finish_arrive`")
         return trace
@@ -312,6 +317,7 @@ class Validator:
                 "progress_ns": "tl.int64",
                 "arrival_ns": "tl.int64",
                 "program": "tl.int32",
+                "host_record": "tl.int64",
             }
             if value.name in typed:
                 if kind != typed[value.name]:

@@ -106,8 +106,19 @@ def cases() -> list[Case]:
         # No epilogue computes the tiles of a gathered input.
         others = [r for r in RESOURCES[1:] if (kernel, r) != ("ag_gemm", "epilogue")]
         if kernel == "gemm_rs":
-            others += ["copy_engine-folded", "sm:16-folded", "epilogue-folded"]
-        found += [Case(kernel, *shape, resource=r) for r in others for shape in shapes[:4]]
+            others += ["copy_engine-folded", "sm:16-folded", "epilogue-folded", "epilogue-slots"]
+        if kernel == "ag_gemm":
+            others += ["sm:16-slots"]
+        if kernel == "gemm_ar":
+            others += ["copy_engine-two", "sm:16-two", "sm:16-two-slots", "epilogue-two"]
+            others += ["epilogue-two-slots", "epilogue-one-slots"]
+        found += [
+            Case(kernel, *shape, resource=r)
+            for r in others
+            for shape in shapes[:4]
+            # In one shot every rank has the whole of each: of 4 MB more than a slot holds at 8 ranks.
+            if r != "epilogue-one-slots" or shape[0] * shape[2] < 1 << 20
+        ]
         found += [Case(kernel, *shapes[0], dtype=d) for d in ("fp16", "fp32")]
         found += [Case(kernel, *shape, resource="none", emitter="library") for shape in shapes]
         beside = ["copy_engine", *(["copy_engine-folded"] if kernel == "gemm_rs" else [])]
@@ -123,13 +134,16 @@ def schedule_for(case: Case, world: int) -> Any:
     op = KERNELS[case.kernel].build(
         {"M": case.M, "K": case.K, "N": case.N}, world=world, dtype=case.dtype
     )
-    # `-folded`: the sum in the epilogue of the own slice.
-    schedule = default_schedule(op).with_resource(case.resource.removesuffix("-folded"))
-    schedule = replace(schedule, emitter=case.emitter)
-    if case.resource.endswith("-folded"):
-        folded = ((n, replace(move, sum="epilogue")) for n, move in schedule.moves)
-        schedule = replace(schedule, moves=tuple(folded))
-    return schedule
+    # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots.
+    resource, *words = case.resource.split("-")
+    changes: dict[str, Any] = {"sum": "epilogue"} if "folded" in words else {}
+    if "one" in words or "two" in words:
+        changes["shots"] = 1 if "one" in words else 2
+    if words:
+        changes["slots"] = 2 if "slots" in words else 1
+    schedule = replace(default_schedule(op).with_resource(resource), emitter=case.emitter)
+    moves = tuple((name, replace(move, **changes)) for name, move in schedule.moves)
+    return replace(schedule, moves=moves)
 
 
 def inputs_for(case: Case, rank: int, world: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -392,3 +392,42 @@ for rows, columns, one, two in (
     assert torch.equal(target, wanted), (rows, columns, one, two)
 """,
     )
+
+
+def test_a_call_without_a_head_begins_ends_and_is_spoiled(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def call(arena, peers, rank, out, limit: tl.int64, program: tl.int32, host: tl.int64):
+    ctx = device.begin_call(arena, peers, rank, 2, limit, limit, program)
+    tl.store(arena + 32768, 7)
+    tl.store(out + tl.program_id(0), tl.full((), 1.0, tl.float32) * device.slot(ctx))
+    if device.end_call(ctx, 32768, 32770):
+        device.spoil(ctx, host, out, 3)
+
+host = torch.zeros(1 + layout.RECORD_WORDS, dtype=torch.int32)
+out = torch.zeros(4)
+for epoch in (1, 2, 3):
+    call[(3,)](arenas[0], peers, 0, out, 10**6, 5, host.data_ptr())
+    assert arenas[0][layout.EPOCH] == epoch and arenas[0][layout.EXITED] == 0
+    assert [int(a[layout.ARRIVED]) for a in arenas] == [epoch, epoch]
+    assert arenas[0][layout.PROGRAM] == 5 and arenas[0][32768] == 0
+    assert out.tolist() == [epoch % 2] * 3 + [0] and host[0] == 0
+# A call that was stopped: outputs are NaN, and the host has the record.
+arenas[0][layout.ABORT] = 1
+arenas[0][layout.RECORD] = 1
+arenas[0][layout.RECORD + 4] = 1024
+call[(3,)](arenas[0], peers, 0, out, 10**6, 5, host.data_ptr())
+assert out[:3].isnan().all() and out[3] == 0
+assert host[0] == 1 and host[1] == 1 and host[5] == 1024
+call[(3,)](arenas[0], peers, 0, out, 10**6, 5, 0)
+arenas[0][layout.ABORT] = 0
+# Something has overwritten the epoch.
+arenas[0][layout.EPOCH] += 3
+arenas[0][layout.RECORD : layout.RECORD + 16] = 0
+call[(1,)](arenas[0], peers, 0, out, 10**6, 5, 0)
+record = arenas[0][layout.RECORD : layout.RECORD + 11].tolist()
+assert record[0] == 1 and record[9] == 4 and record[4] == layout.EPOCH, record
+""",
+    )

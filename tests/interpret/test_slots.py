@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.assurance import faults_interpreted
+from tests.interpret.test_plan import record
 from tilelink import kernels
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import interpret
@@ -54,6 +55,15 @@ def test_calls_in_a_row_are_right(
             right = list(total.chunk(world)) if kernel == "gemm_rs" else [total] * world
         for got, want in zip(ranks, right, strict=True):
             assert torch.equal(got["C"], want)
+
+
+def test_a_call_is_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = kernels.gemm_ar.build({"M": 16, "K": 16, "N": 64}, world=2)
+    move = Move(resource="epilogue", shots=2, slots=2)
+    program = compile_kernel(op, Schedule(workers=5, moves=(("C", move),)))
+    recorded, log, _ = record(program, 0, monkeypatch)
+    recorded.enqueue(1)
+    assert log == [("kernel", "gemm_ar", 5)]
 
 
 def test_programs_in_turn_on_the_arenas_of_a_group(tmp_path: Path) -> None:

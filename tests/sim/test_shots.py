@@ -144,3 +144,15 @@ def test_mutants_of_the_text_of_two_shots_are_refused() -> None:
     for mutant in found:
         with pytest.raises(EmittedError):
             validate(read_module(Source("emitted.py", mutant.text)), program)
+
+
+@pytest.mark.parametrize(("m", "n", "world"), ((64, 768, 2), (24, 72, 8), (33, 40, 4)))
+def test_columns_that_workers_copy_are_rows_of_them(m: int, n: int, world: int) -> None:
+    """Parts of columns that no power of two is as wide as: each copy has all rows of its tile."""
+    op = kernels.gemm_ar.build({"M": m, "K": 24, "N": n}, world=world)
+    for slots in (1, 2):
+        move = Move(resource="sm:4", shots=2, slots=slots)
+        tiles = (("K", 32), ("M", 128), ("N", 256))
+        program = compile_kernel(op, Schedule(tiles=tiles, workers=8, moves=(("C", move),)))
+        assert program.declared("C")["part_axis"] == 1
+        validate(read_module(Source("emitted.py", emit(program))), program)

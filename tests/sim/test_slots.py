@@ -23,7 +23,7 @@ from tilelink.schedules import Move, Schedule, ScheduleError
 
 # Each rank writes into the next one alone, and hears from the one before.
 RING = """
-program @ring {bytes = 17041408, slots = 2, world = 3} do {
+program @ring {bytes = 33818624, slots = 2, world = 3} do {
   extent @N {value = 16}
   tensor @A {dims = [N], dtype = "fp32", move = "local", role = "in"}
   tensor @C {dims = [N], dtype = "fp32", move = "local", role = "out"}
@@ -127,7 +127,7 @@ def test_slots_and_a_folded_head_come_together(old: str, new: str) -> None:
         verify(parse_ir(text.replace(old, new, 1)))
 
 
-@pytest.mark.parametrize("place", ("offset = 16777216", "offset = 16777200", "offset = 67584"))
+@pytest.mark.parametrize("place", ("offset = 33554432", "offset = 33554416", "offset = 67584"))
 def test_places_outside_of_a_slot_are_refused(place: str) -> None:
     text = RING.replace("world = 3", "world = 2").replace("RANK + 2", "RANK + 1")
     old = "offset = 4096" if place.endswith("67584") else "offset = 262144"
@@ -150,12 +150,16 @@ def test_slots_are_of_all_moved_tensors_and_of_workers_alone() -> None:
 
 EDITS = (
     r" \+ slot \* 15872",
-    r" \+ slot \* 16777216",
+    r" \+ slot \* 33554432",
     (r"slot \* 15872", "(slot + 1) * 15872"),
     (r"slot = device\.slot\(ctx\)", "slot = 0"),
     (r"slot = device\.slot\(ctx\)", "slot = 1"),
     (r"device\.end_call\(ctx, (\d+), \d+\)", r"device.end_call(ctx, \1, \1)"),
-    (r"device\.end_call\(.*\)", "pass"),
+    (r"if device\.end_call\(.*\):", "if rank == 0:"),
+    (r"device\.spoil\(.*\)", "pass"),
+    (r"(device\.spoil\(.*), \d+\)", r"\1, 1)"),
+    (r"device\.spoil\(ctx, host_record, C_ptr", "device.spoil(ctx, host_record, A_ptr"),
+    (r"    device\.spoil\(", "device.spoil("),
     (r"begin_call\(arena, (.*), program\)", r"context(arena, \1)"),
     (r"call\.launch\((.*)after=\(\)", r'call.launch(\1after=("head",)'),
     (r"rank = call\.rank", "rank = call.rank\n    call.head(ack_wait=False)"),
@@ -170,6 +174,6 @@ def test_an_edit_of_the_text_is_refused(edit: str | tuple[str, str]) -> None:
     old, new = (edit, "") if isinstance(edit, str) else edit
     start = text.index("@triton.jit")
     changed, count = re.subn(old, new, text[start:], count=1)
-    assert count == 1
+    assert count == 1 and changed != text[start:]
     with pytest.raises(EmittedError):
         validate(read_module(Source("emitted.py", text[:start] + changed)), program)

@@ -28,6 +28,7 @@ from tilelink.device.program import (
     notify_kernel,
     queue_next,
     slot,
+    spoil,
     wait_kernel,
 )
 from tilelink.device.signal import (
@@ -81,6 +82,7 @@ __all__ = [
     "rank_notify",
     "rank_wait",
     "slot",
+    "spoil",
     "tanh",
     "tile_pull_data",
     "tile_push_data",

@@ -11,10 +11,12 @@ from tilelink.device.signal import (
     EPOCH,
     MAX_WORLD,
     PROGRAM,
+    RECORD,
     Context,
     _abort,
     _words,
     context,
+    drain_tma_stores,
     peer_tile_wait,
     rank_notify,
     rank_wait,
@@ -23,6 +25,7 @@ from tilelink.ir import layout
 
 EXITED = tl.constexpr(layout.EXITED)
 SAID = tl.constexpr(layout.SAID)
+RECORD_WORDS = tl.constexpr(layout.RECORD_WORDS)
 ADVANCE = tl.constexpr(1 << 20)
 _CLEAR = tl.constexpr(1024)
 
@@ -167,15 +170,39 @@ def slot(ctx):
 @triton.jit
 def end_call(ctx, first, last):
     """Leave the last stage. The last CTA to do so clears the counter words [``first``, ``last``) and stores
-    the epoch: the next call finds everything as :func:`begin_call` wants it."""
+    the epoch: the next call finds everything as :func:`begin_call` wants it. True for that CTA."""
+    # What this CTA stores must not land behind what the last one makes of it; see :func:`spoil`.
+    drain_tma_stores()
     tl.debug_barrier()
     left = tl.atomic_add(ctx.arena + EXITED, 1, sem="acq_rel", scope="gpu")
-    if left == tl.num_programs(0) - 1:
+    final = left == tl.num_programs(0) - 1
+    if final:
         for start in range(first, last, _CLEAR):
             words = start + tl.arange(0, _CLEAR)
             tl.store(ctx.arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
         tl.store(ctx.arena + EXITED, 0)
         tl.store(ctx.arena + EPOCH, ctx.epoch)
+    return final
+
+
+@triton.jit
+def spoil(ctx, host, out, size):
+    """By the last CTA, in place of a guard kernel: where this call was stopped, fills ``out``, ``size``
+    elements, with NaN (-1 for integers), and writes 1 and the error record to pinned memory at ``host``
+    (int64; 0: there is none)."""
+    if tl.atomic_add(ctx.arena + ABORT, 0, sem="acquire", scope="sys") != 0:
+        floating: tl.constexpr = out.dtype.element_ty.is_floating()
+        value = float("nan") if floating else -1
+        filled = tl.full((_CLEAR,), value, out.dtype.element_ty)
+        for start in range(0, size, _CLEAR):
+            offsets = tl.cast(start, tl.int64) + tl.arange(0, _CLEAR)
+            tl.store(out + offsets, filled, mask=offsets < size)
+        if host != 0:
+            record = host.to(tl.pointer_type(tl.int32), bitcast=True)
+            words = tl.arange(0, RECORD_WORDS)
+            tl.store(record + 1 + words, tl.load(ctx.arena + RECORD + words))
+            tl.debug_barrier()
+            tl.store(record, 1)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ FLAGS: Final = 4 * 1024  # byte offset of the flag area
 FLAG_BYTES: Final = 124 * 1024
 # Of a program with two slots: how far the flags and the buffers of odd calls lie behind those of even ones.
 SLOT_FLAGS: Final = FLAG_BYTES // 2
-SLOT_BYTES: Final = 16 << 20
+SLOT_BYTES: Final = 32 << 20
 COUNTERS: Final = 128 * 1024  # byte offset of the counter area
 COUNTER_BYTES: Final = 128 * 1024
 DATA: Final = 256 * 1024  # byte offset of buffers

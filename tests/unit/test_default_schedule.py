@@ -1,0 +1,49 @@
+"""The schedule that a kernel has where nobody gives one: tiles that fill a GPU, and how sums travel."""
+
+from __future__ import annotations
+
+import pytest
+
+from tilelink import kernels
+from tilelink.backend.pipeline import run_passes
+from tilelink.schedules import Schedule, default_schedule
+
+
+def chosen(kernel: str, m: int, k: int, n: int, world: int = 8, dtype: str = "bf16") -> Schedule:
+    op = getattr(kernels, kernel).build({"M": m, "K": k, "N": n}, world=world, dtype=dtype)
+    schedule = default_schedule(op)
+    run_passes(op, schedule)  # the passes take it
+    return schedule
+
+
+@pytest.mark.parametrize("m", (1, 16, 32, 64, 128, 256, 1024))
+@pytest.mark.parametrize("world", (4, 8))
+def test_small_products_have_tiles_for_all_sms(m: int, world: int) -> None:
+    schedule = chosen("gemm_ar", m, 3584, 8192, world)
+    tiles = dict(schedule.tiles)
+    assert -(-m // tiles["M"]) * (8192 // tiles["N"]) >= 100
+    assert tiles["M"] <= max(16, 2 * m)
+    move = schedule.move("C")
+    assert move.resource == "epilogue"
+    # 16 MiB land twice, which is more than a slot holds.
+    assert move.slots == (1 if m == 1024 else 2)
+
+
+def test_a_tile_does_not_reach_past_the_block_of_a_rank() -> None:
+    for kernel in ("gemm_rs", "ag_gemm"):
+        for m in (128, 256, 512, 1024):
+            tiles = dict(chosen(kernel, m, 3584, 8192).tiles)
+            assert tiles["M"] == min(128, m // 8)
+
+
+def test_what_does_not_fill_a_gpu_keeps_large_tiles_and_one_slot() -> None:
+    schedule = chosen("gemm_ar", 512, 128, 256, 4)
+    assert dict(schedule.tiles) == {"K": 64, "M": 128, "N": 256}
+    assert schedule.move("C").slots == 1
+
+
+def test_large_sums_go_by_copy_engine() -> None:
+    assert chosen("gemm_ar", 8192, 3584, 8192).move("C").resource == "copy_engine"
+    assert chosen("gemm_rs", 8192, 3584, 8192).move("C").resource == "copy_engine"
+    assert chosen("gemm_rs", 1024, 3584, 8192).move("C").slots == 2
+    assert chosen("ag_gemm", 1024, 8192, 7168).move("A").resource == "copy_engine"
