@@ -111,12 +111,13 @@ def _specialised(kernel: Any, args: tuple[Any, ...]) -> Iterator[object]:
 
 
 def _plain(argument: Any) -> Any:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Gluon
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr()
-    if isinstance(argument, TensorDescriptor):
-        plain = object.__new__(TensorDescriptor)
+    if isinstance(argument, TensorDescriptor | Gluon):
+        plain = object.__new__(type(argument))
         plain.__dict__.update(argument.__dict__)
         plain.base = Pointer(argument.base)
         return plain
@@ -267,7 +268,8 @@ class Recorder(Views):
 
     def head(self, ack_wait: bool = True) -> None:
         """Begins the call: epoch, arrival, counters, and the wait for the acknowledgements."""
-        self._launch(compile_launch(head_kernel, 1, self.head_arguments(ack_wait), num_warps=4))
+        if not self.image.quiet:
+            self._launch(compile_launch(head_kernel, 1, self.head_arguments(ack_wait), num_warps=4))
         self._end("head", None)
 
     def launch(
