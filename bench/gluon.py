@@ -28,10 +28,10 @@ prepare()
 
 import torch  # noqa: E402
 
-from bench.measure import relative_error  # noqa: E402
 from tilelink.errors import TilelinkError  # noqa: E402
 from tilelink.kernels import ag_gemm, ag_gemm_swiglu  # noqa: E402
 from tilelink.schedules import Schedule  # noqa: E402
+from tilelink.tuning.timing import relative_error  # noqa: E402
 
 Run = Callable[[int], torch.Tensor]
 CASES = (

@@ -121,8 +121,8 @@ def _statements(editor: Editor, function: ast.FunctionDef) -> Iterator[Mutant]:
                 other = editor.bytes[begin:end]
                 both = all(EVENT.search(c.decode()) for c in (code, other))
                 # Two loads in a row may stand in either order.
-                loads = all(b".load(" in c or b"roles.fetch(" in c for c in (code, other))
-                if both and not loads:
+                alike = all(b".load(" in c or b"roles.fetch(" in c for c in (code, other))
+                if both and not alike:
                     swapped = editor.bytes[:first] + other + editor.bytes[last:begin] + code
                     yield Mutant(
                         "swap", node.lineno, shown, (swapped + editor.bytes[end:]).decode()

@@ -426,7 +426,9 @@ def target(scope: Scope, op: Op) -> tuple[str, str] | None:
         return None
     for axis in pair:
         assert axis.dim is not None
-        if not axis.dim.exact and not (axis.dim.ends and axis.own_start):
+        # A run-time extent may end before the memory does.
+        ends = axis.dim.ends and axis.own_start and not scope.program.dynamic
+        if not axis.dim.exact and not ends:
             return None
     return pair[0].start, pair[1].start
 

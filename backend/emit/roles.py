@@ -24,12 +24,12 @@ from tilelink.backend.emit.loops import (
 )
 from tilelink.backend.emit.scope import TL_DTYPE, Dim, Program, Scope, item_bytes, origin, refuse
 from tilelink.backend.emit.text import Writer, identifier
-from tilelink.backend.passes.bind_emitter import HALVES, Product, Unfit, split_product
+from tilelink.backend.passes.bind_emitter import Product, Unfit, split_product
 from tilelink.ir import At, Expr, Op, Value
+from tilelink.schedules.roles import HALVES, LEAST_ROOM
 
 SHARED_LIMIT = 232_448  # bytes of shared memory a CTA of sm_90 can have
 _BARRIERS = 1024  # of mbarriers and what the compiler keeps beside them
-_LEAST_ROOM = 32  # columns of the narrowest piece in which a tile leaves
 GROUP_WARPS = 4
 REGISTERS = (232, 40)
 
@@ -381,7 +381,7 @@ class Roles:
         if found:
             ((rows, columns, dtype),) = found
             width = min(columns, 256)
-            while 2 * rows * width * item_bytes(dtype) > left and width > _LEAST_ROOM:
+            while 2 * rows * width * item_bytes(dtype) > left and width > LEAST_ROOM:
                 width //= 2
             self.room = ((rows, width), dtype)
             left -= 2 * rows * width * item_bytes(dtype)

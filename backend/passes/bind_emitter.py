@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from tilelink.backend.passes.common import schedule_of
 from tilelink.ir import Block, Op, Ref, Value, make
 from tilelink.schedules import ScheduleError
-
-GROUP_ROWS = 64  # rows of a tile that a warp group multiplies at a time
-GROUP_FP32 = 128 * 128  # accumulators that the registers of one warp group hold
-PRODUCT_WARPS = 8  # two warp groups multiply
-TURNS, HALVES = "turns", "halves"
+from tilelink.schedules.roles import GROUP_ROWS, HALVES, PRODUCT_WARPS, roles_of
 
 _BEFORE = frozenset({"wait", "zeros", "full", "constant", "param"})
 _INSIDE = frozenset({"load", "transpose", "dot", "yield"})
@@ -107,23 +103,20 @@ def _check_dot(op: Op, made: dict[str, Op], names: tuple[str, str, str]) -> None
         raise Unfit(op, "a product added to something that the loop loads")
 
 
-def roles_of(stage: Op, product: Product) -> str:
-    """``turns`` where a warp group's registers hold a tile's sums, ``halves`` where those of two do."""
+def _shared_by(stage: Op, product: Product) -> str:
+    """How two groups share the tiles of a stage; Unfit where they cannot."""
     rows, columns = (int(n) for n in stage["tile"])
-    sums = rows * columns * len(product.loop.results)
-    if rows % GROUP_ROWS == 0 and sums <= GROUP_FP32:
-        return TURNS
-    if rows % (2 * GROUP_ROWS) or sums > 2 * GROUP_FP32:
-        detail = f"a tile of {rows} x {columns} with {len(product.loop.results)} sums"
+    sums = len(product.loop.results)
+    roles = roles_of(rows, columns, sums)
+    if roles is None:
+        detail = f"a tile of {rows} x {columns} with {sums} sum{'s' * (sums > 1)}"
         raise Unfit(stage, f"{detail}, which two warp groups of {GROUP_ROWS} rows cannot hold")
-    for top in product.epilogue:
+    for top in product.epilogue if roles == HALVES else ():
         for op in top.walk():
-            if (
-                op.name in _REDUCE
-                and op.operands[0].type.shape[int(op["axis"])] == stage.args[0].name
-            ):
+            along = op.operands[0].type.shape[int(op["axis"])] if op.name in _REDUCE else ""
+            if along == stage.args[0].name:
                 raise Unfit(op, "a reduction over rows of which each warp group has half")
-    return HALVES
+    return roles
 
 
 def bind_emitter(program: Op) -> Op:
@@ -153,6 +146,13 @@ def bind_emitter(program: Op) -> Op:
             field="warps",
             detail=f"{schedule.warps} warps, of which a Gluon kernel has {PRODUCT_WARPS} multiply",
             help=f"use {PRODUCT_WARPS}, or the emitter triton",
+        )
+    if program.get("slots") is not None:
+        raise ScheduleError(
+            program.span,
+            field="emitter",
+            detail="`gluon` has no kernel that begins and ends a call by itself",
+            help="use triton, or `slots = 1`",
         )
     if not any(op.name == "dot" for op in program.walk()):
         raise ScheduleError(
@@ -213,7 +213,7 @@ def _roles(stage: Op) -> str:
     """How warp groups share the tiles of a stage; the empty text where it multiplies nothing."""
     try:
         if any(op.name == "dot" for op in stage.walk()):
-            return roles_of(stage, split_product(stage))
+            return _shared_by(stage, split_product(stage))
         if stage.get("workers") is not None:
             raise Unfit(stage, "workers that copy beside those that multiply")
     except Unfit as unfit:

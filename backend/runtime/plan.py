@@ -95,13 +95,15 @@ _compiled: dict[tuple[object, ...], Any] = {}
 
 def _specialised(kernel: Any, args: tuple[Any, ...]) -> Iterator[object]:
     """What of a kernel's arguments Triton compiles in: kinds, alignments, numbers unless told not to."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Gluon
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     for parameter, value in zip(kernel.params, args, strict=False):
         if isinstance(value, torch.Tensor):
             yield value.dtype, value.data_ptr() % 16 == 0
-        elif isinstance(value, TensorDescriptor):
-            yield value.base.dtype, tuple(value.block_shape), value.padding
+        elif isinstance(value, TensorDescriptor | Gluon):
+            laid_out = repr(value.layout) if isinstance(value, Gluon) else ""
+            yield value.base.dtype, tuple(value.block_shape), value.padding, laid_out
         elif isinstance(value, int) and parameter.do_not_specialize:
             yield int, -(1 << 31) <= value < 1 << 31, value >= 1 << 63
         elif isinstance(value, float) and not parameter.is_constexpr:
