@@ -39,7 +39,7 @@ from tilelink.backend.validate import (
 from tilelink.backend.verify import CoverError, UndecidedError, verify
 from tilelink.errors import Source
 from tilelink.ir import Op, parse_ir, print_ir
-from tilelink.kernels import ag_gemm, gemm_rs
+from tilelink.kernels import ag_gemm, gemm_ar, gemm_rs
 from tilelink.schedules import Move, Schedule, ScheduleError
 
 TURNS, HALVES, RS, SWIGLU = CASES[1], CASES[2], CASES[6], CASES[5]
@@ -135,6 +135,13 @@ def test_kernels_of_another_form_are_refused(
 ) -> None:
     with pytest.raises(ScheduleError, match=says):
         run_passes(kernel.build(shape, {}, 2), Schedule(emitter="gluon"))
+
+
+def test_two_slots_are_refused() -> None:
+    kernel = gemm_ar.build({"M": 256, "N": 256, "K": 128}, {}, 2)
+    move = Move(resource="epilogue", slots=2)
+    with pytest.raises(ScheduleError, match="begins and ends a call"):
+        run_passes(kernel, Schedule(emitter="gluon", moves=(("C", move),)))
 
 
 def test_a_ring_that_does_not_fit_is_refused() -> None:
