@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from tilelink.errors import TilelinkError
 
 ORDERS = ("auto", "row", "grouped", "arrival", "departure")
-# Who makes the code of a stage: `library` runs plain matrix products as the vendor's library does.
-EMITTERS = ("triton", "library")
+# Who makes the code of a stage: `gluon` gives warps roles, `library` runs plain matrix products as the
+# vendor's library does.
+EMITTERS = ("triton", "gluon", "library")
 MAX_TILE = 2**20
 MAX_STAGES = 16
 MAX_WORKERS = 2**13
@@ -108,9 +109,11 @@ class Schedule:
     ``tiles``: tile length of each extent by name. ``order``: order of the tiles; ``auto`` starts with
     what is here for a gather and ends with the own slice for a scatter. ``group``: rows of tiles
     walked together for the L2 cache. ``workers``: persistent CTAs. ``warps``, ``stages``: of the
-    Triton kernel. ``emitter``: ``triton``, or ``library``: loop nests that are one plain matrix product
-    run as cuBLAS, the rest as with ``triton``. ``flatten``: one loop over tiles and steps of the main
-    loop. ``moves``: a :class:`Move` for each moved tensor by name.
+    Triton kernel. ``emitter``: ``triton``; ``gluon``: matrix products run as kernels whose warps have
+    roles, ``warps`` then those that multiply and ``stages`` the slots of the ring that they are fed
+    from; ``library``: loop nests that are one plain matrix product run as cuBLAS; with both, the rest
+    as with ``triton``. ``flatten``: one loop over tiles and steps of the main loop. ``moves``: a
+    :class:`Move` for each moved tensor by name.
     """
 
     tiles: tuple[tuple[str, int], ...] = ()

@@ -18,6 +18,7 @@ from tilelink.schedules import schedule as schedules
 from tilelink.schedules.costs import Code, Task, library_us, task_us
 from tilelink.schedules.default import default_schedule, product_extents
 from tilelink.schedules.machine import Machine
+from tilelink.schedules.roles import PRODUCT_WARPS, roles_of, room_bytes
 from tilelink.schedules.schedule import Move, Schedule, ScheduleError
 
 SHARED_BYTES = 232_448  # of a CTA of sm_90
@@ -235,6 +236,8 @@ def legal(product: Product | None, schedule: Schedule) -> bool:
     """Whether a schedule fits the GPU as far as can be told without compiling it."""
     if product is None or schedule.emitter == "library":
         return True
+    if schedule.emitter == "gluon":
+        return _has_roles(product, schedule)
     m, n, _ = product.tile(schedule)
     if schedule.warps * 32 * ACCUMULATORS < m * n * product.dots:
         return False
@@ -242,6 +245,18 @@ def legal(product: Product | None, schedule: Schedule) -> bool:
     if schedule.warps * 16 > max(m, 64) * max(1, n // 32):
         return False
     return product.shared_bytes(schedule) <= SHARED_BYTES - SHARED_RESERVE
+
+
+def _has_roles(product: Product, schedule: Schedule) -> bool:
+    """Whether two warp groups can share the tiles, and a ring of them and what leaves fit together."""
+    (m, n, k), size = product.tile(schedule), DTYPES[product.dtype]
+    roles = roles_of(m, n, product.dots)
+    if roles is None or schedule.warps != PRODUCT_WARPS or size != DTYPES["bf16"]:
+        return False
+    if any(move.sm_workers or move.slots != 1 for _, move in schedule.moves):
+        return False
+    ring = schedule.stages * (m * k + product.dots * k * n) * size
+    return ring + room_bytes(m, roles, size) <= SHARED_BYTES - SHARED_RESERVE
 
 
 def estimate_us(product: Product | None, schedule: Schedule, machine: Machine) -> float:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 EVENT = re.compile(
     r"device\.\w*(wait|notify|push|queue|finish|drain|pointer|context)|\.load\(|\.store\(|tl\.load\("
     r"|tl\.store\(|tl\.dot\(|call\.(head|transfer|notify|wait|launch|collective)|pending ="
+    r"|roles\.(ring|turns|pair|tiles|claim|fetch|take|give|turn|pass_turn|meet|store)\(|hopper\."
+    r"|number \+=|step \+=|at \+=|met \+=|warp_specialize"
 )
 FLIPS = {ast.FloorDiv: "%", ast.Mod: "//", ast.Add: "-", ast.Sub: "+"}
 COMPARE = {ast.Lt: "<=", ast.LtE: "<", ast.Eq: "!=", ast.NotEq: "==", ast.GtE: ">"}
@@ -118,7 +120,9 @@ def _statements(editor: Editor, function: ast.FunctionDef) -> Iterator[Mutant]:
                 begin, end = editor.lines(after)
                 other = editor.bytes[begin:end]
                 both = all(EVENT.search(c.decode()) for c in (code, other))
-                if both and not (b".load(" in code and b".load(" in other):
+                # Two loads in a row may stand in either order.
+                alike = all(b".load(" in c or b"roles.fetch(" in c for c in (code, other))
+                if both and not alike:
                     swapped = editor.bytes[:first] + other + editor.bytes[last:begin] + code
                     yield Mutant(
                         "swap", node.lineno, shown, (swapped + editor.bytes[end:]).decode()

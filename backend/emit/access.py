@@ -147,7 +147,7 @@ def place(
             continue
         start = _plus(axis.start, token)
         token = ""
-        text = axis.vector or f"tl.arange(0, {axis.dim.block})"
+        text = axis.vector or scope.lanes(axis.name, axis.dim.block, position, rank)
         if start != "0":
             text = f"{start} + {text}"
         if big:
@@ -159,7 +159,8 @@ def place(
         vectors.append(f"{name}{lift}" if stride == "1" else f"{name}{lift} * {stride}")
         if not axis.dim.exact:
             if axis.vector:
-                mask = f"tl.arange(0, {axis.dim.block}) < {axis.dim.length}"
+                lanes = scope.lanes(axis.name, axis.dim.block, position, rank)
+                mask = f"{lanes} < {axis.dim.length}"
             elif axis.own_start and axis.dim.stop:
                 mask = f"{name} < {axis.dim.stop}"
             else:
@@ -375,6 +376,87 @@ def _strays(pair: list[Axis], placed: Mapping[int, str]) -> frozenset[str]:
     return frozenset(found)
 
 
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A TMA load of a main loop as text: a descriptor and where in it; the block and its element type.
+
+    ``holder`` is a descriptor with the same block, whichever is read.
+    """
+
+    source: str
+    row: str
+    column: str
+    block: tuple[int, ...]
+    dtype: str
+    holder: str
+
+
+def box(scope: Scope, op: Op) -> Box:
+    """The box that a load of a main loop reads; CannotEmit where TMA cannot read it."""
+    ref, type_ = op.ref, op.results[0].type
+    assert ref is not None
+    choice: Choice | None = scope.chosen.pop(id(op), None)
+    block = scope.blocks(type_)
+    placed = choice.starts if choice is not None else {}
+    sides = (ref,) if choice is None else (ref, op["own"])
+    pairs = [_tma_load(scope, op, side, block, placed) for side in sides]
+    if pairs[0] is None or None in pairs:
+        raise refuse(op, "a load of a main loop with roles that TMA cannot make")
+    if scope.program.symbols[ref.symbol]["dtype"] != type_.dtype:
+        raise refuse(op, "a load of a main loop with roles that converts")
+    rows, cols = pairs[0]
+    holder = descriptor(scope, ref.symbol, block)
+    token = "" if choice is not None else _token(scope, ref.symbol)
+    row, column, source = _plus(rows.start, token), cols.start, holder
+    if choice is not None:
+        row, column = choice.starts.get(0, row), choice.starts.get(1, column)
+        source = choice.source
+    return Box(source, row, column, block, type_.dtype, holder)
+
+
+def target(scope: Scope, op: Op) -> tuple[str, str] | None:
+    """Row and column at which a tile is stored through TMA; None where it must go by addresses.
+
+    Past the end of the tensor TMA writes nothing; past the end of a segment inside of it, it would.
+    """
+    ref = op.ref
+    assert ref is not None
+    pair = _tma(scope, op, ref, scope.blocks(op.operands[0].type))
+    if pair is None:
+        return None
+    for axis in pair:
+        assert axis.dim is not None
+        # A run-time extent may end before the memory does.
+        ends = axis.dim.ends and axis.own_start and not scope.program.dynamic
+        if not axis.dim.exact and not ends:
+            return None
+    return pair[0].start, pair[1].start
+
+
+def scatter(scope: Scope, op: Op, text: str) -> None:
+    """``store`` of the tile ``text`` by addresses, masked where the tile may be short."""
+    ref = op.ref
+    assert ref is not None
+    label = f"{identifier_of(ref.symbol)}_to"
+    at = place(scope, op, label, _there(scope, op) or base(scope, ref.symbol), ref)
+    args = [at.pointers, text]
+    if at.mask:
+        args.append(f"mask={at.mask}")
+    scope.writer.call("tl.store(", args)
+
+
+def _there(scope: Scope, op: Op) -> str:
+    """The name of a pointer to the peer's copy of what is stored to; empty for this rank's."""
+    peer = op.get("peer")
+    if peer is None:
+        return ""
+    assert op.ref is not None
+    far = base(scope, op.symbol, scope.expr(peer))
+    name = scope.writer.let(f"{identifier_of(op.symbol)}_peer", far)
+    scope.used.add(name)
+    return name
+
+
 def contracted(ops: tuple[Op, ...]) -> frozenset[str]:
     """Dimensions that some product sums over: an element past the end would count."""
     dots = (op for top in ops for op in top.walk() if op.name == "dot")
@@ -392,15 +474,11 @@ def store(scope: Scope, op: Op) -> None:
     decl = scope.program.symbols[ref.symbol]
     text = scope.names[value.name]
     peer = op.get("peer")
-    where = ""
     block = scope.blocks(value.type)
     if peer is not None and _boxed_at_peer(scope, op, ref, block):
         _store_to_peer(scope, op, ref, block)
         return
-    if peer is not None:
-        far = base(scope, ref.symbol, scope.expr(peer))
-        where = scope.writer.let(f"{identifier_of(ref.symbol)}_peer", far)
-        scope.used.add(where)
+    where = _there(scope, op)
     if decl["dtype"] != value.type.dtype and value.name not in scope.literals:
         text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
     if not value.type.shape:
@@ -678,7 +756,7 @@ def _relative(scope: Scope, label: str, found: list[Axis]) -> tuple[str, str]:
     masks: list[str] = []
     for position, axis in enumerate(live):
         assert axis.dim is not None
-        lanes = f"tl.arange(0, {axis.dim.block})"
+        lanes = scope.lanes(axis.name, axis.dim.block, position, len(live))
         lift = _lift(position, len(live))
         vectors.append(_times(f"{lanes}{lift}", scope.expr(axis.stride, 5)))
         if not axis.dim.exact:

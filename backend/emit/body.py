@@ -51,10 +51,12 @@ _SYNC = frozenset({"wait", "notify", "transfer"})
 def ops(scope: Scope, body: tuple[Op, ...]) -> None:
     """The ops of one block."""
     for op in body:
-        _OPS.get(op.name, _elementwise)(scope, op)
+        handler = scope.over.get(op.name) or _OPS.get(op.name, _elementwise)
+        handler(scope, op)
 
 
-def _assign(scope: Scope, op: Op, text: str, dirty: frozenset[str] | None = None) -> None:
+def assign(scope: Scope, op: Op, text: str, dirty: frozenset[str] | None = None) -> None:
+    """Gives the result of ``op`` a name and ``text`` for its value; ``dirty``: where it may be short."""
     value = op.results[0]
     name = scope.define(value)
     scope.writer.assign(name, text, origin(op.span))
@@ -73,7 +75,7 @@ def _elementwise(scope: Scope, op: Op) -> None:
     if op.name in ("maximum", "minimum", "pow") or op.name in _INFIX:
         if len(op.operands) != 2:
             raise refuse(op, f"`{op.name}` of {len(op.operands)} operands")
-        left, right = (scope.wide(v) for v in op.operands)
+        left, right = (scope.wide(v, len(type_.shape)) for v in op.operands)
         if op.name == "div" and type_.dtype in ("bf16", "fp16", "fp32"):
             left, right = (_floating(v, t) for v, t in zip(op.operands, (left, right), strict=True))
         if op.name in _INFIX:
@@ -87,14 +89,14 @@ def _elementwise(scope: Scope, op: Op) -> None:
         text = f"{scope.names[op.operands[0].name]} == 0"
     elif op.name == "where":
         chosen, *sides = op.operands
-        left, right = (scope.wide(v) for v in sides)
+        left, right = (scope.wide(v, len(type_.shape)) for v in sides)
         text = f"tl.where({scope.names[chosen.name]}, {left}, {right})"
     else:
         raise refuse(op, f"the op `{op.name}`")
     if narrow:
         text = f"{text if text.endswith(')') and one_call(text) else f'({text})'}"
         text += f".to({TL_DTYPE[type_.dtype]})"
-    _assign(scope, op, text)
+    assign(scope, op, text)
 
 
 def _floating(value: Value, text: str) -> str:
@@ -107,7 +109,7 @@ def _cast(scope: Scope, op: Op) -> None:
     text = name if source.type.dtype == target else f"tl.cast({name}, {TL_DTYPE[target]})"
     if source.type.shape and source.type.dtype != target:
         text = f"{name}.to({TL_DTYPE[target]})"
-    _assign(scope, op, text, scope.stray(source))
+    assign(scope, op, text, scope.stray(source))
 
 
 def _fill(scope: Scope, op: Op) -> None:
@@ -117,19 +119,20 @@ def _fill(scope: Scope, op: Op) -> None:
     blocks = scope.blocks(type_)
     shape = f"({', '.join(map(str, blocks))}{',' * (len(blocks) == 1)})"
     if op.name == "zeros":
-        _assign(scope, op, f"tl.zeros({shape}, {dtype})", frozenset())
+        assign(scope, op, f"tl.zeros({shape}, {dtype})", frozenset())
     else:
         dirty = None if value else frozenset[str]()
-        _assign(scope, op, f"tl.full({shape}, {_number(value)}, {dtype})", dirty)
+        assign(scope, op, f"tl.full({shape}, {number(value)}, {dtype})", dirty)
 
 
-def _number(value: object) -> str:
+def number(value: object) -> str:
+    """A constant as Python."""
     text = repr(value).replace("e+", "e")
     return f'float("{text}")' if text in ("inf", "-inf", "nan") else text
 
 
 def _constant(scope: Scope, op: Op) -> None:
-    scope.names[op.results[0].name] = _number(op["value"])
+    scope.names[op.results[0].name] = number(op["value"])
     scope.literals.add(op.results[0].name)
 
 
@@ -143,12 +146,12 @@ def _param(scope: Scope, op: Op) -> None:
 def _index(scope: Scope, op: Op) -> None:
     dim = scope.dims[op.operands[0].name]
     start = "" if dim.start == "0" else f"{dim.start} + "
-    _assign(scope, op, f"{start}tl.arange(0, {dim.block})")
+    assign(scope, op, f"{start}{scope.lanes(op.operands[0].name, dim.block)}")
 
 
 def _bound(scope: Scope, op: Op) -> None:
     dim = scope.dims[op.operands[0].name]
-    _assign(scope, op, dim.start if op["which"] == "start" else dim.stop)
+    assign(scope, op, dim.start if op["which"] == "start" else dim.stop)
 
 
 def _clean(scope: Scope, value: Value, axis: int, neutral: str = "0.0") -> str:
@@ -157,7 +160,7 @@ def _clean(scope: Scope, value: Value, axis: int, neutral: str = "0.0") -> str:
     dim = scope.dim(value.type.shape[axis])
     rank = len(value.type.shape)
     lift = ", ".join(":" if i == axis else "None" for i in range(rank))
-    mask = f"tl.arange(0, {dim.block}) < {dim.length}"
+    mask = f"{scope.lanes(value.type.shape[axis], dim.block)} < {dim.length}"
     lifted = f"({mask})[{lift}]" if rank > 1 else mask
     if value.type.dtype in ("int32", "int64"):
         neutral = {"0.0": "0", 'float("-inf")': "-2147483648"}.get(neutral, "2147483647")
@@ -186,18 +189,18 @@ def _dot(scope: Scope, op: Op) -> None:
     text = f"tl.dot({', '.join(texts)})"
     if result.dtype != "fp32":
         text += f".to({TL_DTYPE[result.dtype]})"
-    _assign(scope, op, text, dirty)
+    assign(scope, op, text, dirty)
 
 
 def _transpose(scope: Scope, op: Op) -> None:
-    _assign(scope, op, f"tl.trans({scope.names[op.operands[0].name]})", _operand_dirt(scope, op))
+    assign(scope, op, f"tl.trans({scope.names[op.operands[0].name]})", _operand_dirt(scope, op))
 
 
 def _expand(scope: Scope, op: Op) -> None:
     rank = len(op.results[0].type.shape)
     axis = int(op["axis"]) % rank
     lift = ", ".join("None" if i == axis else ":" for i in range(rank))
-    _assign(scope, op, f"{scope.names[op.operands[0].name]}[{lift}]", _operand_dirt(scope, op))
+    assign(scope, op, f"{scope.names[op.operands[0].name]}[{lift}]", _operand_dirt(scope, op))
 
 
 def _reshape(scope: Scope, op: Op) -> None:
@@ -205,7 +208,7 @@ def _reshape(scope: Scope, op: Op) -> None:
     if scope.loose(value.type) or scope.loose(type_):
         raise refuse(op, "a reshape of a tile that may be short")
     shape = ", ".join(map(str, scope.blocks(type_)))
-    _assign(scope, op, f"tl.reshape({scope.names[value.name]}, ({shape},))", frozenset())
+    assign(scope, op, f"tl.reshape({scope.names[value.name]}, ({shape},))", frozenset())
 
 
 def _reduce(scope: Scope, op: Op) -> None:
@@ -221,7 +224,7 @@ def _reduce(scope: Scope, op: Op) -> None:
     text = f"tl.{op.name}({text}, axis={axis}{keep})"
     if type_.dtype in ("bf16", "fp16"):
         text += f".to({TL_DTYPE[type_.dtype]})"
-    _assign(scope, op, text)
+    assign(scope, op, text)
 
 
 def _guarded(scope: Scope, op: Op, write: Callable[[], None]) -> None:
@@ -343,7 +346,8 @@ def reach(op: Op) -> list[str]:
     return [] if op.get("scope") == "gpu" else ["True"]
 
 
-def _notify(scope: Scope, op: Op) -> None:
+def notify(scope: Scope, op: Op) -> None:
+    """``notify``, by the primitive that makes it."""
     assert op.ref is not None
     symbol = op.ref.symbol
     plain_notify(scope.program, op)
@@ -555,7 +559,7 @@ _OPS: dict[str, Callable[[Scope, Op], None]] = {
     "load_sum": _load_sum,
     "transfer": _transfer,
     "wait": _wait,
-    "notify": _notify,
+    "notify": notify,
     "for_tiles": _for_tiles,
     "for_range": _for_range,
     "cast": _cast,

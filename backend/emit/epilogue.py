@@ -16,6 +16,8 @@ from tilelink.ir import Op, Value
 _WHOLE = frozenset({"bound", "dot", "transpose", "reshape", "sum", "max", "min"})
 # Elements of a tile that one thread adds up at a time, and the least columns of it: 64 bytes of a row.
 EACH, COLUMNS = 32, 32
+# With roles a thread holds twice as much of a tile; 32 bytes of a row are a sector still.
+ROLE_EACH, ROLE_COLUMNS = 16, 16
 
 
 def ops(scope: Scope, task: tuple[Op, ...]) -> None:
@@ -37,8 +39,8 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     whole = scope.dims[variable]
     name, rows = scope.names[own.name], scope.blocks(own.type)[0]
     parts, width = [name], whole.block
-    most = EACH * 32 * scope.warps
-    while rows * width > most and width > COLUMNS:
+    each, least = (ROLE_EACH, ROLE_COLUMNS) if scope.grid[0] else (EACH, COLUMNS)
+    while rows * width > each * 32 * scope.warps and width > least:
         width //= 2
         parts = [half for part in parts for half in _halves(scope, part, rows, width)]
     for number, part in enumerate(parts):

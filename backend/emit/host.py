@@ -92,7 +92,9 @@ class Host:
                 peer = "" if parameter.peer is None else str(parameter.peer)
                 whole = self.whole(parameter.symbol, peer) + ("[rank]" if peer else "")
                 block = ", ".join(map(str, parameter.block))
-                args.append(f"call.descriptor({whole}, ({block}))" if parameter.block else whole)
+                other = ', "gluon"' if kernel.emitter == "gluon" else ""
+                made = f"call.descriptor({whole}, ({block}){other})"
+                args.append(made if parameter.block else whole)
         writer = self.writer
         writer.line("args = (")
         with writer.indent():

@@ -31,7 +31,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel's text and what it is launched with."""
+    """A kernel's text and what it is launched with; ``warps`` are those that run all of it."""
 
     name: str
     source: str
@@ -39,22 +39,21 @@ class Kernel:
     workers: int
     warps: int
     stages: int
+    emitter: str = "triton"
 
 
 CONTEXT = ("arena", "peers", "rank", "progress_ns", "arrival_ns")
 
 
-def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str]) -> Kernel:
-    """The kernel of ``launch``, named ``name``; ``system`` names the counters streams wait for."""
-    scope = _write(program, launch, system)
-    parameters = _parameters(scope)
-    head = Writer()
+def heading(scope: Scope, decorator: str, name: str, parameters: tuple[Parameter, ...]) -> Writer:
+    """The head of a kernel: its decorator, its parameters, the context and pointers into the arena."""
+    head, program = Writer(), scope.program
     runtime = [p.name for p in parameters if p.kind == "extent"] + ["rank"]
     last = ("program",) if program.folded else ()
     fixed = (*last, "host_record") if last else ()
     names = ", ".join(f'"{n}"' for n in (*runtime, "progress_ns", "arrival_ns", *fixed))
-    head.line(f"@triton.jit(do_not_specialize=[{names}])")
-    head.call(f"def {name}(", [_declare(scope, p) for p in parameters], "):")
+    head.line(f"@{decorator}(do_not_specialize=[{names}])")
+    head.call(f"def {name}(", [declare(scope, p) for p in parameters], "):")
     head.depth += 1
     given = ["arena", "peers", "rank", str(program.world), *CONTEXT[3:], *last]
     head.call(f"ctx = device.{'begin_call' if program.folded else 'context'}(", given)
@@ -64,6 +63,14 @@ def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str])
         decl = program.symbols[symbol]
         text = f"device.pointer(arena, {program.offset(decl)}, {TL_DTYPE[decl['dtype']]})"
         head.line(f"{pointer} = {text}")
+    return head
+
+
+def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str]) -> Kernel:
+    """The kernel of ``launch``, named ``name``; ``system`` names the counters streams wait for."""
+    scope = _write(program, launch, system)
+    parameters = parameters_of(scope)
+    head = heading(scope, "triton.jit", name, parameters)
     head.lines += scope.writer.lines
     if not program.folded and not any("ctx" in line for line in scope.writer.lines):
         head.lines = [line for line in head.lines if not line.strip().startswith("ctx = ")]
@@ -77,7 +84,8 @@ def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str])
     )
 
 
-def _declare(scope: Scope, parameter: Parameter) -> str:
+def declare(scope: Scope, parameter: Parameter) -> str:
+    """A parameter with its type."""
     if parameter.kind == "extent" or parameter.name in ("rank", "program"):
         return f"{parameter.name}: tl.int32"
     if parameter.name.endswith("_ns") or parameter.name == "host_record":
@@ -89,7 +97,8 @@ def _declare(scope: Scope, parameter: Parameter) -> str:
     return parameter.name
 
 
-def _parameters(scope: Scope) -> tuple[Parameter, ...]:
+def parameters_of(scope: Scope) -> tuple[Parameter, ...]:
+    """The parameters of a kernel in their order: memory, extents, scalars, context."""
     order = {symbol: number for number, symbol in enumerate(scope.program.symbols)}
     found = [
         *(((order[s], 0, (), -1), Parameter(n, "pointer", s)) for s, n in scope.pointers.items()),
@@ -130,7 +139,7 @@ def _write(program: Program, launch: Op, system: frozenset[str]) -> Scope:
             )
         elif op.name == "flush":
             _flush(scope, launch, number)
-    _leave(scope, program, launch, system)
+    leave(scope, program, launch, system)
     scope.writer.prune()
     return scope
 
@@ -168,10 +177,8 @@ def _stage(scope: Scope, launch: Op, stage: Op, flush: Op | None) -> None:
     if (low, high) == (0, workers):
         worker, step = "tl.program_id(0)", "tl.num_programs(0)"
         if first:
-            # Backwards by `first`, written without negative numbers for any number of workers.
-            turned = f"({worker} + {first} * ({step} - 1)) % {step}"
             worker = scope.fresh(f"{title}_worker")
-            writer.line(f"{worker} = {turned}")
+            writer.line(f"{worker} = {turned(first)}")
         _queue(scope, stage, worker, step, count, flush is not None)
         return
     worker = "tl.program_id(0)" if low == 0 else f"tl.program_id(0) - {low}"
@@ -184,6 +191,14 @@ def _stage(scope: Scope, launch: Op, stage: Op, flush: Op | None) -> None:
         inside = f"(tl.program_id(0) >= {low}) & ({inside})"
     with writer.block(f"if {inside}:"):
         _queue(scope, stage, worker, str(high - low), count, flush is not None)
+
+
+def turned(first: int) -> str:
+    """The worker that counts as this one where the worker ``first`` takes position 0 of a queue.
+
+    Backwards by ``first``, written without negative numbers for any number of workers.
+    """
+    return f"(tl.program_id(0) + {first} * (tl.num_programs(0) - 1)) % tl.num_programs(0)"
 
 
 def _queue(scope: Scope, stage: Op, worker: str, step: str, count: str, flushed: bool) -> None:
@@ -259,7 +274,7 @@ def _task(scope: Scope, stage: Op, q: str) -> None:
     scope.tile = "0"
 
 
-def _leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) -> None:
+def leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) -> None:
     """The way out: the last CTA runs `finish` and, after an abort, frees streams that wait."""
     if program.folded:
         first, last = program.counter_words

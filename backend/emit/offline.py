@@ -52,7 +52,7 @@ class Compiled:
     program how many rows its tile has, ``waits`` whether the kernel has waits. ``given`` names the
     descriptors of tensors that nothing but the user writes, ``read_back`` those of buffers that are
     read within a call, ``wide`` the pointers to tensors of 2^31 elements and
-    more; ``wide_arena`` is set where a symmetric buffer is that large.
+    more; ``wide_arena`` is set where a symmetric buffer is that large, ``roles`` where warps have roles.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Compiled:
     read_back: tuple[str, ...] = ()
     wide: tuple[str, ...] = ()
     wide_arena: bool = False
+    roles: bool = False
 
 
 def signature(program: Op, kernel: Kernel) -> dict[str, str]:
@@ -156,6 +157,7 @@ def compile_offline(
                 "signature": signature(program, kernel),
                 "warps": kernel.warps,
                 "stages": kernel.stages,
+                "emitter": kernel.emitter,
                 "out": str(Path(folder) / kernel.name),
             }
             failed = worker(json.dumps(request))
@@ -180,11 +182,12 @@ def _read(out: Path, kernel: Kernel, launch: Op) -> Compiled:
         stages,
         (out / "cubin").read_bytes(),
         int(facts["shared"]),
-        kernel.warps,
+        int(facts["warps"]),
         int(usage.get("REG", 0)),
         int(usage.get("STACK", 0)) + int(usage.get("LOCAL", 0)),
         _dot_rows(launch),
         any(op.name == "wait" for op in launch.walk()),
+        roles=kernel.emitter == "gluon",
     )
 
 
@@ -260,7 +263,10 @@ def lint(compiled: Compiled) -> list[str]:
     if compiled.waits:
         problems += _wait_order(ttgir, ptx, compiled.given)
     problems += _release_order(ttgir)
-    problems += _drain_order(ttgir, compiled.read_back)
+    if compiled.roles:
+        problems += _role_drains(ttgir)
+    else:
+        problems += _drain_order(ttgir, compiled.read_back)
     problems += _address_width(ttgir, compiled.wide, compiled.wide_arena)
     return problems
 
@@ -348,6 +354,28 @@ def _drain_order(ttgir: str, read_back: tuple[str, ...]) -> list[str]:
             under_way = False
         elif under_way and _RELEASE.search(text):
             problems.append("a release behind TMA stores that nothing has drained")
+            under_way = False
+    return problems
+
+
+def _role_drains(ttgir: str) -> list[str]:
+    """Releases of a role behind TMA stores that nothing has drained: descriptors have other names there."""
+    problems: list[str] = []
+    lines = ttgir.splitlines()
+    starts = [n for n, text in enumerate(lines) if "ttg.warp_specialize(" in text]
+    ends = [n for n, text in enumerate(lines) if "ttg.warp_return" in text]
+    if not starts or not ends:
+        return ["a kernel with roles that starts none"]
+    under_way = False
+    for text in lines[starts[0] : ends[-1]]:
+        if re.search(r"ttg\.warp_(?:yield|return)", text):
+            under_way = False
+        elif "tma_copy_local_to_global" in text:
+            under_way = True
+        elif _DRAIN.search(text):
+            under_way = False
+        elif under_way and _RELEASE.search(text):
+            problems.append("a release of a role behind TMA stores that nothing has drained")
             under_way = False
     return problems
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +22,10 @@ TL_DTYPE = {
 
 
 class CannotEmit(TilelinkError):
-    """A fused program that the Triton emitter has no code for."""
+    """A fused program that an emitter has no code for."""
 
     code = "cannot-emit"
-    message = "no Triton code for this: {detail}"
+    message = "no code for this: {detail}"
     hint = "another schedule may avoid it; `tilelink simulate` runs every program"
 
 
@@ -200,6 +201,11 @@ class Scope:
     stages: int = 3
     warps: int = 4
     chosen: dict[int, Any] = field(default_factory=dict)  # loads: where they read, settled before
+    # Of a kernel whose warps have roles: ops that are written otherwise, the stage's rows and columns,
+    # and whether tiles lie as memory is accessed, no longer as products leave them.
+    over: dict[str, Callable[[Scope, Op], None]] = field(default_factory=dict)
+    grid: tuple[str, str] = ("", "")
+    as_memory: bool = False
 
     def fresh(self, name: str) -> str:
         """A Python name not used in this kernel, from ``name``."""
@@ -210,6 +216,23 @@ class Scope:
             text = f"{base}_{number}"
         self.used.add(text)
         return text
+
+    def lanes(self, name: str, block: int, position: int = 0, rank: int = 1) -> str:
+        """The index vector 0 to ``block`` of dimension ``name``, axis ``position`` of a tile's ``rank``.
+
+        With roles a vector has a layout: that of the products, or in two axes that of memory.
+        """
+        rows, columns = self.grid
+        if not rows:
+            return f"tl.arange(0, {block})"
+        width = self.dims[columns].block
+        if rank == 1 and name not in (rows, columns):
+            raise CannotEmit(None, detail=f"an index along `{name}` behind the main loop")
+        row = name == rows if rank == 1 else position == 0
+        memory = ", True" if rank == 2 or self.as_memory else ""
+        if row:
+            return f"roles.row_index({block}, {width}{memory})"
+        return f"roles.column_index({block}{memory})"
 
     def define(self, value: Value, prefer: str | None = None) -> str:
         """The Python name of a new value."""
@@ -268,12 +291,16 @@ class Scope:
         """Dimensions of a type that are longer in registers than in fact."""
         return frozenset(d for d in type_.shape if not self.dim(d).exact)
 
-    def wide(self, value: Value) -> str:
-        """The text of a value, 16-bit floats converted to fp32."""
-        name = self.names[value.name]
+    def wide(self, value: Value, rank: int = 0) -> str:
+        """The text of a value, 16-bit floats converted to fp32, for a result of ``rank`` axes.
+
+        With roles, tiles of fewer axes get theirs: Gluon broadcasts along axes of length one alone.
+        """
+        text = self.names[value.name]
         if value.type.dtype in ("bf16", "fp16") and value.name not in self.literals:
-            return f"{name}.to(tl.float32)"
-        return name
+            text = f"{text}.to(tl.float32)"
+        fewer = 0 < len(value.type.shape) < rank
+        return f"{text}[None, :]" if fewer and self.grid[0] else text
 
 
 def item_bytes(dtype: str) -> int:

@@ -128,6 +128,18 @@ def split_arguments(text: str) -> list[str]:
     return [part.strip() for part in found if part.strip()]
 
 
+def split_sum(text: str) -> list[str]:
+    """``text`` cut at the ``+`` outside of brackets."""
+    found, depth = [""], 0
+    for word in text.split(" "):
+        if word == "+" and depth == 0:
+            found.append("")
+            continue
+        depth += sum(word.count(c) for c in "([") - sum(word.count(c) for c in ")]")
+        found[-1] += f" {word}" if found[-1] else word
+    return found
+
+
 class Writer:
     """Lines of Python with indentation; calls are broken where they are too long."""
 
@@ -165,7 +177,9 @@ class Writer:
         else:
             self.line(f"{name} = (")
             with self.indent():
-                self.line(value)
+                whole = len(value) <= WIDTH - 4 * self.depth
+                for number, term in enumerate([value] if whole else split_sum(value)):
+                    self.line(f"+ {term}" if number else term)
             self.line(")")
         self._pure.setdefault(name, []).append(range(first, len(self.lines)))
         return name

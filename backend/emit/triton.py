@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from importlib import metadata
 
+from tilelink.backend.emit.gluon import emit_roles
 from tilelink.backend.emit.host import Host
 from tilelink.backend.emit.kernel import Kernel, emit_kernel, kernel_name
 from tilelink.backend.emit.scope import Program
 from tilelink.backend.passes.order_memory import streamed
 from tilelink.ir import Op, print_ir
 
+_GLUON = """from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+"""
 _FOOT = '''
 
 def run(*tensors, group=None):
@@ -35,10 +41,15 @@ def emit(program: Op) -> str:
     host = Host(Program(program), dict(kernels)).text()
     uses_device = any("device." in kernel.source for _, kernel in kernels)
     parts = [_header(program, text)]
+    gluon = any(kernel.emitter == "gluon" for _, kernel in kernels)
     if kernels:
-        parts.append("import triton\nimport triton.language as tl\n")
+        plain = any(kernel.emitter != "gluon" for _, kernel in kernels)
+        parts.append(("import triton\n" if plain else "") + "import triton.language as tl\n")
+        parts[-1] += _GLUON if gluon else ""
     imports = ["from tilelink import device\n"] if uses_device else []
-    parts[-1] += "".join([*imports, "from tilelink.backend import runtime\n"])
+    imports.append("from tilelink.backend import runtime\n")
+    imports += ["from tilelink.device import roles\n"] if gluon else []
+    parts[-1] += "".join(imports)
     parts.append(f'TEXT = r"""\n{text}"""\n')
     sections = "\n".join(parts)
     for _, kernel in kernels:
@@ -55,10 +66,14 @@ def kernels_of(program: Op) -> list[tuple[int, Kernel]]:
     system = streamed(program)
     taken = {"TEXT", "host", "run", *facts.symbols}
     return [
-        (id(launch), emit_kernel(facts, launch, kernel_name(launch, taken), system))
+        (id(launch), _emitter(launch)(facts, launch, kernel_name(launch, taken), system))
         for launch in program.find("launch")
         if launch.get("emitter") != "library"
     ]
+
+
+def _emitter(launch: Op) -> Callable[[Program, Op, str, frozenset[str]], Kernel]:
+    return emit_roles if launch.get("emitter") == "gluon" else emit_kernel
 
 
 def program_hash(text: str) -> str:

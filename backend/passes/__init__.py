@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from tilelink.backend.passes.bind_emitter import bind_emitter
 from tilelink.backend.passes.bind_resources import bind_resources
 from tilelink.backend.passes.choose_channels import choose_channels
 from tilelink.backend.passes.choose_emitter import choose_emitter
@@ -26,6 +27,7 @@ PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
     ("place-notifies", place_notifies),
     ("plan-buffers", plan_buffers),
     ("bind-resources", bind_resources),
+    ("bind-emitter", bind_emitter),
     ("order-memory", order_memory),
     ("lay-out-memory", lay_out_memory),
 )

@@ -143,11 +143,13 @@ def _library(launch: Op) -> Op:
 def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
     if launch.get("emitter") == "library":
         return _library(launch)
-    through_registers = touched(launch.body)
+    roles = launch.get("roles") is not None
+    # With roles, operands stay in shared memory.
+    through_registers = frozenset[str]() if roles else touched(launch.body)
     children: list[Op] = []
     for number, child in enumerate(launch.body):
         if child.name == "stage":
-            child, held = _stage(program, child, through_registers)
+            child, held = _stage(program, child, through_registers, roles)
             children.append(child)
             behind = launch.body[number + 1 : number + 2]
             if held and not (behind and behind[0].name == "flush"):
@@ -172,10 +174,15 @@ def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
     return rewrite(launch, signal)
 
 
-def _stage(program: Op, stage: Op, through_registers: frozenset[str]) -> tuple[Op, bool]:
-    """The stage with its paths, and whether it holds a notify back."""
+def _stage(
+    program: Op, stage: Op, through_registers: frozenset[str], roles: bool
+) -> tuple[Op, bool]:
+    """The stage with its paths, and whether it holds a notify back.
+
+    With ``roles`` the warps that store are not those that load the next tile: they drain at once.
+    """
     signals = any(op.name == "notify" for op in stage.walk())
-    held = signals and can_flatten(program, stage)
+    held = signals and not roles and can_flatten(program, stage)
     blocks = _blocks(program, stage)
 
     def mark(op: Op) -> Op:
@@ -187,13 +194,18 @@ def _stage(program: Op, stage: Op, through_registers: frozenset[str]) -> tuple[O
                 return op.with_attrs(via="tma")
         # Stores to a peer are worth it only where their release is held back.
         local = op.get("peer") is None
-        if op.name == "store" and (held or (local and not signals)):
+        if op.name == "store" and (held or (local and (roles or not signals))):
             assert op.ref is not None
             if _boxed(program, op.ref, blocks, store=True, slice_=not local):
                 return op.with_attrs(via="tma")
         return op
 
-    return rewrite(stage, mark), held
+    def drain(op: Op) -> Op:
+        return op.with_attrs(drain=True) if op.name == "notify" else op
+
+    stage = rewrite(stage, mark)
+    stores = [op for op in stage.walk() if op.name == "store" and op.get("via") == "tma"]
+    return (rewrite(stage, drain) if roles and stores else stage), held
 
 
 def _blocks(program: Op, stage: Op) -> dict[str, int]:

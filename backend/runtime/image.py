@@ -115,6 +115,11 @@ class Image:
         return found
 
     @property
+    def quiet(self) -> bool:
+        """Whether nothing waits and nothing is signalled: no epoch is taken, and nothing can run out."""
+        return not (self.waits or self.flags or self.counters)
+
+    @property
     def arena_bytes(self) -> int:
         """Bytes of the arena that the program needs."""
         shared = [b for b in self.buffers.values() if not b.local and not b.alias]
@@ -237,6 +242,17 @@ def one_worker(program: Op) -> Op:
     if op.name == "launch":
         return op.with_attrs(workers=1)
     return op.with_attrs(workers=None) if op.name == "stage" else op
+
+
+def without_roles(program: Op) -> Op:
+    """``launch {emitter = "gluon", roles = "turns"}`` -> ``launch``: the same stages, emitted by Triton."""
+    op = _map_blocks(program, without_roles)
+    return op.with_attrs(emitter=None, roles=None) if op.name == "launch" else op
+
+
+def has_roles(program: Op) -> bool:
+    """Whether some launch of ``program`` is a kernel whose warps have roles."""
+    return any(op.get("roles") is not None for op in program.find("launch"))
 
 
 def widen(program: Op, narrow: str = "bf16", wide: str = "fp32") -> Op:

@@ -1,6 +1,7 @@
 """The interpreter executor: emitted Triton source under ``TRITON_INTERPRET=1``, one process a rank.
 
-Two things differ from a GPU. The plan has one worker a rank, since the interpreter runs the programs
+Three things differ from a GPU. Kernels whose warps have roles run as Triton kernels of the same
+schedule, since Gluon has no interpreter. The plan has one worker a rank, since the interpreter runs the programs
 of a grid one after another; and bf16 is computed as fp32 throughout (Triton's interpreter gets bf16
 arithmetic wrong): inputs are widened, outputs rounded once at the end, so partial results that a GPU
 rounds to bf16 on the wire are not rounded here.
@@ -21,7 +22,14 @@ from tilelink.backend.runtime.errors import (
     Unavailable,
     WaitTimeout,
 )
-from tilelink.backend.runtime.image import Image, image_of, one_worker, uses, widen
+from tilelink.backend.runtime.image import (
+    Image,
+    image_of,
+    one_worker,
+    uses,
+    widen,
+    without_roles,
+)
 from tilelink.backend.runtime.watch import timeout_error
 from tilelink.errors import TilelinkError
 from tilelink.ir import Op
@@ -34,8 +42,11 @@ Emit = Callable[[Op], str]
 
 
 def plan(program: Op) -> Op:
-    """The program as the interpreter runs it: one worker a rank, bf16 widened to fp32."""
-    single = one_worker(program)
+    """The program as the interpreter runs it: one worker a rank, bf16 widened to fp32.
+
+    Gluon has no interpreter: launches with roles run as the Triton kernels of the same schedule.
+    """
+    single = without_roles(one_worker(program))
     return widen(single) if uses(single, "bf16") else single
 
 

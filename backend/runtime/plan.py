@@ -95,13 +95,15 @@ _compiled: dict[tuple[object, ...], Any] = {}
 
 def _specialised(kernel: Any, args: tuple[Any, ...]) -> Iterator[object]:
     """What of a kernel's arguments Triton compiles in: kinds, alignments, numbers unless told not to."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Gluon
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     for parameter, value in zip(kernel.params, args, strict=False):
         if isinstance(value, torch.Tensor):
             yield value.dtype, value.data_ptr() % 16 == 0
-        elif isinstance(value, TensorDescriptor):
-            yield value.base.dtype, tuple(value.block_shape), value.padding
+        elif isinstance(value, TensorDescriptor | Gluon):
+            laid_out = repr(value.layout) if isinstance(value, Gluon) else ""
+            yield value.base.dtype, tuple(value.block_shape), value.padding, laid_out
         elif isinstance(value, int) and parameter.do_not_specialize:
             yield int, -(1 << 31) <= value < 1 << 31, value >= 1 << 63
         elif isinstance(value, float) and not parameter.is_constexpr:
@@ -111,12 +113,13 @@ def _specialised(kernel: Any, args: tuple[Any, ...]) -> Iterator[object]:
 
 
 def _plain(argument: Any) -> Any:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Gluon
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr()
-    if isinstance(argument, TensorDescriptor):
-        plain = object.__new__(TensorDescriptor)
+    if isinstance(argument, TensorDescriptor | Gluon):
+        plain = object.__new__(type(argument))
         plain.__dict__.update(argument.__dict__)
         plain.base = Pointer(argument.base)
         return plain
@@ -267,7 +270,8 @@ class Recorder(Views):
 
     def head(self, ack_wait: bool = True) -> None:
         """Begins the call: epoch, arrival, counters, and the wait for the acknowledgements."""
-        self._launch(compile_launch(head_kernel, 1, self.head_arguments(ack_wait), num_warps=4))
+        if not self.image.quiet:
+            self._launch(compile_launch(head_kernel, 1, self.head_arguments(ack_wait), num_warps=4))
         self._end("head", None)
 
     def launch(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from tilelink.backend.runtime.image import Image, Slot
 from tilelink.ir import layout
@@ -91,17 +92,19 @@ class Views:
             self._buffers[name, peer] = found
         return found
 
-    def descriptor(self, view: torch.Tensor, block_shape: list[int] | tuple[int, ...]) -> Any:
-        """A Triton tensor descriptor of ``view`` with blocks of ``block_shape`` elements."""
-        key = (view.data_ptr(), view.dtype, view.shape, view.stride(), tuple(block_shape))
+    def descriptor(
+        self,
+        view: torch.Tensor,
+        block_shape: list[int] | tuple[int, ...],
+        emitter: str = "triton",
+    ) -> Any:
+        """A tensor descriptor of ``view`` with blocks of ``block_shape`` elements, for a kernel of ``emitter``."""
+        key = (view.data_ptr(), view.dtype, view.shape, view.stride(), tuple(block_shape), emitter)
         found = self._descriptors.get(key)
         if found is None:
-            from triton.tools.tensor_descriptor import TensorDescriptor
-
             if len(self._descriptors) >= 256:
                 self._descriptors.clear()
-            found = TensorDescriptor.from_tensor(view, list(block_shape))
-            self._descriptors[key] = found
+            found = self._descriptors[key] = _descriptor(view, list(block_shape), emitter)
         return found
 
     def word_of(self, name: str, index: tuple[int, ...]) -> int:
@@ -163,3 +166,16 @@ def spread_axis(shard: Sequence[int], whole: Sequence[int]) -> int:
 def record_words(arena: torch.Tensor) -> list[int]:
     """The error record of an int32 arena, as host integers; the first is nonzero once it is written."""
     return [int(v) for v in arena[layout.RECORD : layout.RECORD + layout.RECORD_WORDS].tolist()]
+
+
+def _descriptor(view: torch.Tensor, block: list[int], emitter: str) -> Any:
+    if emitter == "gluon":
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Gluon
+
+        from tilelink.device.roles import descriptor_layout
+
+        dtype = getattr(tl, str(view.dtype).removeprefix("torch."))
+        return Gluon.from_tensor(view, block, descriptor_layout(block, dtype))
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(view, block)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tilelink.backend.simulate.errors import DeadlockError
 from tilelink.backend.simulate.execute import Machine, Task
 from tilelink.backend.simulate.geometry import Geometry, bind_args
+from tilelink.backend.simulate.roles import is_inside
 from tilelink.backend.simulate.trace import Traces, tile_text
 from tilelink.backend.simulate.walk import Element, Event, Notify, Walker
 from tilelink.ir import Op, op_line
@@ -116,6 +117,16 @@ def _chain(
         blocked = task.blocked
         missing = machine.missing(task.rank, blocked) if blocked.elements else []
         where = f" ({blocked.op.span})" if blocked.op.span is not None else ""
+        if is_inside(blocked.symbol):
+            # A group of a worker, whose loader stands before the same wait as any other worker would.
+            same = [t for t in tasks if (t.rank, t.agent) == (task.rank, task.agent)]
+            same = [t for t in same if t.worker == task.worker and t.blocked is not None]
+            loaders = [t for t in same if t.blocked is not None and t.blocked.elements]
+            lines.append(f"{task.describe()} waits for what its loader has not loaded{where}")
+            if not loaders:
+                return lines, False
+            task = loaders[0]
+            continue
         if not missing:
             lines.append(f"{task.describe()} waits at `{op_line(blocked.op)}`{where}")
             lines.append("not every rank reaches the collective")

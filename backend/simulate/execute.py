@@ -16,6 +16,7 @@ import torch
 from tilelink.backend.simulate.errors import BalanceError, BoundsError, VersionError
 from tilelink.backend.simulate.geometry import Env, Tile
 from tilelink.backend.simulate.memory import Access, Clock, Memory, Released, View
+from tilelink.backend.simulate.roles import cut
 from tilelink.backend.simulate.trace import (
     CONTROL,
     Copy,
@@ -193,7 +194,9 @@ class Machine:
             self.versions.written(memory, place, region.mask, uid, task.call)
 
     def missing(self, rank: int, blocked: Blocked) -> list[int]:
-        """The elements that still keep a wait from passing."""
+        """The elements that still keep a wait from passing; none of what is waited for otherwise."""
+        if not blocked.elements:
+            return []
         values, need = self.memories[rank].channels[blocked.place].values, blocked.need
         if blocked.equal:
             return [e for e in blocked.elements if values[e] != need]
@@ -214,8 +217,17 @@ class Runner:
         self._due: list[Notify] = []
         self._written = machine.traces.written
 
-    def block(self, op: Op, number: int = 0, tiles: tuple[Tile, ...] = ()) -> Steps:
-        """Execute the block of ``op``, position ``number`` of its queue."""
+    def block(
+        self,
+        op: Op,
+        number: int = 0,
+        tiles: tuple[Tile, ...] = (),
+        part: tuple[bool, frozenset[int]] | None = None,
+    ) -> Steps:
+        """Execute the block of ``op``, position ``number`` of its queue.
+
+        ``part``: what stands in front of (True) or behind its main loop alone, and the ops behind it.
+        """
         task, traces = self.task, self.machine.traces
         found = traces.trace(task.rank, task.agent, op, number, tiles)
         if task.held:
@@ -223,8 +235,14 @@ class Runner:
         if found is not None:
             task.place = found.place
             self._env = None
-            yield from self._run(found.all if self.machine.values else found.effects)
+            whole = found.all if self.machine.values else found.effects
+            if part is not None:
+                at = cut(whole, part[1])
+                whole = whole[:at] if part[0] else whole[at:]
+            yield from self._run(whole)
             return
+        if part is not None and part[0]:
+            return  # values rule its course: the group does all of it
         env = {**self.geometry.env(task.rank), **self.memory.scalars}
         for name, decl in self.geometry.decls.items():
             if decl.kind in ("tensor", "buffer") and decl.dtype in ("int32", "int64", "bool"):

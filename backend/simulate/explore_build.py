@@ -39,6 +39,7 @@ from tilelink.backend.simulate.explore_nodes import (
     find_conflicts,
 )
 from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args, keep_scalar
+from tilelink.backend.simulate.roles import behind, parts_of
 from tilelink.ir import Expr, Op, Ref
 
 CONTROL = "<epoch and counters>"
@@ -275,20 +276,26 @@ class Builder:
         done = self.element(PSEUDO, "done", name, rank, call)
         end = self.single(Node(END, where=where, elements=(left, slots), late=(done,)))
         first = len(self.begins)
-        programs = self._workers(launch, rank, call, where, count, end)
-        for worker, program in enumerate(programs):
-            who = f"{where} worker {worker}"
+        parts = parts_of(launch)
+        if parts > 1:
+            ends = (self.single(Node(END, where=where, elements=(left,), late=(done,))), end)
+            programs = self._roles(launch, rank, call, where, count, ends)
+        else:
+            programs = self._workers(launch, rank, call, where, count, end)
+        for process, program in enumerate(programs):
+            who = f"{where} worker {process % count}"
             chain, begun = self._begin(rank, call, number, who)
-            if resident < count:
+            if resident < count and process < count:
                 chain.append(Node(SLOT, None, who, elements=(slots,)))
-            chain.append(Node(ADD, None, who, elements=(begun,), mode=KERNEL))
+            if process < count:
+                chain.append(Node(ADD, None, who, elements=(begun,), mode=KERNEL))
             self.begins.append(self.link(chain, program))
         self.groups.append((first, len(self.begins)))
         at = _Place(rank, call, name, True, self.geometry.env(rank), {})
-        at.chain = [Node(WAIT, where=f"{where} finish", elements=(left,), need=count)]
+        at.chain = [Node(WAIT, where=f"{where} finish", elements=(left,), need=count * parts)]
         if finish:
             self._block(at, finish[0].body, f"{where} finish")
-        at.chain.append(Node(WAIT, where=f"{where} finish", elements=(done,), need=count))
+        at.chain.append(Node(WAIT, where=f"{where} finish", elements=(done,), need=count * parts))
         self.begins.append(self.link(at.chain, self.single(self._end(rank, call, name))))
 
     def _workers(
@@ -332,6 +339,57 @@ class Builder:
                     programs[worker] = self.link(chain, programs[worker])
         return programs
 
+    def _roles(
+        self,
+        launch: Op,
+        rank: int,
+        call: int,
+        where: str,
+        count: int,
+        ends: tuple[int, int],
+    ) -> list[int]:
+        """The first node of every loader, then of every first group, and so on: see :mod:`roles`.
+
+        What a loader hands on for a task is a word of its own, which its group waits for. ``ends``: of
+        groups, and of loaders, which leave the worker's place behind its groups.
+        """
+        parts = parts_of(launch)
+        chains: list[list[Node]] = [[] for _ in range(count * parts)]
+        places = [0] * count
+        for stage in launch.find("stage"):
+            last = behind(stage)
+            front = tuple(op for op in stage.body if id(op) not in last)
+            back = tuple(op for op in stage.body if id(op) in last)
+            lo, hi = self.geometry.worker_range(launch, stage)
+            for worker in range(lo, min(hi, count)):
+                queue = self.geometry.queue(stage, self.geometry.env(rank))
+                first = self.geometry.first_position(stage, worker, lo, hi)
+                for tiles in queue[first :: hi - lo]:
+                    group = worker + count * (1 + places[worker] % (parts - 1))
+                    who = f"{where} worker {worker}"
+                    at = self._place(launch, stage, rank, call, who, tiles)
+                    key = (launch.symbol, rank, call, worker, places[worker])
+                    word = self.element(PSEUDO, "handed", *key)
+                    where_ = at.chain[0].where
+                    self._block(at, front, where_)
+                    at.chain.append(Node(ADD, stage, where_, elements=(word,), mode=KERNEL))
+                    chains[worker] += at.chain
+                    at.chain = [Node(WAIT, stage, where_, elements=(word,), need=1)]
+                    self._block(at, back, where_)
+                    chains[group] += at.chain
+                    places[worker] += 1
+        for process, chain in enumerate(chains):
+            who = f"{where} worker {process % count}"
+            word = self.element(PSEUDO, "over", launch.symbol, rank, call, process % count)
+            if process >= count:
+                chain.append(Node(ADD, None, who, elements=(word,), mode=KERNEL))
+        for worker in range(count):
+            word = self.element(PSEUDO, "over", launch.symbol, rank, call, worker)
+            who = f"{where} worker {worker}"
+            chains[worker].append(Node(WAIT, None, who, elements=(word,), need=parts - 1))
+            chains[worker][-1].mode = TAKES_NOTHING
+        return [self.link(chain, ends[p < count]) for p, chain in enumerate(chains)]
+
     def _queue_word(self, stage: Op, name: str, rank: int, call: int, position: int) -> int:
         counter = stage.get("counter")
         if counter is None:
@@ -359,16 +417,22 @@ class Builder:
     def _task(
         self, launch: Op, stage: Op, rank: int, call: int, where: str, tiles: tuple[Tile, ...]
     ) -> list[Node]:
-        text = " ".join(f"{a.name}={t.start}" for a, t in zip(stage.args, tiles, strict=False))
-        at = _Place(rank, call, launch.symbol, True, self.geometry.env(rank), {}, in_stage=True)
-        at.perform_first = any(o.get("delay") for o in stage.walk() if o.name == "notify")
-        where = f"{where} stage @{stage.symbol} {text}"
-        at.chain = [Node(NONE, where=where)]
-        bind_args(stage.args, tiles, at.env, at.values)
-        self._block(at, stage.body, where)
+        at = self._place(launch, stage, rank, call, where, tiles)
+        self._block(at, stage.body, at.chain[0].where)
         if at.perform_first:
             at.chain += at.deferred
         return at.chain
+
+    def _place(
+        self, launch: Op, stage: Op, rank: int, call: int, where: str, tiles: tuple[Tile, ...]
+    ) -> _Place:
+        """Where a task begins."""
+        text = " ".join(f"{a.name}={t.start}" for a, t in zip(stage.args, tiles, strict=False))
+        at = _Place(rank, call, launch.symbol, True, self.geometry.env(rank), {}, in_stage=True)
+        at.perform_first = any(o.get("delay") for o in stage.walk() if o.name == "notify")
+        at.chain = [Node(NONE, where=f"{where} stage @{stage.symbol} {text}")]
+        bind_args(stage.args, tiles, at.env, at.values)
+        return at
 
     # Ops.
 

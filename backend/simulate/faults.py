@@ -19,6 +19,7 @@ from tilelink.backend.simulate.deadlock import Sources
 from tilelink.backend.simulate.errors import RankStopped, WaitRanOut
 from tilelink.backend.simulate.execute import Blocked, Task
 from tilelink.backend.simulate.memory import garbage
+from tilelink.backend.simulate.roles import is_inside
 from tilelink.backend.simulate.scheduler import Inputs, Options, Scheduler
 from tilelink.backend.simulate.trace import Notify, Traces
 from tilelink.errors import TilelinkError
@@ -255,7 +256,7 @@ class FaultRun(Scheduler):
 
     def _watch(self, task: Task, blocked: Blocked) -> None:
         agent = self.geometry.agents[self.geometry.agent_names.index(task.agent)]
-        if agent.name == "stream":
+        if agent.name == "stream" or is_inside(blocked.symbol):
             return  # a stream has no limit of its own: the abort of a rank releases it
         call = task.call + 1
         if blocked.elements and self.geometry.decls[blocked.symbol].kind == "flag":

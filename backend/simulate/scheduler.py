@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from tilelink.backend.simulate.execute import Blocked, Machine, Runner, Steps, T
 from tilelink.backend.simulate.geometry import Geometry
 from tilelink.backend.simulate.hostility import Hostility
 from tilelink.backend.simulate.memory import Access, Channel, Clock, Memory, Tracker, View
+from tilelink.backend.simulate.roles import LOADER, Handed, behind, loader_of, parts_of
 from tilelink.backend.simulate.trace import Place, Traces
 from tilelink.backend.simulate.versions import Versions
 from tilelink.backend.tile_ops import TORCH_DTYPES
@@ -39,6 +41,8 @@ class _Call:
     workers: dict[str, int] = field(default_factory=dict)
     queued: dict[str, list[int]] = field(default_factory=dict)
     after: dict[str, list[Clock]] = field(default_factory=dict)
+    parts: dict[str, list[int]] = field(default_factory=dict)
+    handed: dict[str, list[Handed]] = field(default_factory=dict)
     left: int = 0
 
 
@@ -107,7 +111,8 @@ class Scheduler:
         for rank in range(self.geometry.world):
             for agent, name in zip(self.geometry.agents, self.geometry.agent_names, strict=True):
                 count = self.geometry.workers[name] if agent.name == "launch" else 1
-                for worker in range(-1 if agent.name == "launch" else 0, count):
+                # The parts of a worker with roles stand ``count`` apart.
+                for worker in range(-1 if agent.name == "launch" else 0, count * parts_of(agent)):
                     self._components[rank, name, worker] = len(self._components)
             self._components[rank, "<host>", 0] = len(self._components)
 
@@ -299,15 +304,28 @@ class Scheduler:
             return
         count = self.geometry.workers[name]
         call.workers[name] = count
+        call.parts[name] = [parts_of(agent)] * count
+        call.handed[name] = [Handed() for _ in range(count)]
         order = list(range(count))
         resident = min(int(agent.get("resident", count)), count)
         if resident < count:
             self.hostility.random.shuffle(order)
         call.queued[name], call.after[name] = order[resident:], [c.copy() for c in after]
         for worker in order[:resident]:
-            self._start_task(rank, name, worker, after, lambda t: self._worker(t, agent))
+            self._start_worker(rank, agent, worker, after)
         if not call.queued[name]:
             self._leave_queue(rank, index)
+
+    def _start_worker(self, rank: int, launch: Op, worker: int, after: list[Clock]) -> None:
+        """Start a worker; where its warps have roles, each of them."""
+        name, parts = launch.symbol, parts_of(launch)
+        if parts == 1:
+            self._start_task(rank, name, worker, after, lambda t: self._worker(t, launch))
+            return
+        for part in range(parts):
+            where = worker + part * self.geometry.workers[name]
+            steps = functools.partial(self._role, launch=launch, part=part, groups=parts - 1)
+            self._start_task(rank, name, where, after, steps)
 
     def _start_task(
         self,
@@ -330,7 +348,7 @@ class Scheduler:
             clock,
             launch or name == "head",
             View(component, clock),
-            worker if launch and worker >= 0 else None,
+            worker % self.geometry.workers[name] if launch and worker >= 0 else None,
         )
         if launch and self.traces.tma_loads:
             task.proxy = View(component, clock, clock, self._apart)
@@ -353,12 +371,13 @@ class Scheduler:
             self._streaming.setdefault((rank, name), []).append(task)
         if task.worker is not None:
             balance.check_held(task)
+            call.parts[name][task.worker] -= 1
+            if call.parts[name][task.worker]:
+                return
             call.workers[name] -= 1
             if call.queued[name]:
                 worker = call.queued[name].pop(0)
-                self._start_task(
-                    rank, name, worker, call.after[name], lambda t: self._worker(t, agent)
-                )
+                self._start_worker(rank, agent, worker, call.after[name])
                 if not call.queued[name]:
                     self._leave_queue(rank, index)
             if call.workers[name]:
@@ -372,8 +391,12 @@ class Scheduler:
         self._finish_launch(rank, index, name)
 
     def _worker_clocks(self, rank: int, name: str) -> list[Clock]:
-        workers = range(self.geometry.workers[name])
-        return [self.clocks[self._components[rank, name, w]] for w in workers]
+        return [self.clocks[self._components[rank, name, w]] for w in self._parts(name)]
+
+    def _parts(self, name: str) -> range:
+        """The workers of a launch; where their warps have roles, all parts of them."""
+        agent = self.geometry.agents[self.traces.agents[name]]
+        return range(self.geometry.workers[name] * parts_of(agent))
 
     def _finish_launch(self, rank: int, index: int, name: str) -> None:
         """With the launch, its stores through the async proxy are complete, drained or not."""
@@ -384,7 +407,7 @@ class Scheduler:
         if self.geometry.agents[index].find("finish"):
             clocks.append(self.clocks[finish])
         ended = np.maximum.reduce(clocks)
-        for worker in range(self.geometry.workers[name]) if self.machine.apart else ():
+        for worker in self._parts(name) if self.machine.apart else ():
             apart = self.machine.apart[self._components[rank, name, worker]]
             ended[apart] = self.machine.streamed[apart]
             self.machine.streamed[apart] += 1
@@ -471,6 +494,37 @@ class Scheduler:
                 yield None
                 yield from runner.block(stage, q, queue[q])
                 q += work.step
+
+    def _role(self, task: Task, launch: Op, part: int, groups: int) -> Steps:
+        """The loader of a worker, or one of ``groups`` groups: see :mod:`roles`."""
+        runner, place = Runner(self.machine, task), -1
+        assert task.worker is not None
+        handed = self.calls[task.rank].handed[launch.symbol][task.worker]
+        symbol = loader_of(launch.symbol, task.worker)
+        for work in self.traces.work(task.rank, launch, task.worker):
+            epilogue = behind(work.stage)
+            for q in range(work.first, len(work.queue), work.step):
+                place += 1
+                if part == LOADER:
+                    yield None
+                    yield from runner.block(work.stage, q, work.queue[q], (True, epilogue))
+                    fenced = task.proxy.fenced if task.proxy is not None else None
+                    handed.values.append(dict(runner.values))
+                    handed.clocks.append((task.clock.copy(), fenced))
+                    task.clock[task.component] += 1
+                    self._wake(task.rank, symbol)
+                elif place % groups == part - 1:
+                    while len(handed.clocks) <= place:
+                        yield Blocked(work.stage, symbol, (), 0)
+                    clock, fenced = handed.clocks[place]
+                    np.maximum(task.clock, clock, out=task.clock)
+                    if task.proxy is not None and fenced is not None:
+                        seen = task.proxy.fenced
+                        task.proxy.fenced = fenced if seen is None else np.maximum(seen, fenced)
+                    runner.values = handed.values[place]
+                    yield None
+                    yield from runner.block(work.stage, q, work.queue[q], (False, epilogue))
+                    handed.values[place] = {}
 
     def _collective(self, task: Task, op: Op) -> Steps:
         """All ranks meet; the last one to come moves the data of all."""

@@ -256,21 +256,23 @@ class HostMachine(Machine):
             self.hazard(f"`{name}` is no extent of the program")
         return Num(self.layout.env[name], True)
 
-    def on_descriptor(self, view: Any, block: Any) -> Descriptor:
+    def on_descriptor(self, view: Any, block: Any, emitter: Any = "triton") -> Descriptor:
         """``call.descriptor``."""
+        if emitter not in ("triton", "gluon"):
+            self.unclear("a descriptor for another emitter")
         if not isinstance(view, View):
             self.unclear("a descriptor of something that is no tensor")
         if not isinstance(block, tuple) or not all(isinstance(b, int) for b in block):
             self.unclear("a block that is not constant")
         if view.whole and not np.any(view.home != self.rank):
-            return Descriptor(view.symbol, block)
+            return Descriptor(view.symbol, block, None, emitter)
         dims = np.array(self.layout.dims[view.symbol])
         mine = len(view.axes) == len(dims) - 1 and not np.any(view.lo[:, 0] != self.rank)
         mine &= not np.any(view.hi[:, 0] != self.rank + 1) and not np.any(view.lo[:, 1:])
         peer = constant(view.home)
         if not mine or np.any(view.hi[:, 1:] != dims[1:]) or peer is None:
             self.unclear("a descriptor of neither a whole tensor nor this rank's slice of a peer's")
-        return Descriptor(view.symbol, block, peer)
+        return Descriptor(view.symbol, block, peer, emitter)
 
     def on_head(self, ack_wait: Any = True) -> None:
         """``call.head``."""

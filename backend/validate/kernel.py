@@ -171,7 +171,7 @@ class KernelMachine(AccessMachine):
             if facts.get(name) is not None:
                 facts[name] = facts[name][lane]
         wait = facts.pop("wait")
-        facts["drained"] = not wait and not any(np.any(m & on) for m in self.tma.values())
+        facts["drained"] = not wait and not self.undrained(on)
         made = Signal(
             self.site, symbol, wait, lane, stage, segment[lane], seq,
             home[lane], flat[lane], bound, last=segment[lane].copy(), **facts,
@@ -278,6 +278,10 @@ class KernelMachine(AccessMachine):
         """``device.rank_wait``: one wait a rank."""
         world = self.layout.world
         return self.on_device_peer_tiles_wait(ctx, word, 1, 0, world, epoch, 0, wait, fence)
+
+    def undrained(self, on: Mask) -> bool:
+        """Whether TMA stores of some of these workers may still be under way."""
+        return any(np.any(lanes & on) for lanes in self.tma.values())
 
     def released(self, on: Mask) -> None:
         """Refuses a release behind TMA stores that may still be under way."""
@@ -435,6 +439,7 @@ class KernelMachine(AccessMachine):
             lo, hi, axes = self.region(part, inside, lanes)
             if np.any(full(part.home, self.lanes)[lanes] != self.rank[lanes]):
                 self.unclear("a read from memory of a peer")
+            lanes = lanes & np.all(hi > lo, axis=1)  # a part of columns past the end reads nothing
             if np.any((lo[:, 0] != source)[lanes]):
                 self.hazard(f"the part of rank {source} is read where another one's lies")
             self.read(parts.symbol, "generic", lanes, self.rank, lo, hi, part.tokens)

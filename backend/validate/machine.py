@@ -210,7 +210,8 @@ class Machine:
         if name not in ("range", "tl.range") or (name == "tl.range" and self.floor):
             self.unclear(f"a loop over `{name}`", node)
         for keyword in node.keywords:
-            if keyword.arg != "num_stages" or not isinstance(keyword.value, ast.Constant):
+            known = keyword.arg in ("num_stages", "disable_licm")
+            if not known or not isinstance(keyword.value, ast.Constant):
                 self.unclear(f"the option `{keyword.arg}` of a loop", node)
         values = [self.integer(a) for a in node.args]
         if len(values) == 1:

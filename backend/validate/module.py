@@ -15,6 +15,10 @@ _IMPORTS = frozenset(
         "import triton.language as tl",
         "from tilelink import device",
         "from tilelink.backend import runtime",
+        "from tilelink.device import roles",
+        "from triton.experimental import gluon",
+        "from triton.experimental.gluon import language as gl",
+        "from triton.experimental.gluon.language.nvidia import hopper",
     }
 )
 _RUN = ast.dump(
@@ -23,17 +27,23 @@ _RUN = ast.dump(
     ).body[0]
 )
 _MAIN = ast.dump(ast.parse('if __name__ == "__main__":\n    runtime.main(TEXT, host)').body[0])
-_TYPES = frozenset({"tl.int32", "tl.int64", "tl.float32", "tl.int1"})
+_FIXED = "tl.constexpr"  # of the role that a group of warps has
+_TYPES = frozenset({"tl.int32", "tl.int64", "tl.float32", "tl.int1", _FIXED})
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """The parts of one emitted module. ``text`` is the fused program that it carries for the runtime."""
+    """The parts of one emitted module. ``text`` is the fused program that it carries for the runtime.
+
+    ``roles`` are the functions that kernels start as roles of their warps, ``gluon`` the kernels that do.
+    """
 
     source: Source
     text: str
     kernels: dict[str, ast.FunctionDef]
     host: ast.FunctionDef
+    roles: dict[str, ast.FunctionDef]
+    gluon: frozenset[str]
 
     @property
     def name(self) -> str:
@@ -63,6 +73,8 @@ def read_module(source: Source) -> Module:
         span = Span(source, line, error.offset or 1, (error.offset or 1) + 1)
         raise Unclear(span, detail=f"it is no Python: {error.msg}") from None
     kernels: dict[str, ast.FunctionDef] = {}
+    roles: dict[str, ast.FunctionDef] = {}
+    gluon: set[str] = set()
     text, host, ends = "", None, 0
     seen: set[str] = set()
     for node in tree.body:
@@ -85,8 +97,9 @@ def read_module(source: Source) -> Module:
                     raise _unclear(source, node, "`run` is not what every module has")
                 ends |= 1
             else:
-                _kernel(source, node)
-                kernels[name] = node
+                kind = _kernel(source, node)
+                (roles if kind == "role" else kernels)[name] = node
+                gluon |= {name} if kind == "gluon" else set()
         elif isinstance(node, ast.If) and ast.dump(node) == _MAIN:
             name = "__main__"
             ends |= 2
@@ -99,7 +112,7 @@ def read_module(source: Source) -> Module:
         raise Unclear(
             None, detail="this is no emitted module: TEXT, host, run or its end is missing"
         )
-    return Module(source, text.removeprefix("\n"), kernels, host)
+    return Module(source, text.removeprefix("\n"), kernels, host, roles, frozenset(gluon))
 
 
 def _unclear(source: Source, node: ast.AST, detail: str) -> Unclear:
@@ -119,7 +132,8 @@ def _plain(source: Source, node: ast.FunctionDef) -> None:
     _drop_docstring(node)
 
 
-def _kernel(source: Source, node: ast.FunctionDef) -> None:
+def _kernel(source: Source, node: ast.FunctionDef) -> str:
+    """Whether a function is a kernel of Triton, of Gluon, or a role of one of these."""
     a = node.args
     if a.vararg or a.kwarg or a.kwonlyargs or a.posonlyargs or a.defaults:
         raise _unclear(source, node, "parameters of a kernel")
@@ -127,9 +141,15 @@ def _kernel(source: Source, node: ast.FunctionDef) -> None:
         if argument.annotation is not None and ast.unparse(argument.annotation) not in _TYPES:
             raise _unclear(source, argument, "the type of a parameter")
     made = [ast.unparse(d) for d in node.decorator_list]
+    role = made == ["gluon.jit"]
     known = len(made) == 1 and re.fullmatch(
-        r"triton\.jit\(do_not_specialize=\[('\w+'(, '\w+')*)?\]\)", made[0]
+        r"(triton|gluon)\.jit\(do_not_specialize=\[('\w+'(, '\w+')*)?\]\)", made[0]
     )
-    if not known:
+    if not known and not role:
         raise _unclear(source, node, "a function that is no kernel")
+    for argument in a.args:
+        fixed = argument.annotation is not None and ast.unparse(argument.annotation) == _FIXED
+        if fixed and not (role and argument is a.args[0]):
+            raise _unclear(source, argument, "a constant parameter")
     _drop_docstring(node)
+    return "role" if role else made[0].partition(".")[0]

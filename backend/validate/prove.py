@@ -17,6 +17,7 @@ from tilelink.backend.validate.host import Agent, HostMachine, View
 from tilelink.backend.validate.kernel import KernelMachine
 from tilelink.backend.validate.layout import Layout
 from tilelink.backend.validate.module import Module
+from tilelink.backend.validate.roles import GROUPS, LaunchMachine
 from tilelink.backend.validate.rows import Placed, Rows
 from tilelink.backend.validate.trace import Signal, Trace
 from tilelink.backend.validate.values import (
@@ -31,6 +32,8 @@ from tilelink.backend.verify import Report, VerifyError, carried, prove, smaller
 from tilelink.errors import Span, TilelinkError
 from tilelink.ir import Op, make, parse_ir, print_ir
 from tilelink.ir.layout import ACK, WORD
+
+GLUON, LIBRARY = "gluon", "library"  # emitters of launches that are no Triton kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class Validator:
         self.lanes = 0
         self.traces: list[Trace] = []
         self.folded = program.get("slots") is not None
+        self.roles: set[str] = set()  # functions that kernels have started
         self.flushes: list[int] = []  # phases behind which every worker performs what it holds back
 
     def run(self) -> Validation:
@@ -80,12 +84,15 @@ class Validator:
         agents = HostMachine(self.module.source, self.layout, frozenset(self.module.kernels)).start(
             self.module.host
         )
+        for agent in agents:
+            if agent.kernel in self.module.gluon:
+                agent.emitter = GLUON
         agents = self.with_head(agents)
         self.same_agents(agents)
         streamed = frozenset(
             s.symbol for a in agents if a.kind == "stream" for s in self.of(a).signals if s.wait
         )
-        used = [a.kernel for a in agents if a.kind == "launch" and not a.emitter]
+        used = [a.kernel for a in agents if a.kind == "launch" and a.emitter != LIBRARY]
         if sorted(used) != sorted(self.module.kernels):
             self.differs(None, "a kernel is launched never or twice")
         placed: list[tuple[Agent, Placed]] = []
@@ -93,7 +100,7 @@ class Validator:
             if agent.kind == "stream":
                 self.traces.append(self.of(agent))
                 placed.append((agent, self.stream(number, agent)))
-            elif agent.emitter:
+            elif agent.emitter == LIBRARY:
                 one = self.library(number, agent)
                 self.traces.append(one.trace)
                 placed.append((agent, one))
@@ -108,7 +115,7 @@ class Validator:
                 for trace in traces[::-1]:
                     self.rows.accesses = [a for a in self.rows.accesses if not self.at(number, a)]
                     self.rows.syncs = [s for s in self.rows.syncs if not self.at(number, s)]
-                    self.rows.volume = {}
+                    self.rows.volume, self.rows.regions = {}, {}
                     one = self.rows.launch(number, trace, agent.workers)
                     self.place(number, one)
                 self.flushes += [id(one.phases[n]) for n in sorted(traces[0].flushed)]
@@ -118,6 +125,8 @@ class Validator:
             else:
                 kept = [a for a in self.expected.accesses if self.at(number, a)]
                 self.rows.accesses += kept
+        if self.roles != set(self.module.roles):
+            self.differs(None, "a function of a role that no kernel starts, or several")
         self.rows.same_signals()
         self.producers(placed)
         self.named_waits()
@@ -133,6 +142,10 @@ class Validator:
         if not len(row.task):
             return False
         return self.expected.phases[int(self.expected.task_phase[row.task[0]])].agent == agent
+
+    def op(self, agent: Agent) -> Op:
+        """The program's agent of the same name."""
+        return next(a for a in self.expected.agents if a.ref is not None and a.symbol == agent.name)
 
     def differs(self, node: ast.AST | None, detail: str) -> None:
         """Refuses a difference."""
@@ -189,12 +202,14 @@ class Validator:
                 self.differs(
                     agent.node, f"`{name}` comes after {agent.after}, not {op.get('after', ())}"
                 )
-            if (agent.emitter == "library") != (op.get("emitter") == "library"):
-                self.differs(agent.node, f"`{name}` is made by another emitter")
-            if agent.kind == "launch" and not agent.emitter:
+            if agent.emitter != op.get("emitter", ""):
+                self.differs(agent.node, f"`{name}` is a launch of the emitter `{agent.emitter}`")
+            if agent.kind == "launch" and agent.emitter != LIBRARY:
+                groups = GROUPS if agent.emitter == GLUON else 1
+                warps = agent.warps * groups
                 for label, have, key, default in (
                     ("workers", agent.workers, "workers", 1),
-                    ("warps", agent.warps, "warps", 4),
+                    ("warps", warps, "warps", 4),
                     ("stages of its pipeline", agent.stages, "stages", 3),
                 ):
                     if have != int(op.get(key, default)):
@@ -271,9 +286,13 @@ class Validator:
     def launch(self, agent: Agent, streamed: frozenset[str], reverse: bool) -> Trace:
         """Runs a kernel with the arguments of its launch."""
         function = self.module.kernels[agent.kernel]
-        machine = KernelMachine(
-            self.module.source, function, self.layout, agent.workers, streamed, reverse
-        )
+        gluon = agent.kernel in self.module.gluon
+        shared = (self.module.source, function, self.layout, agent.workers, streamed)
+        launched = None
+        if gluon:
+            launched = machine = LaunchMachine(*shared, self.module.roles)
+        else:
+            machine = KernelMachine(*shared, reverse)  # type: ignore[assignment]
         names = [a.arg for a in function.args.args]
         if len(names) != len(agent.arguments):
             self.differs(
@@ -283,8 +302,12 @@ class Validator:
         for argument, value in zip(function.args.args, agent.arguments, strict=True):
             given[argument.arg] = self.argument(machine, argument, value, agent)
         trace = machine.start(given)
+        if launched is not None:
+            self.same_roles(agent, launched)
         if not reverse:
-            self.wait_names += list(dict.fromkeys(machine.wait_names))
+            # The waits of a stage's roles stand in different functions.
+            waits = list(dict.fromkeys(machine.wait_names))
+            self.wait_names += sorted(waits) if gluon else waits
             self.lanes += machine.lanes
         has_finish = any(
             p.kind == "finish" and self.expected.agents[p.agent].symbol == agent.name
@@ -300,6 +323,17 @@ class Validator:
         if has_finish and not machine.left:
             self.differs(function, "the launch is not left through `finish_arrive`")
         return trace
+
+    def same_roles(self, agent: Agent, machine: LaunchMachine) -> None:
+        """The roles of a launch must be those that the program gives it."""
+        op = self.op(agent)
+        if not machine.started or machine.ring is None:
+            self.differs(agent.node, "a kernel of Gluon that starts no roles")
+        assert machine.ring is not None
+        have = ("turns" if machine.turns is not None else "halves", machine.ring.slots)
+        if have != (op.get("roles"), int(op["stages"])):
+            self.differs(agent.node, f"groups in {have[0]} at a ring of {have[1]} slots")
+        self.roles |= machine.used
 
     def argument(self, machine: KernelMachine, parameter: ast.arg, value: Any, agent: Agent) -> Any:
         """An argument of the host as the kernel sees it."""
@@ -327,6 +361,8 @@ class Validator:
         if kind:
             self.differs(agent.node, f"a tensor for the parameter `{parameter.arg}`")
         if isinstance(value, Descriptor):
+            if value.emitter != (agent.emitter or "triton"):
+                self.differs(agent.node, "a descriptor for kernels of another emitter")
             return value
         if isinstance(value, View) and value.whole:
             if np.any(value.home != np.arange(self.layout.world)):

@@ -38,6 +38,7 @@ class Rows:
         self.accesses: list[Access] = []
         self.syncs: list[Sync] = []
         self.volume: dict[int, Ints] = {}
+        self.regions: dict[int, Ints] = {}  # boxes read of each load, by its row
         self.sorted: dict[int, tuple[Ints, Ints]] = {}
 
     # Refusals ---------------------------------------------------------------------------------
@@ -244,17 +245,17 @@ class Rows:
         size = np.prod(hi - lo, axis=1)
         held = self.volume.setdefault(id(access), np.zeros(len(access.task), dtype=np.int64))
         if not write:
-            boxes = np.unique(np.column_stack((at, lo, hi)), axis=0)
+            rows = np.column_stack((at, lo, hi))
+            if access.op.name == "load":
+                # Several loads, of the same region or each of a part of it.
+                known = self.regions.get(id(access))
+                rows = rows if known is None else np.concatenate((known, rows))
+                held[:] = 0
+            boxes = np.unique(rows, axis=0)
+            self.regions[id(access)] = boxes
             axes = lo.shape[1]
             at = boxes[:, 0]
             size = np.prod(boxes[:, 1 + axes :] - boxes[:, 1 : 1 + axes], axis=1)
-            mine = np.zeros_like(held)
-            np.add.at(mine, at, size)
-            # Two loads of the same region are two sites.
-            np.maximum(held, mine, out=held) if access.op.name == "load" else np.add(
-                held, mine, out=held
-            )
-            return
         np.add.at(held, at, size)
 
     def complete(self, choose: Callable[[Access], bool]) -> None:

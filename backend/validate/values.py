@@ -68,11 +68,13 @@ class Descriptor:
     """A TMA descriptor of all of ``symbol`` of this rank, in blocks of ``block`` elements.
 
     With ``peer``: of the slice that belongs to this rank, by the first axis, in the memory of that peer.
+    ``emitter``: of which kernels it can be an argument.
     """
 
     symbol: str
     block: tuple[int, ...]
     peer: int | None = None
+    emitter: str = "triton"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from tilelink.backend.expand import environment, evaluate, tile_sizes
+from tilelink.backend.passes.bind_emitter import Unfit, split_product
 from tilelink.backend.product import NotAProduct, product_of
 from tilelink.backend.verify.errors import UndecidedError
 from tilelink.ir import All, At, Broadcast, Expr, Op, Range, Ref, Value, parse_ir
@@ -66,6 +67,7 @@ class _Checker:
         self.tiles: set[str] = set()
 
     def launch(self, launch: Op) -> None:
+        self.roles(launch)
         for place, child in enumerate(launch.body):
             if child.name not in ("stage", "flush", "finish"):
                 _fail(child, "a launch holds stages, flushes between them, and a finish")
@@ -117,6 +119,27 @@ class _Checker:
             length = self.length(Expr.of(segment if cut else extent))
             if not isinstance(length, int) or tile < length:
                 _fail(loop, f"a tile of {tile} of {length} cuts a product of the library")
+
+    def roles(self, launch: Op) -> None:
+        """With roles, a task's waits and loads up to its main loop are the loader's, the rest a group's.
+
+        In a stage of another form the text would not say what comes before what.
+        """
+        gluon, roles = launch.get("emitter") == "gluon", launch.get("roles") is not None
+        if gluon != roles:
+            _fail(launch, "roles are for the emitter `gluon`, which has no kernel without them")
+        for child in launch.body if roles else ():
+            if child.name == "flush":
+                _fail(child, "with roles no notify is held back, so nothing is to be flushed")
+            if child.name != "stage":
+                continue
+            try:
+                split_product(child)
+            except Unfit as unfit:
+                _fail(unfit.op, f"with roles, a stage has no {unfit.detail.removeprefix('a ')}")
+            held = next((o for o in child.walk() if o.get("delay") is not None), None)
+            if held is not None:
+                _fail(held, "with roles no notify is held back")
 
     def head(self, head: Op) -> None:
         """The kernel of `head` waits for the acknowledgements of the call before, and does nothing else."""

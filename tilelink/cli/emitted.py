@@ -75,7 +75,7 @@ def _fill(args: argparse.Namespace, carried: Op) -> None:
                 if op["value"] is not None
             }
         ]
-    if not (args.schedule or args.tile or args.resource or args.workers):
+    if not (args.schedule or args.tile or args.resource or args.workers or args.emitter):
         args.schedule = carried.get("schedule")
     if not args.dtype:
         floats = ("bf16", "fp16", "fp32")

@@ -74,6 +74,11 @@ def add_common(parser: argparse.ArgumentParser, *, file_optional: bool = False) 
         metavar="copy_engine|sm:16|epilogue|none",
         help="what moves the bytes: of every moved tensor, or A=copy_engine,C=epilogue",
     )
+    how.add_argument(
+        "--emitter",
+        choices=("triton", "gluon"),
+        help="what launches are emitted as (default: triton)",
+    )
     how.add_argument("--workers", type=positive, metavar="P", help="persistent CTAs a rank")
 
 
@@ -172,6 +177,8 @@ def schedule_of(args: argparse.Namespace, kernel: Op) -> Schedule:
         schedule = replace(schedule, moves=tuple(sorted(moves.items())))
     if args.workers:
         schedule = replace(schedule, workers=args.workers)
+    if args.emitter:
+        schedule = replace(schedule, emitter=args.emitter)
     return schedule
 
 

@@ -85,11 +85,16 @@ def execute(args: argparse.Namespace) -> int:
         from tilelink.cli.cuda import execute_cuda
 
         return execute_cuda(args)
+    from tilelink.backend.runtime.image import has_roles
+
     rows: list[list[str]] = []
     failures: list[TilelinkError] = []
+    roles: list[str] = []
     for unit in load(args):
         try:
             program = unit.program(args)
+            if args.backend == "interpret" and has_roles(program):
+                roles.append(unit.name)
             inputs = [random_inputs(unit.op, args.seed + call) for call in range(args.calls)]
             if repeated:
                 outputs = run_calls(program, inputs, args.seed, args.schedules)
@@ -104,6 +109,8 @@ def execute(args: argparse.Namespace) -> int:
             failures.append(error)
             rows.append([*describe(unit, unit.op, args.backend), "-", "-", "-", "refused"])
     print(table.render(HEADER, rows))
+    if roles:
+        print(f"{', '.join(roles)}: interpreted as Triton kernels; Gluon has no interpreter")
     for failure in failures:
         print(failure, file=sys.stderr)
     return int(bool(failures) or any(row[-1] == "WRONG" for row in rows))

@@ -155,6 +155,7 @@ def _from_ir(op: Op, path: str, args: argparse.Namespace) -> Unit:
             "--tile": args.tile,
             "--resource": args.resource,
             "--workers": args.workers,
+            "--emitter": args.emitter,
             "--world": args.world not in (None, unit.world),
         }
         for option, value in given.items():

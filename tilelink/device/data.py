@@ -79,8 +79,8 @@ def tile_sum_parts(own, parts, step, inside, rank, world: tl.constexpr):
     ``inside``: their mask, or None. Where the part of ``rank`` itself would lie nothing is read.
     """
     # Three parts are under way while a fourth is added; all at once would not fit the registers. Minus
-    # zero is what changes no first term.
-    total = tl.zeros(own.shape, tl.float32) * -1.0
+    # zero is what changes no first term; written so that it lies in registers as ``own`` does.
+    total = tl.where(own == own, 0.0, 0.0) * -1.0
     first = _part(parts, 0, step, inside, rank, world)
     second = _part(parts, 1, step, inside, rank, world)
     third = _part(parts, 2, step, inside, rank, world)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from tilelink.device.dialect import axis, threads
 from tilelink.ir import layout
 
 # The interpreter has no inline assembly and no clock.
@@ -65,13 +66,12 @@ def _word(peers, rank, word):
 
 @triton.jit
 def _clock(polls):
-    # Each thread reads its own timer, so the largest is taken: control flow must be uniform. 1024
-    # elements reach every thread of a CTA, which makes the reduction one over all of its warps.
+    # Each thread reads its own timer, so the largest is taken: control flow must be uniform.
     if CUDA:
         now = tl.inline_asm_elementwise(
             "mov.u64 $0, %globaltimer;",
             "=l,r",
-            [tl.arange(0, 1024)],
+            [threads()],
             dtype=tl.int64,
             is_pure=False,
             pack=1,
@@ -139,7 +139,7 @@ def _abort(ctx, word, expected, seen, producer, tile, wait, kind):
 @triton.jit
 def _absent(ctx, arrival):
     """A rank that has not started call ``arrival``, or -1."""
-    found = tl.full((), -1, tl.int32)
+    found = tl.cast(-1, tl.int32)
     for peer in range(0, ctx.world):
         there = tl.atomic_add(ctx.arena + ARRIVED + peer, 0, sem="relaxed", scope="sys")
         found = tl.where(there - arrival < 0, peer, found)
@@ -150,10 +150,10 @@ def _absent(ctx, arrival):
 def _wait(ctx, word, expected, arrival, producer, tile, wait, fence: tl.constexpr):
     flag = ctx.arena + word
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    polls = tl.full((), 0, tl.int32)
-    started = tl.full((), 0, tl.int64)
-    was_here = tl.full((), 0, tl.int32)
-    stuck = tl.full((), 0, tl.int32)
+    polls = tl.cast(0, tl.int32)
+    started = tl.cast(0, tl.int64)
+    was_here = tl.cast(0, tl.int32)
+    stuck = tl.cast(0, tl.int32)
     spinning = seen - expected < 0
     while spinning:
         if polls % LOOK == FIRST_LOOK:
@@ -176,7 +176,7 @@ def _wait(ctx, word, expected, arrival, producer, tile, wait, fence: tl.constexp
                 if (now - started > limit) | (stop != 0):
                     if (here != 0) & (stuck == 0) & (stop == 0):
                         # The producer is here, but may itself wait for a rank that is not.
-                        stuck = tl.full((), 1, tl.int32)
+                        stuck = tl.cast(1, tl.int32)
                     else:
                         # The host has seen a rank die: it is the one that this call lacks.
                         late = tl.where(stop != 0, stop - LOST, late)
@@ -297,7 +297,7 @@ def counted_tile_notify(ctx, word, peer, through, count):
 def _words(peers, world, word):
     # Word ``word`` of every rank's arena, one element a rank, and which elements are ranks: one thread
     # a rank sends its signal, and no round trip over the link waits for another.
-    ranks = tl.arange(0, MAX_WORLD)
+    ranks = axis(MAX_WORLD)
     addresses = tl.load(peers + ranks, mask=ranks < world, other=0) + word * 4
     return addresses.to(tl.pointer_type(tl.int32), bitcast=True), ranks < world
 
@@ -307,7 +307,7 @@ def all_tile_notify(ctx, word):
     """Release: flag ``word`` of every rank becomes this call's epoch, after every thread's stores."""
     tl.debug_barrier()
     flags, inside = _words(ctx.peers, ctx.world, word)
-    value = tl.full((MAX_WORLD,), 0, tl.int32) + ctx.epoch
+    value = inside.to(tl.int32) * 0 + ctx.epoch
     tl.atomic_xchg(flags, value, mask=inside, sem="release", scope="sys")
 
 
@@ -319,12 +319,12 @@ def counted_all_tile_notify(ctx, word, through, step, count):
     also releases what the others stored.
     """
     tl.debug_barrier()
-    ranks = tl.arange(0, MAX_WORLD)
-    one = tl.full((MAX_WORLD,), 1, tl.int32)
+    ranks = axis(MAX_WORLD)
+    one = ranks * 0 + 1
     counters = ctx.arena + through + ranks * step
     before = tl.atomic_add(counters, one, mask=ranks < ctx.world, sem="acq_rel", scope="sys")
     flags, inside = _words(ctx.peers, ctx.world, word)
-    value = tl.full((MAX_WORLD,), 0, tl.int32) + ctx.epoch
+    value = inside.to(tl.int32) * 0 + ctx.epoch
     last = inside & (before == count - 1)
     tl.atomic_xchg(flags, value, mask=last, sem="release", scope="sys")
 
@@ -341,13 +341,13 @@ def peer_tiles_wait(ctx, word, step, low, high, epoch, tile, wait, fence: tl.con
 
     Rank r raises flag ``word + r * step``. Returns a token like :func:`peer_tile_wait`.
     """
-    ranks = tl.arange(0, MAX_WORLD)
+    ranks = axis(MAX_WORLD)
     inside = (ranks >= low) & (ranks < high)
-    nothing = tl.zeros((MAX_WORLD,), tl.int32)
+    nothing = ranks * 0
     flags = ctx.arena + word + ranks * step
     seen = tl.atomic_add(flags, nothing, mask=inside, sem="acquire", scope="sys")
     behind = tl.sum((inside & (seen - epoch < 0)).to(tl.int32), axis=0)
-    polls = tl.full((), 0, tl.int32)
+    polls = tl.cast(0, tl.int32)
     while (behind != 0) & (polls < TOGETHER):
         seen = tl.atomic_add(flags, nothing, mask=inside, sem="acquire", scope="sys")
         behind = tl.sum((inside & (seen - epoch < 0)).to(tl.int32), axis=0)

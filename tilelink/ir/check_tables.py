@@ -44,7 +44,8 @@ CHOICES = {
     "scope": ("gpu", "sys"),
     "compare": ("equal",),
     "via": ("tma",),
-    "emitter": ("library",),
+    "emitter": ("gluon", "library"),
+    "roles": ("turns", "halves"),
 }
 SPOKEN = {
     "exprs": "a list of expressions, `[M, 64]`",

@@ -1,0 +1,467 @@
+"""One ``launch`` with roles as a warp-specialised Gluon kernel: a loader, and two groups that multiply.
+
+What stands before the main loop, its waits, and the loads of the loop are the loader's; the products, the
+epilogue, its waits and notifies are those of the warp groups. They share a ring of slots
+(:mod:`tilelink.device.roles`). The text of decoding, waits, epilogue and signals is that of the Triton
+emitter; here is what roles make different: who does what, and in which layout tiles are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from tilelink.backend.emit import access, body, epilogue
+from tilelink.backend.emit.kernel import turned
+from tilelink.backend.emit.loops import (
+    Walk,
+    announce,
+    ceildiv,
+    decode,
+    place_tile,
+    total,
+)
+from tilelink.backend.emit.scope import TL_DTYPE, Dim, Program, Scope, item_bytes, origin, refuse
+from tilelink.backend.emit.text import Writer, identifier
+from tilelink.backend.passes.bind_emitter import Product, Unfit, split_product
+from tilelink.ir import At, Expr, Op, Value
+from tilelink.schedules.roles import HALVES, LEAST_ROOM
+
+SHARED_LIMIT = 232_448  # bytes of shared memory a CTA of sm_90 can have
+_BARRIERS = 1024  # of mbarriers and what the compiler keeps beside them
+GROUP_WARPS = 4
+REGISTERS = (232, 40)
+
+
+@dataclass(slots=True)
+class _Ring:
+    """The tiles of one step: name, descriptor's block and bytes, in the order of the loads."""
+
+    names: list[str]
+    blocks: list[tuple[tuple[int, ...], str]]
+    holders: list[str]  # a descriptor of each, which the host gives its layout
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one step."""
+        return sum(_volume(block) * item_bytes(dtype) for block, dtype in self.blocks)
+
+
+def _volume(block: tuple[int, ...]) -> int:
+    count = 1
+    for length in block:
+        count *= length
+    return count
+
+
+class Roles:
+    """Writes the functions of one launch; ``scopes`` share the kernel's parameters."""
+
+    def __init__(self, program: Program, launch: Op, name: str) -> None:
+        self.program, self.launch, self.name = program, launch, name
+        self.halves = launch["roles"] == HALVES
+        self.slots = int(launch["stages"])
+        self.loader = Scope(program, Writer(), stages=self.slots)
+        self.loader.used |= {"ctx", "token", "q", "step", "slot", "ring", "rank", "role", "number"}
+        self.loader.used |= {"turns", "pair", "room", "met", "at", "last"}
+        self.loader.contracted = access.contracted(launch.body)
+        self.ring: _Ring | None = None
+        self.room: tuple[tuple[int, ...], str] | None = None
+        self.room_of = ""
+        stages = launch.find("stage")
+        try:
+            self.products = [(stage, split_product(stage)) for stage in stages]
+        except Unfit as unfit:
+            raise refuse(unfit.op, unfit.detail) from None
+        self.multiply = replace(
+            self.loader,
+            writer=Writer(),
+            names={},
+            dims={},
+            dirty={},
+            literals=set(),
+            tokens=[],
+            chosen={},
+            used=set(self.loader.used),
+            over=self._overrides(),
+            warps=GROUP_WARPS,
+        )
+
+    def functions(self) -> list[tuple[str, list[str]]]:
+        """The bodies of the loader and of the groups that multiply, by the function's name."""
+        self.loader.writer.depth = self.multiply.writer.depth = 1
+        self.loader.writer.line("step = 0")
+        for stage, product in self.products:
+            self._load_stage(stage, product)
+        self.loader.writer.prune()
+        self.multiply.used |= set(self.loader.descriptors.values())
+        self.multiply.used |= {*self.loader.pointers.values(), *self.loader.buffers.values()}
+        self._make_room()
+        writer = self.multiply.writer
+        writer.line("step = 0")
+        if not self.halves:
+            writer.line("number = 0")
+        writer.let("met", "0")
+        for stage, product in self.products:
+            self._multiply_stage(stage, product)
+        writer.prune()
+        return [
+            (f"{self.name}_load", self.loader.writer.lines),
+            (f"{self.name}_multiply", writer.lines),
+        ]
+
+    # The loader -------------------------------------------------------------------------------
+
+    def _queue(self, scope: Scope, stage: Op) -> str:
+        """The head of the loop over a stage's tasks."""
+        title = stage.symbol if stage.ref is not None else "stage"
+        scope.writer.line()
+        scope.writer.line(f"# Stage {title}.{origin(stage.span).replace('  # ', ' ')}")
+        count = total(scope, stage, stage.args, Walk.of(stage))
+        worker, first = "tl.program_id(0)", int(stage.get("first", 0))
+        if first:
+            name = f"{identifier(title)}_worker"
+            scope.writer.line(f"{name} = {turned(first)}")
+            worker = name
+        # Behind a main loop that adds parts, what is the same for every tile stays inside of the loop:
+        # kept in registers over the main loop, it would not fit.
+        adds = scope is self.multiply and any(op.name == "load_sum" for op in stage.walk())
+        tail = ", disable_licm=True" if adds else ""
+        return f"for q in tl.range({worker}, {count}, tl.num_programs(0){tail}):"
+
+    def _load_stage(self, stage: Op, product: Product) -> None:
+        scope, writer = self.loader, self.loader.writer
+        with writer.block(self._queue(scope, stage)):
+            scope.tokens.clear()
+            scope.tile = "q"
+            decode(scope, stage, stage.args, Walk.of(stage), "q")
+            waits = tuple(op for op in product.before if op.name == "wait")
+            if waits:
+                writer.line("token = 0")
+                scope.tokens.append("token")
+            body.ops(scope, waits)
+            self._main_loop(product)
+        self._forget(scope)
+
+    def _main_loop(self, product: Product) -> None:
+        scope, writer = self.loader, self.loader.writer
+        loop = product.loop
+        ahead = announce(scope, loop)
+        for op in product.loads:
+            scope.define(op.results[0])
+            if op.get("own") is not None:
+                access.choose(scope, op)
+        for dim in ahead:
+            del scope.dims[dim]
+        with self._steps(scope, loop):
+            fetches = [access.box(scope, op) for op in product.loads]
+            ring = self._shared(product, [(f.block, f.dtype) for f in fetches])
+            ring.holders = ring.holders or [f.holder for f in fetches]
+            writer.call("slot = roles.claim(", ["ring", "step", str(ring.bytes)])
+            for fetch, name in zip(fetches, ring.names, strict=True):
+                args = ["ring", "slot", fetch.source, fetch.row, fetch.column, name]
+                writer.call("roles.fetch(", args)
+            writer.line("step += 1")
+        scope.dims.pop(loop.args[0].name, None)
+
+    def _shared(self, product: Product, blocks: list[tuple[tuple[int, ...], str]]) -> _Ring:
+        """The ring's tiles, which all stages of the launch share."""
+        if self.ring is None:
+            names = [self.loader.fresh(f"{op.results[0].name}_ring") for op in product.loads]
+            self.ring = _Ring(names, blocks, [])
+        elif self.ring.blocks != blocks:
+            raise refuse(product.loop, "stages of one launch that load tiles of different shapes")
+        return self.ring
+
+    def _steps(self, scope: Scope, loop: Op):  # type: ignore[no-untyped-def]
+        """The loop over the steps of a product, its variable placed."""
+        variable, size, extent = loop.args[0], int(loop["tile"][0]), loop["extent"][0]
+        start = f"{identifier(variable.name)}_start"
+        head = f"for {start} in tl.range(0, {scope.expr(extent)}, {size}):"
+        opened = scope.writer.block(head)
+
+        class _Opened:
+            def __enter__(self) -> None:
+                opened.__enter__()
+                place_tile(scope, variable, f"{start} // {size}", start, size, extent)
+
+            def __exit__(self, *error: object) -> None:
+                opened.__exit__(*error)  # type: ignore[arg-type]
+
+        return _Opened()
+
+    def _forget(self, scope: Scope) -> None:
+        scope.tokens.clear()
+        scope.tile = "0"
+        scope.dims.clear()
+
+    # Groups that multiply ---------------------------------------------------------------------
+
+    def _multiply_stage(self, stage: Op, product: Product) -> None:
+        scope, writer = self.multiply, self.multiply.writer
+        loop = product.loop
+        steps = ceildiv(scope, loop["extent"][0], int(loop["tile"][0]))
+        with writer.block(self._queue(scope, stage)):
+            if self.halves:
+                self._tile(stage, product)
+            else:
+                with writer.block("if number % 2 == role:"):
+                    self._tile(stage, product)
+                writer.line("number += 1")
+            writer.line(f"step += {steps}")
+        self._forget(scope)
+
+    def _tile(self, stage: Op, product: Product) -> None:
+        scope, writer = self.multiply, self.multiply.writer
+        scope.tile = "q"
+        decode(scope, stage, stage.args, Walk.of(stage), "q")
+        self._halve(stage, product)
+        if not self.halves:
+            writer.line("roles.turn(turns, number)")
+        self._products(stage, product)
+        if any(op.name == "wait" for top in product.epilogue for op in top.walk()):
+            writer.line("token = 0")
+            scope.tokens.append("token")
+        epilogue.ops(scope, product.epilogue)
+        scope.tokens.clear()
+        scope.as_memory = False
+
+    def _halve(self, stage: Op, product: Product) -> None:
+        """From here on the rows of the tile are those of this group."""
+        variable, columns = stage.args
+        scope = self.multiply
+        scope.grid = (variable.name, columns.name)
+        if not self.halves:
+            return
+        dim = scope.dims[variable.name]
+        block = dim.block // 2
+        if not dim.exact and any(_places(op, variable) for op in product.epilogue):
+            raise refuse(stage, "a tile with fewer rows in some places, whose halves go elsewhere")
+        start, stop = f"{identifier(variable.name)}_half", dim.stop
+        scope.used.add(start)
+        scope.writer.let(start, f"{dim.start} + role * {block}")
+        length = str(block) if dim.exact else f"({stop} - {start})"
+        stop = f"{start} + {block}" if dim.exact else stop
+        scope.dims[variable.name] = Dim(block, length, dim.exact, start, stop, dim.ends)
+
+    def _products(self, stage: Op, product: Product) -> None:
+        """The main loop: products under way while the next step's tiles are waited for."""
+        scope, writer, loop = self.multiply, self.multiply.writer, product.loop
+        assert self.ring is not None
+        rows = scope.dims[stage.args[0].name].block
+        body.ops(scope, tuple(op for op in product.before if op.name != "wait"))
+        writer.line("at = step")
+        body.carry_in(scope, loop, 0)
+        sums = [scope.names[r.name] for r in loop.results]
+        dots = [op for op in loop.body if op.name == "dot"]
+        with self._steps(scope, loop):
+            start = f"{identifier(loop.args[0].name)}_start"
+            writer.line("slot = roles.take(ring, at)")
+            for op, name in zip(product.loads, self.ring.names, strict=True):
+                scope.names[op.results[0].name] = text = scope.fresh(op.results[0].name)
+                writer.line(f"{text} = {name}.index(slot)")
+                scope.used.discard(text)
+            for op in dots:
+                self._dot(product, op, rows)
+            made = ", ".join(scope.names[v.name] for v in loop.body[-1].operands)
+            wait = f"hopper.warpgroup_mma_wait({len(dots)}, deps=[{made}])"
+            writer.line(f"{', '.join(sums)} = {wait}", origin(dots[0].span))
+            writer.line(f"roles.give(ring, at - 1, {start} > 0)")
+            writer.line("at += 1")
+        scope.dims.pop(loop.args[0].name, None)
+        if not self.halves:
+            writer.line("roles.pass_turn(turns, number)")
+        done = ", ".join(sums)
+        writer.line(f"{done} = hopper.warpgroup_mma_wait(0, deps=[{done}])")
+        writer.line("roles.give(ring, at - 1)")
+
+    def _dot(self, product: Product, op: Op, rows: int) -> None:
+        scope = self.multiply
+        texts = []
+        for number, value in enumerate(op.operands[:2]):
+            load, turned = product.load_of(value)
+            text = scope.names[load.results[0].name]
+            if self.halves and number == 0:
+                text += f".slice(role * {rows}, {rows}{', dim=1' if turned else ''})"
+            texts.append(text + (".permute((1, 0))" if turned else ""))
+        total_of = scope.names[op.operands[2].name]
+        result = op.results[0]
+        scope.names[result.name] = total_of
+        args = [*texts, total_of, "is_async=True"]
+        scope.writer.call(f"{total_of} = hopper.warpgroup_mma(", args)
+
+    # The epilogue -----------------------------------------------------------------------------
+
+    def _overrides(self) -> dict[str, Callable[[Scope, Op], None]]:
+        return {
+            "load": self._load,
+            "load_sum": self._load_sum,
+            "store": self._store,
+            "notify": self._notify,
+            "zeros": self._fill,
+            "full": self._fill,
+        }
+
+    def _fill(self, scope: Scope, op: Op) -> None:
+        type_ = op.results[0].type
+        blocks = scope.blocks(type_)
+        if len(blocks) != 2:
+            raise refuse(op, "a constant tile that is no matrix")
+        if op.name == "zeros" and type_.dtype == "fp32":
+            body.assign(scope, op, f"roles.zeros({blocks[0]}, {blocks[1]})", frozenset())
+            return
+        value = body.number(op.get("value", 0))
+        args = [str(b) for b in blocks] + [value]
+        if type_.dtype != "fp32":
+            args.append(TL_DTYPE[type_.dtype])
+        body.assign(scope, op, f"roles.full({', '.join(args)})")
+
+    def _load(self, scope: Scope, op: Op) -> None:
+        """A tile of a tensor by addresses; matrices are laid out anew."""
+        if op.get("own") is not None:
+            raise refuse(op, "a choice between two places behind the main loop")
+        access.load(scope, op.with_attrs(via=None) if op.get("via") else op)
+        blocks = scope.blocks(op.results[0].type)
+        if len(blocks) == 2 and not scope.as_memory:
+            name = scope.names[op.results[0].name]
+            scope.writer.line(f"{name} = roles.from_memory({name}, {blocks[1]})")
+
+    def _load_sum(self, scope: Scope, op: Op) -> None:
+        """A sum over ranks; from here on tiles lie as the parts in memory are loaded."""
+        if not op.operands:
+            raise refuse(op, "a sum behind the main loop whose own part is not the product")
+        own = op.operands[0]
+        if any(len(v.type.shape) for v in self._made_before(op) if v.name != own.name):
+            raise refuse(op, "tiles from before a sum that are used behind it")
+        name = scope.fresh(f"{scope.names[own.name]}_out")
+        width = scope.blocks(own.type)[1]
+        scope.writer.line(f"{name} = roles.to_memory({scope.names[own.name]}, {width})")
+        kept, scope.names[own.name] = scope.names[own.name], name
+        scope.as_memory = True
+        access.load_sum(scope, op)
+        scope.names[own.name] = kept
+
+    def _made_before(self, op: Op) -> list[Value]:
+        """Values that are used behind ``op`` and made in front of it, in the epilogue or before."""
+        for _, product in self.products:
+            if op in product.epilogue:
+                behind = product.epilogue[product.epilogue.index(op) + 1 :]
+                made = {v.name for top in (op, *behind) for o in top.walk() for v in o.results}
+                used = (v for top in behind for o in top.walk() for v in o.operands)
+                return [v for v in used if v.name not in made]
+        raise refuse(op, "a sum inside of a loop behind the main loop")
+
+    def _make_room(self) -> None:
+        """Shared memory by way of which tiles leave, as wide as the ring leaves space for."""
+        assert self.ring is not None
+        left = SHARED_LIMIT - _BARRIERS - self.slots * self.ring.bytes
+        found: set[tuple[int, int, str]] = set()
+        extra = 0
+        for stage, product in self.products:
+            rows, columns = (int(n) for n in stage["tile"])
+            rows //= 2 if self.halves else 1
+            ops = [o for top in product.epilogue for o in top.walk()]
+            # Behind a sum over ranks, tiles are worked on part by part.
+            summed = any(op.name == "load_sum" for op in ops)
+            whole = rows * columns
+            part = min(whole, epilogue.ROLE_EACH * 32 * GROUP_WARPS) if summed else whole
+            for op in ops:
+                if op.name not in ("store", "load", "load_sum") or op.ref is None:
+                    continue
+                dtype = str(self.program.symbols[op.symbol]["dtype"])
+                value = op.operands[0] if op.name == "store" else op.results[0]
+                if op.name == "store" and op.get("via") == "tma" and not summed:
+                    found.add((rows, columns, dtype))
+                elif len(value.type.shape) > 1:
+                    extra = max(extra, part * item_bytes(dtype))
+        if len(found) > 1:
+            raise refuse(self.launch, "stores of tiles of different shapes or types")
+        left -= extra  # half of a tile each, in which it changes its layout
+        if found:
+            ((rows, columns, dtype),) = found
+            width = min(columns, 256)
+            while 2 * rows * width * item_bytes(dtype) > left and width > LEAST_ROOM:
+                width //= 2
+            self.room = ((rows, width), dtype)
+            left -= 2 * rows * width * item_bytes(dtype)
+        if left < 0:
+            need = SHARED_LIMIT - left
+            detail = (
+                f"{self.slots} stages, which take {need} bytes of {SHARED_LIMIT} of shared memory"
+            )
+            raise refuse(self.launch, detail)
+
+    def _store(self, scope: Scope, op: Op) -> None:
+        value, ref, peer = op.operands[0], op.ref, op.get("peer")
+        assert ref is not None
+        if peer is not None and op.get("via") is not None:
+            raise refuse(op, "a store to a peer through TMA")
+        decl = scope.program.symbols[ref.symbol]
+        text = scope.names[value.name]
+        if decl["dtype"] != value.type.dtype:
+            text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
+        block = scope.blocks(value.type)
+        direct = peer is None and self.room is not None and not scope.as_memory
+        where = access.target(scope, op) if direct else None
+        if where is not None and self.room is not None:
+            name = access.descriptor(scope, ref.symbol, self.room[0])
+            self.room_of = self.room_of or name
+            args = [name, where[0], where[1], text, "room.index(role)"]
+            scope.writer.call("roles.store(", args)
+            return
+        if len(block) == 2 and not scope.as_memory:
+            name = scope.fresh(f"{scope.names[value.name]}_out")
+            scope.writer.line(f"{name} = roles.to_memory({text}, {block[1]})")
+            text = name
+        access.scatter(scope, op, text)
+
+    def _notify(self, scope: Scope, op: Op) -> None:
+        """A notify; of two groups with half a tile each the first makes it, for both."""
+        if not self.halves:
+            body.notify(scope, op)
+            return
+        writer = scope.writer
+        if op.get("drain"):
+            writer.line("device.drain_tma_stores()")
+        writer.line("roles.meet(pair, met)")
+        writer.line("met += 1")
+        with writer.block("if role == 0:"):
+            body.notify(scope, op.with_attrs(drain=None))
+
+    # The kernel -------------------------------------------------------------------------------
+
+    def shared(self) -> list[str]:
+        """The statements that allocate what the roles share."""
+        assert self.ring is not None
+        lines = [f"ring = roles.ring({self.slots}, {2 if self.halves else 1})"]
+        if not self.halves:
+            lines.append("turns = roles.turns()")
+        elif any("roles.meet(" in line for line in self.multiply.writer.lines):
+            lines.append("pair = roles.pair()")
+        for name, holder in zip(self.ring.names, self.ring.holders, strict=True):
+            lines.append(f"{name} = roles.tiles({holder}, {self.slots})")
+        if self.room_of:
+            lines.append(f"room = roles.tiles({self.room_of}, 2)")
+        return lines
+
+
+def _places(op: Op, variable: Value) -> bool:
+    """Whether an op, or one inside, says where things are by the place of a tile's rows."""
+    for inner in op.walk():
+        for item in inner.ref.index if inner.ref is not None else ():
+            if isinstance(item, At) and item.value.name == variable.name:
+                return True
+            if isinstance(item, Expr) and any(n.split(".")[0] == variable.name for n in item.names):
+                return True
+        for _, value in inner.attrs:
+            if isinstance(value, Expr) and any(
+                n.split(".")[0] == variable.name for n in value.names
+            ):
+                return True
+    return False
+
+
+def names_in(lines: list[str]) -> set[str]:
+    """Words of some lines of code, without their comments."""
+    return {word for text in lines for word in re.findall(r"\w+", text.split("#")[0])}

@@ -1,0 +1,223 @@
+"""``bind-emitter``: which launches come out as Gluon kernels, whose warps have roles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilelink.backend.passes.common import schedule_of
+from tilelink.ir import Block, Op, Ref, Value, make
+from tilelink.schedules import ScheduleError
+from tilelink.schedules.roles import GROUP_ROWS, HALVES, PRODUCT_WARPS, roles_of
+
+_BEFORE = frozenset({"wait", "zeros", "full", "constant", "param"})
+_INSIDE = frozenset({"load", "transpose", "dot", "yield"})
+_NEVER = frozenset({"dot", "for_tiles", "transfer", "transpose", "reshape"})
+_REDUCE = frozenset({"sum", "max", "min"})
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The parts of a stage that multiplies: ``before`` belongs to the loader, ``epilogue`` to the rest."""
+
+    before: tuple[Op, ...]
+    loop: Op
+    epilogue: tuple[Op, ...]
+
+    @property
+    def loads(self) -> tuple[Op, ...]:
+        """The loads of the main loop, one a region."""
+        found: list[Op] = []
+        for op in self.loop.body:
+            same = (o for o in found if _reads(o) == _reads(op))
+            if op.name == "load" and next(same, None) is None:
+                found.append(op)
+        return tuple(found)
+
+    def load_of(self, value: Value) -> tuple[Op, bool]:
+        """The load behind an operand of a product, and whether it is transposed."""
+        made = {op.results[0].name: op for op in self.loop.body if op.results}
+        op, turned = made[value.name], False
+        while op.name == "transpose":
+            op, turned = made[op.operands[0].name], not turned
+        return next(o for o in self.loads if _reads(o) == _reads(op)), turned
+
+
+def _reads(op: Op) -> tuple[object, ...]:
+    return op.name, op.ref, op.get("own"), op.get("when")
+
+
+class Unfit(Exception):
+    """Why a stage is none that roles can run: the op concerned, and what it is."""
+
+    def __init__(self, op: Op, detail: str) -> None:
+        super().__init__(detail)
+        self.op, self.detail = op, detail
+
+
+def split_product(stage: Op) -> Product:
+    """The parts of ``stage``; Unfit where it is not of the form that roles can run.
+
+    That is: waits and constants, one loop of loads and products over one extent, an epilogue.
+    """
+    if stage.get("queue", "static") != "static" or stage.get("workers") is not None:
+        raise Unfit(stage, "a queue that is shared with workers that copy")
+    if len(stage.args) != 2 or any(not a.type.is_tile for a in stage.args):
+        raise Unfit(stage, "a stage over other variables than the rows and columns of a tile")
+    at = next((i for i, op in enumerate(stage.body) if op.name not in _BEFORE), len(stage.body))
+    loop = stage.body[at] if at < len(stage.body) else stage
+    if loop.name != "for_tiles" or not any(op.name == "dot" for op in loop.body):
+        raise Unfit(loop, f"`{loop.name}` in front of the main loop")
+    if loop.get("extent") is None or len(loop["extent"]) != 1 or loop.get("segment") is not None:
+        raise Unfit(loop, "a main loop that is not over one whole extent")
+    rows, columns = (a.name for a in stage.args)
+    made: dict[str, Op] = {}
+    for op in loop.body:
+        if op.name not in _INSIDE:
+            raise Unfit(op, f"`{op.name}` in the main loop")
+        if op.name == "transpose" and made[op.operands[0].name].name == "dot":
+            raise Unfit(op, "a transposed sum in the main loop")
+        if op.name == "dot":
+            _check_dot(op, made, (rows, columns, loop.args[0].name))
+        made |= {value.name: op for value in op.results}
+    carried = {a.name for a in loop.args[1:]}
+    moved = [v for v in loop.body[-1].operands if v.name in carried or made[v.name].name != "dot"]
+    if loop.body[-1].name != "yield" or moved:
+        raise Unfit(loop, "a main loop that carries something else than sums of products")
+    for top in stage.body[at + 1 :]:
+        for op in top.walk():
+            if op.name in _NEVER:
+                raise Unfit(op, f"`{op.name}` behind the main loop")
+    return Product(stage.body[:at], loop, stage.body[at + 1 :])
+
+
+def _check_dot(op: Op, made: dict[str, Op], names: tuple[str, str, str]) -> None:
+    rows, columns, depth = names
+    shapes = [v.type.shape for v in op.operands[:2]]
+    if shapes != [(rows, depth), (depth, columns)] or len(op.operands) != 3:
+        raise Unfit(op, "a product of something else than the stage's rows and columns")
+    if any(v.type.dtype not in ("bf16", "fp16") for v in op.operands[:2]):
+        raise Unfit(op, f"a product in {op.operands[0].type.dtype}")
+    if any(v.name not in made or made[v.name].name == "dot" for v in op.operands[:2]):
+        raise Unfit(op, "a product of something that the loop does not load")
+    if op.operands[2].name in made and made[op.operands[2].name].name != "dot":
+        raise Unfit(op, "a product added to something that the loop loads")
+
+
+def _shared_by(stage: Op, product: Product) -> str:
+    """How two groups share the tiles of a stage; Unfit where they cannot."""
+    rows, columns = (int(n) for n in stage["tile"])
+    sums = len(product.loop.results)
+    roles = roles_of(rows, columns, sums)
+    if roles is None:
+        detail = f"a tile of {rows} x {columns} with {sums} sum{'s' * (sums > 1)}"
+        raise Unfit(stage, f"{detail}, which two warp groups of {GROUP_ROWS} rows cannot hold")
+    for top in product.epilogue if roles == HALVES else ():
+        for op in top.walk():
+            along = op.operands[0].type.shape[int(op["axis"])] if op.name in _REDUCE else ""
+            if along == stage.args[0].name:
+                raise Unfit(op, "a reduction over rows of which each warp group has half")
+    return roles
+
+
+def bind_emitter(program: Op) -> Op:
+    """Give the launches that multiply to the emitter that the schedule names.
+
+    Before, with ``emitter = "gluon"`` in the schedule::
+
+        launch @f {after = ["head"], …} do { stage @C.gemm …  stage @C.sum …  finish … }
+        stream @C.copy …
+
+    After::
+
+        launch @f {after = ["head"], emitter = "gluon", roles = "turns", …} do { stage @C.gemm … }
+        stream @C.copy …
+        launch @f.part2 {after = ["head", "f"], part = 2, …} do { stage @C.sum …  finish … }
+
+    ``roles`` says how two warp groups share the tiles: in ``turns``, or each the ``halves`` of all.
+    Invariant: a launch with roles holds nothing but products and a finish, in their order, and no
+    stage changes. Raises ScheduleError where a product is of a form that roles cannot run.
+    """
+    schedule = schedule_of(program)
+    if schedule.emitter != "gluon":
+        return program
+    if schedule.warps != PRODUCT_WARPS:
+        raise ScheduleError(
+            program.span,
+            field="warps",
+            detail=f"{schedule.warps} warps, of which a Gluon kernel has {PRODUCT_WARPS} multiply",
+            help=f"use {PRODUCT_WARPS}, or the emitter triton",
+        )
+    if program.get("slots") is not None:
+        raise ScheduleError(
+            program.span,
+            field="emitter",
+            detail="`gluon` has no kernel that begins and ends a call by itself",
+            help="use triton, or `slots = 1`",
+        )
+    if not any(op.name == "dot" for op in program.walk()):
+        raise ScheduleError(
+            program.span,
+            field="emitter",
+            detail=f"`{program.symbol}` multiplies no matrices, so warps have no roles in it",
+            help="use triton",
+        )
+    ops: list[Op] = []
+    late: list[Op] = []  # launches that stand behind the streams that they wait for
+    for op in program.body:
+        if op.name == "launch":
+            ops, late = [*ops, *late], []
+            first, *late = _split(op)
+            ops.append(first)
+        elif op.name == "stream":
+            ops.append(op)
+        else:
+            ops, late = [*ops, *late, op], []
+    return program.with_ops((*ops, *late))
+
+
+def _split(launch: Op) -> list[Op]:
+    """A launch as launches of which each has roles or has none."""
+    runs: list[tuple[str, list[Op]]] = []
+    for child in launch.body:
+        roles = _roles(child) if child.name == "stage" else runs[-1][0]
+        if not runs or runs[-1][0] != roles:
+            runs.append((roles, []))
+        runs[-1][1].append(child)
+    found: list[Op] = []
+    number = int(launch.get("part", 1))
+    for roles, children in runs:
+        ref, after, part = launch.ref, launch.get("after", ()), launch.get("part")
+        if found:
+            part = number + len(found)
+            ref = Ref(launch.symbol.rsplit(".part", 1)[0] + f".part{part}")
+            after = (*after, found[-1].symbol)
+        found.append(
+            make(
+                "launch",
+                ref=ref,
+                span=launch.span,
+                after=after,
+                emitter="gluon" if roles else None,
+                part=part,
+                roles=roles or None,
+                stages=launch["stages"],
+                warps=launch["warps"],
+                workers=launch["workers"],
+                blocks=(Block((), tuple(children)),),
+            )
+        )
+    return found
+
+
+def _roles(stage: Op) -> str:
+    """How warp groups share the tiles of a stage; the empty text where it multiplies nothing."""
+    try:
+        if any(op.name == "dot" for op in stage.walk()):
+            return _shared_by(stage, split_product(stage))
+        if stage.get("workers") is not None:
+            raise Unfit(stage, "workers that copy beside those that multiply")
+    except Unfit as unfit:
+        raise ScheduleError(
+            unfit.op.span or stage.span, field="emitter", detail=unfit.detail, help="use triton"
+        ) from None
+    return ""

@@ -1,0 +1,836 @@
+"""An emitted kernel whose warps have roles: each role is run, and they are put together as one worker.
+
+The loader is run by all workers of all ranks; then the two groups that multiply are, as two lanes a worker in
+step. What passes between them in shared memory is followed step by step: the loader says what lies in
+a slot, the groups what they take, multiply and give back. That makes what the loader does in a task come
+before what the groups do behind their main loop, and it is held to what :mod:`tilelink.device.roles` asks of
+its callers, so that no role waits for ever and no slot is read too late.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from tilelink.backend.validate import tiles
+from tilelink.backend.validate.kernel import KernelMachine
+from tilelink.backend.validate.layout import Layout, Misfit
+from tilelink.backend.validate.trace import FINISH, Touch, Trace
+from tilelink.backend.validate.values import (
+    Choice,
+    Context,
+    Data,
+    Descriptor,
+    Flow,
+    Ints,
+    Key,
+    Lattice,
+    Mask,
+    Name,
+    Num,
+    Pointer,
+    Special,
+    full,
+    options,
+)
+from tilelink.errors import Source
+
+GROUPS = 2  # groups of warps that multiply
+GROUP_WARPS = 4
+LOADER_WARPS = 1
+_CELL_AXES = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ring:
+    """``roles.ring``."""
+
+    slots: int
+    readers: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turns:
+    """``roles.turns``."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """``roles.pair``."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Room:
+    """``roles.tiles``: ``count`` boxes of shared memory of a descriptor's block and element type."""
+
+    block: tuple[int, ...]
+    dtype: str
+    item: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """What ``claim`` and ``take`` return: the slot of a step, a number a lane."""
+
+    step: Ints
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cell:
+    """A tile in a slot: ``first`` and ``length`` of what is left of it along each axis, and their order."""
+
+    room: Room
+    step: Ints
+    first: tuple[Any, ...]
+    length: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Corner:
+    """The part of a room by way of which a group's tiles leave."""
+
+    room: Room
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flying:
+    """Sums that products under way still add to."""
+
+    data: Data
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """What products are added to first."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What the loader did: per stage the first step and the number of steps of each lane's tasks."""
+
+    ring: Ring
+    rooms: list[Room]
+    first: dict[int, list[Ints]] = field(default_factory=dict)
+    count: dict[int, list[Ints]] = field(default_factory=dict)
+    content: dict[tuple[int, int], list[tuple[Mask, Flow]]] = field(default_factory=dict)
+
+
+class RoleMachine(KernelMachine):
+    """What roles share of a kernel: values of :mod:`tilelink.device.roles`."""
+
+    modules = frozenset({"tl", "device", "roles", "hopper", "gl"})
+
+    def __init__(
+        self,
+        source: Source,
+        function: ast.FunctionDef,
+        layout: Layout,
+        workers: int,
+        streamed: frozenset[str],
+        loaded: Loaded | None = None,
+    ) -> None:
+        super().__init__(source, function, layout, workers, streamed)
+        self.loaded = loaded
+
+    def whole(self, value: Any, what: str) -> int:
+        """A constant from 1."""
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.unclear(what)
+        return value
+
+    def tile_index(self) -> Ints:
+        """How many tasks each lane has begun before the one that it is in, over all stages."""
+        before = sum((n for s, n in self.trace.segments.items() if s != FINISH), np.int64(0))
+        found: Ints = full(before, self.lanes) + np.maximum(self.segment, 0)
+        return found
+
+    def task(self) -> None:
+        """Refuses what stands outside of every task."""
+        if self.stage < 0:
+            self.unclear("steps outside of every stage")
+
+    def number_of(self, step: Any) -> Ints:
+        """A number a lane."""
+        return np.array(full(self.number(step).v, self.lanes), dtype=np.int64)
+
+
+class LoaderMachine(RoleMachine):
+    """The role that loads: which boxes it puts into which steps."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.claimed = np.zeros(self.lanes, dtype=np.int64)
+        self.due = np.zeros(self.lanes, dtype=np.int64)  # bytes of the open step still to come
+        self.open: Ints = np.full(self.lanes, -1, dtype=np.int64)
+
+    def begin(self, fresh: Mask) -> None:
+        """A task begins in some lanes."""
+        super().begin(fresh)
+        if self.loaded is None or not fresh.any():
+            return
+        for table in (self.loaded.first, self.loaded.count):
+            rows = table.setdefault(self.stage, [])
+            while len(rows) <= int(self.segment[fresh].max()):
+                rows.append(np.zeros(self.lanes, dtype=np.int64))
+        for number in np.unique(self.segment[fresh]).tolist():
+            some = fresh & (self.segment == number)
+            self.loaded.first[self.stage][number][some] = self.claimed[some]
+
+    def on_roles_claim(self, ring: Any, step: Any, size: Any) -> Slot:
+        """``roles.claim``: the steps of a worker one after the other, each whole before the next."""
+        self.task()
+        assert self.loaded is not None
+        if ring is not self.loaded.ring:
+            self.unclear("something that is no ring")
+        at = self.number_of(step)
+        if np.any(self.on & (at != self.claimed)):
+            self.hazard("the steps of the loader do not follow one another")
+        if np.any(self.on & (self.due != 0)):
+            self.hazard("a step begins before the bytes of the one before are all asked for")
+        self.due = np.where(self.on, self.whole(size, "a number of bytes"), self.due)
+        self.open = np.where(self.on, at, self.open)
+        self.claimed = self.claimed + self.on
+        for number in np.unique(self.segment[self.on]).tolist():
+            self.loaded.count[self.stage][number] += self.on & (self.segment == number)
+        return Slot(at)
+
+    def on_roles_fetch(
+        self, ring: Any, slot: Any, descriptor: Any, row: Any, column: Any, room: Any
+    ) -> None:
+        """``roles.fetch``: what lies past the end reads as zero."""
+        assert self.loaded is not None
+        if ring is not self.loaded.ring or not isinstance(slot, Slot):
+            self.unclear("a load into something that is no slot of the ring")
+        if np.any(self.on & (slot.step != self.open)):
+            self.hazard("a load into a slot that is not the one claimed last")
+        known = [n for n, r in enumerate(self.loaded.rooms) if r is room]
+        if not known or room.count != self.loaded.ring.slots:
+            self.unclear("a load into memory that has no tile for each slot")
+        at = (self.number(row), self.number(column))
+        for lanes, part in options(self.on, descriptor):
+            on = self.on & lanes
+            if not on.any():
+                continue
+            if not isinstance(part, Descriptor) or part.block != room.block:
+                self.unclear("a load of blocks of another shape than the tile's")
+            if self.layout.declared[part.symbol]["dtype"] != room.dtype:
+                self.hazard(f"elements of @{part.symbol} in a tile of {room.dtype}")
+            lo, hi = self.block(part, at, on)
+            tokens: dict[int, Mask] = {}
+            for start in at:
+                for wait, mask in start.tokens.items():
+                    tokens[wait] = tokens.get(wait, np.zeros_like(on)) | mask
+            self.read(part.symbol, "tma", on, self.rank, lo, hi, tokens)
+            flow = Flow(part.symbol, on, self.rank, lo, hi, tuple(range(len(part.block))))
+            for step in np.unique(slot.step[on]).tolist():
+                place = self.loaded.content.setdefault((known[0], step), [])
+                mine = on & (slot.step == step)
+                if any(np.any(mask & mine) for mask, _ in place):
+                    self.hazard("two loads into one tile of a step")
+                place.append((mine, flow))
+        size = int(np.prod(room.block)) * room.item
+        self.due = self.due - np.where(self.on, size, 0)
+        if np.any(self.due < 0):
+            self.hazard("more bytes are loaded than the step was claimed for")
+
+    def finished(self) -> None:
+        """Refuses a last step that is not whole."""
+        if np.any(self.due != 0):
+            self.hazard("the last step is claimed for more bytes than are loaded")
+
+
+class GroupMachine(RoleMachine):
+    """The groups that multiply: two lanes a worker, first those with ``role`` 0."""
+
+    def __init__(
+        self,
+        source: Source,
+        function: ast.FunctionDef,
+        layout: Layout,
+        workers: int,
+        streamed: frozenset[str],
+        loaded: Loaded,
+        turns: Turns | None,
+        pair: Pair | None,
+    ) -> None:
+        self.single = layout.world * workers
+        super().__init__(source, function, layout, workers, streamed, loaded)
+        self.turns, self.pair = turns, pair
+        self.lanes = self.single * GROUPS
+        self.role = np.repeat(np.arange(GROUPS, dtype=np.int64), self.single)
+        self.rank = np.tile(self.rank, GROUPS)
+        self.worker = np.tile(self.worker, GROUPS)
+        self.trace = Trace(self.lanes)
+        self.on = np.ones(self.lanes, dtype=bool)
+        zeros = np.zeros(self.lanes, dtype=np.int64)
+        self.trace.passed = zeros.copy()
+        self.segment = zeros - 1
+        self.between = self.on & False
+        self.dirty = self.on & False
+        self.last_wait, self.last_write, self.ticket = zeros.copy(), zeros.copy(), zeros.copy()
+        # Of the task that a lane is in: steps taken and given back, whether its turn is open or over.
+        self.taken, self.given = zeros.copy(), zeros.copy()
+        self.mine, self.over = self.on & False, self.on & False
+        self.gifts = zeros.copy()  # steps given back in all
+        self.flying: list[tuple[Mask, Ints]] = []  # products under way, oldest first
+        self.met = zeros.copy()
+        self.met_at = zeros.copy()
+        self.columns: set[int] = set()  # of tiles that the group has
+
+    def begin(self, fresh: Mask) -> None:
+        """A task begins in some lanes: the one before must be over."""
+        self.closed(fresh)
+        super().begin(fresh)
+        self.taken, self.given = np.where(fresh, 0, self.taken), np.where(fresh, 0, self.given)
+        self.mine, self.over = self.mine & ~fresh, self.over & ~fresh
+
+    def steps(self) -> tuple[Ints, Ints]:
+        """The first step and the number of steps of each lane's task, as the loader has them."""
+        assert self.loaded is not None
+        first, count = np.zeros(self.lanes, np.int64), np.zeros(self.lanes, np.int64)
+        for number in np.unique(self.segment[self.on]).tolist():
+            if number < 0:
+                continue
+            for made, table in ((first, self.loaded.first), (count, self.loaded.count)):
+                rows = table.get(self.stage, [])
+                if number >= len(rows):
+                    self.hazard("a task that the loader does not have")
+                made[:] = np.where(self.segment == number, np.tile(rows[number], GROUPS), made)
+        return first, count
+
+    def closed(self, lanes: Mask) -> None:
+        """Refuses a task that ends with steps that were taken and not given back, or in its turn."""
+        lanes = lanes & (self.segment >= 0) & (self.stage >= 0)
+        if not lanes.any():
+            return
+        before, self.on = self.on, lanes
+        _, count = self.steps()
+        self.on = before
+        idle = self.taken == 0
+        if self.turns is not None and np.any(lanes & ~idle & ~self.over):
+            self.hazard("a group that never passes its turn on")
+        if self.turns is None and np.any(lanes & idle & (count > 0)):
+            self.hazard("a group that leaves out a task of which it has half")
+        if np.any(lanes & ~idle & ((self.taken != count) | (self.given != count))):
+            self.hazard("a task whose steps are not all taken and given back")
+
+    def epilogue(self) -> None:
+        """Refuses an access or a signal before the steps of the task are taken, given back, passed on."""
+        _, count = self.steps()
+        done = (self.taken == count) & (self.given == count)
+        if self.turns is not None:
+            done &= self.over
+        if np.any(self.on & ~done):
+            self.hazard("a group touches memory before it has done with its main loop")
+
+    def statement(self, node: ast.stmt) -> None:
+        """One statement; at the end of a stage the last tasks are over."""
+        was = self.stage
+        super().statement(node)
+        if was == -1 and node in self.loops:
+            counts = self.trace.segments[self.loops.index(node)]
+            if np.any(counts[: self.single] != counts[self.single :]):
+                self.hazard("groups that do not go through the same tasks")
+
+    def loop(self, node: ast.For) -> None:
+        """A stage's loop: behind it, its last tasks are over."""
+        super().loop(node)
+        if node in self.loops:
+            self.closed(np.ones(self.lanes, dtype=bool))
+
+    # The ring ---------------------------------------------------------------------------------
+
+    def on_roles_turn(self, turns: Any, number: Any) -> None:
+        """``roles.turn``."""
+        self.task()
+        if turns is not self.turns or turns is None:
+            self.unclear("something that is no turns")
+        at = self.number_of(number)
+        wrong = (at != self.tile_index()) | (at % GROUPS != self.role) | self.mine | self.over
+        if np.any(self.on & wrong):
+            self.hazard("a turn of another tile, or of another group")
+        self.mine = self.mine | self.on
+
+    def on_roles_pass_turn(self, turns: Any, number: Any) -> None:
+        """``roles.pass_turn``."""
+        if turns is not self.turns or turns is None:
+            self.unclear("something that is no turns")
+        _, count = self.steps()
+        wrong = (self.number_of(number) != self.tile_index()) | ~self.mine | (self.taken != count)
+        if np.any(self.on & wrong):
+            self.hazard("a turn is passed on before all steps of the tile are taken")
+        self.mine, self.over = self.mine & ~self.on, self.over | self.on
+
+    def on_roles_take(self, ring: Any, step: Any) -> Slot:
+        """``roles.take``: in turn, and one step after the other."""
+        self.task()
+        assert self.loaded is not None
+        if ring is not self.loaded.ring:
+            self.unclear("something that is no ring")
+        at, (first, count) = self.number_of(step), self.steps()
+        if self.turns is not None and np.any(self.on & ~self.mine):
+            self.hazard("a step is taken out of turn: the other group's could be meant")
+        if np.any(self.on & ((at != first + self.taken) | (self.taken >= count))):
+            self.hazard("steps are taken that are not those of the task, in their order")
+        self.taken = self.taken + self.on
+        return Slot(at)
+
+    def on_roles_give(self, ring: Any, step: Any, some: Any = True) -> None:
+        """``roles.give``: a step that has been read, one after the other."""
+        self.task()
+        assert self.loaded is not None
+        if ring is not self.loaded.ring:
+            self.unclear("something that is no ring")
+        on = self.on
+        if isinstance(some, Num):
+            on = on & (full(some.v, self.lanes) != 0)
+        elif some is not True:
+            self.unclear("a condition")
+        at, (first, _) = self.number_of(step), self.steps()
+        if np.any(on & ((at != first + self.given) | (self.given >= self.taken))):
+            self.hazard("a step is given back that was not taken, or not in its order")
+        if any(np.any(on & mask & (busy == at)) for mask, busy in self.flying):
+            self.hazard("a step is given back while products of it are under way")
+        self.given = self.given + on
+        self.gifts = self.gifts + on
+
+    # Products ---------------------------------------------------------------------------------
+
+    def attribute(self, value: Any, node: ast.Attribute) -> Any:
+        """Methods of shared memory, or what a kernel has."""
+        if isinstance(value, Room | Cell):
+            return Name(node.attr, value)
+        return super().attribute(value, node)
+
+    def method(
+        self, value: Any, name: str, args: list[Any], options_: dict[str, Any], node: ast.Call
+    ) -> Any:
+        """``index``, ``slice`` and ``permute`` of shared memory."""
+        if isinstance(value, Room) and name == "index" and len(args) == 1 and not options_:
+            if isinstance(args[0], Slot):
+                axes = range(_CELL_AXES)
+                step = args[0].step
+                return Cell(value, step, (0,) * _CELL_AXES, value.block, tuple(axes))
+            if value.count != GROUPS or np.any(self.number_of(args[0]) != self.role):
+                self.hazard("a tile leaves by way of another group's memory")
+            return Corner(value)
+        if isinstance(value, Cell) and name == "slice" and len(args) == 2:
+            axis = options_.get("dim", 0)
+            if set(options_) - {"dim"} or axis not in (0, 1) or value.order != (0, 1):
+                self.unclear("a part of a tile", node)
+            length = self.whole(args[1], "the length of a part")
+            start = self.number_of(args[0])
+            whole = value.length[axis]
+            if np.any(self.on & ((start < 0) | (start + length > whole) | (start % length != 0))):
+                self.hazard("a part that is not inside of its tile")
+            first, lengths = list(value.first), list(value.length)
+            first[axis], lengths[axis] = np.asarray(first[axis]) + start, length
+            return replace(value, first=tuple(first), length=tuple(lengths))
+        if isinstance(value, Cell) and name == "permute" and args == [(1, 0)] and not options_:
+            return replace(value, order=value.order[::-1])
+        return super().method(value, name, args, options_, node)
+
+    def held(self, cell: Any, operand: int) -> Data:
+        """What lies in a tile of a slot that has been taken, as an operand of the current product.
+
+        A tile that several products read flows into each of them.
+        """
+        assert self.loaded is not None
+        if not isinstance(cell, Cell):
+            self.unclear("an operand that is no tile of the ring")
+        known = [n for n, r in enumerate(self.loaded.rooms) if r is cell.room]
+        if not known:
+            self.unclear("a tile that is none of the ring")
+        first, _ = self.steps()
+        fresh = (cell.step >= first + self.given) & (cell.step < first + self.taken)
+        if np.any(self.on & ~fresh):
+            self.hazard("a tile is read that was not taken, or was given back")
+        flows: dict[Key, Flow] = {}
+        found = np.zeros(self.lanes, dtype=bool)
+        for step in np.unique(cell.step[self.on]).tolist():
+            some = self.on & (cell.step == step)
+            for mask, flow in self.loaded.content.get((known[0], step), []):
+                mine = some & np.tile(mask, GROUPS)
+                if not mine.any():
+                    continue
+                found |= mine
+                lo, hi = np.tile(flow.lo, (GROUPS, 1)), np.tile(flow.hi, (GROUPS, 1))
+                for axis in range(_CELL_AXES):
+                    start = full(cell.first[axis], self.lanes)
+                    begin = lo[:, axis] + start
+                    end = np.minimum(hi[:, axis], begin + cell.length[axis])
+                    lo[:, axis] = np.minimum(begin, hi[:, axis])
+                    hi[:, axis] = np.maximum(end, lo[:, axis])
+                have = mine & np.all(hi > lo, axis=1)
+                home = np.tile(full(flow.home, self.single), GROUPS)
+                line, column = self.site
+                key = (line, column + operand, flow.symbol)
+                held = flows.get(key)
+                if held is None:
+                    flows[key] = Flow(flow.symbol, have, home, lo, hi, cell.order)
+                else:
+                    wide = have[:, None]
+                    flows[key] = replace(
+                        held,
+                        have=held.have | have,
+                        lo=np.where(wide, lo, held.lo),
+                        hi=np.where(wide, hi, held.hi),
+                    )
+        if np.any(self.on & ~found):
+            self.hazard("a tile is read that the loader did not fill in this step")
+        shape = tuple(cell.length[a] for a in cell.order)
+        return Data(shape, flows, tuple(flows)[:1])
+
+    def on_hopper_warpgroup_mma(self, a: Any, b: Any, acc: Any, is_async: Any = False) -> Any:
+        """``hopper.warpgroup_mma``: the tiles are read until it is waited for."""
+        if is_async is not True:
+            self.unclear("a product that is not under way")
+        if isinstance(acc, Flying):
+            total = acc.data
+        elif isinstance(acc, Zeros):
+            total = Data(acc.shape)
+        else:
+            self.unclear("products that are not added to products, nor to zeros")
+        made = tiles.product(self.held(a, 0), self.held(b, 1), total, self.on)
+        self.flying.append((self.on.copy(), a.step))
+        return Flying(made)
+
+    def on_hopper_warpgroup_mma_wait(self, count: Any, deps: Any) -> Any:
+        """``hopper.warpgroup_mma_wait``: all but the last ``count`` products have read and added."""
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            self.unclear("how many products may be under way")
+        if not isinstance(deps, tuple) or not deps:
+            self.unclear("what is waited for")
+        done = []
+        for value in deps:
+            data = value.data if isinstance(value, Flying) else self.data(value)
+            done.append(Flying(data) if count else data)
+        kept = self.flying[-count:] if count else []
+        self.flying = [
+            *(
+                (mask & ~self.on, step)
+                for mask, step in self.flying[: len(self.flying) - len(kept)]
+            ),
+            *kept,
+        ]
+        self.flying = [(mask, step) for mask, step in self.flying if mask.any()]
+        return done[0] if len(done) == 1 else tuple(done)
+
+    def data(self, value: Any) -> Data:
+        """A tile of numbers, none of which is still being added up."""
+        for _, part in options(self.on, value):
+            if isinstance(part, Flying):
+                self.hazard("a sum is used while products of it are under way")
+        return Data(value.shape) if isinstance(value, Zeros) else super().data(value)
+
+    # Layouts: what is where in registers changes no number. --------------------------------------
+
+    def grid(self, columns: Any) -> int:
+        """The columns of a tile that the group has: of its sums, or of parts of them."""
+        count = self.whole(columns, "a number of columns")
+        if count not in self.columns:
+            self.unclear("the layout of tiles of another width")
+        return count
+
+    def on_roles_zeros(self, rows: Any, columns: Any) -> Zeros:
+        """``roles.zeros``."""
+        return Zeros(self.on_roles_full(rows, columns, 0).shape)
+
+    def on_roles_full(self, rows: Any, columns: Any, value: Any, dtype: Any = None) -> Data:
+        """``roles.full``."""
+        if dtype is not None:
+            self.dtype(dtype)
+        if not isinstance(value, int | float):
+            self.unclear("a tile of something that is no number")
+        self.columns.add(self.whole(columns, "a number of columns"))
+        return Data((self.whole(rows, "a number of rows"), self.grid(columns)))
+
+    def on_roles_row_index(self, rows: Any, columns: Any, memory: Any = False) -> Lattice:
+        """``roles.row_index``."""
+        self.fenced(memory)
+        self.grid(columns)
+        return self.on_tl_arange(0, rows)
+
+    def on_roles_column_index(self, columns: Any, memory: Any = False) -> Lattice:
+        """``roles.column_index``."""
+        self.fenced(memory)
+        return self.on_tl_arange(0, self.grid(columns))
+
+    def on_roles_from_memory(self, value: Any, columns: Any) -> Data:
+        """``roles.from_memory``."""
+        tile = self.data(value)
+        if len(tile.shape) != _CELL_AXES or tile.shape[1] not in (1, columns):
+            self.unclear("the layout of a tile of another width")
+        self.columns.add(columns)
+        return tile
+
+    on_roles_to_memory = on_roles_from_memory
+
+    # Memory -----------------------------------------------------------------------------------
+
+    def read(self, *args: Any) -> None:
+        """A read of the epilogue."""
+        self.epilogue()
+        super().read(*args)
+
+    def write(self, *args: Any) -> None:
+        """A write of the epilogue."""
+        self.epilogue()
+        super().write(*args)
+
+    def on_roles_store(
+        self, descriptor: Any, row: Any, column: Any, value: Any, corner: Any
+    ) -> None:
+        """``roles.store``: what lies past the end is not written."""
+        if not isinstance(descriptor, Descriptor) or not isinstance(corner, Corner):
+            self.unclear("a store to something that is no descriptor, or by way of no memory")
+        tile, block = self.data(value), descriptor.block
+        dtype = self.layout.declared[descriptor.symbol]["dtype"]
+        if corner.room.block != block or corner.room.dtype != dtype:
+            self.hazard("a tile leaves by way of memory of another shape or type")
+        wide = tile.shape[1] if len(tile.shape) == _CELL_AXES else 0
+        if tile.form or wide % block[1] or tile.shape[0] != block[0]:
+            self.unclear(f"a store of a tile of shape {tile.shape} in blocks of {block}")
+        dims = np.array(self.layout.dims[descriptor.symbol])
+        starts = [self.number(row), self.number(column)]
+        lo = np.stack([full(s.v, self.lanes) for s in starts], axis=1)
+        if np.any(lo[self.on] < 0):
+            raise Misfit(f"a block of @{descriptor.symbol} that begins outside of {tuple(dims)}")
+        hi = np.minimum(lo + np.array(tile.shape), dims)
+        lo = np.minimum(lo, dims)
+        self.write(
+            descriptor.symbol,
+            "tma",
+            self.on,
+            self.rank,
+            lo,
+            hi,
+            tile.flows,
+            tuple(range(len(dims))),
+        )
+
+    # Signals ----------------------------------------------------------------------------------
+
+    def on_roles_meet(self, pair: Any, number: Any) -> None:
+        """``roles.meet``: both groups of a worker, meeting after meeting."""
+        self.epilogue()
+        if pair is not self.pair or pair is None:
+            self.unclear("something that is no pair")
+        if np.any(self.on[: self.single] != self.on[self.single :]):
+            self.hazard("a meeting to which one group of a worker does not come")
+        if np.any(self.on & (self.number_of(number) != self.met)):
+            self.hazard("meetings are not counted one after the other")
+        if any(
+            np.any(lanes & self.on) for s, lanes in self.tma.items() if s in self.layout.read_back
+        ):
+            self.hazard("groups meet before their TMA stores are drained")
+        self.met = self.met + self.on
+        self.met_at = np.where(self.on, self.trace.next(), self.met_at)
+
+    def undrained(self, on: Mask) -> bool:
+        """Whether TMA stores of these groups, or of the other half's, may still be under way."""
+        both = on if self.turns is not None else on | np.roll(on, self.single)
+        return super().undrained(both)
+
+    def signal(self, on: Mask, symbol: str, home: Ints, flat: Ints, **facts: Any) -> int:
+        """A wait or notify of the epilogue; a notify is for both halves of a tile."""
+        self.epilogue()
+        if self.turns is None and facts["wait"]:
+            if np.any(on[: self.single] != on[self.single :]):
+                self.hazard("a wait of one group for both halves of a tile")
+            on = on & (self.role == 0)  # one wait of the worker, made by both
+        elif self.turns is None and on.any():
+            other = np.roll(on, self.single)
+            wrote = other & self.dirty & (self.last_write > self.met_at)
+            if np.any(wrote) or np.any(on & self.dirty & (self.met_at == 0)):
+                self.hazard("a notify before the other group has stored its half of the tile")
+        return super().signal(on, symbol, home, flat, **facts)
+
+
+class LaunchMachine(RoleMachine):
+    """The kernel itself: shared memory, the start of the roles, and the way out."""
+
+    def __init__(
+        self,
+        source: Source,
+        function: ast.FunctionDef,
+        layout: Layout,
+        workers: int,
+        streamed: frozenset[str],
+        functions: Mapping[str, ast.FunctionDef],
+    ) -> None:
+        super().__init__(source, function, layout, workers, streamed)
+        self.functions = functions
+        self.used: set[str] = set()
+        self.ring: Ring | None = None
+        self.turns: Turns | None = None
+        self.pair: Pair | None = None
+        self.rooms: list[Room] = []
+        self.started = False
+
+    def free(self, node: ast.Name) -> Any:
+        """Functions of roles."""
+        return Name(f"role {node.id}") if node.id in self.functions else super().free(node)
+
+    def once(self, held: object) -> None:
+        """Refuses a second ring, and shared memory behind the start of the roles."""
+        if held is not None or self.started or not self.all:
+            self.unclear("shared memory that is made twice, or too late")
+
+    def on_roles_ring(self, slots: Any, readers: Any) -> Ring:
+        """``roles.ring``."""
+        self.once(self.ring)
+        self.ring = Ring(self.whole(slots, "slots"), self.whole(readers, "readers"))
+        return self.ring
+
+    def on_roles_turns(self) -> Turns:
+        """``roles.turns``."""
+        self.once(self.turns)
+        self.turns = Turns()
+        return self.turns
+
+    def on_roles_pair(self) -> Pair:
+        """``roles.pair``."""
+        self.once(self.pair)
+        self.pair = Pair()
+        return self.pair
+
+    def on_roles_tiles(self, descriptor: Any, count: Any) -> Room:
+        """``roles.tiles``."""
+        self.once(None)
+        if not isinstance(descriptor, Descriptor) or len(descriptor.block) != _CELL_AXES:
+            self.unclear("tiles of something that is no descriptor")
+        dtype = self.layout.declared[descriptor.symbol]["dtype"]
+        item = self.layout.item[descriptor.symbol]
+        room = Room(descriptor.block, dtype, item, self.whole(count, "a number of tiles"))
+        self.rooms.append(room)
+        return room
+
+    def on_gl_warp_specialize(self, started: Any, warps: Any, registers: Any) -> None:
+        """``gl.warp_specialize``: two groups of the same function, and one warp that loads."""
+        self.once(None)
+        if warps != (GROUP_WARPS, LOADER_WARPS) or not isinstance(registers, tuple):
+            self.unclear("warps that are not those of two groups and a loader")
+        shape = isinstance(started, tuple) and len(started) == GROUPS + 1
+        if not shape or any(not isinstance(s, tuple) or len(s) != 2 for s in started):
+            self.unclear("roles that are not two groups and a loader")
+        for function, given in started:
+            named = isinstance(function, Name) and function.path.startswith("role ")
+            if not named or not isinstance(given, tuple):
+                self.unclear("a role that is no function of the module")
+        (one, mine), (two, others), (load, its) = started
+        same = len(mine) == len(others) and all(
+            a is b or a == b for a, b in zip(mine[1:], others[1:], strict=True)
+        )
+        if one != two or (mine[:1], others[:1]) != ((0,), (1,)) or not same or load == one:
+            self.unclear("groups that do not run the same function for the roles 0 and 1")
+        if self.ring is None:
+            self.unclear("roles without a ring")
+        if self.ring.readers != (GROUPS if self.turns is None else 1):
+            self.hazard("the ring waits for another number of groups than take its steps")
+        self.started = True
+        loaded = Loaded(self.ring, self.rooms)
+        loader = self.role(load, its, loaded)
+        self.group(one, mine, loaded, loader)
+
+    def function_of(self, name: Name) -> ast.FunctionDef:
+        """The function of a role."""
+        found = name.path.removeprefix("role ")
+        self.used.add(found)
+        return self.functions[found]
+
+    def role(self, name: Name, given: tuple[Any, ...], loaded: Loaded) -> LoaderMachine:
+        """Runs the loader; its events are this worker's."""
+        function = self.function_of(name)
+        machine = LoaderMachine(
+            self.source, function, self.layout, self.workers, self.streamed, loaded
+        )
+        self.bound(machine, function, given, 1)
+        machine.start({})
+        machine.finished()
+        self.wait_names += machine.wait_names
+        self.adopt(machine.trace, 1)
+        return machine
+
+    def group(
+        self, name: Name, given: tuple[Any, ...], loaded: Loaded, loader: LoaderMachine
+    ) -> None:
+        """Runs the groups; behind what the loader does in a task comes what they do."""
+        function = self.function_of(name)
+        machine = GroupMachine(
+            self.source, function, self.layout, self.workers, self.streamed,
+            loaded, self.turns, self.pair,
+        )  # fmt: skip
+        self.bound(machine, function, (Num(machine.role), *given[1:]), GROUPS)
+        machine.start({})
+        counts = {n: c[: self.lanes] for n, c in machine.trace.segments.items()}
+        same = counts.keys() == loader.trace.segments.keys() and all(
+            np.array_equal(c, loader.trace.segments[n]) for n, c in counts.items()
+        )
+        if not same:
+            self.hazard("the loader and the groups do not go through the same tasks")
+        gifts = machine.gifts[: self.lanes] + machine.gifts[self.lanes :]
+        if np.any(gifts != loader.claimed * loaded.ring.readers):
+            self.hazard("steps are given back by more or fewer groups than the ring waits for")
+        if any(np.any(mask) for mask, _ in machine.flying):
+            self.hazard("products are under way when a group ends")
+        self.wait_names += machine.wait_names
+        self.adopt(machine.trace, GROUPS)
+        for symbol, lanes in machine.tma.items():
+            both = lanes.reshape(GROUPS, -1).any(axis=0)
+            self.tma[symbol] = self.tma.get(symbol, np.zeros_like(both)) | both
+
+    def bound(
+        self, machine: RoleMachine, function: ast.FunctionDef, given: tuple[Any, ...], times: int
+    ) -> None:
+        """Gives a role its arguments, ``times`` lanes for each of the kernel's."""
+        names = [a.arg for a in function.args.args]
+        if len(names) != len(given):
+            self.unclear(f"{len(given)} arguments for {len(names)} parameters of a role")
+        for number, (name, value) in enumerate(zip(names, given, strict=True)):
+            already = number == 0 and times > 1
+            machine.env[name] = value if already else self.widened(value, times)
+
+    def widened(self, value: Any, times: int) -> Any:
+        """A value for ``times`` lanes in place of each."""
+        if isinstance(value, Num):
+            return Num(np.tile(full(value.v, self.lanes), times), value.wide)
+        if isinstance(value, Pointer) and not value.shape:
+            home = np.tile(full(value.home, self.lanes), times)
+            return replace(value, home=home, base=np.tile(full(value.base, self.lanes), times))
+        fixed = Context | Descriptor | Special | Ring | Turns | Pair | Room | int | float | Data
+        if isinstance(value, Choice) or not isinstance(value, fixed):
+            self.unclear("an argument of a role")
+        return value
+
+    def adopt(self, trace: Trace, times: int) -> None:
+        """Puts the events of a role behind those that are there."""
+        shift = self.trace.step
+        lanes = trace.lanes // times
+
+        def moved(event: Touch | Any) -> Any:
+            facts: dict[str, Any] = {"lane": event.lane % lanes, "seq": event.seq + shift}
+            if isinstance(event, Touch) and event.pair >= 0:
+                facts["pair"] = event.pair + shift
+            return replace(event, **facts)
+
+        self.trace.touches += [moved(t) for t in trace.touches]
+        self.trace.signals += [moved(s) for s in trace.signals]
+        self.trace.pairs |= {pair + shift: site for pair, site in trace.pairs.items()}
+        self.trace.segments = {n: c[:lanes] for n, c in trace.segments.items()}
+        self.trace.stage_sites = dict(trace.stage_sites)
+        self.trace.step = shift + trace.step
+
+    def on_device_finish_arrive(self, ctx: Any) -> Num:
+        """``device.finish_arrive``: behind the roles."""
+        if not self.started:
+            self.hazard("the launch is left before its roles are started")
+        return super().on_device_finish_arrive(ctx)

@@ -1,0 +1,350 @@
+"""Kernels whose warps have roles: the pass, the text, its compilation, validation, proof and simulation."""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tilelink
+import tilelink.language as tk
+from tests.assurance.emitted import attempt
+from tests.emitted_mutants import mutants
+from tests.roles import CASES, WORLD, Case
+from tilelink.backend.emit.offline import compile_offline, lint
+from tilelink.backend.emit.scope import CannotEmit
+from tilelink.backend.emit.triton import emit
+from tilelink.backend.passes.order_memory import order_memory
+from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.runtime import interpret
+from tilelink.backend.simulate import run
+from tilelink.backend.simulate.errors import RaceError
+from tilelink.backend.simulate.faults import Drop, Limits
+from tilelink.backend.validate import (
+    EmittedDiffers,
+    EmittedError,
+    EmittedHazard,
+    Unclear,
+    read_module,
+    validate,
+)
+from tilelink.backend.verify import CoverError, UndecidedError, verify
+from tilelink.errors import Source
+from tilelink.ir import Op, parse_ir, print_ir
+from tilelink.kernels import ag_gemm, gemm_ar, gemm_rs
+from tilelink.schedules import Move, Schedule, ScheduleError
+
+TURNS, HALVES, RS, SWIGLU = CASES[1], CASES[2], CASES[6], CASES[5]
+FOLDED = next(c for c in CASES if c.sum == "epilogue")
+EPILOGUE = next(c for c in CASES if c.resource == "epilogue" and c.tile[1] == 256)
+
+
+def named(case: Case) -> str:
+    return f"{case.name} {case.resource} {case.tile}"
+
+
+@functools.cache
+def fused(case: Case) -> Op:
+    return case.fused()
+
+
+def launches(program: Op) -> list[tuple[str | None, list[str]]]:
+    return [(op.get("roles"), [child.name for child in op.body]) for op in program.find("launch")]
+
+
+# The pass -------------------------------------------------------------------------------------
+
+
+def test_products_are_parted_from_what_follows_them() -> None:
+    assert launches(fused(RS)) == [("turns", ["stage"]), (None, ["stage", "finish"])]
+    first, second = fused(RS).find("launch")
+    assert (first["emitter"], second.get("emitter"), second["part"]) == ("gluon", None, 2)
+    assert second["after"] == ("head", first.symbol)
+    agents = [op.symbol for op in fused(RS).body if op.name in ("launch", "stream")]
+    # Behind the copies that it waits for: they must not stand behind a kernel that waits.
+    assert agents == ["gemm_rs", "C.copy", "gemm_rs.part2"]
+    assert launches(fused(FOLDED)) == [("turns", ["stage", "stage", "finish"])]
+    assert launches(fused(TURNS)) == [("turns", ["stage", "finish"])]
+    assert launches(fused(HALVES)) == [("halves", ["stage", "finish"])]
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_programs_round_trip_and_a_second_run_of_order_memory_changes_nothing(case: Case) -> None:
+    program = fused(case)
+    assert parse_ir(print_ir(program)) == program
+    assert order_memory(program) == program
+    notifies = [op for op in program.find("launch")[0].walk() if op.name == "notify"]
+    assert not any(op.get("delay") for op in notifies)
+
+
+REFUSED = [
+    ({"warps": 4}, "warps"),
+    ({"tiles": (("K", 64), ("M", 32), ("N", 128))}, "32 x 128"),
+    ({"tiles": (("K", 64), ("M", 256), ("N", 256))}, "256 x 256"),
+    ({"moves": (("A", Move(resource="sm:4")),)}, "workers that copy"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), REFUSED, ids=[says for _, says in REFUSED])
+def test_what_roles_cannot_run_is_refused_by_name(change: dict[str, object], says: str) -> None:
+    kernel = ag_gemm.build({"M": 1024, "N": 512, "K": 128}, {}, WORLD)
+    schedule = Schedule(tiles=(("K", 64), ("M", 128), ("N", 128)), emitter="gluon")
+    with pytest.raises(ScheduleError, match=re.escape(says)) as refused:
+        run_passes(kernel, replace(schedule, **change))  # type: ignore[arg-type]
+    assert "triton" in str(refused.value)
+
+
+@tilelink.kernel("reduce P[M, N] sum")
+def no_product(A, C):  # type: ignore[no-untyped-def]
+    M, N = A.shape
+    P = tk.empty([M, N], A.dtype)
+    for m, n in tk.tiles(M, N):
+        P[m, n] = A[m, n]
+    for m, n in tk.tiles(M, N):
+        C[m, n] = P[m, n]
+
+
+@tilelink.kernel("gather A[M, K] over M")
+def normalised(A, B, C):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(tk.cast(A[m, k] * 2.0, A.dtype), B[k, n], acc)
+        C[m, n] = acc
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shape", "says"),
+    [
+        (no_product, {"M": 256, "N": 128}, "multiplies no matrices"),
+        (normalised, {"M": 256, "N": 128, "K": 64}, "in the main loop"),
+    ],
+)
+def test_kernels_of_another_form_are_refused(
+    kernel: tilelink.Kernel, shape: dict[str, int], says: str
+) -> None:
+    with pytest.raises(ScheduleError, match=says):
+        run_passes(kernel.build(shape, {}, 2), Schedule(emitter="gluon"))
+
+
+def test_two_slots_are_refused() -> None:
+    kernel = gemm_ar.build({"M": 256, "N": 256, "K": 128}, {}, 2)
+    move = Move(resource="epilogue", slots=2)
+    with pytest.raises(ScheduleError, match="begins and ends a call"):
+        run_passes(kernel, Schedule(emitter="gluon", moves=(("C", move),)))
+
+
+def test_a_ring_that_does_not_fit_is_refused() -> None:
+    kernel = gemm_rs.build({"M": 1024, "N": 512, "K": 128}, {}, WORLD)
+    schedule = Schedule(tiles=(("K", 64), ("M", 128), ("N", 128)), emitter="gluon", stages=8)
+    with pytest.raises(CannotEmit, match="8 stages, which take 2"):
+        emit(compile_kernel(kernel, schedule))
+
+
+# The text -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_text_is_as_ruff_leaves_it(case: Case, tmp_path: Path) -> None:
+    ruff = shutil.which("ruff") or str(Path(sys.executable).with_name("ruff"))
+    path = tmp_path / "emitted.py"
+    path.write_text(emit(fused(case)))
+    command = [ruff, "format", "--diff", "--isolated", "--line-length", "100", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("case", [TURNS, HALVES, SWIGLU, RS, EPILOGUE, FOLDED], ids=named)
+def test_kernels_compile_clean_for_sm_90(case: Case) -> None:
+    program = fused(case)
+    kernel = compile_offline(emit(program), program)[0]
+    assert lint(kernel) == []
+    sass = kernel.stages["sass"]
+    assert "HGMMA" in sass and "UTMALDG" in sass and "USETMAXREG" in sass
+    assert (kernel.warps, kernel.roles) == (12, True)
+
+
+def test_the_lint_sees_stores_that_are_not_drained_and_loads_above_their_wait() -> None:
+    def objections(case: Case, old: str, new: str) -> str:
+        text = emit(fused(case))
+        assert re.search(old, text, re.DOTALL)
+        text = re.sub(old, new, text, flags=re.DOTALL)
+        return " ".join(lint(compile_offline(text, fused(case))[0]))
+
+    assert "drained" in objections(RS, r"device\.drain_tma_stores\(\)", "pass")
+    wait = r"(            token \+= device.peer_tile_wait\(.*?\n            \)\n)(.*?)(\n\n\n)"
+    late = objections(TURNS, wait, r"            pass\n\2\n\1\3")
+    assert "above the wait" in late
+
+
+# Validation -----------------------------------------------------------------------------------
+
+
+def check(case: Case, text: str) -> None:
+    validate(read_module(Source("emitted.py", text)), fused(case))
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_intact_modules_pass(case: Case) -> None:
+    found = validate(read_module(Source("emitted.py", emit(fused(case)))), fused(case))
+    assert found.accesses > 0 and found.signals > 0
+
+
+# What a module must not say, by what is replaced in it, and who objects.
+EDITS = [
+    (TURNS, r"roles\.turn\(turns, number\)", "pass", EmittedHazard),
+    (TURNS, r"roles\.pass_turn\(turns, number\)", "pass", EmittedHazard),
+    (TURNS, r"roles\.give\(ring, at - 1\)", "pass", EmittedHazard),
+    (TURNS, r"roles\.give\(ring, at - 1, (\w+) > 0\)", r"roles.give(ring, at, \1 >= 0)", EmittedHazard),
+    (TURNS, r"mma_wait\(1, deps", "mma_wait(2, deps", EmittedHazard),
+    (TURNS, r"mma_wait\(0, deps", "mma_wait(1, deps", EmittedHazard),
+    (TURNS, r"roles\.take\(ring, at\)", "roles.take(ring, at + 1)", EmittedHazard),
+    (TURNS, r"number \+= 1", "number += 2", EmittedError),
+    (TURNS, r"step \+= 4\b", "step += 3", EmittedHazard),
+    (TURNS, r"roles\.claim\(ring, step, 32768\)", "roles.claim(ring, step, 16384)", EmittedHazard),
+    (TURNS, r"roles\.claim\(ring, step, 32768\)", "roles.claim(ring, step, 65536)", EmittedHazard),
+    (TURNS, r"k_start, n_start, b_ring", "k_start + 64, n_start, b_ring", EmittedError),
+    (TURNS, r"ring\(3, 1\)", "ring(3, 2)", EmittedHazard),
+    (TURNS, r"ring\(3, 1\)", "ring(4, 1)", EmittedError),
+    (TURNS, r"a_row = m_start \+ token", "a_row = m_start", EmittedHazard),
+    (TURNS, r"q, 1, True", "q, 1", EmittedHazard),
+    (TURNS, r"\(ag_gemm_multiply, \(1, ", "(ag_gemm_multiply, (0, ", Unclear),
+    (TURNS, r"\[4, 1\],", "[4, 4],", Unclear),
+    (TURNS, r"gl\.warp_specialize\(\n +\[(.*?)\n    \)\n", r"pass\n", EmittedError),
+    (TURNS, r"\(128, 64\), \"gluon\"", "(128, 64)", EmittedDiffers),
+    (TURNS, r"acc = roles\.zeros\(128, 128\)", "acc = roles.full(128, 128, 1)", Unclear),
+    (HALVES, r"a\.slice\(role \* 64, 64\)", "a.slice(0, 64)", EmittedError),
+    (HALVES, r"m_half = m_start \+ role \* 64", "m_half = m_start", EmittedError),
+    (HALVES, r"room\.index\(role\)", "room.index(0)", EmittedHazard),
+    (HALVES, r"ring\(4, 2\)", "ring(4, 1)", EmittedHazard),
+    (RS, r"device\.drain_tma_stores\(\)", "pass", EmittedHazard),
+    (EPILOGUE, r"roles\.meet\(pair, met\)", "pass", EmittedHazard),
+    (EPILOGUE, r"met \+= 1", "pass", EmittedHazard),
+    (EPILOGUE, r"if role == 0:", "if role >= 0:", EmittedDiffers),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "old", "new", "error"), EDITS, ids=[f"{named(c)} {o} {n}" for c, o, n, _ in EDITS]
+)
+def test_an_edit_is_refused(case: Case, old: str, new: str, error: type[EmittedError]) -> None:
+    text = emit(fused(case))
+    start = text.index('"""\n', text.index("TEXT = ") + 12)
+    body, count = re.subn(old, new, text[start:], count=1, flags=re.DOTALL)
+    assert count == 1
+    with pytest.raises(error):
+        check(case, text[:start] + body)
+
+
+@pytest.mark.parametrize("case", [TURNS, EPILOGUE, FOLDED], ids=named)
+def test_mutants_of_the_text_are_refused(case: Case) -> None:
+    """A sample of all kinds; those that change no event of any worker are no mutants."""
+    program, text = fused(case), emit(fused(case))
+    original, reason = attempt(text, program)
+    assert not reason
+    kinds: dict[str, list[str]] = {}
+    for mutant in mutants(text):
+        # Two waits in a row may stand in either order.
+        if mutant.kind != "swap" or "_wait(" not in mutant.what:
+            kinds.setdefault(mutant.kind, []).append(mutant.text)
+    chance, tried = random.Random(0), 0
+    for some in kinds.values():
+        for changed in chance.sample(some, min(6, len(some))):
+            print_, reason = attempt(changed, program)
+            tried += bool(reason)
+            assert reason or print_ == original, changed
+    assert tried > 40
+
+
+# Proof and simulation -------------------------------------------------------------------------
+
+
+@tilelink.kernel("gather A[M, K] over M")
+def in_turn(A, B, W, C):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    N = B.shape[1]
+    P = tk.empty([M, N], A.dtype)
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        P[m, n] = acc
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(P[m, k], W[k, n], acc)
+        C[m, n] = acc
+
+
+def two_products() -> tuple[Op, list[dict[str, torch.Tensor]]]:
+    """One launch of two products, of which the second reads what the first stores, by one worker."""
+    kernel = in_turn.build({"M": 256, "N": 64, "K": 64}, {}, 2)
+    tiles = (("K", 32), ("M", 64), ("N", 32))
+    program = compile_kernel(kernel, Schedule(tiles=tiles, emitter="gluon", workers=1))
+    sizes = {"A": (128, 64), "B": (64, 64), "W": (64, 64)}
+    torch.manual_seed(0)
+    inputs = [
+        {n: torch.randint(-1, 2, size).bfloat16() for n, size in sizes.items()} for _ in range(2)
+    ]
+    return program, inputs
+
+
+def test_a_loader_does_not_wait_for_the_stores_of_its_own_worker() -> None:
+    """Without the wait between them, a later task of the same worker loads what is not there yet."""
+    program, inputs = two_products()
+    assert launches(program) == [("turns", ["stage", "stage", "finish"])]
+    validate(read_module(Source("emitted.py", emit(program))), program)
+    text = print_ir(program)
+    bare = "\n".join(line for line in text.splitlines() if not re.search(r"wait @P\.", line))
+    with pytest.raises(CoverError):
+        verify(parse_ir(bare))
+    with pytest.raises(RaceError):
+        for seed in range(4):
+            run(parse_ir(bare), inputs, seed=seed)
+    wanted = in_turn.on("reference", world=2)(**{n: [i[n] for i in inputs] for n in inputs[0]})
+    for seed in range(4):
+        outputs = run(program, inputs, seed=seed, calls=2)
+        assert all(torch.equal(o["C"], w) for o, w in zip(outputs, wanted, strict=True))
+
+
+def test_a_lost_signal_ends_every_role() -> None:
+    program, inputs = two_products()
+    with pytest.raises(tilelink.TilelinkError, match="ready"):
+        run(program, inputs, faults=(Drop(rank=1, number=0),), limits=Limits(progress=1.0))
+
+
+FORMS = [
+    ('roles = "turns", ', "", "roles"),
+    ('emitter = "gluon", ', "", "roles"),
+    ("drain = true", "delay = 1, drain = true", "held back"),
+    ("      %p = cast", "      wait @P.done[0] {count = 8}\n      %p = cast", None),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "says"), FORMS)
+def test_form_of_launches_with_roles(old: str, new: str, says: str | None) -> None:
+    text = print_ir(two_products()[0])
+    assert old in text
+    edited = parse_ir(text.replace(old, new, 1))
+    if says is None:  # a wait of the epilogue is one of the group's
+        with pytest.raises(tilelink.TilelinkError, match=r"circle|deadlock|cycle"):
+            verify(edited)
+        return
+    with pytest.raises(UndecidedError, match=says):
+        verify(edited)
+
+
+def test_the_interpreter_runs_the_triton_kernels_of_the_same_schedule() -> None:
+    plan = interpret.plan(fused(RS))
+    assert launches(plan) == [(None, ["stage"]), (None, ["stage", "finish"])]
+    assert "gluon" not in emit(plan).split('"""')[-1]

@@ -1,0 +1,191 @@
+"""Roles of a warp-specialised Gluon kernel: a ring of shared memory between loader and product warps.
+
+A *step* is one turn of the main loop; the worker numbers its steps from 0, over all of its tiles. The
+loader fills step after step, each into slot ``step % slots``; the warps that multiply take the steps in
+the same order and give each back once they have read it. An mbarrier tells two phases apart, not more,
+so each side may be at most one lap behind the other: the loader is held back by the slots that were not
+given back, and warps that take turns at the ring wait for their turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+
+class Ring(NamedTuple):
+    """``full`` and ``free`` are mbarriers, one a slot; ``slots`` is a constant."""
+
+    full: object
+    free: object
+    slots: object
+
+
+@gluon.jit
+def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    made = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for number in gl.static_range(count):
+        mbarrier.init(made.index(number), count=arrivals)
+    return made
+
+
+@gluon.jit
+def ring(slots: gl.constexpr, readers: gl.constexpr):
+    """A ring of ``slots`` slots, each of which ``readers`` roles take and give back in every lap."""
+    return Ring(_barriers(slots, 1), _barriers(slots, readers), slots)
+
+
+@gluon.jit
+def turns():
+    """Turns of two roles that take steps from one ring: one reads a tile's steps, then the other."""
+    return _barriers(2, 1)
+
+
+@gluon.jit
+def claim(ring, step, bytes: gl.constexpr):
+    """Wait until the slot of ``step`` is free; its loads are ``bytes`` together. Returns the slot."""
+    slot = step % ring.slots
+    mbarrier.wait(ring.free.index(slot), ((step // ring.slots) & 1) ^ 1)
+    mbarrier.expect(ring.full.index(slot), bytes)
+    return slot
+
+
+@gluon.jit
+def fetch(ring, slot, descriptor, row, column, tiles):
+    """Load the box at (``row``, ``column``) of ``descriptor`` into ``tiles[slot]`` through TMA."""
+    barrier = ring.full.index(slot)
+    tma.async_copy_global_to_shared(descriptor, [row, column], barrier, tiles.index(slot))
+
+
+@gluon.jit
+def take(ring, step):
+    """Wait until all loads of ``step`` have landed. Returns the slot."""
+    slot = step % ring.slots
+    mbarrier.wait(ring.full.index(slot), (step // ring.slots) & 1)
+    return slot
+
+
+@gluon.jit
+def give(ring, step, some=True):
+    """Give back the slot of ``step``, which this role has read; nothing where ``some`` is false."""
+    mbarrier.arrive(ring.free.index(step % ring.slots), count=1, pred=some)
+
+
+@gluon.jit
+def turn(turns, number):
+    """Wait until the steps of this worker's tile before ``number`` (from 0) have all been taken."""
+    mbarrier.wait(turns.index(number % 2), (number // 2 + 1 - number % 2) & 1)
+
+
+@gluon.jit
+def pass_turn(turns, number):
+    """All steps of this worker's tile ``number`` have been taken."""
+    mbarrier.arrive(turns.index((number + 1) % 2), count=1)
+
+
+@gluon.jit
+def pair():
+    """Where two roles meet that each have half of a tile."""
+    return _barriers(1, 2)
+
+
+@gluon.jit
+def meet(pair, number):
+    """Wait until both roles have come here; ``number`` counts the meetings of a worker from 0.
+
+    What either did before, the other may release behind it.
+    """
+    mbarrier.arrive(pair.index(0), count=1)
+    mbarrier.wait(pair.index(0), number & 1)
+
+
+def descriptor_layout(block: Sequence[int], dtype: gl.dtype) -> gl.NVMMASharedLayout:
+    """How a box of ``block`` elements lies in shared memory, which a descriptor of roles must say."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
+
+
+@gluon.jit
+def tiles(descriptor, count: gl.constexpr):
+    """Shared memory for ``count`` boxes of ``descriptor``."""
+    shape: gl.constexpr = [count] + descriptor.block_type.shape  # noqa: RUF005 - no `*` in a kernel
+    return gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
+
+
+@gluon.constexpr_function
+def _product(columns: int):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def _memory(columns: int):
+    # 16 bytes a thread, whole rows a warp.
+    across = min(32, max(1, columns // 8))
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+
+
+@gluon.jit
+def full(rows: gl.constexpr, columns: gl.constexpr, value, dtype: gl.constexpr = gl.float32):
+    """A tile as products leave it, every element ``value``; the role has four warps."""
+    return gl.full((rows, columns), value, dtype, _product(columns))
+
+
+@gluon.jit
+def zeros(rows: gl.constexpr, columns: gl.constexpr):
+    """Sums of products before the first: an fp32 tile of zeros; the role has four warps."""
+    return gl.full((rows, columns), 0, gl.float32, _product(columns))
+
+
+@gluon.jit
+def row_index(rows: gl.constexpr, columns: gl.constexpr, memory: gl.constexpr = False):
+    """0, 1, … along the rows of a tile, as products leave it or as ``memory`` is accessed."""
+    if memory:
+        return gl.arange(0, rows, gl.SliceLayout(1, _memory(columns)))
+    else:
+        return gl.arange(0, rows, gl.SliceLayout(1, _product(columns)))
+
+
+@gluon.jit
+def column_index(columns: gl.constexpr, memory: gl.constexpr = False):
+    """0, 1, … along the columns of a tile, as products leave it or as ``memory`` is accessed."""
+    if memory:
+        return gl.arange(0, columns, gl.SliceLayout(0, _memory(columns)))
+    else:
+        return gl.arange(0, columns, gl.SliceLayout(0, _product(columns)))
+
+
+@gluon.jit
+def from_memory(value, columns: gl.constexpr):
+    """A tile that was loaded by addresses, laid out as products leave it."""
+    return gl.convert_layout(value, _product(columns))
+
+
+@gluon.jit
+def to_memory(value, columns: gl.constexpr):
+    """A tile laid out to be stored by addresses, 16 bytes a thread."""
+    return gl.convert_layout(value, _memory(columns))
+
+
+@gluon.jit
+def store(descriptor, row, column, value, room):
+    """Store a tile at (``row``, ``column``) of ``descriptor`` through TMA, by way of shared memory.
+
+    ``room`` is as wide as the descriptor's box; a wider tile leaves in pieces, one behind the other.
+    It has been read, not more, when the next store of this role begins: see ``device.drain_tma_stores``.
+    """
+    if value.shape[1] > room.shape[1]:
+        wide: gl.constexpr = value.shape[1] // 2
+        parts = gl.permute(gl.reshape(value, (value.shape[0], 2, wide)), (0, 2, 1))
+        low, high = gl.split(parts)
+        store(descriptor, row, column, low, room)
+        store(descriptor, row, column + wide, high, room)
+    else:
+        tma.store_wait(pendings=0)
+        gl.thread_barrier()
+        room.store(value)
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(descriptor, [row, column], room)
