@@ -28,6 +28,8 @@ from tilelink.schedules import Schedule
 
 # Elements of a tile that a stage without a matrix product keeps in registers.
 ELEMENTWISE_TILE = 8192
+# Elements of the smallest tile of a sum: 16 bytes of 16-bit elements for each of 128 threads.
+LEAST_SUM = 1024
 DECLARATIONS = ("extent", "tensor", "scalar")
 
 
@@ -388,7 +390,28 @@ def _relay_stage(program: Op, schedule: Schedule, name: str) -> Op:
     values[f"{name}.sum"] = Value(f"{name}.part", stage.body[0].results[0].type)
     stage = substitute(replace(stage, ref=Ref(f"{name}.relay")), values)
     stage = stage.with_ops(tuple(op.with_attrs(relay=True, final=None) for op in stage.body))
-    return stage.with_attrs(segment=info.block, segments=1, visit=RANK, axis=info.axis or None)
+    stage = stage.with_attrs(segment=info.block, segments=1, visit=RANK, axis=info.axis or None)
+    return stage.with_attrs(tile=_spread(program, schedule, stage))
+
+
+def _spread(program: Op, schedule: Schedule, stage: Op) -> tuple[int, ...]:
+    """Tiles of a stage that sums this rank's part, with fewer rows where workers would have none.
+
+    A worker that stores to peers waits for round trips over the link: the more of them share the part, the
+    sooner it is there.
+    """
+    names = environment(program)
+    tiles = list(stage["tile"])
+    axis = int(stage.get("axis") or 0)
+    lengths = [int(Expr.of(e).evaluate(names)) for e in stage["extent"]]
+    lengths[axis] = int(stage["segment"]) * int(stage["segments"])
+
+    def tasks() -> int:
+        return math.prod(-(-n // t) for n, t in zip(lengths, tiles, strict=True))
+
+    while 2 * tasks() <= schedule.workers and math.prod(tiles) >= 2 * LEAST_SUM and tiles[0] > 1:
+        tiles[0] //= 2
+    return tuple(tiles)
 
 
 def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
