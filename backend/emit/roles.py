@@ -299,6 +299,7 @@ class Roles:
             "load_sum": self._load_sum,
             "store": self._store,
             "notify": self._notify,
+            "for_range": self._range,
             "zeros": self._fill,
             "full": self._fill,
         }
@@ -421,13 +422,24 @@ class Roles:
         if not self.halves:
             body.notify(scope, op)
             return
+        self._first(scope, op, lambda: body.notify(scope, op.with_attrs(drain=None)))
+
+    def _range(self, scope: Scope, op: Op) -> None:
+        """A loop; one that tells all ranks at once is a notify too."""
+        if not self.halves or not body.tells_everyone(scope, op):
+            body.for_range(scope, op)
+            return
+        self._first(scope, op.body[0], lambda: body.tell_everyone(scope, op))
+
+    def _first(self, scope: Scope, notify: Op, tell: Callable[[], None]) -> None:
+        """What the first of two groups tells, when both have stored their half of the tile."""
         writer = scope.writer
-        if op.get("drain"):
+        if notify.get("drain"):
             writer.line("device.drain_tma_stores()")
         writer.line("roles.meet(pair, met)")
         writer.line("met += 1")
         with writer.block("if role == 0:"):
-            body.notify(scope, op.with_attrs(drain=None))
+            tell()
 
     # The kernel -------------------------------------------------------------------------------
 
