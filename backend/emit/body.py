@@ -408,13 +408,25 @@ def _everyone(scope: Scope, op: Op) -> list[str] | None:
     return [*args, counter, step, scope.expr(count)]
 
 
-def _for_range(scope: Scope, op: Op) -> None:
+def tells_everyone(scope: Scope, op: Op) -> bool:
+    """Whether a loop over all ranks only notifies them, which one call does for all."""
+    return _everyone(scope, op) is not None
+
+
+def tell_everyone(scope: Scope, op: Op) -> None:
+    """The call for such a loop, behind what was stored."""
     everyone = _everyone(scope, op)
-    if everyone is not None:
+    assert everyone is not None
+    kind = "all_tile_notify" if len(everyone) == 2 else "counted_all_tile_notify"
+    scope.writer.call(f"device.{kind}(", everyone)
+
+
+def for_range(scope: Scope, op: Op) -> None:
+    """A loop over numbers."""
+    if tells_everyone(scope, op):
         if op.body[0].get("drain"):
             scope.writer.line("device.drain_tma_stores()")
-        kind = "all_tile_notify" if len(everyone) == 2 else "counted_all_tile_notify"
-        scope.writer.call(f"device.{kind}(", everyone)
+        tell_everyone(scope, op)
         return
     variable, *_ = op.args
     name = scope.define(variable)
@@ -561,7 +573,7 @@ _OPS: dict[str, Callable[[Scope, Op], None]] = {
     "wait": _wait,
     "notify": notify,
     "for_tiles": _for_tiles,
-    "for_range": _for_range,
+    "for_range": for_range,
     "cast": _cast,
     "zeros": _fill,
     "full": _fill,

@@ -22,7 +22,15 @@ from tilelink.backend.emit.loops import (
     place_tile,
     total,
 )
-from tilelink.backend.emit.scope import TL_DTYPE, Dim, Program, Scope, item_bytes, origin, refuse
+from tilelink.backend.emit.scope import (
+    TL_DTYPE,
+    Dim,
+    Program,
+    Scope,
+    item_bytes,
+    origin,
+    refuse_roles,
+)
 from tilelink.backend.emit.text import Writer, identifier
 from tilelink.backend.passes.bind_emitter import Product, Unfit, split_product
 from tilelink.ir import At, Expr, Op, Value
@@ -73,7 +81,7 @@ class Roles:
         try:
             self.products = [(stage, split_product(stage)) for stage in stages]
         except Unfit as unfit:
-            raise refuse(unfit.op, unfit.detail) from None
+            raise refuse_roles(unfit.op, unfit.detail) from None
         self.multiply = replace(
             self.loader,
             writer=Writer(),
@@ -171,7 +179,9 @@ class Roles:
             names = [self.loader.fresh(f"{op.results[0].name}_ring") for op in product.loads]
             self.ring = _Ring(names, blocks, [])
         elif self.ring.blocks != blocks:
-            raise refuse(product.loop, "stages of one launch that load tiles of different shapes")
+            raise refuse_roles(
+                product.loop, "stages of one launch that load tiles of different shapes"
+            )
         return self.ring
 
     def _steps(self, scope: Scope, loop: Op):  # type: ignore[no-untyped-def]
@@ -237,7 +247,9 @@ class Roles:
         dim = scope.dims[variable.name]
         block = dim.block // 2
         if not dim.exact and any(_places(op, variable) for op in product.epilogue):
-            raise refuse(stage, "a tile with fewer rows in some places, whose halves go elsewhere")
+            raise refuse_roles(
+                stage, "a tile with fewer rows in some places, whose halves go elsewhere"
+            )
         start, stop = f"{identifier(variable.name)}_half", dim.stop
         scope.used.add(start)
         scope.writer.let(start, f"{dim.start} + role * {block}")
@@ -299,6 +311,7 @@ class Roles:
             "load_sum": self._load_sum,
             "store": self._store,
             "notify": self._notify,
+            "for_range": self._range,
             "zeros": self._fill,
             "full": self._fill,
         }
@@ -307,7 +320,7 @@ class Roles:
         type_ = op.results[0].type
         blocks = scope.blocks(type_)
         if len(blocks) != 2:
-            raise refuse(op, "a constant tile that is no matrix")
+            raise refuse_roles(op, "a constant tile that is no matrix")
         if op.name == "zeros" and type_.dtype == "fp32":
             body.assign(scope, op, f"roles.zeros({blocks[0]}, {blocks[1]})", frozenset())
             return
@@ -320,7 +333,7 @@ class Roles:
     def _load(self, scope: Scope, op: Op) -> None:
         """A tile of a tensor by addresses; matrices are laid out anew."""
         if op.get("own") is not None:
-            raise refuse(op, "a choice between two places behind the main loop")
+            raise refuse_roles(op, "a choice between two places behind the main loop")
         access.load(scope, op.with_attrs(via=None) if op.get("via") else op)
         blocks = scope.blocks(op.results[0].type)
         if len(blocks) == 2 and not scope.as_memory:
@@ -330,10 +343,10 @@ class Roles:
     def _load_sum(self, scope: Scope, op: Op) -> None:
         """A sum over ranks; from here on tiles lie as the parts in memory are loaded."""
         if not op.operands:
-            raise refuse(op, "a sum behind the main loop whose own part is not the product")
+            raise refuse_roles(op, "a sum behind the main loop whose own part is not the product")
         own = op.operands[0]
         if any(len(v.type.shape) for v in self._made_before(op) if v.name != own.name):
-            raise refuse(op, "tiles from before a sum that are used behind it")
+            raise refuse_roles(op, "tiles from before a sum that are used behind it")
         name = scope.fresh(f"{scope.names[own.name]}_out")
         width = scope.blocks(own.type)[1]
         scope.writer.line(f"{name} = roles.to_memory({scope.names[own.name]}, {width})")
@@ -350,7 +363,7 @@ class Roles:
                 made = {v.name for top in (op, *behind) for o in top.walk() for v in o.results}
                 used = (v for top in behind for o in top.walk() for v in o.operands)
                 return [v for v in used if v.name not in made]
-        raise refuse(op, "a sum inside of a loop behind the main loop")
+        raise refuse_roles(op, "a sum inside of a loop behind the main loop")
 
     def _make_room(self) -> None:
         """Shared memory by way of which tiles leave, as wide as the ring leaves space for."""
@@ -376,7 +389,7 @@ class Roles:
                 elif len(value.type.shape) > 1:
                     extra = max(extra, part * item_bytes(dtype))
         if len(found) > 1:
-            raise refuse(self.launch, "stores of tiles of different shapes or types")
+            raise refuse_roles(self.launch, "stores of tiles of different shapes or types")
         left -= extra  # half of a tile each, in which it changes its layout
         if found:
             ((rows, columns, dtype),) = found
@@ -390,13 +403,13 @@ class Roles:
             detail = (
                 f"{self.slots} stages, which take {need} bytes of {SHARED_LIMIT} of shared memory"
             )
-            raise refuse(self.launch, detail)
+            raise refuse_roles(self.launch, detail)
 
     def _store(self, scope: Scope, op: Op) -> None:
         value, ref, peer = op.operands[0], op.ref, op.get("peer")
         assert ref is not None
         if peer is not None and op.get("via") is not None:
-            raise refuse(op, "a store to a peer through TMA")
+            raise refuse_roles(op, "a store to a peer through TMA")
         decl = scope.program.symbols[ref.symbol]
         text = scope.names[value.name]
         if decl["dtype"] != value.type.dtype:
@@ -421,13 +434,24 @@ class Roles:
         if not self.halves:
             body.notify(scope, op)
             return
+        self._first(scope, op, lambda: body.notify(scope, op.with_attrs(drain=None)))
+
+    def _range(self, scope: Scope, op: Op) -> None:
+        """A loop; one that tells all ranks at once is a notify too."""
+        if not self.halves or not body.tells_everyone(scope, op):
+            body.for_range(scope, op)
+            return
+        self._first(scope, op.body[0], lambda: body.tell_everyone(scope, op))
+
+    def _first(self, scope: Scope, notify: Op, tell: Callable[[], None]) -> None:
+        """What the first of two groups tells, when both have stored their half of the tile."""
         writer = scope.writer
-        if op.get("drain"):
+        if notify.get("drain"):
             writer.line("device.drain_tma_stores()")
         writer.line("roles.meet(pair, met)")
         writer.line("met += 1")
         with writer.block("if role == 0:"):
-            body.notify(scope, op.with_attrs(drain=None))
+            tell()
 
     # The kernel -------------------------------------------------------------------------------
 

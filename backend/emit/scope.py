@@ -34,6 +34,19 @@ def refuse(op: Op, detail: str) -> CannotEmit:
     return CannotEmit(op.span, detail=detail)
 
 
+class NoRoles(CannotEmit):
+    """A launch that the emitter of kernels with roles has no code for."""
+
+    code = "cannot-emit-roles"
+    message = "no code with roles for this: {detail}"
+    hint = "use emitter triton, which runs every launch that multiplies, or tiles of other sizes"
+
+
+def refuse_roles(op: Op, detail: str) -> NoRoles:
+    """The error for ``op`` in a launch with roles."""
+    return NoRoles(op.span, detail=detail)
+
+
 @dataclass(frozen=True, slots=True)
 class Dim:
     """A dimension of a tile: ``block`` elements (a power of two), of which the first ``length`` are real.

@@ -47,6 +47,12 @@ EVEN = {"M": 512, "N": 256, "K": 128}
 TILES = (("K", 64), ("M", 64), ("N", 128))
 ODD = {"M": 360, "N": 136, "K": 72}
 WIDE = {"M": 1024, "N": 1024, "K": 256}
+# What products with roles can be beside, and the tiles of both structures.
+ROLES = ("copy_engine", "epilogue", "none")
+ROLE_TILES = {
+    "turns": (("K", 64), ("M", 64), ("N", 128)),
+    "halves": (("K", 64), ("M", 128), ("N", 256)),
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class Case:
         moves = tuple((name, move_of(self.resource)) for name, _ in schedule.moves)
         schedule = replace(schedule, moves=moves, emitter=self.emitter)
         schedule = schedule.with_tiles(**dict(self.tiles))
+        if self.emitter == "gluon":
+            schedule = replace(schedule, warps=8, stages=3)
         if self.workers:
             schedule = replace(schedule, workers=self.workers)
         return compile_kernel(op, schedule)
@@ -107,6 +115,20 @@ def intact() -> Iterator[Case]:
                 for shape in (EVEN, ODD):
                     yield case(kernel, resource, shape, emitter="library")
                 yield case(kernel, resource, EVEN, emitter="library", flags=(("nk", True),))
+            if resource in ROLES:
+                yield from roles(kernel, resource)
+
+
+def roles(kernel: str, resource: str, workers: int | None = 3) -> Iterator[Case]:
+    """The cases of a kernel whose launches that multiply have roles."""
+    for name, tiles in ROLE_TILES.items():
+        if name == "halves" and kernel == "ag_gemm_swiglu":
+            # Two sums take twice the registers.
+            tiles = (("K", 64), ("M", 128), ("N", 128))
+        # Halves of a tile need all of its rows.
+        odd = ODD if name == "turns" else {**ODD, "M": EVEN["M"]}
+        for shape in (EVEN, odd):
+            yield case(kernel, resource, shape, emitter="gluon", tiles=tiles, workers=workers)
 
 
 def fingerprint(validator: Validator) -> str:
@@ -237,6 +259,9 @@ def run(count: int, seed: int, *, all_intact: bool = True) -> Result:
                 attack(one, part, seed + number, result, kinds)
                 if resource in BESIDE:
                     attack(replace(one, emitter="library"), part, seed + number, result, kinds)
+            if resource in ROLES:
+                for number, one in enumerate(roles(kernel, resource, workers=5)):
+                    attack(one, count // 4, seed + number, result, kinds)
             made, caught = result.mutants - before.mutants, result.refused - before.refused
             say(
                 f"{kernel} {resource}: {caught} of {made} refused, {result.same - before.same} same"

@@ -147,8 +147,17 @@ def test_two_slots_are_refused() -> None:
 def test_a_ring_that_does_not_fit_is_refused() -> None:
     kernel = gemm_rs.build({"M": 1024, "N": 512, "K": 128}, {}, WORLD)
     schedule = Schedule(tiles=(("K", 64), ("M", 128), ("N", 128)), emitter="gluon", stages=8)
-    with pytest.raises(CannotEmit, match="8 stages, which take 2"):
+    with pytest.raises(CannotEmit, match="8 stages, which take 2") as refused:
         emit(compile_kernel(kernel, schedule))
+    assert "triton" in str(refused.value)
+
+
+def test_halves_of_short_tiles_are_refused() -> None:
+    kernel = gemm_rs.build({"M": 360, "N": 256, "K": 128}, {}, WORLD)
+    schedule = Schedule(tiles=(("K", 64), ("M", 128), ("N", 256)), emitter="gluon", stages=3)
+    with pytest.raises(CannotEmit, match="fewer rows") as refused:
+        emit(compile_kernel(kernel, schedule))
+    assert "triton" in str(refused.value)
 
 
 # The text -------------------------------------------------------------------------------------
