@@ -110,7 +110,8 @@ def _resource(kernel: Op, tensor: Op, extents: dict[str, int]) -> str:
     limit = EPILOGUE_BYTES.get(tensor["move"], 0)
     world = int(kernel["world"])
     lengths = [d if isinstance(d, int) else int(d.evaluate(extents)) for d in tensor["dims"]]
-    if tensor["move"] == "reduce" and any(length % world == 0 for length in lengths):
+    fixed = not any(op.get("dynamic") for op in kernel.find("extent"))
+    if tensor["move"] == "reduce" and fixed and any(length % world == 0 for length in lengths):
         limit = EPILOGUE_BYTES["scatter"]  # in two shots, the first of which is a scatter
     return "epilogue" if _bytes(tensor, extents) <= limit else "copy_engine"
 

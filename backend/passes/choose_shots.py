@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tilelink.backend.expand import environment
 from tilelink.backend.passes.common import (
+    dynamic_extent,
     global_dims,
     replace_declaration,
     schedule_of,
@@ -40,6 +41,16 @@ def choose_shots(program: Op) -> Op:
     for name, tensor in tensors_of(program).items():
         move = schedule.move(name)
         if tensor["move"] != "reduce" or move.resource == "none":
+            continue
+        if dynamic_extent(program) is not None:
+            # How many tasks store a part would differ from call to call.
+            if move.shots == 2:
+                raise ScheduleError(
+                    tensor.span,
+                    field=f"moves.{name}.shots",
+                    detail="2 shots, but an extent is known at run time only",
+                    help="use 1",
+                )
             continue
         small = _bytes(program, tensor) * int(program["world"]) <= ONE_SHOT_BYTES
         if move.shots == 1 or (move.shots is None and small):

@@ -20,7 +20,7 @@ from tilelink.backend.validate import EmittedError, read_module, validate
 from tilelink.cli.inputs import random_inputs
 from tilelink.errors import Source
 from tilelink.ir import Op
-from tilelink.schedules import Move, Schedule, ScheduleError
+from tilelink.schedules import Move, Schedule, ScheduleError, default_schedule
 
 TENSOR = {"gemm_ar": "C", "gemm_ar_add": "P"}
 
@@ -156,3 +156,15 @@ def test_columns_that_workers_copy_are_rows_of_them(m: int, n: int, world: int) 
         program = compile_kernel(op, Schedule(tiles=tiles, workers=8, moves=(("C", move),)))
         assert program.declared("C")["part_axis"] == 1
         validate(read_module(Source("emitted.py", emit(program))), program)
+
+
+def test_a_dynamic_extent_takes_one_shot_and_one_slot() -> None:
+    extents = {"M": 1024, "K": 16, "N": 1024}
+    op = kernels.gemm_ar.build(extents, world=4, dynamic=("M",))
+    assert default_schedule(op).move("C") == Move(resource="copy_engine")
+    assert run_passes(op, after="choose-shots").declared("C").get("shots") is None
+    for field in ("shots", "slots"):
+        given: dict[str, Any] = {field: 2}
+        move = Move(resource="epilogue", **given)
+        with pytest.raises(ScheduleError, match="known at run time only"):
+            run_passes(op, Schedule(moves=(("C", move),)))
