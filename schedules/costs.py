@@ -21,6 +21,8 @@ LIBRARY_TILES = ((128, 256), (256, 128), (128, 128), (64, 128))
 # Stages whose tiles are being multiplied, on average, and so not being loaded.
 BUSY_STAGES = 1.5
 MMA_RATE = 0.6  # of `mma.sync`, for tiles of fewer rows than `wgmma` takes
+# Sums of a Gluon tile that one warp group holds: then two groups take turns.
+TURNS_SUMS = 128 * 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +105,12 @@ def task_us(
     dot = machine.dot_us(task.flops * share / full, task.dtype, now)
     # While one warpgroup waits at a step, another one multiplies.
     step = emitter.step_us * max(1.0, 2.0 * WARPGROUP / code.warps)
+    fixed = emitter.flat_us if code.flat else emitter.tile_us
+    if code.emitter == "gluon" and task.rows * task.columns <= TURNS_SUMS:
+        # What one group spends at its steps and behind its tile, the other one multiplies.
+        step, fixed = step / 2, fixed / 2
     loads = task.steps * machine.load_us / max(0.5, code.stages - BUSY_STAGES)
     product = max(dot + task.steps * step, loads, cached, memory)
     if task.sums:
         product += task.sums / (machine.sum_gbps * 1e3) * active + machine.load_us
-    return product + vector + (emitter.flat_us if code.flat else emitter.tile_us)
+    return product + vector + fixed

@@ -30,6 +30,7 @@ COLUMN_TILES = (32, 64, 128, 256)
 DEPTH_TILES = (32, 64, 128)
 # In the order in which equals are preferred.
 STAGES = (4, 3, 5, 6, 2)
+RING_STAGES = (6, 5, 4, 3)  # of a loader with a warp of its own: the deeper its ring, the better
 GROUPS = (8, 4, 16)
 SPLITS = (1, 2, 4, 8)
 COPY_WORKERS = (4, 8, 16, 32)
@@ -64,7 +65,8 @@ class Space:
         found: dict[Schedule, None] = {}
         for emitter in _values("EMITTERS", "triton"):
             for tiles in self._tiles(self.product):
-                for warps, stages in itertools.product((4, 8), STAGES):
+                depths = RING_STAGES if emitter == "gluon" else STAGES
+                for warps, stages in itertools.product((4, 8), depths):
                     for extra in self._extras(emitter):
                         made = _made(
                             self.base,
