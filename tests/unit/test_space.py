@@ -59,8 +59,12 @@ def test_every_computation_fits_the_gpu(kernel: object, shape: tuple[int, int, i
     for schedule in Space(op, H200).computations():
         if schedule.emitter == "library":
             continue
-        m, n, _ = product.tile(schedule)
-        assert product.shared_bytes(schedule) < SHARED_BYTES
+        m, n, k = product.tile(schedule)
+        if schedule.emitter == "gluon":
+            # What leaves goes by way of a few columns at a time.
+            assert schedule.stages * (m * k + product.dots * k * n) * 2 < SHARED_BYTES
+        else:
+            assert product.shared_bytes(schedule) < SHARED_BYTES
         assert m * n * product.dots <= schedule.warps * 32 * 128
 
 
