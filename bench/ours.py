@@ -125,7 +125,7 @@ def schedule_of(kernel: Any, case: Case, world: int, spec: str) -> Any:
             raise ValueError(f"`{spec}` is no way to compute a product: nothing moves")
         return dataclasses.replace(base, emitter=emitter)
     tensor = MOVED[case.kind]
-    move = dataclasses.replace(base.move(tensor), resource=resource)
+    move = base.move(tensor).by(resource)
     return dataclasses.replace(base, moves=((tensor, move),), emitter=emitter)
 
 

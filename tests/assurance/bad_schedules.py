@@ -71,7 +71,7 @@ CASES: tuple[Case, ...] = (
         "moves.A.resource",
         "sm:2",
     ),
-    schedule("gluon of four warps", {"emitter": "gluon", "warps": 4}, "warps", "gluon", "triton"),
+    schedule("gluon of four warps", {"emitter": "gluon", "warps": 4}, "warps", "Gluon", "triton"),
     schedule("gluon of low tiles", {"emitter": "gluon", "tiles": {"M": 32}}, "32 x 128", "triton"),
     schedule("gluon beside copies", {"emitter": "gluon", **move(resource="sm:4")}, "triton"),
     schedule("flatten text", {"flatten": "yes"}, "flatten", "yes"),
