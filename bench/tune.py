@@ -33,10 +33,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--effort", type=int, default=128, help="predicted a case in each of two passes"
     )
-    parser.add_argument("--log", default="tune.jsonl", help="every trial; goes on from it")
+    parser.add_argument("--trials", default="tune.jsonl", help="every trial; goes on from it")
     parser.add_argument("--tables", default=str(TABLES), metavar="FOLDER")
     parser.add_argument(
-        "--source", help="what tables say their times are from (default: the name of the log)"
+        "--source",
+        help="what tables say their times are from (default: the name of the file of trials)",
     )
     parser.add_argument(
         "--tensor-parallel", type=int, metavar="N", help="cut weights in N (default: the ranks)"
@@ -63,8 +64,8 @@ def main() -> int:
     cases = SUITES[options.suite](world, options.tensor_parallel)
     problems = problems_of([c for c in cases if options.only in f"{c.name} ({c.origin})"], world)
     settings = Settings(options.budget, options.candidates, options.effort)
-    source = options.source or os.path.basename(options.log)
-    return run_campaign(problems, settings, options.log, Path(options.tables), None, source)
+    source = options.source or os.path.basename(options.trials)
+    return run_campaign(problems, settings, options.trials, Path(options.tables), None, source)
 
 
 if __name__ == "__main__":

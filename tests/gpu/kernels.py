@@ -124,6 +124,11 @@ def cases() -> list[Case]:
         beside = ["copy_engine", *(["copy_engine-folded"] if kernel == "gemm_rs" else [])]
         found += [Case(kernel, *s, r, emitter="library") for r in beside for s in shapes[:4]]
         found += [Case(kernel, *shapes[2], "none", dtype, "library") for dtype in ("fp16", "fp32")]
+        roles = ["copy_engine", *(r for r in others if r in ("copy_engine-folded", "epilogue"))]
+        # Two warp groups share tiles of at least 128 rows.
+        found += [
+            Case(kernel, *s, r, emitter="gluon") for r in roles for s in shapes if s[0] >= 1024
+        ]
     return found
 
 
@@ -141,7 +146,12 @@ def schedule_for(case: Case, world: int) -> Any:
         changes["shots"] = 1 if "one" in words else 2
     if words:
         changes["slots"] = 2 if "slots" in words else 1
-    schedule = replace(default_schedule(op).with_resource(resource), emitter=case.emitter)
+    schedule = default_schedule(op).with_resource(resource)
+    schedule = replace(schedule, emitter=case.emitter)
+    if case.emitter == "gluon":
+        tiles = (("K", 64), ("M", 128), ("N", 128))
+        schedule = replace(schedule, tiles=tiles, warps=8, stages=4)
+        changes["slots"] = 1
     moves = tuple((name, replace(move, **changes)) for name, move in schedule.moves)
     return replace(schedule, moves=moves)
 

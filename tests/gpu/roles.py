@@ -162,7 +162,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     found: list[dict[str, Any]] = []
-    for case in CASES:
+    # The kernel of a folded sum waits for copies of other ranks that are made beside it.
+    for case in (c for c in CASES if (c.resource, c.sum) != ("copy_engine", "epilogue")):
         where = {
             "case": case.name,
             "resource": case.resource,

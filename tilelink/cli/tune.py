@@ -57,7 +57,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="schedules to predict in each of two passes (default: 128)",
     )
     search.add_argument(
-        "--log", metavar="OUT.jsonl", help="keep every trial here, and go on from it"
+        "--trials", metavar="OUT.jsonl", help="keep every trial here, and go on from it"
     )
     search.add_argument(
         "-o",

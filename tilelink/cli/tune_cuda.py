@@ -59,7 +59,9 @@ def execute_cuda(args: argparse.Namespace) -> int:
             )
 
     try:
-        return run_campaign(problems, settings, args.log, out, machine, "tilelink tune", finished)
+        return run_campaign(
+            problems, settings, args.trials, out, machine, "tilelink tune", finished
+        )
     finally:
         _leave()
 
