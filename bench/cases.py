@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 # (hidden, intermediate) of the MLP shapes of the TileLink paper (arXiv 2503.20313, table 4).
@@ -192,3 +192,9 @@ SUITES: dict[str, Callable[[int, int | None], list[Case]]] = {
     # One GPU stands for a rank of eight unless told otherwise.
     "gemm": lambda world, parallel: gemm_cases(parallel or 8),
 }
+
+
+def named(cases: Iterable[Case], only: str) -> list[Case]:
+    """The cases whose name or origin contains one of the texts that ``only`` lists, by comma."""
+    texts = only.split(",")
+    return [c for c in cases if any(text in f"{c.name} ({c.origin})" for text in texts)]

@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import claims, environment, stats, tables
-from bench.cases import GEMM, SUITES, Case
+from bench.cases import GEMM, SUITES, Case, named
 from bench.ours import STRUCTURES
 
 SCHEDULES = "tuned,default,library"
@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="JSON",
         help="print what these runs show, and measure nothing",
     )
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="only cases named so")
+    parser.add_argument("--only", default="", metavar="TEXTS", help="only cases named so; by comma")
     parser.add_argument("--rounds", type=int, default=20, help="timed samples of each candidate")
     parser.add_argument("--warmup", type=int, default=3, help="untimed rounds before them")
     parser.add_argument(
@@ -70,13 +70,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def chosen(suite: str, world: int, parallel: int | None, only: str) -> list[Case]:
-    """The cases of ``suite`` on ``world`` ranks whose name or origin contains ``only``.
+    """The cases of ``suite`` on ``world`` ranks whose name or origin contains one of ``only``.
 
     ``parallel``: in how many parts weights are cut, None for as many as there are ranks.
     """
-    return [
-        case for case in SUITES[suite](world, parallel) if only in f"{case.name} ({case.origin})"
-    ]
+    return named(SUITES[suite](world, parallel), only)
 
 
 def specs_of(suite: str, given: str | None) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import environment
-from bench.cases import SUITES, Case
+from bench.cases import SUITES, Case, named
 from tilelink.tuning.campaign import Settings
 from tilelink.tuning.problem import READY_MADE, Problem
 
@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=sorted(SUITES), default="grid")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="only cases named so")
+    parser.add_argument("--only", default="", metavar="TEXTS", help="only cases named so; by comma")
     parser.add_argument("--budget", type=float, default=300, metavar="SECONDS", help="of measuring")
     parser.add_argument("--candidates", type=int, default=12, help="measured a case")
     parser.add_argument(
@@ -62,7 +62,7 @@ def main() -> int:
 
     world = int(os.environ["WORLD_SIZE"])
     cases = SUITES[options.suite](world, options.tensor_parallel)
-    problems = problems_of([c for c in cases if options.only in f"{c.name} ({c.origin})"], world)
+    problems = problems_of(named(cases, options.only), world)
     settings = Settings(options.budget, options.candidates, options.effort)
     source = options.source or os.path.basename(options.trials)
     return run_campaign(problems, settings, options.trials, Path(options.tables), None, source)

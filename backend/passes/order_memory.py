@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from tilelink.backend.expand import environment, evaluate
@@ -183,20 +184,20 @@ def _stage(
     """
     signals = any(op.name == "notify" for op in stage.walk())
     held = signals and not roles and can_flatten(program, stage)
-    blocks = _blocks(program, stage)
+    blocks, starts = _blocks(program, stage), _starts(program, stage)
 
     def mark(op: Op) -> Op:
         if op.name == "notify" and held:
             return op.with_attrs(delay=1, drain=True)
         if op.name == "load" and op.results[0].name not in through_registers:
             sides = [r for r in (op.ref, op.get("own")) if r is not None]
-            if all(_boxed(program, side, blocks) for side in sides):
+            if all(_boxed(program, side, blocks, starts) for side in sides):
                 return op.with_attrs(via="tma")
         # Stores to a peer are worth it only where their release is held back.
         local = op.get("peer") is None
         if op.name == "store" and (held or (local and (roles or not signals))):
             assert op.ref is not None
-            if _boxed(program, op.ref, blocks, store=True, slice_=not local):
+            if _boxed(program, op.ref, blocks, starts, store=True, slice_=not local):
                 return op.with_attrs(via="tma")
         return op
 
@@ -230,12 +231,54 @@ def _blocks(program: Op, stage: Op) -> dict[str, int]:
     return found
 
 
-def _boxed(
-    program: Op, ref: Ref, blocks: dict[str, int], store: bool = False, slice_: bool = False
-) -> bool:
-    """Whether a region is a box of two axes that a TMA descriptor can have.
+def _starts(program: Op, stage: Op) -> dict[str, int]:
+    """A number that divides the first index of every tile of each tile variable of a stage."""
+    env = environment(program)
+    found: dict[str, int] = {}
+    for op in stage.walk():
+        if op.name not in ("stage", "for_tiles") or op.get("tile") is None:
+            continue
+        tiles = [a for a in op.args if a.type.is_tile]
+        sizes = tuple(op["tile"])
+        if len(sizes) > len(tiles):  # sizes of scalar variables stand among them
+            sizes = tuple(s for a, s in zip(op.args, sizes, strict=False) if a.type.is_tile)
+        axis, segment = int(op.get("axis") or 0), op.get("segment")
+        for variable, size in zip(tiles, sizes, strict=False):
+            step = 1 if op.get("bounds") else int(size)
+            if segment is not None and op.args[axis] == variable:
+                step = math.gcd(step, _divisor(Expr.of(segment).substitute(env), found))
+            found[variable.name] = step
+    return found
 
-    ``slice_``: behind an axis of ranks, of which it is the part of this one.
+
+def _divisor(expr: Expr, starts: Mapping[str, int]) -> int:
+    """A number that divides every value of ``expr``; 0 of zero, 1 where nothing is known.
+
+    ``starts``: the same of each tile variable's first index.
+    """
+    if expr.value is not None:
+        return abs(expr.value)
+    if expr.op == "name":
+        base, _, part = str(expr.args[0]).rpartition(".")
+        return starts.get(base, 1) if part == "start" else 1
+    if expr.op not in ("+", "-", "*", "%", "min", "max"):
+        return 1
+    left, right = (_divisor(Expr.of(side), starts) for side in expr.args)
+    return left * right if expr.op == "*" else math.gcd(left, right)
+
+
+def _boxed(
+    program: Op,
+    ref: Ref,
+    blocks: Mapping[str, int],
+    starts: Mapping[str, int],
+    store: bool = False,
+    slice_: bool = False,
+) -> bool:
+    """Whether a region is a box of two axes that a TMA descriptor can have, wherever its tiles begin.
+
+    ``slice_``: behind an axis of ranks, of which it is the part of this one. A box that begins inside of
+    16 bytes of a row is an illegal instruction on sm_90.
     """
     declared = program.declared(ref.symbol)
     if program.get("slots") is not None and declared.get("space") == "symmetric":
@@ -269,6 +312,15 @@ def _boxed(
             lengths.append(None)  # the emitter knows the block
         else:
             return False
+    first, env = index[1], environment(program)
+    if isinstance(first, At | Range):
+        place = _divisor(
+            (first.start if isinstance(first, At) else first.lo).substitute(env), starts
+        )
+    else:
+        place = starts.get(first.name, 1) if isinstance(first, Value) else 0
+    if place * size % _TMA_BYTES:
+        return False
     rows, columns = lengths
     if store and rows is not None and columns is not None and columns >= 256 and rows >= 64:
         columns //= 2  # a wide tile leaves in two halves

@@ -11,7 +11,7 @@ from tilelink.backend.expand_rows import Access, Expansion
 from tilelink.backend.verify.errors import BoundsError, FenceError
 from tilelink.backend.verify.match import guarded
 from tilelink.backend.verify.order import ancestors
-from tilelink.ir import Op
+from tilelink.ir import DTYPES, Op
 from tilelink.ir.layout import (
     ACK,
     COUNTER_BYTES,
@@ -24,6 +24,8 @@ from tilelink.ir.layout import (
     SLOT_FLAGS,
     WORD,
 )
+
+TMA_BYTES = 16  # the boxes of a descriptor begin at a multiple of it in a row
 
 
 def check_bounds(out: Expansion) -> None:
@@ -76,6 +78,7 @@ def _access(out: Expansion, access: Access) -> None:
             )
         else:
             _offsets(out, access, dims)
+            _places(out, access)
             if access.write and access.op.name == "transfer":
                 _shapes(out, access)
             return
@@ -105,6 +108,22 @@ def _offsets(out: Expansion, access: Access, dims: Ints) -> None:
             access.op.span,
             symbol=access.symbol,
             detail=f"element {int(last[row])} is reached with offsets of 32 bits (`wide = true` is missing)",
+            notes=(out.describe(int(access.task[row])),),
+        )
+
+
+def _places(out: Expansion, access: Access) -> None:
+    """What goes through TMA begins at a multiple of 16 bytes of a row: the hardware takes nothing else."""
+    if not access.tma:
+        return
+    begins = access.lo[:, -1] * DTYPES[out.declarations[access.symbol]["dtype"]]
+    bad = np.flatnonzero(begins % TMA_BYTES)
+    if len(bad):
+        row = int(bad[0])
+        raise BoundsError(
+            access.op.span,
+            symbol=access.symbol,
+            detail=f"through TMA it begins {int(begins[row])} bytes into a row, no multiple of {TMA_BYTES}",
             notes=(out.describe(int(access.task[row])),),
         )
 

@@ -13,9 +13,10 @@ from tilelink.backend.emit.scope import CannotEmit
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.passes import PASSES
 from tilelink.backend.passes.order_memory import order_memory, rewrite
-from tilelink.backend.pipeline import run_passes
+from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.verify import BoundsError, verify
 from tilelink.ir import Op, parse_ir, print_ir
-from tilelink.schedules import default_schedule
+from tilelink.schedules import Move, Schedule, default_schedule
 
 EXTENTS = {"M": 512, "N": 256, "K": 256}
 WORDS = ("via", "proxy", "scope", "delay", "drain", "wide")
@@ -244,3 +245,25 @@ def test_words_of_memory_order_are_those_of_the_pass() -> None:
     found = {key for program in programs for op in program.walk() for key, _ in op.attrs}
     assert set(WORDS) - {"wide"} <= found
     assert not {"order", "barrier", "compare", "resident", "cleared"} & found
+
+
+def test_tiles_that_begin_inside_of_16_bytes_do_not_go_through_tma() -> None:
+    """On sm_90 such a box is an illegal instruction: slices of 36 columns, 72 bytes, begin so."""
+    kernel = kernels.gemm_ar.build({"M": 24, "K": 136, "N": 72}, world=2)
+    moves = (("C", Move("copy_engine", shots=2)),)
+    program = compile_kernel(kernel, Schedule(tiles=(("N", 128),), moves=moves))
+    through = {op.symbol for op in program.walk() if op.get("via") == "tma"}
+    assert through == {"A"}
+
+    def forced(op: Op) -> Op:
+        return op.with_attrs(via="tma") if op.name == "load" and op.symbol == "B" else op
+
+    with pytest.raises(BoundsError, match="72 bytes into a row"):
+        verify(rewrite(program, forced))
+
+
+def test_tiles_of_whole_slices_go_through_tma() -> None:
+    kernel = kernels.gemm_ar.build({"M": 24, "K": 136, "N": 128}, world=2)
+    moves = (("C", Move("copy_engine", shots=2)),)
+    program = compile_kernel(kernel, Schedule(tiles=(("N", 64),), moves=moves))
+    assert {"A", "B"} <= {op.symbol for op in program.walk() if op.get("via") == "tma"}
