@@ -40,11 +40,15 @@ def choices(kernel: Op, device: str) -> Iterator[Choice]:
     """Schedules of ``kernel`` on GPUs that CUDA calls ``device``, the one to try first first."""
     if knobs.TUNED.get():
         found = lookup(kernel, device)
-        if found is not None:
-            yield Choice(found.schedule, found.origin)
-        predicted = predicted_choice(kernel, device)
+        near = None if found is None else Choice(found.schedule, found.origin)
+        if found is not None and near is not None and found.distance == 0:
+            yield near
+        # What was measured at another shape is a guess here: the model may know better.
+        predicted = predicted_choice(kernel, device, None if found is None else found.schedule)
         if predicted is not None:
             yield predicted
+        if near is not None:
+            yield near
     yield Choice(None, "default")
 
 
@@ -66,8 +70,11 @@ def compile_chosen(kernel: Op, schedule: Schedule | None, device: str) -> tuple[
     return compile_kernel(kernel, None), "default"
 
 
-def predicted_choice(kernel: Op, device: str) -> Choice | None:
-    """The schedule with the shortest predicted time; None without a model of the machine or a clear gain."""
+def predicted_choice(kernel: Op, device: str, near: Schedule | None = None) -> Choice | None:
+    """The schedule with the shortest predicted time; None without a model of the machine or a clear gain.
+
+    The gain is over ``near``, the schedule of a shape nearby, or else over the default one.
+    """
     machine = Machine.of_device(device, world_of(kernel))
     if machine is None:
         return None
@@ -80,9 +87,9 @@ def predicted_choice(kernel: Op, device: str) -> Choice | None:
         return [_predicted_us(kernel, s, machine) for s in schedules]  # type: ignore[attr-defined]
 
     trials = prune(space, of, keep=effort, effort=effort)
-    default_us = next(t.predicted_us for t in trials if t.schedule == space.base)
+    (known_us,) = of([space.base if near is None else near])
     best = trials[0]
-    if best.predicted_us > (1.0 - GAIN) * default_us:
+    if best.predicted_us > (1.0 - GAIN) * known_us:
         return None
     return Choice(best.schedule, f"predicted {best.predicted_us:.0f} us on {machine.name}")
 
