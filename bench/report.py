@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -239,6 +240,30 @@ def _host_costs(name: str, run: dict[str, Any]) -> str:
     return "\n".join([title, _provenance(name, run), text, tables.markdown(header, rows), ""])
 
 
+def _structures(name: str, run: dict[str, Any]) -> str:
+    """Products of one GPU: cuBLAS time over ours by structure, and the best of each shape."""
+    facts = run["environment"]
+    names = [n for n in run["cases"][0]["median_us"] if n != stats.CUBLAS]
+    rows, best = [], []
+    for case in run["cases"]:
+        times = case["median_us"]
+        ratios = {n: times[stats.CUBLAS] / times[n] for n in names if n in times}
+        best.append(max(ratios.values()))
+        cells = [f"{ratios[n]:.3f}" if n in ratios else "-" for n in names]
+        shape = " x ".join(map(str, case["shape"]))
+        rows.append([shape, tables.number(times[stats.CUBLAS], 1), *cells, f"{best[-1]:.3f}"])
+    text = (
+        "Time of cuBLAS over ours, structure by structure (tile and stages behind its name): `turns`, two warp "
+        "groups on alternating tiles; `halves`, each group half the rows of all; `triton`, the flattened loop. "
+        f"The best of each shape: geometric mean {statistics.geometric_mean(best):.3f}, least "
+        f"{min(best):.3f}; it is the fastest of several in one run, so it leans high.\n"
+    )
+    head = f"{environment.hardware_line(facts)}. {facts['date']}.\n\n    python -m bench.gluon --out FILE\n"
+    table = tables.markdown(("M x K x N", "cuBLAS, us", *names, "best"), rows)
+    title = "## Structures of products, one GPU\n"
+    return "\n".join([title, head, f"Raw data: `{name}`.\n", text, table, ""])
+
+
 def _tests(name: str, run: dict[str, Any]) -> str:
     rows = run["rows"]
     right = sum(bool(row["ok"]) for row in rows)
@@ -285,6 +310,7 @@ def _graph_row(case: dict[str, Any]) -> list[str]:
 _PARTS = {
     "bench": _suite,
     "compile_time": _compile_times,
+    "gluon_gemm": _structures,
     "gpu_tests": _tests,
     "graph_check": _graphs,
     "host_cost": _host_costs,
