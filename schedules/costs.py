@@ -20,6 +20,7 @@ FULL_COLUMNS = 128
 LIBRARY_TILES = ((128, 256), (256, 128), (128, 128), (64, 128))
 # Stages whose tiles are being multiplied, on average, and so not being loaded.
 BUSY_STAGES = 1.5
+BUSY_SLOTS = 2.0  # the same of a ring that two warp groups empty: each holds a slot
 MMA_RATE = 0.6  # of `mma.sync`, for tiles of fewer rows than `wgmma` takes
 # Sums of a Gluon tile that one warp group holds: then two groups take turns.
 TURNS_SUMS = 128 * 128
@@ -109,7 +110,8 @@ def task_us(
     if code.emitter == "gluon" and task.rows * task.columns <= TURNS_SUMS:
         # What one group spends at its steps and behind its tile, the other one multiplies.
         step, fixed = step / 2, fixed / 2
-    loads = task.steps * machine.load_us / max(0.5, code.stages - BUSY_STAGES)
+    busy = BUSY_SLOTS if code.emitter == "gluon" else BUSY_STAGES
+    loads = task.steps * machine.load_us / max(0.5, code.stages - busy)
     product = max(dot + task.steps * step, loads, cached, memory)
     if task.sums:
         product += task.sums / (machine.sum_gbps * 1e3) * active + machine.load_us
