@@ -231,6 +231,8 @@ def _tma(scope: Scope, op: Op, ref: Ref, block: tuple[int, ...]) -> list[Axis] |
     inner = scope.program.constant(scope.program.shape(ref.symbol)[1])
     if inner is None or inner * size % 16 or block[1] * size < 16 or max(block) > _TMA_BLOCK:
         return None
+    if scope.folded and not all(a.dim.exact for a in plain if a.dim is not None):
+        return None  # a part of a short tile may begin past the end
     return plain
 
 

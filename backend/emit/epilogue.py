@@ -23,11 +23,11 @@ ROLE_EACH, ROLE_COLUMNS = 16, 16
 def ops(scope: Scope, task: tuple[Op, ...]) -> None:
     """The ops of a task; those from a folded sum on part by part, where the tile is large."""
     at = next((n for n, op in enumerate(task) if op.name == "load_sum" and op.operands), len(task))
-    scope.folded = at < len(task)
     body.ops(scope, task[:at])
-    if scope.folded:
+    if at < len(task):
+        scope.folded = True
         _tail(scope, task[at:])
-    scope.folded = False
+        scope.folded = False
 
 
 def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:

@@ -1,16 +1,17 @@
 """Who runs next, and how late stores land: the choices of a hostile machine, all made by one seed.
 
-Four ways to be hostile, taken in turn by the seed: any order; priorities with a few changes (PCT,
+Five ways to be hostile, taken in turn by the seed: any order; priorities with a few changes (PCT,
 Burckhardt et al., ASPLOS 2010), which finds a fault that needs d choices with a probability of at least
-1 / (n k^(d-1)) for n agents and k steps; some ranks or agents that run only when nothing else can; and
-streams last, with the ranks in a fixed order, so that one is as many calls ahead as the program lets it.
+1 / (n k^(d-1)) for n agents and k steps; some ranks or agents that run only when nothing else can; streams
+last, with the ranks in a fixed order, so that one is as many calls ahead as the program lets it; and some workers
+only when nothing else can, so that others draw the tasks of queues and begin later ones early.
 """
 
 from __future__ import annotations
 
 import random
 
-RANDOM, PRIORITIES, STARVED, SKEWED = range(4)
+RANDOM, PRIORITIES, STARVED, SKEWED, UNEVEN = range(5)
 
 
 class Hostility:
@@ -25,10 +26,10 @@ class Hostility:
         steps: int,
     ) -> None:
         self.random = random.Random(seed)
-        self.mode = seed % 4
+        self.mode = seed % 5
         # CUDA promises no concurrency between streams: sometimes all agents share one hardware queue.
-        self.one_queue = seed % 5 == 3
-        self.lateness = (1.0, 0.5, 0.0)[seed // 4 % 3]
+        self.one_queue = seed % 7 == 3
+        self.lateness = (1.0, 0.5, 0.0)[seed // 5 % 3]
         ranks = sorted({rank for rank, _, _ in components})
         agents = sorted({agent for _, agent, _ in components})
         draw = self.random.random
@@ -52,6 +53,15 @@ class Hostility:
             self.bias = [
                 2.0 * order.index(rank) + 2.0 * len(order) * (agent in streams)
                 for rank, agent, _ in components
+            ]
+
+        elif self.mode == UNEVEN:
+            # Alike on all ranks in half of the runs: a ring of waits needs them all.
+            alike = draw() < 0.5
+            found: dict[object, float] = {}
+            self.bias = [
+                found.setdefault(worker if alike else (rank, worker), 2.0 * (draw() < 0.5))
+                for rank, _, worker in components
             ]
 
     def key(self, component: int) -> float:
