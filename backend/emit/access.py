@@ -231,8 +231,6 @@ def _tma(scope: Scope, op: Op, ref: Ref, block: tuple[int, ...]) -> list[Axis] |
     inner = scope.program.constant(scope.program.shape(ref.symbol)[1])
     if inner is None or inner * size % 16 or block[1] * size < 16 or max(block) > _TMA_BLOCK:
         return None
-    if scope.folded and not all(a.dim.exact for a in plain if a.dim is not None):
-        return None  # a part of a short tile may begin past the end
     return plain
 
 
@@ -774,6 +772,7 @@ def transfer(scope: Scope, op: Op) -> None:
     assert ref is not None
     source, target = _region(scope, op, ref), _region(scope, op, to)
     dtype = str(scope.program.symbols[ref.symbol]["dtype"])
+    source, target = _cut_as(source, target), _cut_as(target, source)
     if (source.rows, source.columns) != (target.rows, target.columns):
         raise refuse(op, "a transfer between regions that split differently into rows")
     here = base(scope, ref.symbol)
@@ -800,10 +799,19 @@ def transfer(scope: Scope, op: Op) -> None:
     scope.writer.call("device.tile_push_data(", [*pair, source.rows, *texts])
 
 
+def _cut_as(region: _Region, other: _Region) -> _Region:
+    """A region without gaps cut into rows as long as those of ``other``, where they come out even."""
+    rows = other.count
+    if region.count != 1 or rows is None or _product(rows, other.columns) != region.columns:
+        return region
+    return replace(region, rows=other.rows, count=rows, columns=other.columns, stride=other.columns)
+
+
 @dataclass(frozen=True, slots=True)
 class _Region:
     starts: tuple[str, ...]
     rows: str
+    count: int | Expr | None  # of the rows, where it is known
     columns: int | Expr
     stride: int | Expr
     shifts: tuple[int | Expr, ...]  # steps in elements of everything that moves the start
@@ -840,25 +848,33 @@ def _region(scope: Scope, op: Op, ref: Ref) -> _Region:
             wide = f"tl.cast({start}, tl.int64)"
             starts.append(_times(start if constant else wide, scope.expr(step, 5)))
         lengths.append((length, number, step, full))
-    # The longest run of whole axes at the end, with the axis before it, is contiguous.
-    live = [entry for entry in lengths if entry[1] != 1] or lengths[-1:]
-    inner = len(live) - 1
-    while inner > 0 and live[inner][3]:
+    # The longest run of whole axes at the end, with the axis before it, is contiguous. One element of an axis
+    # that has more ends it: what lies before that axis lies further apart.
+    kept = [
+        entry
+        for entry, whole in zip(lengths, shape, strict=True)
+        if entry[1] != 1 or scope.program.constant(whole) != 1
+    ] or lengths[-1:]
+    inner = len(kept) - 1
+    while inner > 0 and kept[inner][3]:
         inner -= 1
+    while inner < len(kept) - 1 and kept[inner][1] == 1:
+        inner += 1
+    outer = [entry for entry in kept[:inner] if entry[1] != 1]
     rows: list[str] = []
     columns: int | Expr = 1
-    for extent, count, _, _ in live[inner:]:
+    for extent, count, _, _ in kept[inner:]:
         if count is None:
             rows.append(extent)
         else:
             columns = _product(columns, count)
     if rows:  # a tile of run-time length: its rows one by one
-        if live[inner][1] is not None or len(rows) > 1 or inner:
+        if kept[inner][1] is not None or len(rows) > 1 or outer:
             raise refuse(op, "a transfer of this region")
-        return _Region(tuple(starts), rows[0], columns, live[inner][2], tuple(shifts))
-    outer = live[:inner]
+        return _Region(tuple(starts), rows[0], None, columns, kept[inner][2], tuple(shifts))
     if not outer:
-        return _Region(tuple(starts), "1", columns, columns, tuple(shifts))
+        return _Region(tuple(starts), "1", 1, columns, columns, tuple(shifts))
     if len(outer) > 1:
         raise refuse(op, "a transfer of a region with more than one stride")
-    return _Region(tuple(starts), outer[0][0], columns, outer[0][2], tuple(shifts))
+    extent, count, step, _ = outer[0]
+    return _Region(tuple(starts), extent, count, columns, step, tuple(shifts))

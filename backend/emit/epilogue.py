@@ -51,8 +51,13 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
         length = str(width) if whole.exact else f"({whole.stop} - {start})"
         scope.dims[variable] = replace(whole, block=width, length=length, start=start)
         scope.names[own.name] = part
-        body.ops(scope, tail)
+        body.ops(scope, tail if whole.exact else _by_addresses(tail))
     scope.dims[variable], scope.names[own.name] = whole, name
+
+
+def _by_addresses(tail: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The ops without TMA, whose blocks must begin inside: a part of a short tile may have no column."""
+    return tuple(op.with_attrs(via=None) if op.get("via") else op for op in tail)
 
 
 def _halves(scope: Scope, name: str, rows: int, width: int) -> tuple[str, str]:

@@ -10,6 +10,11 @@ from tilelink.backend.emit.text import Writer, condition, render, span
 from tilelink.ir import All, Expr, Op, Range, Ref
 
 
+def _python(text: str) -> str:
+    """An expression of a kernel as one of the host, whose numbers are Python's."""
+    return text.replace("tl.minimum(", "min(").replace("tl.maximum(", "max(")
+
+
 class Host:
     """Writes ``def host(call)``."""
 
@@ -46,9 +51,13 @@ class Host:
             value = value.substitute(
                 {k: v for k, v in self.program.env.items() if k in value.names}
             )
-        return (
-            render(value, self.lookup).replace("tl.minimum(", "min(").replace("tl.maximum(", "max(")
-        )
+        return _python(render(value, self.lookup))
+
+    def condition(self, value: Expr | int) -> str:
+        """A condition as Python."""
+        if isinstance(value, Expr):
+            value = value.substitute(self.program.env)
+        return _python(condition(value, self.lookup))
 
     def agent(self, op: Op) -> None:
         """One agent; of a declaration only whether `head` can do what it asks."""
@@ -144,9 +153,7 @@ class Host:
         for op in body:
             guard = op.get("if")
             if guard is not None:
-                if isinstance(guard, Expr):
-                    guard = guard.substitute(self.program.env)
-                with self.writer.block(f"if {condition(guard, self.lookup)}:"):
+                with self.writer.block(f"if {self.condition(guard)}:"):
                     self.op(op)
             else:
                 self.op(op)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tilelink.backend.emit.body import plain_notify, plain_wait
 from tilelink.backend.emit.kernel import acknowledged
 from tilelink.backend.emit.scope import refuse
-from tilelink.backend.emit.text import condition, identifier, span
+from tilelink.backend.emit.text import identifier, span
 from tilelink.backend.product import product_of
 from tilelink.ir import All, At, Expr, Op, Range, Ref, Value
 
@@ -200,7 +200,7 @@ class _Library:
 
     def condition(self, value: Expr | int) -> str:
         """A condition of a task as Python."""
-        return condition(self.concrete(value).substitute(self.host.program.env), self.host.lookup)
+        return self.host.condition(self.concrete(value))
 
 
 def _tuple(parts: list[str]) -> str:

@@ -231,9 +231,15 @@ def _blocks(program: Op, stage: Op) -> dict[str, int]:
     return found
 
 
+def _fixed(program: Op) -> dict[str, int]:
+    """The names of an environment that have the same value in every call."""
+    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
+    return {k: v for k, v in environment(program).items() if k not in dynamic}
+
+
 def _starts(program: Op, stage: Op) -> dict[str, int]:
     """A number that divides the first index of every tile of each tile variable of a stage."""
-    env = environment(program)
+    env = _fixed(program)
     found: dict[str, int] = {}
     for op in stage.walk():
         if op.name not in ("stage", "for_tiles") or op.get("tile") is None:
@@ -292,8 +298,7 @@ def _boxed(
     if declared["dtype"] not in _TMA_DTYPES or len(dims) != 2 or len(index) != 2:
         return False
     size = DTYPES[declared["dtype"]]
-    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
-    fixed = {k: v for k, v in environment(program).items() if k not in dynamic}
+    fixed = _fixed(program)
     inner = Expr.of(dims[1])
     if not inner.names <= fixed.keys():
         return False
@@ -312,10 +317,10 @@ def _boxed(
             lengths.append(None)  # the emitter knows the block
         else:
             return False
-    first, env = index[1], environment(program)
+    first = index[1]
     if isinstance(first, At | Range):
         place = _divisor(
-            (first.start if isinstance(first, At) else first.lo).substitute(env), starts
+            (first.start if isinstance(first, At) else first.lo).substitute(fixed), starts
         )
     else:
         place = starts.get(first.name, 1) if isinstance(first, Value) else 0

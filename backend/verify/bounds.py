@@ -113,8 +113,14 @@ def _offsets(out: Expansion, access: Access, dims: Ints) -> None:
 
 
 def _places(out: Expansion, access: Access) -> None:
-    """What goes through TMA begins at a multiple of 16 bytes of a row: the hardware takes nothing else."""
-    if not access.tma:
+    """What goes through TMA begins at a multiple of 16 bytes of a row: the hardware takes nothing else.
+
+    The library chooses a kernel for the operands that it is given, wherever they begin.
+    """
+    if not access.tma or not len(access.task):
+        return
+    agent = out.agents[out.phases[int(out.task_phase[access.task[0]])].agent]
+    if agent.get("emitter") == "library":
         return
     begins = access.lo[:, -1] * DTYPES[out.declarations[access.symbol]["dtype"]]
     bad = np.flatnonzero(begins % TMA_BYTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,6 +82,27 @@ def test_emitted_two_shots_are_the_program_and_compute_it(
     validate(read_module(Source("emitted.py", emit(program))), program)
     if kernel == "gemm_ar":
         agrees(kernel, "interpret", 4, m, n, chosen)
+
+
+@pytest.mark.parametrize("resource", ("copy_engine", "sm:2", "epilogue"))
+@pytest.mark.parametrize("m", (3, 4, 40))
+def test_parts_of_one_column_are_pushed_a_row_at_a_time(resource: str, m: int) -> None:
+    """One element of each row of the whole lies behind another where it lands, and not where it is read."""
+    chosen = schedule("gemm_ar", resource=resource, shots=2)
+    program = compile_kernel(kernels.gemm_ar.build({"M": m, "K": 24, "N": 2}, world=2), chosen)
+    validate(read_module(Source("emitted.py", emit(program))), program)
+    agrees("gemm_ar", "interpret", 2, m, 2, chosen)
+
+
+@pytest.mark.parametrize("n", (4, 12, 40))
+def test_the_library_multiplies_parts_wherever_they_begin(n: int) -> None:
+    chosen = replace(
+        schedule("gemm_ar", resource="copy_engine", shots=2, channels=1), emitter="library"
+    )
+    program = compile_kernel(kernels.gemm_ar.build({"M": 5, "K": 24, "N": n}, world=4), chosen)
+    assert any(launch.get("emitter") == "library" for launch in program.find("launch"))
+    validate(read_module(Source("emitted.py", emit(program))), program)
+    agrees("gemm_ar", "interpret", 4, 5, n, chosen)
 
 
 def parts(m: int, n: int, world: int = 4, tile: int = 16, **move: Any) -> Op:

@@ -13,9 +13,11 @@ import tilelink.language as tk
 from tests.assurance.grid import Sample
 from tilelink.backend.emit.offline import compile_offline, lint
 from tilelink.backend.emit.triton import emit
-from tilelink.backend.pipeline import run_passes
+from tilelink.backend.pipeline import compile_kernel, run_passes
 from tilelink.backend.simulate.geometry import Geometry
+from tilelink.backend.validate import read_module, validate
 from tilelink.backend.verify import VerifyError, verify
+from tilelink.errors import Source
 from tilelink.ir import Op, parse_ir, print_ir
 from tilelink.ir.check import IRTypeError, check_types
 from tilelink.kernel import load_kernels
@@ -221,6 +223,24 @@ def test_large_tiles_do_not_spill(resource: str, world: int) -> None:
     assert lint(kernel) == []
     # What is added comes in vectors, and the main loop in front of it is pipelined.
     assert "LDG.E.EF.128" in kernel.stages["sass"] or "LDG.E.128" in kernel.stages["sass"]
+
+
+@pytest.mark.parametrize("resource", ["copy_engine", "epilogue"])
+def test_no_part_of_a_short_tile_begins_behind_the_last_column(resource: str) -> None:
+    present = [*gemm_rs_add.signature.tensors]
+    op = gemm_rs_add.build({"M": 96, "N": 144, "K": 48}, world=4, dtype="fp32", present=present)
+    schedule = Schedule(
+        tiles=(("K", 32), ("M", 64), ("N", 64)),
+        warps=2,
+        moves=(("P", Move(resource, sum="epilogue")),),
+    )
+    program = compile_kernel(op, schedule)
+    # The residual could be loaded by TMA, were all of its blocks inside.
+    loads = [o for o in own_stage(program).walk() if o.name == "load" and o.symbol == "residual"]
+    assert [o.get("via") for o in loads] == ["tma"]
+    text = emit(program)
+    assert "n_own_part" in text
+    validate(read_module(Source("emitted.py", text)), program)
 
 
 def test_the_lint_sees_a_part_that_is_read_above_its_wait() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -166,6 +167,28 @@ def test_operands_are_transposed_and_a_bias_is_added_by_the_library() -> None:
 def test_blocks_that_lie_apart_are_products_of_their_own() -> None:
     text = emit(library(cyclic_gather))
     assert "for i in range(8):" in text and 'call.tensor("C")[m : m + 4]' in text
+
+
+@pytest.mark.parametrize(
+    "owner", ["min(m / 4, 2 * WORLD - 1 - m / 4)", "max(m / 4, m / 4) % WORLD"]
+)
+def test_owners_of_blocks_are_chosen_by_the_host(owner: str) -> None:
+    """Its numbers are Python's: no function of Triton's finds the smaller one."""
+    kernel = tilelink.kernel(f"gather A[M, K] over M {{ owner {owner}  tile 4 x K }}")(
+        cyclic_gather.__wrapped__
+    )
+    rows, world = 24, 3
+    program = library(kernel, {"M": rows, "N": 16, "K": 16}, world, "copy_engine")
+    text = emit(program)
+    assert re.search(r"if m(in|ax)\(", text)
+    assert "tl.m" not in text[text.index("def host") :]
+    validate(read_module(Source("emitted.py", text)), program)
+    a = [torch.randint(-3, 4, (rows // world, 16)).bfloat16() for _ in range(world)]
+    b = [torch.randint(-3, 4, (16, 16)).bfloat16() for _ in range(world)]
+    chosen = Schedule.from_json(str(program["schedule"]))
+    got = kernel.on("interpret", world=world, schedule=chosen)(a, b)
+    for mine, right in zip(got, kernel.on("reference", world=world)(a, b), strict=True):
+        assert torch.equal(mine, right)
 
 
 @pytest.mark.parametrize(
