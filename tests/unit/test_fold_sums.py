@@ -15,7 +15,7 @@ from tilelink.backend.emit.offline import compile_offline, lint
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel, run_passes
 from tilelink.backend.simulate.geometry import Geometry
-from tilelink.backend.validate import read_module, validate
+from tilelink.backend.validate import EmittedError, read_module, validate
 from tilelink.backend.verify import VerifyError, verify
 from tilelink.errors import Source
 from tilelink.ir import Op, parse_ir, print_ir
@@ -261,3 +261,10 @@ def test_a_gather_of_the_same_nest_shares_the_queue_of_the_own_tiles() -> None:
     assert own_stage(program)["queue"] == "dynamic"
     queues = [op.symbol for op in program.find("counter") if op.symbol.endswith(".queue")]
     assert queues == sorted(set(queues))
+    # No own tile meets the condition of the gather's wait: it has no number, and all others have theirs.
+    text = emit(program)
+    validate(read_module(Source("emitted.py", text)), program)
+    wrong = text.replace(", taken, 1, True", ", taken, 3, True")
+    assert wrong != text
+    with pytest.raises(EmittedError, match="waits are numbered"):
+        validate(read_module(Source("emitted.py", wrong)), program)
