@@ -32,11 +32,12 @@ def strides(scope: Scope, symbol: str) -> list[int | Expr]:
         found.append(step)
         value = scope.program.constant(dim)
         factor: int | Expr = dim if value is None else value
-        step = _product(step, factor)
+        step = product(step, factor)
     return found[::-1]
 
 
-def _product(left: int | Expr, right: int | Expr) -> int | Expr:
+def product(left: int | Expr, right: int | Expr) -> int | Expr:
+    """``left * right``, a number where both are."""
     if isinstance(left, int) and isinstance(right, int):
         return left * right
     return Expr.of(left) * right
@@ -84,7 +85,8 @@ def _axis(scope: Scope, op: Op, item: Index, whole: Expr | int, step: int | Expr
     return Axis("0", scope.dim(name), name, "", True, step)
 
 
-def _times(start: str, stride: str) -> str:
+def times(start: str, stride: str) -> str:
+    """``start * stride`` as text."""
     if start == "0" or stride == "0":
         return "0"
     if stride == "1":
@@ -143,7 +145,7 @@ def place(
         stride = scope.expr(axis.stride, 5)
         if axis.dim is None:
             wide = f"tl.cast({axis.start}, tl.int64)" if big else axis.start
-            scalars.append(_times(wide, stride))
+            scalars.append(times(wide, stride))
             continue
         start = _plus(axis.start, token)
         token = ""
@@ -721,7 +723,7 @@ def _folded_sum(scope: Scope, op: Op, step: int | Expr) -> None:
 def _corner(scope: Scope, pointer: str, found: list[Axis], token: str) -> list[str]:
     """The terms of a pointer to the first element of a tile."""
     terms = [
-        _times(f"tl.cast({_plus(axis.start)}, tl.int64)", scope.expr(axis.stride, 5))
+        times(f"tl.cast({_plus(axis.start)}, tl.int64)", scope.expr(axis.stride, 5))
         if axis.start != "0"
         else "0"
         for axis in found
@@ -758,123 +760,9 @@ def _relative(scope: Scope, label: str, found: list[Axis]) -> tuple[str, str]:
         assert axis.dim is not None
         lanes = scope.lanes(axis.name, axis.dim.block, position, len(live))
         lift = _lift(position, len(live))
-        vectors.append(_times(f"{lanes}{lift}", scope.expr(axis.stride, 5)))
+        vectors.append(times(f"{lanes}{lift}", scope.expr(axis.stride, 5)))
         if not axis.dim.exact:
             masks.append(f"({lanes} < {axis.dim.length}){lift}")
     offsets = scope.writer.let(f"{label}_offsets", _plus(*vectors))
     scope.used.add(offsets)
     return offsets, _mask(scope, label, masks)
-
-
-def transfer(scope: Scope, op: Op) -> None:
-    """``transfer`` by one CTA: rows copied to the peer in 8-byte words where everything is even."""
-    ref, to = op.ref, op["to"]
-    assert ref is not None
-    source, target = _region(scope, op, ref), _region(scope, op, to)
-    dtype = str(scope.program.symbols[ref.symbol]["dtype"])
-    source, target = _cut_as(source, target), _cut_as(target, source)
-    if (source.rows, source.columns) != (target.rows, target.columns):
-        raise refuse(op, "a transfer between regions that split differently into rows")
-    here = base(scope, ref.symbol)
-    there = base(scope, to.symbol, scope.expr(op["peer"]))
-    if scope.program.symbols[to.symbol].name == "tensor":
-        raise refuse(op, "a transfer into a tensor of a peer; only buffers are shared")
-    size = item_bytes(dtype)
-    lengths = (source.columns, source.stride, target.stride, *source.shifts, *target.shifts)
-    words = all(isinstance(v, int) and v * size % 16 == 0 for v in lengths)
-    numbers: tuple[int | Expr, ...] = (source.columns, source.stride, target.stride)
-    if words:
-        numbers = tuple(int(v) * size // 8 for v in numbers if isinstance(v, int))
-    cast = ".to(tl.pointer_type(tl.int64), bitcast=True)" if words else ""
-    label = f"{identifier_of(to.symbol)}_push"
-    pair = (f"{label}_from", f"{label}_to")
-    scope.used.update(pair)
-    for name, pointer, region in zip(pair, (here, there), (source, target), strict=True):
-        scope.writer.line(f"{name} = {pointer}")
-        for start in region.starts:
-            scope.writer.line(f"{name} += {start}")
-        if words:
-            scope.writer.call(f"{name} = tl.multiple_of(", [f"{name}{cast}", "16"])
-    texts = [scope.expr(n) for n in numbers]
-    scope.writer.call("device.tile_push_data(", [*pair, source.rows, *texts])
-
-
-def _cut_as(region: _Region, other: _Region) -> _Region:
-    """A region without gaps cut into rows as long as those of ``other``, where they come out even."""
-    rows = other.count
-    if region.count != 1 or rows is None or _product(rows, other.columns) != region.columns:
-        return region
-    return replace(region, rows=other.rows, count=rows, columns=other.columns, stride=other.columns)
-
-
-@dataclass(frozen=True, slots=True)
-class _Region:
-    starts: tuple[str, ...]
-    rows: str
-    count: int | Expr | None  # of the rows, where it is known
-    columns: int | Expr
-    stride: int | Expr
-    shifts: tuple[int | Expr, ...]  # steps in elements of everything that moves the start
-
-
-def _region(scope: Scope, op: Op, ref: Ref) -> _Region:
-    """A region as rows of equally many contiguous elements."""
-    shape = scope.program.shape(ref.symbol)
-    steps = strides(scope, ref.symbol)
-    index: tuple[Index, ...] = ref.index or tuple(All() for _ in shape)
-    starts: list[str] = []
-    shifts: list[int | Expr] = []
-    lengths: list[tuple[str, int | Expr | None, int | Expr, bool]] = []
-    for item, whole, step in zip(index, shape, steps, strict=True):
-        start, length, number = "0", scope.expr(whole), scope.program.constant(whole)
-        full = isinstance(item, All)
-        if isinstance(item, At | Value):
-            value = item.value if isinstance(item, At) else item
-            dim = scope.dims.get(value.name)
-            start = scope.expr(item.start) if isinstance(item, At) else ""
-            start = start or (dim.start if dim else scope.names[value.name])
-            length, number = (dim.length, None) if dim else ("1", 1)
-            if dim and (dim.exact or length.isdigit()):
-                number = dim.block if dim.exact else int(length)
-        elif isinstance(item, Range):
-            start = scope.expr(item.lo)
-            number = scope.program.length(item.lo, item.hi)
-            length = str(number) if number is not None else scope.expr(item.hi - item.lo)
-        elif isinstance(item, Expr):
-            start, length, number = scope.expr(item), "1", 1
-        if start != "0":
-            constant = start.isdigit()
-            shifts.append(int(start) * step if constant and isinstance(step, int) else step)
-            wide = f"tl.cast({start}, tl.int64)"
-            starts.append(_times(start if constant else wide, scope.expr(step, 5)))
-        lengths.append((length, number, step, full))
-    # The longest run of whole axes at the end, with the axis before it, is contiguous. One element of an axis
-    # that has more ends it: what lies before that axis lies further apart.
-    kept = [
-        entry
-        for entry, whole in zip(lengths, shape, strict=True)
-        if entry[1] != 1 or scope.program.constant(whole) != 1
-    ] or lengths[-1:]
-    inner = len(kept) - 1
-    while inner > 0 and kept[inner][3]:
-        inner -= 1
-    while inner < len(kept) - 1 and kept[inner][1] == 1:
-        inner += 1
-    outer = [entry for entry in kept[:inner] if entry[1] != 1]
-    rows: list[str] = []
-    columns: int | Expr = 1
-    for extent, count, _, _ in kept[inner:]:
-        if count is None:
-            rows.append(extent)
-        else:
-            columns = _product(columns, count)
-    if rows:  # a tile of run-time length: its rows one by one
-        if kept[inner][1] is not None or len(rows) > 1 or outer:
-            raise refuse(op, "a transfer of this region")
-        return _Region(tuple(starts), rows[0], None, columns, kept[inner][2], tuple(shifts))
-    if not outer:
-        return _Region(tuple(starts), "1", 1, columns, columns, tuple(shifts))
-    if len(outer) > 1:
-        raise refuse(op, "a transfer of a region with more than one stride")
-    extent, count, step, _ = outer[0]
-    return _Region(tuple(starts), extent, count, columns, step, tuple(shifts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilelink.backend.emit import access
+from tilelink.backend.emit import access, transfers
 from tilelink.backend.emit.loops import Walk, announce, enter_tiles
 from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import condition, one_call
@@ -376,7 +376,7 @@ def notify(scope: Scope, op: Op) -> None:
 
 
 def _transfer(scope: Scope, op: Op) -> None:
-    _guarded(scope, op, lambda: access.transfer(scope, op))
+    _guarded(scope, op, lambda: transfers.transfer(scope, op))
 
 
 def _everyone(scope: Scope, op: Op) -> list[str] | None:

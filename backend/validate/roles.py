@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,18 @@ import numpy as np
 from tilelink.backend.validate import tiles
 from tilelink.backend.validate.kernel import KernelMachine
 from tilelink.backend.validate.layout import Layout, Misfit
+from tilelink.backend.validate.ring import (
+    Cell,
+    Corner,
+    Flying,
+    Loaded,
+    Pair,
+    Ring,
+    Room,
+    Slot,
+    Turns,
+    Zeros,
+)
 from tilelink.backend.validate.trace import FINISH, Touch, Trace
 from tilelink.backend.validate.values import (
     Choice,
@@ -43,84 +55,6 @@ GROUPS = 2  # groups of warps that multiply
 GROUP_WARPS = 4
 LOADER_WARPS = 1
 _CELL_AXES = 2
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Ring:
-    """``roles.ring``."""
-
-    slots: int
-    readers: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Turns:
-    """``roles.turns``."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pair:
-    """``roles.pair``."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Room:
-    """``roles.tiles``: ``count`` boxes of shared memory of a descriptor's block and element type."""
-
-    block: tuple[int, ...]
-    dtype: str
-    item: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Slot:
-    """What ``claim`` and ``take`` return: the slot of a step, a number a lane."""
-
-    step: Ints
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Cell:
-    """A tile in a slot: ``first`` and ``length`` of what is left of it along each axis, and their order."""
-
-    room: Room
-    step: Ints
-    first: tuple[Any, ...]
-    length: tuple[int, ...]
-    order: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Corner:
-    """The part of a room by way of which a group's tiles leave."""
-
-    room: Room
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Flying:
-    """Sums that products under way still add to."""
-
-    data: Data
-
-
-@dataclass(frozen=True, slots=True)
-class Zeros:
-    """What products are added to first."""
-
-    shape: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class Loaded:
-    """What the loader did: per stage the first step and the number of steps of each lane's tasks."""
-
-    ring: Ring
-    rooms: list[Room]
-    first: dict[int, list[Ints]] = field(default_factory=dict)
-    count: dict[int, list[Ints]] = field(default_factory=dict)
-    content: dict[tuple[int, int], list[tuple[Mask, Flow]]] = field(default_factory=dict)
 
 
 class RoleMachine(KernelMachine):
