@@ -16,6 +16,7 @@ EMITTERS = ("triton", "gluon", "library")
 MAX_TILE = 2**20
 MAX_STAGES = 16
 MAX_WORKERS = 2**13
+MAX_STREAMS = 4
 SUMS = ("stage", "epilogue")
 _RESOURCE = re.compile(r"copy_engine|epilogue|none|sm:[1-9]\d{0,4}")
 
@@ -43,7 +44,8 @@ class Move:
     collective chooses for itself. ``slots``: 2 gives what peers write two places, used by odd and by even
     calls: no call waits for acknowledgements of the one before, and no kernel goes before the launch. All
     moved tensors of a kernel have the same; only workers of the launch may move them (``sm:N``,
-    ``epilogue``).
+    ``epilogue``). ``streams``: side streams that share the copies of ``copy_engine``, so that while one
+    signals or waits, another copies; each has its channels where their number divides, else its peers.
     """
 
     resource: str = "copy_engine"
@@ -52,6 +54,7 @@ class Move:
     sum: str = "stage"
     shots: int | None = None
     slots: int = 1
+    streams: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.resource, str) or not _RESOURCE.fullmatch(self.resource):
@@ -85,11 +88,23 @@ class Move:
                 detail=f"2 slots, but `{self.resource}` is no work of the launch",
                 help="use sm:N or epilogue, or 1 slot",
             )
+        _positive("streams", self.streams)
+        if self.streams > MAX_STREAMS or (self.streams > 1 and self.resource != "copy_engine"):
+            many = f"{self.streams} streams"
+            raise ScheduleError(
+                field="streams",
+                detail=f"{many}, but `{self.resource}` has none"
+                if self.resource != "copy_engine"
+                else many,
+                help=f"use 1, or up to {MAX_STREAMS} of copy_engine",
+            )
 
     def by(self, resource: str) -> Move:
-        """This move by another resource, in one slot where it needs that."""
-        plain = replace(self, slots=1, resource=resource)
-        return replace(plain, slots=self.slots) if plain.by_workers else plain
+        """This move by another resource, without what only the old one has."""
+        plain = replace(self, slots=1, streams=1, resource=resource)
+        if plain.by_workers:
+            return replace(plain, slots=self.slots)
+        return replace(plain, streams=self.streams) if resource == "copy_engine" else plain
 
     @property
     def by_workers(self) -> bool:

@@ -168,6 +168,8 @@ def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
         axes["shots"] = (1, 2) if size <= SMALL_SUM else (2,)
     if "slots" in known and resource not in ("none", "collective"):
         axes["slots"] = (1, 2) if size <= SMALL_SUM else (1,)
+    if resource == "copy_engine":
+        axes["streams"] = (1, 2)
     return [dict(zip(axes, some, strict=True)) for some in itertools.product(*axes.values())]
 
 
@@ -303,7 +305,8 @@ def by_class(
 
 def class_of(schedule: Schedule) -> tuple[Any, ...]:
     """What makes schedules different in kind: the emitter, and how each tensor moves but for numbers."""
-    kinds = [f.name for f in fields(Move) if f.name not in ("resource", "tile", "channels")]
+    numbers = ("resource", "tile", "channels", "streams")
+    kinds = [f.name for f in fields(Move) if f.name not in numbers]
     return (
         schedule.emitter,
         *(

@@ -47,6 +47,7 @@ def bind_resources(program: Op) -> Op:
             transfer @A[:, :] {to = @A.all[RANK * 1024..RANK * 1024 + 1024, :], peer = (RANK + s) % WORLD}
             notify @A.ready[RANK, 0] {peer = (RANK + s) % WORLD}
 
+    With ``streams = 2`` there are ``@A.copy0`` and ``@A.copy1``, which take turns at channels or at peers;
     ``sm:N`` adds a stage run by the first N workers, ``none`` a collective. Invariant: an agent that a
     spinning kernel waits for is enqueued before it, or needs no CTA slot.
     """
@@ -63,10 +64,10 @@ def bind_resources(program: Op) -> Op:
     return program
 
 
-def _before_launches(program: Op, new: Op) -> Op:
+def _before_launches(program: Op, *new: Op) -> Op:
     """``new`` put before the first launch."""
     at = next(i for i, op in enumerate(program.body) if op.name == "launch")
-    return program.with_ops((*program.body[:at], new, *program.body[at:]))
+    return program.with_ops((*program.body[:at], *new, *program.body[at:]))
 
 
 def _rank_count(program: Op, info: Moved) -> int:
@@ -104,17 +105,50 @@ def _loop(variable: Value, lo: int, hi: Expr | int, body: tuple[Op, ...]) -> Op:
     return make("for_range", lo=lo, hi=hi, blocks=(Block((variable,), body),))
 
 
-def _each_channel(info: Moved, body: Callable[[Expr], tuple[Op, ...]]) -> tuple[Op, ...]:
-    """``body(channel)`` once, or in a loop over channels."""
-    if info.channels == 1:
-        return body(Expr.const(0))
+def _each_channel(
+    info: Moved, body: Callable[[Expr], tuple[Op, ...]], of: tuple[int, int] = (0, 1)
+) -> tuple[Op, ...]:
+    """``body(channel)`` once, or in a loop over channels: from ``of[0]`` on every ``of[1]``-th."""
+    first, step = of
+    if info.channels == step:
+        return body(Expr.const(first))
     variable = Value(f"{info.name}.c", INDEX)
-    return (_loop(variable, 0, info.channels, body(Expr.name(variable.name))),)
+    channel = Expr.name(variable.name)
+    channel = channel * step + first if step > 1 else channel
+    return (_loop(variable, 0, info.channels // step, body(channel)),)
 
 
 def _by_copy_engine(program: Op, info: Moved) -> Op:
+    """Side streams of transfers: one, or some that take turns at channels, or at peers."""
+    count = schedule_of(program).move(info.name).streams
+    by_channel = count > 1 and info.channels % count == 0
+    peers = int(program["world"]) - (0 if info.kind == "gather" and not info.in_place else 1)
+    made = []
+    for number in range(count if by_channel else min(count, peers)):
+        body = _copies(
+            program, info, number, 1 if by_channel else count, count if by_channel else 1
+        )
+        name = f"{info.name}.copy{number if count > 1 else ''}"
+        made.append(make("stream", ref=Ref(name), after=("head",), blocks=(Block((), body),)))
+    if info.kind == "gather":
+        return _before_launches(program, *made)
+    # A copy that waits for the kernel stands behind it: with one hardware queue it would block it.
+    stored = [any(accesses(op, f"{info.name}.partial", "store")) for op in program.body]
+    at = max(n for n, found in enumerate(stored) if found) + 1
+    return program.with_ops((*program.body[:at], *made, *program.body[at:]))
+
+
+def _copies(program: Op, info: Moved, number: int, by_peer: int, by_channel: int) -> tuple[Op, ...]:
+    """What stream ``number`` does of all copies: every ``by_peer``-th peer, ``by_channel``-th channel."""
     step = Value(f"{info.name}.s", INDEX)
-    peer = (RANK + Expr.name(step.name)) % WORLD
+    turn = Expr.name(step.name)
+    first = 1 if info.kind != "gather" or info.in_place else 0
+    if by_peer > 1:
+        turn = turn * by_peer + (first + number)
+        turns: tuple[int, Expr | int] = (0, -(-(int(program["world"]) - first - number) // by_peer))
+    else:
+        turns = (first, WORLD)
+    peer = (RANK + turn) % WORLD
     span = program.declared(info.name).span
 
     def send(channel: Expr) -> tuple[Op, ...]:
@@ -141,22 +175,13 @@ def _by_copy_engine(program: Op, info: Moved) -> Op:
         wait = make("wait", ref=Ref(f"{info.name}.done", index), count=count, span=span)
         return wait.with_attrs(**{"if": _there(info, channel)})
 
+    channels = (number if by_peer == 1 else 0, by_channel)
     if info.kind == "gather":
-        first = 1 if info.in_place else 0
-        body: tuple[Op, ...] = (_loop(step, first, WORLD, _each_channel(info, send)),)
-    elif info.spread:
-        body = (_loop(step, 1, WORLD, _each_channel(info, lambda c: (finished(c), *send(c)))),)
-    else:
-        body = _each_channel(info, lambda c: (finished(c), _loop(step, 1, WORLD, send(c))))
-    stream = make(
-        "stream", ref=Ref(f"{info.name}.copy"), after=("head",), blocks=(Block((), body),)
-    )
-    if info.kind == "gather":
-        return _before_launches(program, stream)
-    # A copy that waits for the kernel stands behind it: with one hardware queue it would block it.
-    stored = [any(accesses(op, f"{info.name}.partial", "store")) for op in program.body]
-    at = max(n for n, found in enumerate(stored) if found) + 1
-    return program.with_ops((*program.body[:at], stream, *program.body[at:]))
+        return (_loop(step, *turns, _each_channel(info, send, channels)),)
+    if info.spread:
+        made = _each_channel(info, lambda c: (finished(c), *send(c)), channels)
+        return (_loop(step, *turns, made),)
+    return _each_channel(info, lambda c: (finished(c), _loop(step, *turns, send(c))), channels)
 
 
 def _by_workers(program: Op, info: Moved) -> Op:

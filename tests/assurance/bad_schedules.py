@@ -103,6 +103,10 @@ CASES: tuple[Case, ...] = (
     schedule("a move's shots 3", move(shots=3), "shots", "3"),
     schedule("a move's slots 0", move(resource="sm:4", slots=0), "slots", "0"),
     schedule("two slots by copy engine", move(slots=2), "slots", "copy_engine"),
+    schedule("a move's streams 0", move(streams=0), "streams", "0"),
+    schedule("a move's streams 9", move(streams=9), "streams", "9"),
+    schedule("a move's streams true", move(streams=True), "streams", "True"),
+    schedule("two streams by workers", move(resource="sm:4", streams=2), "streams", "sm:4"),
     schedule("a move's shots text", move(shots="two"), "shots", "'two'"),
     schedule("epilogue of a gather", move(resource="epilogue"), "A", "epilogue"),
     Command(

@@ -52,6 +52,7 @@ class Sample:
     emitter: str = "triton"
     shots: int | None = None
     slots: int = 1
+    streams: int = 1
 
     @property
     def name(self) -> str:
@@ -60,6 +61,7 @@ class Sample:
         parts += [f"p{self.workers}", f"c{self.channels or 0}", self.order, f"g{self.group}"]
         parts += [f"s{self.shots}"] if self.shots else []
         parts += ["slots"] if self.slots == 2 else []
+        parts += [f"q{self.streams}"] if self.streams > 1 else []
         parts += ["flat" if self.flatten else "nested", self.dtype]
         return ".".join([*parts, *([self.emitter] if self.emitter != "triton" else [])])
 
@@ -71,7 +73,8 @@ class Sample:
 
     def program(self) -> Op:
         """The fused program, not proven."""
-        move = replace(move_of(self.resource, self.channels), shots=self.shots, slots=self.slots)
+        move = move_of(self.resource, self.channels)
+        move = replace(move, shots=self.shots, slots=self.slots, streams=self.streams)
         moves = ((self.tensor, move),)
         tiles = tuple((name, self.tile) for name in "KMN")
         schedule = Schedule(
@@ -106,6 +109,8 @@ def samples() -> list[Sample]:
             if kernel in ("ag_gemm", "gemm_rs", "gemm_ar"):
                 other = replace(plain, world=3, tiles=3, channels=2, flatten=False, order="row")
                 found.append(other)
+                if resource in ("copy_engine", "copy_engine-folded"):
+                    found += [replace(other, streams=2), replace(other, channels=1, streams=2)]
             if resource in ("none", "copy_engine") and kernel != "ag_gemm_swiglu":
                 found.append(replace(plain, emitter="library"))
             if not by_rank and resource not in ("none", "sm:2"):

@@ -39,6 +39,7 @@ def schedules(draw: Any, tensor: str | None) -> Schedule:
         sum=draw(st.sampled_from(SUMS)),
         shots=draw(st.sampled_from((None, 1, 2))),
         slots=draw(st.sampled_from((1, 2))) if resource[0] in "se" else 1,
+        streams=draw(st.sampled_from((1, 1, 2, 3))) if resource == "copy_engine" else 1,
     )
     emitter = draw(st.sampled_from(EMITTERS))
     large = emitter == "gluon"
