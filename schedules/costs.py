@@ -30,7 +30,8 @@ TURNS_SUMS = 128 * 128
 class Task:
     """A task's work: ``flops`` of products in ``steps`` of ``rows`` by ``columns``, ``elementwise``
     operations, ``bytes`` loaded and stored, ``memory`` of them from or to memory and not the cache. ``sums``
-    are bytes that are read behind the product, when nothing of it is under way any more."""
+    are bytes that are read behind the product, when nothing of it is under way any more but for the other
+    warp group's where two take turns."""
 
     flops: float = 0.0
     dtype: str = "bf16"
@@ -107,12 +108,15 @@ def task_us(
     # While one warpgroup waits at a step, another one multiplies.
     step = emitter.step_us * max(1.0, 2.0 * WARPGROUP / code.warps)
     fixed = emitter.flat_us if code.flat else emitter.tile_us
-    if code.emitter == "gluon" and task.rows * task.columns <= TURNS_SUMS:
+    turns = code.emitter == "gluon" and task.rows * task.columns <= TURNS_SUMS
+    if turns:
         # What one group spends at its steps and behind its tile, the other one multiplies.
         step, fixed = step / 2, fixed / 2
     busy = BUSY_SLOTS if code.emitter == "gluon" else BUSY_STAGES
     loads = task.steps * machine.load_us / max(0.5, code.stages - busy)
     product = max(dot + task.steps * step, loads, cached, memory)
     if task.sums:
-        product += task.sums / (machine.sum_gbps * 1e3) * active + machine.load_us
+        behind = task.sums / (machine.sum_gbps * 1e3) * active + machine.load_us
+        # One group adds while the other multiplies, as long as that takes.
+        product = max(product, (product + behind) / 2) if turns else product + behind
     return product + vector + fixed

@@ -202,49 +202,53 @@ def prune(
     """The ``keep`` most promising schedules by ``predict``, with the default and ``first`` among them.
 
     ``effort`` bounds the predictions; what is not ``usable`` is passed over. The best computations of each
-    emitter, by an estimate of the product alone, are combined with every way to move; the best ways to move
-    of each class with more computations. The best of every class (emitter and resource) comes before the
-    second of any, as long as it is not ``WORTH`` times as slow as the best of all: the model may be wrong
-    about a class as a whole. Of schedules that it cannot tell apart one stands for all.
+    emitter and form of roles, by an estimate of the product alone, are combined with every way to move; the
+    best ways to move of each class with more computations. The best of every class (:func:`class_of`) comes
+    before the second of any, as long as it is not ``WORTH`` times as slow as the best of all: the model may
+    be wrong about a class as a whole. Of schedules that it cannot tell apart one stands for all.
     """
     base = space.base
+
+    def kind(schedule: Schedule) -> tuple[Any, ...]:
+        return class_of(schedule, space.product)
+
     computations = _computations(space, max(2, effort // 16))
-    seeds = _first_of(computations, lambda s: s.emitter)
+    seeds = _first_of(computations, lambda s: kind(s)[:2])
     moved = [way for seed in seeds for way in space.moves(seed)]
     # Of every class one before a second of any, in case that there is no effort for all.
-    wanted = [*first, base, *_first_of(moved, class_of), *moved]
+    wanted = [*first, base, *_first_of(moved, kind), *moved]
     predicted = _predicted(wanted, predict, effort + len(first))
-    ways = _first_of(sorted(predicted, key=predicted.__getitem__), class_of)
+    ways = _first_of(sorted(predicted, key=predicted.__getitem__), kind)
     more = [
         replace(computation, moves=way.moves)
         for way in ways[: max(2, effort // 16)]
         for computation in computations
-        if computation.emitter == way.emitter
+        if kind(computation)[:2] == kind(way)[:2]
     ]
     known = set(predicted)
     predicted |= _predicted([s for s in more if s not in known], predict, effort)
     ordered = sorted(predicted, key=predicted.__getitem__)
     best = predicted[ordered[0]]
-    classes = [s for s in _first_of(ordered, class_of) if predicted[s] <= WORTH * best]
+    classes = [s for s in _first_of(ordered, kind) if predicted[s] <= WORTH * best]
     # Others that differ in what the model is sure of before those that it can hardly tell apart.
     near = [s for s in ordered if predicted[s] <= NEAR * best]
-    others = _first_of(near, _shape_of)
-    kin = [s for s in near if _shape_of(s) == _shape_of(ordered[0])][1:2]
+
+    def shape(schedule: Schedule) -> tuple[Any, ...]:
+        return kind(schedule), schedule.tiles, schedule.warps
+
+    others = _first_of(near, shape)
+    kin = [s for s in near if shape(s) == shape(ordered[0])][1:2]
     most = max(1, keep * 2 // 3)
     chosen: list[Trial] = []
     seen: set[Any] = set()
     for schedule in dict.fromkeys([*first, base, *classes[:most], *kin, *others, *near, *ordered]):
         us = predicted[schedule]
-        same = class_of(schedule), schedule.tiles, schedule.warps, schedule.stages, us
+        same = kind(schedule), schedule.tiles, schedule.warps, schedule.stages, us
         if len(chosen) == keep or same in seen or not math.isfinite(us) or not usable(schedule):
             continue
         seen.add(same)
         chosen.append(Trial(schedule, us))
     return sorted(chosen, key=lambda t: t.predicted_us)
-
-
-def _shape_of(schedule: Schedule) -> tuple[Any, ...]:
-    return class_of(schedule), schedule.tiles, schedule.warps
 
 
 def _computations(space: Space, keep: int) -> list[Schedule]:
@@ -255,7 +259,10 @@ def _computations(space: Space, keep: int) -> list[Schedule]:
 
     ordered = sorted(space.computations(), key=estimate)
     shapes = _first_of(ordered, lambda s: (s.emitter, s.tiles, s.warps))
-    diverse = [*by_class(shapes, estimate, keep), *by_class(ordered, estimate, max(2, keep // 2))]
+    diverse = [
+        *by_class(shapes, estimate, keep, space.product),
+        *by_class(ordered, estimate, max(2, keep // 2), space.product),
+    ]
     return sorted(dict.fromkeys(diverse), key=estimate)
 
 

@@ -294,21 +294,30 @@ def estimate_us(product: Product | None, schedule: Schedule, machine: Machine) -
 
 
 def by_class(
-    schedules: Sequence[Schedule], key: Callable[[Schedule], float], keep: int
+    schedules: Sequence[Schedule],
+    key: Callable[[Schedule], float],
+    keep: int,
+    product: Product | None,
 ) -> list[Schedule]:
-    """The ``keep`` best of each class (emitter and resources) by ``key``, in order of ``key``."""
+    """The ``keep`` best of each class (:func:`class_of`) by ``key``, in order of ``key``."""
     classes: dict[tuple[Any, ...], list[Schedule]] = {}
     for schedule in sorted(schedules, key=key):
-        classes.setdefault(class_of(schedule), []).append(schedule)
+        classes.setdefault(class_of(schedule, product), []).append(schedule)
     return sorted((s for some in classes.values() for s in some[:keep]), key=key)
 
 
-def class_of(schedule: Schedule) -> tuple[Any, ...]:
-    """What makes schedules different in kind: the emitter, and how each tensor moves but for numbers."""
+def class_of(schedule: Schedule, product: Product | None) -> tuple[Any, ...]:
+    """What makes schedules different in kind: who makes the code, with roles in which form, and how each
+    tensor moves but for numbers."""
+    roles = None
+    if schedule.emitter == "gluon" and product is not None:
+        rows, columns, _ = product.tile(schedule)
+        roles = roles_of(rows, columns, product.dots)
     numbers = ("resource", "tile", "channels", "streams")
     kinds = [f.name for f in fields(Move) if f.name not in numbers]
     return (
         schedule.emitter,
+        roles,
         *(
             (
                 "sm" if move.sm_workers else move.resource,

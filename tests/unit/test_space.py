@@ -112,7 +112,7 @@ def test_moves_can_be_fused(kernel: object, shape: tuple[int, int, int]) -> None
     m, k, n = (min(extent, 1024) for extent in shape)
     op = build(kernel, m, k, n, world=4)
     space = Space(op, H200)
-    names = {class_of(s) for s in space.moves(space.base)}
+    names = {class_of(s, space.product) for s in space.moves(space.base)}
     assert {name[1][0] for name in names} >= {"copy_engine", "sm", "none"}
     for schedule in space.moves(space.base)[:12]:
         run_passes(op, schedule)
