@@ -22,8 +22,6 @@ LIBRARY_TILES = ((128, 256), (256, 128), (128, 128), (64, 128))
 BUSY_STAGES = 1.5
 BUSY_SLOTS = 2.0  # the same of a ring that two warp groups empty: each holds a slot
 MMA_RATE = 0.6  # of `mma.sync`, for tiles of fewer rows than `wgmma` takes
-# Sums of a Gluon tile that one warp group holds: then two groups take turns.
-TURNS_SUMS = 128 * 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +44,14 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """How a launch runs: the emitter, warps and stages, and whether tiles overlap (``flat``)."""
+    """How a launch runs: the emitter, warps and stages, whether tiles overlap (``flat``), and whether two
+    warp groups take ``turns`` at them."""
 
     emitter: str = "triton"
     warps: int = 8
     stages: int = 3
     flat: bool = False
+    turns: bool = False
 
 
 def tensor_core_share(rows: int, columns: int, warps: int, issue: float = 0.0) -> float:
@@ -86,6 +86,11 @@ def library_us(machine: Machine, task: Task, now: float) -> float:
     return max(min(found), memory)
 
 
+def _sums_us(machine: Machine, task: Task, active: float) -> float:
+    """Microseconds in which a worker reads the parts that it adds to a product."""
+    return task.sums / (machine.sum_gbps * 1e3) * active + machine.load_us
+
+
 def task_us(
     machine: Machine, task: Task, code: Code, share: float, active: float, now: float
 ) -> float:
@@ -96,6 +101,9 @@ def task_us(
     """
     vector = task.elementwise / (machine.elementwise_tflops * 1e6) * share
     cached = task.bytes / (machine.l2_gbps * 1e3) * share
+    if not task.flops and task.sums:
+        # Behind a wait: what stands before it is another task's.
+        return 0.0 if code.turns else max(vector, _sums_us(machine, task, active))
     if not task.flops:
         memory = task.memory / (machine.sum_gbps * 1e3) * active
         return max(vector, cached, memory) + (machine.load_us if task.bytes else 0.0)
@@ -108,15 +116,14 @@ def task_us(
     # While one warpgroup waits at a step, another one multiplies.
     step = emitter.step_us * max(1.0, 2.0 * WARPGROUP / code.warps)
     fixed = emitter.flat_us if code.flat else emitter.tile_us
-    turns = code.emitter == "gluon" and task.rows * task.columns <= TURNS_SUMS
-    if turns:
+    if code.turns:
         # What one group spends at its steps and behind its tile, the other one multiplies.
         step, fixed = step / 2, fixed / 2
     busy = BUSY_SLOTS if code.emitter == "gluon" else BUSY_STAGES
     loads = task.steps * machine.load_us / max(0.5, code.stages - busy)
     product = max(dot + task.steps * step, loads, cached, memory)
     if task.sums:
-        behind = task.sums / (machine.sum_gbps * 1e3) * active + machine.load_us
+        behind = _sums_us(machine, task, active)
         # One group adds while the other multiplies, as long as that takes.
-        product = max(product, (product + behind) / 2) if turns else product + behind
+        product = max(product, (product + behind) / 2) if code.turns else product + behind
     return product + vector + fixed

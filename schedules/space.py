@@ -18,7 +18,7 @@ from tilelink.schedules import schedule as schedules
 from tilelink.schedules.costs import Code, Task, library_us, task_us
 from tilelink.schedules.default import default_schedule, product_extents
 from tilelink.schedules.machine import Machine
-from tilelink.schedules.roles import PRODUCT_WARPS, roles_of, room_bytes
+from tilelink.schedules.roles import PRODUCT_WARPS, TURNS, roles_of, room_bytes
 from tilelink.schedules.schedule import Move, Schedule, ScheduleError
 
 SHARED_BYTES = 232_448  # of a CTA of sm_90
@@ -288,7 +288,8 @@ def estimate_us(product: Product | None, schedule: Schedule, machine: Machine) -
         bytes=steps * (m * k + product.dots * k * n) * size + m * n * size,
         memory=operands + m * n * size,
     )
-    code = Code(schedule.emitter, schedule.warps, schedule.stages, schedule.flatten)
+    turns = schedule.emitter == "gluon" and roles_of(m, n, product.dots) == TURNS
+    code = Code(schedule.emitter, schedule.warps, schedule.stages, schedule.flatten, turns)
     one = task_us(machine, task, code, machine.sms, min(workers, tiles), 0.0)
     return ceil(tiles / workers) * one
 

@@ -26,6 +26,7 @@ from tilelink.ir import DTYPES, At, Op, Value
 from tilelink.schedules.costs import Code, task_us
 from tilelink.schedules.costs import Task as TaskCost
 from tilelink.schedules.machine import Machine
+from tilelink.schedules.roles import TURNS
 
 
 @dataclass(slots=True, eq=False)
@@ -305,6 +306,7 @@ class _Clock:
                 int(launch.get("warps", 8)),
                 int(launch.get("stages", 3)),
                 flat,
+                launch.get("roles") == TURNS,
             )
             found = self._stages[id(stage)] = _Stage(
                 f"@{stage.symbol}",

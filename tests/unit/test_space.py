@@ -113,7 +113,7 @@ def test_moves_can_be_fused(kernel: object, shape: tuple[int, int, int]) -> None
     op = build(kernel, m, k, n, world=4)
     space = Space(op, H200)
     names = {class_of(s, space.product) for s in space.moves(space.base)}
-    assert {name[1][0] for name in names} >= {"copy_engine", "sm", "none"}
+    assert {name[2][0] for name in names} >= {"copy_engine", "sm", "none"}
     for schedule in space.moves(space.base)[:12]:
         run_passes(op, schedule)
 
