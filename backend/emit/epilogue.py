@@ -16,8 +16,17 @@ from tilelink.ir import Op, Value
 _WHOLE = frozenset({"bound", "dot", "transpose", "reshape", "sum", "max", "min"})
 # Elements of a tile that one thread adds up at a time, and the least columns of it: 64 bytes of a row.
 EACH, COLUMNS = 32, 32
-# With roles a thread holds twice as much of a tile; 32 bytes of a row are a sector still.
-ROLE_EACH, ROLE_COLUMNS = 16, 16
+# With roles a thread holds twice as much of a tile: at least 16 of its elements, of which 32 bytes of a row
+# are a sector still, and as many as make 64 elements of arrived parts, 128 bytes that are under way.
+ROLE_COLUMNS, _ROLE_ARRIVED = 16, 64
+
+
+def role_each(world: int) -> int:
+    """Elements of a tile that one thread of a role adds up at a time, over ``world`` ranks."""
+    each = 16
+    while 2 * each * (world - 1) <= _ROLE_ARRIVED and each < _ROLE_ARRIVED:
+        each *= 2
+    return each
 
 
 def ops(scope: Scope, task: tuple[Op, ...]) -> None:
@@ -39,7 +48,9 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     whole = scope.dims[variable]
     name, rows = scope.names[own.name], scope.blocks(own.type)[0]
     parts, width = [name], whole.block
-    each, least = (ROLE_EACH, ROLE_COLUMNS) if scope.grid[0] else (EACH, COLUMNS)
+    each, least = EACH, COLUMNS
+    if scope.grid[0]:
+        each, least = role_each(scope.program.world), ROLE_COLUMNS
     while rows * width > each * 32 * scope.warps and width > least:
         width //= 2
         parts = [half for part in parts for half in _halves(scope, part, rows, width)]

@@ -218,6 +218,7 @@ class GroupMachine(RoleMachine):
         self.met = zeros.copy()
         self.met_at = zeros.copy()
         self.columns: set[int] = set()  # of tiles that the group has
+        self.stored, self.stored_of = zeros - 1, zeros - 1  # the last task with a store, its stage
 
     def begin(self, fresh: Mask) -> None:
         """A task begins in some lanes: the one before must be over."""
@@ -259,6 +260,8 @@ class GroupMachine(RoleMachine):
     def epilogue(self) -> None:
         """Refuses an access or a signal before the steps of the task are taken, given back, passed on."""
         _, count = self.steps()
+        if self.stage < 0:
+            return  # the tasks of a stage are over behind it
         done = (self.taken == count) & (self.given == count)
         if self.turns is not None:
             done &= self.over
@@ -515,15 +518,30 @@ class GroupMachine(RoleMachine):
         self.epilogue()
         super().read(*args)
 
-    def write(self, *args: Any) -> None:
-        """A write of the epilogue."""
-        self.epilogue()
-        super().write(*args)
-
     def on_roles_store(
         self, descriptor: Any, row: Any, column: Any, value: Any, corner: Any
     ) -> None:
         """``roles.store``: what lies past the end is not written."""
+        self.leaves(descriptor, row, column, value, corner)
+
+    def on_roles_send(
+        self, descriptors: Any, number: Any, row: Any, column: Any, value: Any, corner: Any
+    ) -> None:
+        """``roles.send``: by the descriptor of which it has the number."""
+        before, wanted = (self.on, self.all), self.number_of(number)
+        if not isinstance(descriptors, tuple):
+            self.unclear("descriptors of peers that are no tuple")
+        if np.any(self.on & ((wanted < 0) | (wanted >= len(descriptors)))):
+            self.hazard("a store by a descriptor that does not exist")
+        for one, descriptor in enumerate(descriptors):
+            self.on = before[0] & (wanted == one)
+            self.all = bool(self.on.all())
+            if self.on.any():
+                self.leaves(descriptor, row, column, value, corner)
+        self.on, self.all = before
+
+    def leaves(self, descriptor: Any, row: Any, column: Any, value: Any, corner: Any) -> None:
+        """A tile that leaves by one descriptor: of this rank's memory, or of its slice of a peer's."""
         if not isinstance(descriptor, Descriptor) or not isinstance(corner, Corner):
             self.unclear("a store to something that is no descriptor, or by way of no memory")
         tile, block = self.data(value), descriptor.block
@@ -533,23 +551,20 @@ class GroupMachine(RoleMachine):
         wide = tile.shape[1] if len(tile.shape) == _CELL_AXES else 0
         if tile.form or wide % block[1] or tile.shape[0] != block[0]:
             self.unclear(f"a store of a tile of shape {tile.shape} in blocks of {block}")
-        dims = np.array(self.layout.dims[descriptor.symbol])
+        home, first = self.rank, 0
+        if descriptor.peer is not None:
+            home, first = np.full(self.lanes, descriptor.peer, dtype=np.int64), 1
+        dims = np.array(self.layout.dims[descriptor.symbol][first:])
         starts = [self.number(row), self.number(column)]
         lo = np.stack([full(s.v, self.lanes) for s in starts], axis=1)
         if np.any(lo[self.on] < 0):
             raise Misfit(f"a block of @{descriptor.symbol} that begins outside of {tuple(dims)}")
         hi = np.minimum(lo + np.array(tile.shape), dims)
         lo = np.minimum(lo, dims)
-        self.write(
-            descriptor.symbol,
-            "tma",
-            self.on,
-            self.rank,
-            lo,
-            hi,
-            tile.flows,
-            tuple(range(len(dims))),
-        )
+        if first:
+            lo, hi = np.column_stack((self.rank, lo)), np.column_stack((self.rank + 1, hi))
+        axes = tuple(range(first, first + len(dims)))
+        self.write(descriptor.symbol, "tma", self.on, home, lo, hi, tile.flows, axes)
 
     # Signals ----------------------------------------------------------------------------------
 
@@ -569,6 +584,33 @@ class GroupMachine(RoleMachine):
         self.met = self.met + self.on
         self.met_at = np.where(self.on, self.trace.next(), self.met_at)
 
+    def write(self, symbol: str, via: str, on: Mask, *args: Any, **facts: Any) -> None:
+        """A write of the epilogue."""
+        self.epilogue()
+        self.stored = np.where(on, self.segment, self.stored)
+        self.stored_of = np.where(on, self.stage, self.stored_of)
+        super().write(symbol, via, on, *args, **facts)
+
+    def held_back(self, ctx: Any, pending: Any) -> tuple[Mask, dict[str, Any]]:
+        """A group holds back the notify of the task in which it has stored last, its own one."""
+        on, facts = super().held_back(ctx, pending)
+        if facts:
+            facts["segment"] = self.stored
+            if np.any(self.stored_of[on] != facts["stage"]):
+                self.hazard("a delayed notify that follows no stores")
+        return on, facts
+
+    def on_device_delayed_tile_notify(self, *_: Any, **facts: Any) -> None:
+        """A notify whose barrier is that of all warps, which other roles never come to."""
+        self.hazard("a role waits at a barrier of the whole kernel")
+
+    on_device_delayed_peer_notify = on_device_delayed_tile_notify
+    on_device_delayed_counted_notify = on_device_delayed_tile_notify
+    on_roles_sum_parts = KernelMachine.on_device_tile_sum_parts
+    on_roles_delayed_tile_notify = KernelMachine.on_device_delayed_tile_notify
+    on_roles_delayed_peer_notify = KernelMachine.on_device_delayed_peer_notify
+    on_roles_delayed_counted_notify = KernelMachine.on_device_delayed_counted_notify
+
     def undrained(self, on: Mask) -> bool:
         """Whether TMA stores of these groups, or of the other half's, may still be under way."""
         both = on if self.turns is not None else on | np.roll(on, self.single)
@@ -577,6 +619,8 @@ class GroupMachine(RoleMachine):
     def signal(self, on: Mask, symbol: str, home: Ints, flat: Ints, **facts: Any) -> int:
         """A wait or notify of the epilogue; a notify is for both halves of a tile."""
         self.epilogue()
+        if not facts.get("delayed"):
+            self.task()
         if self.turns is None and facts["wait"]:
             if np.any(on[: self.single] != on[self.single :]):
                 self.hazard("a wait of one group for both halves of a tile")
@@ -584,6 +628,8 @@ class GroupMachine(RoleMachine):
         elif self.turns is None and on.any():
             other = np.roll(on, self.single)
             wrote = other & self.dirty & (self.last_write > self.met_at)
+            if facts.get("delayed"):  # of a task that is over: neither has stored since
+                wrote = (on | other) & (self.last_write > self.met_at)
             if np.any(wrote) or np.any(on & self.dirty & (self.met_at == 0)):
                 self.hazard("a notify before the other group has stored its half of the tile")
         return super().signal(on, symbol, home, flat, **facts)
@@ -759,6 +805,7 @@ class LaunchMachine(RoleMachine):
         self.trace.touches += [moved(t) for t in trace.touches]
         self.trace.signals += [moved(s) for s in trace.signals]
         self.trace.pairs |= {pair + shift: site for pair, site in trace.pairs.items()}
+        self.trace.flushed |= trace.flushed
         self.trace.segments = {n: c[:lanes] for n, c in trace.segments.items()}
         self.trace.stage_sites = dict(trace.stage_sites)
         self.trace.step = shift + trace.step
