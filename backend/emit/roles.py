@@ -78,6 +78,7 @@ class Roles:
         self.ring: _Ring | None = None
         self.room: tuple[tuple[int, ...], str] | None = None
         self.room_of = ""
+        self.direct: set[int] = set()  # stores that can leave through TMA, by their identity
         stages = launch.find("stage")
         try:
             self.products = [(stage, split_product(stage)) for stage in stages]
@@ -418,7 +419,39 @@ class Roles:
         raise refuse_roles(op, "a sum inside of a loop behind the main loop")
 
     def _make_room(self) -> None:
-        """Shared memory by way of which tiles leave, as wide as the ring leaves space for."""
+        """Shared memory by way of which tiles leave, as wide as the ring leaves space for.
+
+        Where it leaves too little, sums over ranks are made of smaller pieces of a tile.
+        """
+        for stage, product in self.products:
+            self._direct(stage, product)
+        each = epilogue.role_each(self.program.world)
+        left = self._room_for(each)
+        while left < 0 and each > epilogue.LEAST_ROLE_EACH:
+            each //= 2
+            left = self._room_for(each)
+        self.multiply.each = each
+        if left < 0:
+            need = SHARED_LIMIT - left
+            detail = (
+                f"{self.slots} stages, which take {need} bytes of {SHARED_LIMIT} of shared memory"
+            )
+            raise refuse_roles(self.launch, detail)
+
+    def _direct(self, stage: Op, product: Product) -> None:
+        """Note the stores of a stage that can leave through TMA, for the tiles that it has."""
+        scope = self.multiply
+        kept = scope.writer, set(scope.used)
+        scope.writer = Writer()
+        decode(scope, stage, stage.args, Walk.of(stage), "q")
+        self._halve(stage, product)
+        stores = (o for top in product.epilogue for o in top.walk() if o.name == "store")
+        self.direct |= {id(op) for op in stores if access.target(scope, op) is not None}
+        scope.writer, scope.used = kept
+        self._forget(scope)
+
+    def _room_for(self, each: int) -> int:
+        """Chooses the room beside sums of ``each`` elements a thread; the bytes that are left over."""
         assert self.ring is not None
         left = SHARED_LIMIT - _BARRIERS - self.slots * self.ring.bytes
         found: set[tuple[int, int, str]] = set()
@@ -430,14 +463,13 @@ class Roles:
             # Behind a sum over ranks, tiles are worked on part by part.
             summed = any(op.name == "load_sum" for op in ops)
             whole = rows * columns
-            each = epilogue.role_each(self.program.world)
             part = min(whole, each * 32 * GROUP_WARPS) if summed else whole
             for op in ops:
                 if op.name not in ("store", "load", "load_sum") or op.ref is None:
                     continue
                 dtype = str(self.program.symbols[op.symbol]["dtype"])
                 value = op.operands[0] if op.name == "store" else op.results[0]
-                if op.name == "store" and op.get("via") == "tma" and not summed:
+                if id(op) in self.direct and not summed:
                     found.add((rows, columns, dtype))
                 elif len(value.type.shape) > 1:
                     extra = max(extra, part * item_bytes(dtype))
@@ -451,12 +483,7 @@ class Roles:
                 width //= 2
             self.room = ((rows, width), dtype)
             left -= 2 * rows * width * item_bytes(dtype)
-        if left < 0:
-            need = SHARED_LIMIT - left
-            detail = (
-                f"{self.slots} stages, which take {need} bytes of {SHARED_LIMIT} of shared memory"
-            )
-            raise refuse_roles(self.launch, detail)
+        return left
 
     def _store(self, scope: Scope, op: Op) -> None:
         value, ref, peer = op.operands[0], op.ref, op.get("peer")
