@@ -92,22 +92,20 @@ def test_programs_round_trip_and_a_second_run_of_order_memory_changes_nothing(ca
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
-def test_groups_hold_back_what_they_notify_where_nothing_waits_before_the_next_tile(
-    case: Case,
-) -> None:
-    """Stores that such a notify releases go through TMA, to peers too; others by addresses to peers."""
+def test_groups_hold_back_what_they_notify_where_nothing_waits_before_it(case: Case) -> None:
+    """What such a notify releases goes through TMA, to peers too; what else goes to peers by addresses."""
     launch = fused(case).find("launch")[0]
-    held = case.name.startswith(("gemm_rs", "gemm_ar")) and case.name != "gemm_ar_add"
-    held = held and (case.name, case.resource) != ("gemm_ar", "epilogue")
+    # An all-reduce by the epilogue tells all ranks in a loop, which nothing can hold back.
+    held = not case.name.startswith("gemm_ar") or case.resource == "copy_engine"
     told = [op for op in launch.body[0].walk() if op.name == "notify"]
-    if case.name.startswith("gemm_ar"):  # told all ranks at once, in a loop
-        held = case.resource == "copy_engine"
-    assert [bool(op.get("delay")) for op in told] == [held] * len(told)
-    assert all(op.get("drain") for op in told if op.get("delay"))
-    assert [op.name for op in launch.body[1:2] if held] == ["flush"] * held
+    assert bool(told) == (not case.name.startswith("ag"))
+    assert all((op.get("delay"), op.get("drain")) == (1, True) for op in told if held)
+    assert not any(op.get("delay") for op in told if not held)
+    flushes = [n for n, op in enumerate(launch.body) if op.name == "flush"]
+    assert flushes == [1] * (held and bool(told))
     peers = [op for op in launch.walk() if op.name == "store" and op.get("peer") is not None]
-    whole = case.shape[2] % 8 == 0
-    assert all((op.get("via") == "tma") == (held and whole) for op in peers)
+    assert bool(peers) == (case.resource == "epilogue")
+    assert all((op.get("via") == "tma") == held for op in peers)
 
 
 REFUSED = [
@@ -427,6 +425,25 @@ def test_stores_to_peers_leave_through_tma_and_no_barrier_is_another_groups(case
         last = max(before.rfind("bulk.tensor.2d.global.shared::cta"), 0)
         drained = re.search(r"bulk\.wait_group 0;.*bar\.sync", before[last:], re.DOTALL)
         assert not last or drained
+
+
+@pytest.mark.parametrize(("world", "loads"), [(2, 8), (4, 6)])
+def test_arrived_parts_are_loaded_together_16_bytes_a_thread(world: int, loads: int) -> None:
+    """As many as a piece of a tile has stand in front of the first use of one."""
+    kernel = gemm_rs.build({"M": 1024, "N": 512, "K": 192}, {}, world)
+    schedule = Schedule(
+        tiles=(("K", 64), ("M", 128), ("N", 128)),
+        stages=5,
+        emitter="gluon",
+        moves=(("C", Move(resource="epilogue", sum="epilogue")),),
+    )
+    program = compile_kernel(kernel, schedule)
+    compiled = compile_offline(emit(program), program)[0]
+    assert lint(compiled) == []
+    sass = re.findall(r"\b(LDG\.E\.EF\S*|STG\.E\S*|FADD)", compiled.stages["sass"])
+    runs = re.findall(r"L+", "".join("L" if op.startswith("LDG") else "." for op in sass))
+    assert all(op.endswith(".128") for op in sass if op.startswith("LDG"))
+    assert max(map(len, runs)) >= loads
 
 
 def test_the_interpreter_runs_the_triton_kernels_of_the_same_schedule() -> None:
