@@ -425,8 +425,8 @@ class GroupMachine(RoleMachine):
         dtype = self.layout.declared[descriptor.symbol]["dtype"]
         if corner.room.block != block or corner.room.dtype != dtype:
             self.hazard("a tile leaves by way of memory of another shape or type")
-        wide = tile.shape[1] if len(tile.shape) == _CELL_AXES else 0
-        if tile.form or wide % block[1] or tile.shape[0] != block[0]:
+        matrix = len(tile.shape) == _CELL_AXES and not tile.form
+        if not matrix or tile.shape[1] % block[1] or tile.shape[0] != block[0]:
             self.unclear(f"a store of a tile of shape {tile.shape} in blocks of {block}")
         home, first = self.rank, 0
         if descriptor.peer is not None:
