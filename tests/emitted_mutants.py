@@ -14,9 +14,10 @@ from dataclasses import dataclass
 EVENT = re.compile(
     r"device\.\w*(wait|notify|push|queue|finish|drain|pointer|context)|\.load\(|\.store\(|tl\.load\("
     r"|tl\.store\(|tl\.dot\(|call\.(head|transfer|notify|wait|launch|collective)|pending ="
-    r"|roles\.(ring|turns|pair|tiles|claim|fetch|take|give|turn|pass_turn|meet|store)\(|hopper\."
-    r"|number \+=|step \+=|at \+=|met \+=|warp_specialize"
+    r"|roles\.(ring|turns|pair|tiles|claim|fetch|take|give|turn|pass_turn|meet|store|send)\(|hopper\."
+    r"|roles\.delayed_|number \+=|step \+=|at \+=|met \+=|warp_specialize"
 )
+CALLS = ("device.", "roles.delayed", "roles.send", "roles.sum", "tl.store", "tl.dot", "tl.where")
 FLIPS = {ast.FloorDiv: "%", ast.Mod: "//", ast.Add: "-", ast.Sub: "+"}
 COMPARE = {ast.Lt: "<=", ast.LtE: "<", ast.Eq: "!=", ast.NotEq: "==", ast.GtE: ">"}
 
@@ -221,6 +222,9 @@ def _arguments(editor: Editor, node: ast.Call) -> Iterator[Mutant]:
         "device.peer_tile_wait": None,
         "device.peer_tile_notify": "device.rank_notify",
         "device.producer_tile_notify": "device.drain_tma_stores",
+        "roles.delayed_peer_notify": "device.delayed_peer_notify",
+        "roles.delayed_tile_notify": "device.producer_tile_notify",
+        "roles.delayed_counted_notify": "device.counted_tile_notify",
         "tl.minimum": "tl.maximum",
         "tl.int64": "tl.int32",
     }.get(name)
@@ -230,7 +234,7 @@ def _arguments(editor: Editor, node: ast.Call) -> Iterator[Mutant]:
         new = {"tl.int64": "tl.int32", "tl.bfloat16": "tl.float32"}.get(editor.of(node.args[-1]))
         if new and name != "tl.cast":
             yield Mutant("type", node.lineno, f"-> {new}", editor.replaced(node.args[-1], new))
-    if len(node.args) >= 2 and name.startswith(("device.", "tl.store", "tl.dot", "tl.where")):
+    if len(node.args) >= 2 and name.startswith(CALLS):
         for n in range(len(node.args) - 1):
             a, b = (editor.of(x) for x in node.args[n : n + 2])
             if a == b or (name.endswith("_wait") and n + 1 >= 3):

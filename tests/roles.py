@@ -87,6 +87,7 @@ CASES = (
     Case("gemm_rs_add", gemm_rs_add, "copy_engine", (512, 128, 264), (128, 128, 4), BOTH),
     Case("gemm_rs folded", gemm_rs, "copy_engine", (1024, 192, 512), (128, 128, 4), (), "epilogue"),
     Case("gemm_rs folded", gemm_rs, "epilogue", (1024, 192, 512), (128, 256, 3), (), "epilogue"),
+    Case("gemm_rs folded", gemm_rs, "epilogue", (1024, 192, 512), (64, 128, 5), (), "epilogue"),
     Case("gemm_rs_add folded", gemm_rs_add, "copy_engine", (1024, 192, 520), (128, 128, 4), BOTH, "epilogue"),
     Case("gemm_ar", gemm_ar, "epilogue", (384, 192, 264), (128, 128, 4)),
     Case("gemm_ar", gemm_ar, "epilogue", (512, 192, 264), (128, 256, 3)),

@@ -419,11 +419,19 @@ def box(scope: Scope, op: Op) -> Box:
 def target(scope: Scope, op: Op) -> tuple[str, str] | None:
     """Row and column at which a tile is stored through TMA; None where it must go by addresses.
 
-    Past the end of the tensor TMA writes nothing; past the end of a segment inside of it, it would.
+    Past the end of the tensor TMA writes nothing; past the end of a segment inside of it, it would. At a
+    peer it is a place in this rank's slice of a buffer, and the tile is whole.
     """
     ref = op.ref
     assert ref is not None
-    pair = _tma(scope, op, ref, scope.blocks(op.operands[0].type))
+    block = scope.blocks(op.operands[0].type)
+    if op.get("peer") is not None:
+        if not _boxed_at_peer(scope, op, ref, block):
+            return None
+        rows, cols = axes(scope, op, ref)[1:]
+        assert rows is not None and cols is not None
+        return rows.start, cols.start
+    pair = _tma(scope, op, ref, block)
     if pair is None:
         return None
     for axis in pair:
@@ -717,7 +725,8 @@ def _folded_sum(scope: Scope, op: Op, step: int | Expr) -> None:
         str(scope.program.world),
     ]
     tail = f").to({TL_DTYPE[dtype]})" if dtype != "fp32" else ")"
-    scope.writer.call(f"{name} = device.tile_sum_parts(", args, tail)
+    primitive = "roles.sum_parts" if scope.grid[0] else "device.tile_sum_parts"
+    scope.writer.call(f"{name} = {primitive}(", args, tail)
 
 
 def _corner(scope: Scope, pointer: str, found: list[Axis], token: str) -> list[str]:

@@ -14,10 +14,19 @@ from tilelink.backend.emit.scope import Scope
 from tilelink.ir import Op, Value
 
 _WHOLE = frozenset({"bound", "dot", "transpose", "reshape", "sum", "max", "min"})
-# Elements of a tile that one thread adds up at a time, and the least columns of it: 64 bytes of a row.
-EACH, COLUMNS = 32, 32
-# With roles a thread holds twice as much of a tile; 32 bytes of a row are a sector still.
-ROLE_EACH, ROLE_COLUMNS = 16, 16
+# The least columns of a tile that are added up at a time: 64 bytes of a row.
+COLUMNS = 32
+# With roles a thread holds twice as much of a tile: of less of it, 32 bytes of a row are a sector still. It adds
+# as much as makes 64 elements of arrived parts, 128 bytes that are under way.
+LEAST_ROLE_EACH, ROLE_COLUMNS, _ROLE_ARRIVED = 16, 16, 64
+
+
+def role_each(world: int) -> int:
+    """Elements of a tile that one thread of a role adds up at a time, over ``world`` ranks."""
+    each = LEAST_ROLE_EACH
+    while 2 * each * (world - 1) <= _ROLE_ARRIVED and each < _ROLE_ARRIVED:
+        each *= 2
+    return each
 
 
 def ops(scope: Scope, task: tuple[Op, ...]) -> None:
@@ -39,8 +48,8 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     whole = scope.dims[variable]
     name, rows = scope.names[own.name], scope.blocks(own.type)[0]
     parts, width = [name], whole.block
-    each, least = (ROLE_EACH, ROLE_COLUMNS) if scope.grid[0] else (EACH, COLUMNS)
-    while rows * width > each * 32 * scope.warps and width > least:
+    least = ROLE_COLUMNS if scope.grid[0] else COLUMNS
+    while rows * width > scope.each * 32 * scope.warps and width > least:
         width //= 2
         parts = [half for part in parts for half in _halves(scope, part, rows, width)]
     for number, part in enumerate(parts):

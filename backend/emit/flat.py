@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from tilelink.backend.emit import access, body
+from tilelink.backend.emit.held import Held
 from tilelink.backend.emit.loops import (
     Walk,
     announce,
@@ -23,10 +23,10 @@ from tilelink.backend.emit.loops import (
     place_tile,
     segment_counts,
 )
-from tilelink.backend.emit.scope import Program, Scope, refuse
+from tilelink.backend.emit.scope import Program, Scope
 from tilelink.backend.emit.text import Writer
 from tilelink.backend.passes.order_memory import main_loop
-from tilelink.ir import At, Expr, Index, Op, Range, Ref, Value
+from tilelink.ir import At, Expr, Index, Op, Range, Value
 
 
 def flat_stage(scope: Scope, stage: Op, worker: str, step: str, count: str, flushed: bool) -> None:
@@ -44,7 +44,7 @@ def flat_stage(scope: Scope, stage: Op, worker: str, step: str, count: str, flus
     steps = -(-length // size)
     notify = next((op for op in epilogue if op.name == "notify" and op.get("delay")), None)
     turn = scope.fresh(f"{variable.name}_at")
-    held = None if notify is None else _Held.of(scope, notify)
+    held = None if notify is None else Held.of(scope, notify)
     writer.line(f"q = {worker} - {step}")
     if held is not None:
         held.begin(scope)
@@ -194,63 +194,6 @@ def flat_by_segment(program: Program, stage: Op) -> bool:
             if not settled(op["when"]):
                 return False
     return True
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A notify that waits for the next tile: what it needs of its tile, in variables of the loop.
-
-    ``kept`` are these variables and the values that they take, the word first; ``fixed`` are arguments
-    that are the same for every tile.
-    """
-
-    call: str
-    kept: tuple[tuple[str, Expr], ...]
-    fixed: tuple[str, ...]
-
-    @staticmethod
-    def of(scope: Scope, notify: Op) -> _Held:
-        """The variables for ``notify``."""
-        body.plain_notify(scope.program, notify)
-        if not notify.get("drain"):
-            raise refuse(notify, "a notify that is held back and drains nothing")
-        assert notify.ref is not None
-
-        def word(ref: Ref) -> Expr:
-            return body.word_of(scope, ref.symbol, body.element(notify, ref.index))
-
-        kept = [("pending", word(notify.ref))]
-        if scope.program.symbols[notify.symbol].name == "counter":
-            call, fixed = "delayed_tile_notify", body.reach(notify)
-        else:
-            call, fixed = "delayed_peer_notify", []
-            kept.append(("pending_peer", Expr.of(notify["peer"])))
-            count = notify.get("count", 1)
-            if count != 1:
-                call = "delayed_counted_notify"
-                kept.append(("pending_through", word(notify["through"])))
-                number = scope.program.constant(count)
-                if number is None:
-                    kept.append(("pending_count", count))
-                else:
-                    fixed = [str(number)]
-        named = tuple((scope.fresh(name), value) for name, value in kept)
-        return _Held(call, named, tuple(fixed))
-
-    def begin(self, scope: Scope) -> None:
-        """Nothing is held back yet: a word below 0."""
-        for number, (name, _) in enumerate(self.kept):
-            scope.writer.line(f"{name} = tl.full((), {0 if number else -1}, tl.int32)")
-
-    def keep(self, scope: Scope) -> None:
-        """Note the notify of this tile."""
-        for name, value in self.kept:
-            scope.writer.line(f"{name} = {scope.expr(value)}")
-
-    def release(self, scope: Scope) -> None:
-        """The last tile's notify, held back until its stores have long completed."""
-        args = ["ctx", *(name for name, _ in self.kept), *self.fixed]
-        scope.writer.call(f"device.{self.call}(", args)
 
 
 def _decoded(scope: Scope, stage: Op) -> list[str]:

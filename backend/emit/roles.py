@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tilelink.backend.emit import access, body, epilogue
+from tilelink.backend.emit.held import Held
 from tilelink.backend.emit.kernel import turned
 from tilelink.backend.emit.loops import (
     Walk,
@@ -77,6 +78,7 @@ class Roles:
         self.ring: _Ring | None = None
         self.room: tuple[tuple[int, ...], str] | None = None
         self.room_of = ""
+        self.direct: set[int] = set()  # stores that can leave through TMA, by their identity
         stages = launch.find("stage")
         try:
             self.products = [(stage, split_product(stage)) for stage in stages]
@@ -106,13 +108,14 @@ class Roles:
         self.multiply.used |= set(self.loader.descriptors.values())
         self.multiply.used |= {*self.loader.pointers.values(), *self.loader.buffers.values()}
         self._make_room()
+        self._check_flushes()
         writer = self.multiply.writer
         writer.line("step = 0")
         if not self.halves:
             writer.line("number = 0")
         writer.let("met", "0")
         for stage, product in self.products:
-            self._multiply_stage(stage, product)
+            self._multiply_stage(stage, product, self._flushed(stage))
         writer.prune()
         return [
             (f"{self.name}_load", self.loader.writer.lines),
@@ -208,21 +211,66 @@ class Roles:
 
     # Groups that multiply ---------------------------------------------------------------------
 
-    def _multiply_stage(self, stage: Op, product: Product) -> None:
+    def _flushed(self, stage: Op) -> bool:
+        """Whether a flush stands behind a stage, where what its groups hold back is made."""
+        place = self.launch.body.index(stage) + 1
+        flush = self.launch.body[place] if place < len(self.launch.body) else stage
+        return flush.name == "flush"
+
+    def _check_flushes(self) -> None:
+        """Raises CannotEmit for a flush that does not stand right behind the stage that holds back."""
+        for place, op in enumerate(self.launch.body):
+            if op.name != "flush":
+                continue
+            before = self.launch.body[place - 1] if place else op
+            if not any(o.get("delay") for o in before.walk()):
+                detail = "a flush that does not stand right behind the stage that holds back"
+                raise refuse_roles(op, detail)
+
+    def _multiply_stage(self, stage: Op, product: Product, flushed: bool) -> None:
         scope, writer = self.multiply, self.multiply.writer
         loop = product.loop
         steps = ceildiv(scope, loop["extent"][0], int(loop["tile"][0]))
+        held = self._held(stage, product)
         with writer.block(self._queue(scope, stage)):
             if self.halves:
-                self._tile(stage, product)
+                self._tile(stage, product, held)
             else:
                 with writer.block("if number % 2 == role:"):
-                    self._tile(stage, product)
+                    self._tile(stage, product, held)
                 writer.line("number += 1")
             writer.line(f"step += {steps}")
+        if held is not None and flushed:
+            self._release(held)
         self._forget(scope)
 
-    def _tile(self, stage: Op, product: Product) -> None:
+    def _held(self, stage: Op, product: Product) -> Held | None:
+        """What a group keeps of the notify that it holds back; nothing is held back yet."""
+        found = [op for op in product.epilogue if op.name == "notify" and op.get("delay")]
+        if not found:
+            return None
+        if len(found) > 1 or found[0].get("if") is not None:
+            raise refuse_roles(found[0], "more than one notify of a tile that is held back")
+        held = Held.of(self.multiply, found[0])
+        title = stage.symbol if stage.ref is not None else "stage"
+        self.multiply.writer.line()
+        self.multiply.writer.line(f"# What a group holds back of stage {title}.")
+        held.begin(self.multiply)
+        return held
+
+    def _release(self, held: Held) -> None:
+        """A group makes what it holds back; of two with half a tile each the first does, for both."""
+        writer = self.multiply.writer
+        if not self.halves:
+            held.release(self.multiply, "roles")
+            return
+        writer.line("device.drain_tma_stores()")
+        writer.line("roles.meet(pair, met)")
+        writer.line("met += 1")
+        with writer.block("if role == 0:"):
+            held.release(self.multiply, "roles")
+
+    def _tile(self, stage: Op, product: Product, held: Held | None) -> None:
         scope, writer = self.multiply, self.multiply.writer
         scope.tile = "q"
         decode(scope, stage, stage.args, Walk.of(stage), "q")
@@ -233,7 +281,12 @@ class Roles:
         if any(op.name == "wait" for top in product.epilogue for op in top.walk()):
             writer.line("token = 0")
             scope.tokens.append("token")
-        epilogue.ops(scope, product.epilogue)
+        if held is not None:
+            self._release(held)
+        kept = tuple(op for op in product.epilogue if not op.get("delay"))
+        epilogue.ops(scope, kept)
+        if held is not None:
+            held.keep(scope)
         scope.tokens.clear()
         scope.as_memory = False
 
@@ -366,7 +419,39 @@ class Roles:
         raise refuse_roles(op, "a sum inside of a loop behind the main loop")
 
     def _make_room(self) -> None:
-        """Shared memory by way of which tiles leave, as wide as the ring leaves space for."""
+        """Shared memory by way of which tiles leave, as wide as the ring leaves space for.
+
+        Where it leaves too little, sums over ranks are made of smaller pieces of a tile.
+        """
+        for stage, product in self.products:
+            self._direct(stage, product)
+        each = epilogue.role_each(self.program.world)
+        left = self._room_for(each)
+        while left < 0 and each > epilogue.LEAST_ROLE_EACH:
+            each //= 2
+            left = self._room_for(each)
+        self.multiply.each = each
+        if left < 0:
+            need = SHARED_LIMIT - left
+            detail = (
+                f"{self.slots} stages, which take {need} bytes of {SHARED_LIMIT} of shared memory"
+            )
+            raise refuse_roles(self.launch, detail)
+
+    def _direct(self, stage: Op, product: Product) -> None:
+        """Note the stores of a stage that can leave through TMA, for the tiles that it has."""
+        scope = self.multiply
+        kept = scope.writer, set(scope.used)
+        scope.writer = Writer()
+        decode(scope, stage, stage.args, Walk.of(stage), "q")
+        self._halve(stage, product)
+        stores = (o for top in product.epilogue for o in top.walk() if o.name == "store")
+        self.direct |= {id(op) for op in stores if access.target(scope, op) is not None}
+        scope.writer, scope.used = kept
+        self._forget(scope)
+
+    def _room_for(self, each: int) -> int:
+        """Chooses the room beside sums of ``each`` elements a thread; the bytes that are left over."""
         assert self.ring is not None
         left = SHARED_LIMIT - _BARRIERS - self.slots * self.ring.bytes
         found: set[tuple[int, int, str]] = set()
@@ -378,13 +463,13 @@ class Roles:
             # Behind a sum over ranks, tiles are worked on part by part.
             summed = any(op.name == "load_sum" for op in ops)
             whole = rows * columns
-            part = min(whole, epilogue.ROLE_EACH * 32 * GROUP_WARPS) if summed else whole
+            part = min(whole, each * 32 * GROUP_WARPS) if summed else whole
             for op in ops:
                 if op.name not in ("store", "load", "load_sum") or op.ref is None:
                     continue
                 dtype = str(self.program.symbols[op.symbol]["dtype"])
                 value = op.operands[0] if op.name == "store" else op.results[0]
-                if op.name == "store" and op.get("via") == "tma" and not summed:
+                if id(op) in self.direct and not summed:
                     found.add((rows, columns, dtype))
                 elif len(value.type.shape) > 1:
                     extra = max(extra, part * item_bytes(dtype))
@@ -398,30 +483,28 @@ class Roles:
                 width //= 2
             self.room = ((rows, width), dtype)
             left -= 2 * rows * width * item_bytes(dtype)
-        if left < 0:
-            need = SHARED_LIMIT - left
-            detail = (
-                f"{self.slots} stages, which take {need} bytes of {SHARED_LIMIT} of shared memory"
-            )
-            raise refuse_roles(self.launch, detail)
+        return left
 
     def _store(self, scope: Scope, op: Op) -> None:
         value, ref, peer = op.operands[0], op.ref, op.get("peer")
         assert ref is not None
-        if peer is not None and op.get("via") is not None:
-            raise refuse_roles(op, "a store to a peer through TMA")
         decl = scope.program.symbols[ref.symbol]
         text = scope.names[value.name]
         if decl["dtype"] != value.type.dtype:
             text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
         block = scope.blocks(value.type)
-        direct = peer is None and self.room is not None and not scope.as_memory
+        direct = self.room is not None and not scope.as_memory
         where = access.target(scope, op) if direct else None
         if where is not None and self.room is not None:
-            name = access.descriptor(scope, ref.symbol, self.room[0])
-            self.room_of = self.room_of or name
-            args = [name, where[0], where[1], text, "room.index(role)"]
-            scope.writer.call("roles.store(", args)
+            peers = [None] if peer is None else range(scope.program.world)
+            names = [access.descriptor(scope, ref.symbol, self.room[0], p) for p in peers]
+            self.room_of = self.room_of or names[0]
+            args = [where[0], where[1], text, "room.index(role)"]
+            if peer is None:
+                scope.writer.call("roles.store(", [names[0], *args])
+                return
+            several = f"({', '.join(names)}{',' * (len(names) == 1)})"
+            scope.writer.call("roles.send(", [several, scope.expr(peer), *args])
             return
         if len(block) == 2 and not scope.as_memory:
             name = scope.fresh(f"{scope.names[value.name]}_out")

@@ -213,6 +213,7 @@ class Scope:
     tile: str = "0"  # text of the tile number, for error records
     stages: int = 3
     warps: int = 4
+    each: int = 32  # elements of a tile that one thread adds up at a time, of parts of all ranks
     chosen: dict[int, Any] = field(default_factory=dict)  # loads: where they read, settled before
     # Of a kernel whose warps have roles: ops that are written otherwise, the stage's rows and columns,
     # and whether tiles lie as memory is accessed, no longer as products leave them.

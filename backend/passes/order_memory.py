@@ -180,10 +180,11 @@ def _stage(
 ) -> tuple[Op, bool]:
     """The stage with its paths, and whether it holds a notify back.
 
-    With ``roles`` the warps that store are not those that load the next tile: they drain at once.
+    With ``roles`` a group holds back its own: its next tile, and not the worker's, comes in between. What
+    it does not hold back it drains at once: the warps that store are not those that load the next tile.
     """
     signals = any(op.name == "notify" for op in stage.walk())
-    held = signals and not roles and can_flatten(program, stage)
+    held = signals and can_flatten(program, stage)
     blocks, starts = _blocks(program, stage), _starts(program, stage)
 
     def mark(op: Op) -> Op:

@@ -356,7 +356,12 @@ class Builder:
         parts = parts_of(launch)
         chains: list[list[Node]] = [[] for _ in range(count * parts)]
         places = [0] * count
-        for stage in launch.find("stage"):
+        for stage in launch.body:
+            if stage.name == "flush":  # every group holds back its own
+                for chain in chains[count:]:
+                    chain.append(Node(PERFORM, stage, where, drain=bool(stage.get("drain"))))
+            if stage.name != "stage":
+                continue
             last = behind(stage)
             front = tuple(op for op in stage.body if id(op) not in last)
             back = tuple(op for op in stage.body if id(op) in last)
@@ -376,7 +381,7 @@ class Builder:
                     chains[worker] += at.chain
                     at.chain = [Node(WAIT, stage, where_, elements=(word,), need=1)]
                     self._block(at, back, where_)
-                    chains[group] += at.chain
+                    chains[group] += at.chain + (at.deferred if at.perform_first else [])
                     places[worker] += 1
         for process, chain in enumerate(chains):
             who = f"{where} worker {process % count}"

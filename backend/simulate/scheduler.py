@@ -502,6 +502,10 @@ class Scheduler:
         handed = self.calls[task.rank].handed[launch.symbol][task.worker]
         symbol = loader_of(launch.symbol, task.worker)
         for work in self.traces.work(task.rank, launch, task.worker):
+            if work.stage.name == "flush":
+                if part != LOADER:  # every group holds back its own
+                    yield from runner.flush(bool(work.stage.get("drain")))
+                continue
             epilogue = behind(work.stage)
             for q in range(work.first, len(work.queue), work.step):
                 place += 1

@@ -34,7 +34,7 @@ from tilelink.backend.validate.values import (
 )
 from tilelink.errors import Source
 
-TOUCHING = frozenset({"load", "store", "tile_push_data", "fetch"})
+TOUCHING = frozenset({"load", "store", "send", "tile_push_data", "fetch"})
 
 
 def touches(node: ast.AST) -> bool:

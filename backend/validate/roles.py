@@ -19,6 +19,7 @@ import numpy as np
 from tilelink.backend.validate import tiles
 from tilelink.backend.validate.kernel import KernelMachine
 from tilelink.backend.validate.layout import Layout, Misfit
+from tilelink.backend.validate.loader import LoaderMachine, RoleMachine
 from tilelink.backend.validate.ring import (
     Cell,
     Corner,
@@ -31,7 +32,7 @@ from tilelink.backend.validate.ring import (
     Turns,
     Zeros,
 )
-from tilelink.backend.validate.trace import FINISH, Touch, Trace
+from tilelink.backend.validate.trace import Touch, Trace
 from tilelink.backend.validate.values import (
     Choice,
     Context,
@@ -55,130 +56,6 @@ GROUPS = 2  # groups of warps that multiply
 GROUP_WARPS = 4
 LOADER_WARPS = 1
 _CELL_AXES = 2
-
-
-class RoleMachine(KernelMachine):
-    """What roles share of a kernel: values of :mod:`tilelink.device.roles`."""
-
-    modules = frozenset({"tl", "device", "roles", "hopper", "gl"})
-
-    def __init__(
-        self,
-        source: Source,
-        function: ast.FunctionDef,
-        layout: Layout,
-        workers: int,
-        streamed: frozenset[str],
-        loaded: Loaded | None = None,
-    ) -> None:
-        super().__init__(source, function, layout, workers, streamed)
-        self.loaded = loaded
-
-    def whole(self, value: Any, what: str) -> int:
-        """A constant from 1."""
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.unclear(what)
-        return value
-
-    def tile_index(self) -> Ints:
-        """How many tasks each lane has begun before the one that it is in, over all stages."""
-        before = sum((n for s, n in self.trace.segments.items() if s != FINISH), np.int64(0))
-        found: Ints = full(before, self.lanes) + np.maximum(self.segment, 0)
-        return found
-
-    def task(self) -> None:
-        """Refuses what stands outside of every task."""
-        if self.stage < 0:
-            self.unclear("steps outside of every stage")
-
-    def number_of(self, step: Any) -> Ints:
-        """A number a lane."""
-        return np.array(full(self.number(step).v, self.lanes), dtype=np.int64)
-
-
-class LoaderMachine(RoleMachine):
-    """The role that loads: which boxes it puts into which steps."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.claimed = np.zeros(self.lanes, dtype=np.int64)
-        self.due = np.zeros(self.lanes, dtype=np.int64)  # bytes of the open step still to come
-        self.open: Ints = np.full(self.lanes, -1, dtype=np.int64)
-
-    def begin(self, fresh: Mask) -> None:
-        """A task begins in some lanes."""
-        super().begin(fresh)
-        if self.loaded is None or not fresh.any():
-            return
-        for table in (self.loaded.first, self.loaded.count):
-            rows = table.setdefault(self.stage, [])
-            while len(rows) <= int(self.segment[fresh].max()):
-                rows.append(np.zeros(self.lanes, dtype=np.int64))
-        for number in np.unique(self.segment[fresh]).tolist():
-            some = fresh & (self.segment == number)
-            self.loaded.first[self.stage][number][some] = self.claimed[some]
-
-    def on_roles_claim(self, ring: Any, step: Any, size: Any) -> Slot:
-        """``roles.claim``: the steps of a worker one after the other, each whole before the next."""
-        self.task()
-        assert self.loaded is not None
-        if ring is not self.loaded.ring:
-            self.unclear("something that is no ring")
-        at = self.number_of(step)
-        if np.any(self.on & (at != self.claimed)):
-            self.hazard("the steps of the loader do not follow one another")
-        if np.any(self.on & (self.due != 0)):
-            self.hazard("a step begins before the bytes of the one before are all asked for")
-        self.due = np.where(self.on, self.whole(size, "a number of bytes"), self.due)
-        self.open = np.where(self.on, at, self.open)
-        self.claimed = self.claimed + self.on
-        for number in np.unique(self.segment[self.on]).tolist():
-            self.loaded.count[self.stage][number] += self.on & (self.segment == number)
-        return Slot(at)
-
-    def on_roles_fetch(
-        self, ring: Any, slot: Any, descriptor: Any, row: Any, column: Any, room: Any
-    ) -> None:
-        """``roles.fetch``: what lies past the end reads as zero."""
-        assert self.loaded is not None
-        if ring is not self.loaded.ring or not isinstance(slot, Slot):
-            self.unclear("a load into something that is no slot of the ring")
-        if np.any(self.on & (slot.step != self.open)):
-            self.hazard("a load into a slot that is not the one claimed last")
-        known = [n for n, r in enumerate(self.loaded.rooms) if r is room]
-        if not known or room.count != self.loaded.ring.slots:
-            self.unclear("a load into memory that has no tile for each slot")
-        at = (self.number(row), self.number(column))
-        for lanes, part in options(self.on, descriptor):
-            on = self.on & lanes
-            if not on.any():
-                continue
-            if not isinstance(part, Descriptor) or part.block != room.block:
-                self.unclear("a load of blocks of another shape than the tile's")
-            if self.layout.declared[part.symbol]["dtype"] != room.dtype:
-                self.hazard(f"elements of @{part.symbol} in a tile of {room.dtype}")
-            lo, hi = self.block(part, at, on)
-            tokens: dict[int, Mask] = {}
-            for start in at:
-                for wait, mask in start.tokens.items():
-                    tokens[wait] = tokens.get(wait, np.zeros_like(on)) | mask
-            self.read(part.symbol, "tma", on, self.rank, lo, hi, tokens)
-            flow = Flow(part.symbol, on, self.rank, lo, hi, tuple(range(len(part.block))))
-            for step in np.unique(slot.step[on]).tolist():
-                place = self.loaded.content.setdefault((known[0], step), [])
-                mine = on & (slot.step == step)
-                if any(np.any(mask & mine) for mask, _ in place):
-                    self.hazard("two loads into one tile of a step")
-                place.append((mine, flow))
-        size = int(np.prod(room.block)) * room.item
-        self.due = self.due - np.where(self.on, size, 0)
-        if np.any(self.due < 0):
-            self.hazard("more bytes are loaded than the step was claimed for")
-
-    def finished(self) -> None:
-        """Refuses a last step that is not whole."""
-        if np.any(self.due != 0):
-            self.hazard("the last step is claimed for more bytes than are loaded")
 
 
 class GroupMachine(RoleMachine):
@@ -218,6 +95,7 @@ class GroupMachine(RoleMachine):
         self.met = zeros.copy()
         self.met_at = zeros.copy()
         self.columns: set[int] = set()  # of tiles that the group has
+        self.stored, self.stored_of = zeros - 1, zeros - 1  # the last task with a store, its stage
 
     def begin(self, fresh: Mask) -> None:
         """A task begins in some lanes: the one before must be over."""
@@ -259,6 +137,8 @@ class GroupMachine(RoleMachine):
     def epilogue(self) -> None:
         """Refuses an access or a signal before the steps of the task are taken, given back, passed on."""
         _, count = self.steps()
+        if self.stage < 0:
+            return  # the tasks of a stage are over behind it
         done = (self.taken == count) & (self.given == count)
         if self.turns is not None:
             done &= self.over
@@ -515,41 +395,53 @@ class GroupMachine(RoleMachine):
         self.epilogue()
         super().read(*args)
 
-    def write(self, *args: Any) -> None:
-        """A write of the epilogue."""
-        self.epilogue()
-        super().write(*args)
-
     def on_roles_store(
         self, descriptor: Any, row: Any, column: Any, value: Any, corner: Any
     ) -> None:
         """``roles.store``: what lies past the end is not written."""
+        self.leaves(descriptor, row, column, value, corner)
+
+    def on_roles_send(
+        self, descriptors: Any, number: Any, row: Any, column: Any, value: Any, corner: Any
+    ) -> None:
+        """``roles.send``: by the descriptor of which it has the number."""
+        before, wanted = (self.on, self.all), self.number_of(number)
+        if not isinstance(descriptors, tuple):
+            self.unclear("descriptors of peers that are no tuple")
+        if np.any(self.on & ((wanted < 0) | (wanted >= len(descriptors)))):
+            self.hazard("a store by a descriptor that does not exist")
+        for one, descriptor in enumerate(descriptors):
+            self.on = before[0] & (wanted == one)
+            self.all = bool(self.on.all())
+            if self.on.any():
+                self.leaves(descriptor, row, column, value, corner)
+        self.on, self.all = before
+
+    def leaves(self, descriptor: Any, row: Any, column: Any, value: Any, corner: Any) -> None:
+        """A tile that leaves by one descriptor: of this rank's memory, or of its slice of a peer's."""
         if not isinstance(descriptor, Descriptor) or not isinstance(corner, Corner):
             self.unclear("a store to something that is no descriptor, or by way of no memory")
         tile, block = self.data(value), descriptor.block
         dtype = self.layout.declared[descriptor.symbol]["dtype"]
         if corner.room.block != block or corner.room.dtype != dtype:
             self.hazard("a tile leaves by way of memory of another shape or type")
-        wide = tile.shape[1] if len(tile.shape) == _CELL_AXES else 0
-        if tile.form or wide % block[1] or tile.shape[0] != block[0]:
+        matrix = len(tile.shape) == _CELL_AXES and not tile.form
+        if not matrix or tile.shape[1] % block[1] or tile.shape[0] != block[0]:
             self.unclear(f"a store of a tile of shape {tile.shape} in blocks of {block}")
-        dims = np.array(self.layout.dims[descriptor.symbol])
+        home, first = self.rank, 0
+        if descriptor.peer is not None:
+            home, first = np.full(self.lanes, descriptor.peer, dtype=np.int64), 1
+        dims = np.array(self.layout.dims[descriptor.symbol][first:])
         starts = [self.number(row), self.number(column)]
         lo = np.stack([full(s.v, self.lanes) for s in starts], axis=1)
         if np.any(lo[self.on] < 0):
             raise Misfit(f"a block of @{descriptor.symbol} that begins outside of {tuple(dims)}")
         hi = np.minimum(lo + np.array(tile.shape), dims)
         lo = np.minimum(lo, dims)
-        self.write(
-            descriptor.symbol,
-            "tma",
-            self.on,
-            self.rank,
-            lo,
-            hi,
-            tile.flows,
-            tuple(range(len(dims))),
-        )
+        if first:
+            lo, hi = np.column_stack((self.rank, lo)), np.column_stack((self.rank + 1, hi))
+        axes = tuple(range(first, first + len(dims)))
+        self.write(descriptor.symbol, "tma", self.on, home, lo, hi, tile.flows, axes)
 
     # Signals ----------------------------------------------------------------------------------
 
@@ -569,6 +461,33 @@ class GroupMachine(RoleMachine):
         self.met = self.met + self.on
         self.met_at = np.where(self.on, self.trace.next(), self.met_at)
 
+    def write(self, symbol: str, via: str, on: Mask, *args: Any, **facts: Any) -> None:
+        """A write of the epilogue."""
+        self.epilogue()
+        self.stored = np.where(on, self.segment, self.stored)
+        self.stored_of = np.where(on, self.stage, self.stored_of)
+        super().write(symbol, via, on, *args, **facts)
+
+    def held_back(self, ctx: Any, pending: Any) -> tuple[Mask, dict[str, Any]]:
+        """A group holds back the notify of the task in which it has stored last, its own one."""
+        on, facts = super().held_back(ctx, pending)
+        if facts:
+            facts["segment"] = self.stored
+            if np.any(self.stored_of[on] != facts["stage"]):
+                self.hazard("a delayed notify that follows no stores")
+        return on, facts
+
+    def on_device_delayed_tile_notify(self, *_: Any, **facts: Any) -> None:
+        """A notify whose barrier is that of all warps, which other roles never come to."""
+        self.hazard("a role waits at a barrier of the whole kernel")
+
+    on_device_delayed_peer_notify = on_device_delayed_tile_notify
+    on_device_delayed_counted_notify = on_device_delayed_tile_notify
+    on_roles_sum_parts = KernelMachine.on_device_tile_sum_parts
+    on_roles_delayed_tile_notify = KernelMachine.on_device_delayed_tile_notify
+    on_roles_delayed_peer_notify = KernelMachine.on_device_delayed_peer_notify
+    on_roles_delayed_counted_notify = KernelMachine.on_device_delayed_counted_notify
+
     def undrained(self, on: Mask) -> bool:
         """Whether TMA stores of these groups, or of the other half's, may still be under way."""
         both = on if self.turns is not None else on | np.roll(on, self.single)
@@ -577,6 +496,8 @@ class GroupMachine(RoleMachine):
     def signal(self, on: Mask, symbol: str, home: Ints, flat: Ints, **facts: Any) -> int:
         """A wait or notify of the epilogue; a notify is for both halves of a tile."""
         self.epilogue()
+        if not facts.get("delayed"):
+            self.task()
         if self.turns is None and facts["wait"]:
             if np.any(on[: self.single] != on[self.single :]):
                 self.hazard("a wait of one group for both halves of a tile")
@@ -584,6 +505,8 @@ class GroupMachine(RoleMachine):
         elif self.turns is None and on.any():
             other = np.roll(on, self.single)
             wrote = other & self.dirty & (self.last_write > self.met_at)
+            if facts.get("delayed"):  # of a task that is over: neither has stored since
+                wrote = (on | other) & (self.last_write > self.met_at)
             if np.any(wrote) or np.any(on & self.dirty & (self.met_at == 0)):
                 self.hazard("a notify before the other group has stored its half of the tile")
         return super().signal(on, symbol, home, flat, **facts)
@@ -759,6 +682,7 @@ class LaunchMachine(RoleMachine):
         self.trace.touches += [moved(t) for t in trace.touches]
         self.trace.signals += [moved(s) for s in trace.signals]
         self.trace.pairs |= {pair + shift: site for pair, site in trace.pairs.items()}
+        self.trace.flushed |= trace.flushed
         self.trace.segments = {n: c[:lanes] for n, c in trace.segments.items()}
         self.trace.stage_sites = dict(trace.stage_sites)
         self.trace.step = shift + trace.step

@@ -129,17 +129,12 @@ class _Checker:
         if gluon != roles:
             _fail(launch, "roles are for the emitter `gluon`, which has no kernel without them")
         for child in launch.body if roles else ():
-            if child.name == "flush":
-                _fail(child, "with roles no notify is held back, so nothing is to be flushed")
             if child.name != "stage":
                 continue
             try:
                 split_product(child)
             except Unfit as unfit:
                 _fail(unfit.op, f"with roles, a stage has no {unfit.detail.removeprefix('a ')}")
-            held = next((o for o in child.walk() if o.get("delay") is not None), None)
-            if held is not None:
-                _fail(held, "with roles no notify is held back")
 
     def head(self, head: Op) -> None:
         """The kernel of `head` waits for the acknowledgements of the call before, and does nothing else."""

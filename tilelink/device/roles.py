@@ -12,9 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from tilelink.device.data import tile_sum_parts
+from tilelink.device.signal import (
+    counted_tile_notify,
+    drain_tma_stores,
+    peer_tile_notify,
+    producer_tile_notify,
+)
 
 
 class Ring(NamedTuple):
@@ -103,6 +112,34 @@ def meet(pair, number):
     mbarrier.wait(pair.index(0), number & 1)
 
 
+@gluon.jit
+def delayed_tile_notify(ctx, pending, system: gl.constexpr = False):
+    """Release: ``device.producer_tile_notify`` of the counter ``pending`` for this role's tile before.
+
+    Nothing if ``pending`` is negative. The tile's TMA stores have completed behind it, not only been
+    read; a tile later there is nothing left to wait for. The barrier is the role's own.
+    """
+    if pending >= 0:
+        drain_tma_stores()
+        producer_tile_notify(ctx, pending, system)
+
+
+@gluon.jit
+def delayed_peer_notify(ctx, pending, peer):
+    """Release: ``device.peer_tile_notify`` of flag ``pending``; see :func:`delayed_tile_notify`."""
+    if pending >= 0:
+        drain_tma_stores()
+        peer_tile_notify(ctx, pending, peer)
+
+
+@gluon.jit
+def delayed_counted_notify(ctx, pending, peer, through, count):
+    """Release: ``device.counted_tile_notify`` of flag ``pending``; see :func:`delayed_tile_notify`."""
+    if pending >= 0:
+        drain_tma_stores()
+        counted_tile_notify(ctx, pending, peer, through, count)
+
+
 def descriptor_layout(block: Sequence[int], dtype: gl.dtype) -> gl.NVMMASharedLayout:
     """How a box of ``block`` elements lies in shared memory, which a descriptor of roles must say."""
     return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
@@ -170,22 +207,76 @@ def to_memory(value, columns: gl.constexpr):
 
 
 @gluon.jit
-def store(descriptor, row, column, value, room):
-    """Store a tile at (``row``, ``column``) of ``descriptor`` through TMA, by way of shared memory.
+def _arrived(parts, number: gl.constexpr, step, inside, rank):
+    # The part of the ``number``-th rank that is not this one.
+    source = tl.where(rank <= number, number + 1, number)
+    place = parts + tl.cast(source, tl.int64) * step
+    if inside is None:
+        return tl.load(place, eviction_policy="evict_first")
+    else:
+        return tl.load(place, mask=inside, other=0, eviction_policy="evict_first")
 
-    ``room`` is as wide as the descriptor's box; a wider tile leaves in pieces, one behind the other.
-    It has been read, not more, when the next store of this role begins: see ``device.drain_tma_stores``.
+
+@gluon.jit
+def sum_parts(own, parts, step, inside, rank, world: gl.constexpr):
+    """The sum of a tile over all ranks, fp32: ``device.tile_sum_parts`` for a role of four warps.
+
+    Of up to four ranks it reads the parts of the others alone, all under way at once: what is not needed takes
+    no registers, so that a role sums larger pieces of a tile. Of more ranks there are enough of them.
+    """
+    if world > 4:
+        return tile_sum_parts(own, parts, step, inside, rank, world)
+    else:
+        # Minus zero is what changes no first term.
+        total = gl.full(own.shape, -0.0, gl.float32, own.type.layout)
+        if world > 1:
+            first = _arrived(parts, 0, step, inside, rank)
+            second = first
+            third = first
+            if world > 2:
+                second = _arrived(parts, 1, step, inside, rank)
+            if world > 3:
+                third = _arrived(parts, 2, step, inside, rank)
+            for number in tl.static_range(world - 1):
+                if rank == number:
+                    total += own.to(gl.float32)
+                total += first.to(gl.float32)
+                first = second
+                second = third
+        if rank == world - 1:
+            total += own.to(gl.float32)
+        return total
+
+
+@gluon.jit
+def send(descriptors, number, row, column, value, room):
+    """Store a tile through TMA, as :func:`store` does, at a place of ``descriptors[number]``.
+
+    Every descriptor, a parameter of the kernel, is named where it is used: a choice among them beforehand
+    would keep all of them in registers.
     """
     if value.shape[1] > room.shape[1]:
         wide: gl.constexpr = value.shape[1] // 2
         parts = gl.permute(gl.reshape(value, (value.shape[0], 2, wide)), (0, 2, 1))
         low, high = gl.split(parts)
-        store(descriptor, row, column, low, room)
-        store(descriptor, row, column + wide, high, room)
+        send(descriptors, number, row, column, low, room)
+        send(descriptors, number, row, column + wide, high, room)
     else:
         tma.store_wait(pendings=0)
         gl.thread_barrier()
         room.store(value)
         fence_async_shared()
         gl.thread_barrier()
-        tma.async_copy_shared_to_global(descriptor, [row, column], room)
+        for one in tl.static_range(len(descriptors)):
+            if number == one:
+                tma.async_copy_shared_to_global(descriptors[one], [row, column], room)
+
+
+@gluon.jit
+def store(descriptor, row, column, value, room):
+    """Store a tile at (``row``, ``column``) of ``descriptor`` through TMA, by way of shared memory.
+
+    ``room`` is as wide as the descriptor's box; a wider tile leaves in pieces, one behind the other.
+    It has been read, not more, when the next store of this role begins: see ``device.drain_tma_stores``.
+    """
+    send((descriptor,), 0, row, column, value, room)

@@ -1,0 +1,139 @@
+"""What the roles of an emitted kernel share, and the role that loads: which boxes go into which steps."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import numpy as np
+
+from tilelink.backend.validate.kernel import KernelMachine
+from tilelink.backend.validate.layout import Layout
+from tilelink.backend.validate.ring import Loaded, Slot
+from tilelink.backend.validate.trace import FINISH
+from tilelink.backend.validate.values import Descriptor, Flow, Ints, Mask, full, options
+from tilelink.errors import Source
+
+
+class RoleMachine(KernelMachine):
+    """What roles share of a kernel: values of :mod:`tilelink.device.roles`."""
+
+    modules = frozenset({"tl", "device", "roles", "hopper", "gl"})
+
+    def __init__(
+        self,
+        source: Source,
+        function: ast.FunctionDef,
+        layout: Layout,
+        workers: int,
+        streamed: frozenset[str],
+        loaded: Loaded | None = None,
+    ) -> None:
+        super().__init__(source, function, layout, workers, streamed)
+        self.loaded = loaded
+
+    def whole(self, value: Any, what: str) -> int:
+        """A constant from 1."""
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.unclear(what)
+        return value
+
+    def tile_index(self) -> Ints:
+        """How many tasks each lane has begun before the one that it is in, over all stages."""
+        before = sum((n for s, n in self.trace.segments.items() if s != FINISH), np.int64(0))
+        found: Ints = full(before, self.lanes) + np.maximum(self.segment, 0)
+        return found
+
+    def task(self) -> None:
+        """Refuses what stands outside of every task."""
+        if self.stage < 0:
+            self.unclear("steps outside of every stage")
+
+    def number_of(self, step: Any) -> Ints:
+        """A number a lane."""
+        return np.array(full(self.number(step).v, self.lanes), dtype=np.int64)
+
+
+class LoaderMachine(RoleMachine):
+    """The role that loads: which boxes it puts into which steps."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.claimed = np.zeros(self.lanes, dtype=np.int64)
+        self.due = np.zeros(self.lanes, dtype=np.int64)  # bytes of the open step still to come
+        self.open: Ints = np.full(self.lanes, -1, dtype=np.int64)
+
+    def begin(self, fresh: Mask) -> None:
+        """A task begins in some lanes."""
+        super().begin(fresh)
+        if self.loaded is None or not fresh.any():
+            return
+        for table in (self.loaded.first, self.loaded.count):
+            rows = table.setdefault(self.stage, [])
+            while len(rows) <= int(self.segment[fresh].max()):
+                rows.append(np.zeros(self.lanes, dtype=np.int64))
+        for number in np.unique(self.segment[fresh]).tolist():
+            some = fresh & (self.segment == number)
+            self.loaded.first[self.stage][number][some] = self.claimed[some]
+
+    def on_roles_claim(self, ring: Any, step: Any, size: Any) -> Slot:
+        """``roles.claim``: the steps of a worker one after the other, each whole before the next."""
+        self.task()
+        assert self.loaded is not None
+        if ring is not self.loaded.ring:
+            self.unclear("something that is no ring")
+        at = self.number_of(step)
+        if np.any(self.on & (at != self.claimed)):
+            self.hazard("the steps of the loader do not follow one another")
+        if np.any(self.on & (self.due != 0)):
+            self.hazard("a step begins before the bytes of the one before are all asked for")
+        self.due = np.where(self.on, self.whole(size, "a number of bytes"), self.due)
+        self.open = np.where(self.on, at, self.open)
+        self.claimed = self.claimed + self.on
+        for number in np.unique(self.segment[self.on]).tolist():
+            self.loaded.count[self.stage][number] += self.on & (self.segment == number)
+        return Slot(at)
+
+    def on_roles_fetch(
+        self, ring: Any, slot: Any, descriptor: Any, row: Any, column: Any, room: Any
+    ) -> None:
+        """``roles.fetch``: what lies past the end reads as zero."""
+        assert self.loaded is not None
+        if ring is not self.loaded.ring or not isinstance(slot, Slot):
+            self.unclear("a load into something that is no slot of the ring")
+        if np.any(self.on & (slot.step != self.open)):
+            self.hazard("a load into a slot that is not the one claimed last")
+        known = [n for n, r in enumerate(self.loaded.rooms) if r is room]
+        if not known or room.count != self.loaded.ring.slots:
+            self.unclear("a load into memory that has no tile for each slot")
+        at = (self.number(row), self.number(column))
+        for lanes, part in options(self.on, descriptor):
+            on = self.on & lanes
+            if not on.any():
+                continue
+            if not isinstance(part, Descriptor) or part.block != room.block:
+                self.unclear("a load of blocks of another shape than the tile's")
+            if self.layout.declared[part.symbol]["dtype"] != room.dtype:
+                self.hazard(f"elements of @{part.symbol} in a tile of {room.dtype}")
+            lo, hi = self.block(part, at, on)
+            tokens: dict[int, Mask] = {}
+            for start in at:
+                for wait, mask in start.tokens.items():
+                    tokens[wait] = tokens.get(wait, np.zeros_like(on)) | mask
+            self.read(part.symbol, "tma", on, self.rank, lo, hi, tokens)
+            flow = Flow(part.symbol, on, self.rank, lo, hi, tuple(range(len(part.block))))
+            for step in np.unique(slot.step[on]).tolist():
+                place = self.loaded.content.setdefault((known[0], step), [])
+                mine = on & (slot.step == step)
+                if any(np.any(mask & mine) for mask, _ in place):
+                    self.hazard("two loads into one tile of a step")
+                place.append((mine, flow))
+        size = int(np.prod(room.block)) * room.item
+        self.due = self.due - np.where(self.on, size, 0)
+        if np.any(self.due < 0):
+            self.hazard("more bytes are loaded than the step was claimed for")
+
+    def finished(self) -> None:
+        """Refuses a last step that is not whole."""
+        if np.any(self.due != 0):
+            self.hazard("the last step is claimed for more bytes than are loaded")
