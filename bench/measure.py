@@ -85,10 +85,14 @@ def check(part: Part, run: Run, inputs: Inputs) -> Verdict:
 
 
 class Bench:
-    """The candidates of one case: those that still run, and what is known of all."""
+    """The candidates of one case: those that still run, and what is known of all.
 
-    def __init__(self, part: Part, inputs: Inputs, watchdog: Watchdog) -> None:
+    A sample is the mean of ``row`` calls in a row.
+    """
+
+    def __init__(self, part: Part, inputs: Inputs, watchdog: Watchdog, row: int = 1) -> None:
         self.part = part
+        self.row = row
         self.inputs = inputs
         self.watchdog = watchdog
         self.runs: dict[str, Run] = {}
@@ -193,16 +197,18 @@ class Bench:
                 run(self.calls)
                 self.part.meet()
                 begin.record()
-                run(self.calls + 1)
+                for place in range(self.row):
+                    run(self.calls + 1 + place)
                 end.record()
                 # Counted over all candidates, so that none finds the weights of the one before it.
-                self.calls += 2
+                self.calls += 1 + self.row
                 if number < 0:
                     # An error must be met before the next candidate would take the blame.
                     self.part.settle()
                 events[now] = (begin, end)
             self.part.settle()
-            return {n: 1000 * b.elapsed_time(e) for n, (b, e) in events.items()}, mine
+            each = 1000 / self.row
+            return {n: each * b.elapsed_time(e) for n, (b, e) in events.items()}, mine
         except Exception as error:
             mine[now] = _survivable(error)
             return {}, mine

@@ -38,9 +38,10 @@ edit by hand. Losses are listed like wins.
 
 - **M x K x N** is the matrix product on one rank; operands are bf16, random, different on every rank.
 - Times are milliseconds: the median of the largest over the ranks, by CUDA events. Each sample follows
-  a barrier of all ranks and one call that is not timed. All candidates of a case take turns in one
-  process on one machine, in a new order each round; weights rotate among enough buffers that the L2
-  cache does not keep them.
+  a barrier of all ranks and one call that is not timed; of products that take less than about 80
+  microseconds it is the mean of up to 8 calls in a row (`calls` in the JSON). All candidates of a case take
+  turns in one process on one machine, in a new order each round; weights rotate among enough buffers that
+  the L2 cache does not keep them.
 - Every candidate that is compared has a relative error below 1e-2 (the largest over rows of
   ‖row − reference‖ / ‖reference row‖) against fp32, before and after it was timed.
 - **bound** = max(cuBLAS alone, NCCL alone); **efficiency** = bound / tilelink.

@@ -236,6 +236,7 @@ def measure_case(
     from bench.candidates import make_inputs
     from bench.measure import Bench
     from bench.ours import ours
+    from tilelink.tuning.timing import calls_in_a_row
 
     begin = time.monotonic()
     result = stats.CaseResult(case.name, case.kind, case.m, case.k, case.n, case.origin, part.world)
@@ -245,7 +246,8 @@ def measure_case(
     watchdog.beat(f"inputs of {case.name}")
     inputs = make_inputs(part, case, settings.seed)
     result.input_sets = len(inputs.sets)
-    bench = Bench(part, inputs, watchdog)
+    result.calls = calls_in_a_row(case.m, case.k, case.n)
+    bench = Bench(part, inputs, watchdog, result.calls)
     if not options.no_baselines:
         for candidate in baselines(part, case, inputs):
             bench.add(candidate)

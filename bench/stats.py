@@ -64,7 +64,8 @@ class Measured:
 
 @dataclass(slots=True)
 class CaseResult:
-    """All candidates of one case. ``skipped``: why nothing was measured."""
+    """All candidates of one case. ``skipped``: why nothing was measured. ``calls``: in a row, of which a sample
+    is the mean."""
 
     name: str
     kind: str
@@ -74,6 +75,7 @@ class CaseResult:
     origin: str
     world: int
     input_sets: int = 0
+    calls: int = 1
     seconds: float = 0.0
     skipped: str | None = None
     candidates: list[Measured] = field(default_factory=list)

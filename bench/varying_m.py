@@ -83,9 +83,10 @@ def step(cluster: Any, case: Case, dynamic: Any, settings: Any, watchdog: Any) -
     """The record of one step. Collective."""
     from bench.candidates import make_inputs
     from bench.measure import Bench
+    from tilelink.tuning.timing import calls_in_a_row
 
     inputs = make_inputs(cluster, case, settings.seed)
-    bench = Bench(cluster, inputs, watchdog)
+    bench = Bench(cluster, inputs, watchdog, calls_in_a_row(case.m, case.k, case.n))
     for _, candidate in candidates(cluster, case, inputs, dynamic):
         bench.add(candidate)
     bench.time(settings)

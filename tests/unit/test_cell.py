@@ -192,3 +192,10 @@ def test_copies_give_bandwidth_and_fixed_costs(
     assert found["link_gbps"] == pytest.approx((1 << 20) / 2.8 * 1e-3)
     assert found["copy_us"] == pytest.approx(6.4 - 2.8 - 1.0)
     assert found["copy_signal_us"] == pytest.approx(2.0)
+
+
+def test_short_calls_are_timed_several_in_a_row() -> None:
+    assert timing.calls_in_a_row(8192, 8192, 7168) == 1
+    assert timing.calls_in_a_row(1, 3584, 8192) == timing.MOST_CALLS
+    rows = [timing.calls_in_a_row(m, 3584, 8192) for m in (16, 256, 512, 1024, 4096)]
+    assert rows == sorted(rows, reverse=True)

@@ -11,11 +11,12 @@ import torch
 
 from tilelink.schedules import Schedule
 from tilelink.schedules.search import CHECKED, STARTED, Measured
+from tilelink.schedules.space import product_of
 from tilelink.tuning.inputs import LIMITS, Sets, in_turn, make_sets, plain, reference
 from tilelink.tuning.prepare import Prepared
 from tilelink.tuning.problem import Problem
 from tilelink.tuning.ranks import Part, Watchdog
-from tilelink.tuning.timing import Rounds, Run, capture, relative_error, survivable
+from tilelink.tuning.timing import Rounds, Run, calls_in_a_row, capture, relative_error, survivable
 
 WARMUP = 2  # untimed rounds before the timed ones
 IN_TURN, ALONE = "in_turn", "cublas"  # names of the baseline, of a product alone
@@ -45,7 +46,7 @@ class Cell:
         self._mark = mark
         watchdog.beat(f"inputs of {problem.cell}")
         self.sets: Sets = make_sets(problem.build(), part, seed)
-        self.rounds = Rounds(part, seed)
+        self.rounds = Rounds(part, seed, _calls(problem))
         self.baseline: dict[str, float] = {}
         self._runs: dict[str, Run] = {}
         self._failed: dict[str, str] = {}
@@ -199,3 +200,12 @@ class Cell:
         for name in wanted:
             if name not in self._runs:
                 self._failed.setdefault(name, "not measured after another one's time-out")
+
+
+def _calls(problem: Problem) -> int:
+    """How many calls make one sample."""
+    product = product_of(problem.build())
+    if product is None:
+        return 1
+    m, n, k = product.extent
+    return calls_in_a_row(m, k, n * product.dots)

@@ -14,6 +14,19 @@ Run = Callable[[int], torch.Tensor | None]
 """Works on input set i modulo the number of sets, and returns its output."""
 
 
+# Microseconds that a sample takes at least, and the most calls in a row for that. Where a call takes no longer
+# than a few times what ranks differ by behind a barrier, that difference would be most of what is timed.
+SAMPLE_US, MOST_CALLS = 160.0, 8
+# Rates by which a product's time is known well enough for that: FLOP and bytes of weights a microsecond.
+_FLOPS_A_US, _BYTES_A_US = 7e8, 4e6
+
+
+def calls_in_a_row(m: int, k: int, n: int) -> int:
+    """How many calls make one sample of a 16-bit product of these extents: one of those that take long."""
+    us = max(2.0 * m * k * n / _FLOPS_A_US, 2.0 * k * n / _BYTES_A_US)
+    return max(1, min(MOST_CALLS, int(SAMPLE_US // us)))
+
+
 def capture(run: Run, count: int) -> Run:
     """``run`` captured in one CUDA graph an input set; it must have run on each before."""
     pool = torch.cuda.graph_pool_handle()
@@ -58,10 +71,14 @@ def survivable(error: Exception) -> str:
 
 
 class Rounds:
-    """Times several functions in turn, each round in another order, the same on all ranks of a part."""
+    """Times several functions in turn, each round in another order, the same on all ranks of a part.
 
-    def __init__(self, part: Part, seed: int = 0) -> None:
+    A sample is the mean of ``calls`` calls in a row.
+    """
+
+    def __init__(self, part: Part, seed: int = 0, calls: int = 1) -> None:
         self.part = part
+        self.calls = calls
         self._order = random.Random(seed)
         self._calls = 0
 
@@ -108,12 +125,14 @@ class Rounds:
                 runs[now](self._calls)
                 self.part.meet()
                 begin.record()
-                runs[now](self._calls + 1)
+                for number in range(self.calls):
+                    runs[now](self._calls + 1 + number)
                 end.record()
                 # Counted over all, so that none finds the weights of the one before it in the cache.
-                self._calls += 2
+                self._calls += 1 + self.calls
                 events[now] = begin, end
             self.part.settle()
-            return {n: 1000.0 * b.elapsed_time(e) for n, (b, e) in events.items()}, {}
+            each = 1000.0 / self.calls
+            return {n: each * b.elapsed_time(e) for n, (b, e) in events.items()}, {}
         except Exception as error:
             return {}, {now: survivable(error)}
