@@ -18,8 +18,8 @@ class Parameter:
     """A kernel parameter and where the host gets its value.
 
     ``kind`` is ``pointer``, ``descriptor``, ``extent``, ``scalar``, or ``context`` for those that
-    every kernel ends with; ``block`` is a descriptor's. With ``peer`` it is of this rank's slice of a
-    buffer of that peer.
+    every kernel ends with; ``block`` is a descriptor's. With ``peer`` it is of a buffer of that peer,
+    of the slice there that is this rank's where the buffer has one axis more than the block.
     """
 
     name: str

@@ -185,6 +185,7 @@ def _stage(
     signals = any(op.name == "notify" for op in stage.walk())
     held = signals and not roles and can_flatten(program, stage)
     blocks, starts = _blocks(program, stage), _starts(program, stage)
+    sums = any(op.name == "load_sum" and op.operands for op in stage.walk())
 
     def mark(op: Op) -> Op:
         if op.name == "notify" and held:
@@ -193,11 +194,12 @@ def _stage(
             sides = [r for r in (op.ref, op.get("own")) if r is not None]
             if all(_boxed(program, side, blocks, starts) for side in sides):
                 return op.with_attrs(via="tma")
-        # Stores to a peer are worth it only where their release is held back.
+        # Stores to a peer are worth it only where their release is held back, or behind a product.
         local = op.get("peer") is None
-        if op.name == "store" and (held or (local and (roles or not signals))):
+        direct = not signals or roles if local else sums and not roles
+        if op.name == "store" and (held or direct):
             assert op.ref is not None
-            if _boxed(program, op.ref, blocks, starts, store=True, slice_=not local):
+            if _boxed(program, op.ref, blocks, starts, store=True, peer=not local):
                 return op.with_attrs(via="tma")
         return op
 
@@ -206,7 +208,7 @@ def _stage(
 
     stage = rewrite(stage, mark)
     stores = [op for op in stage.walk() if op.name == "store" and op.get("via") == "tma"]
-    return (rewrite(stage, drain) if roles and stores else stage), held
+    return (rewrite(stage, drain) if (roles or sums) and stores else stage), held
 
 
 def _blocks(program: Op, stage: Op) -> dict[str, int]:
@@ -279,20 +281,20 @@ def _boxed(
     blocks: Mapping[str, int],
     starts: Mapping[str, int],
     store: bool = False,
-    slice_: bool = False,
+    peer: bool = False,
 ) -> bool:
     """Whether a region is a box of two axes that a TMA descriptor can have, wherever its tiles begin.
 
-    ``slice_``: behind an axis of ranks, of which it is the part of this one. A box that begins inside of
-    16 bytes of a row is an illegal instruction on sm_90.
+    ``peer``: in memory of a peer, there maybe behind an axis of ranks, of which it is the part of this one.
+    A box that begins inside of 16 bytes of a row is an illegal instruction on sm_90.
     """
     declared = program.declared(ref.symbol)
     if program.get("slots") is not None and declared.get("space") == "symmetric":
         return False  # a descriptor has one place
     dims = declared["dims"]
     index: tuple[Index, ...] = ref.index or tuple(All() for _ in dims)
-    if slice_:
-        if len(index) != 3 or index[0] != Expr.name("RANK"):
+    if peer and len(index) == 3:
+        if index[0] != Expr.name("RANK"):
             return False
         dims, index = dims[1:], index[1:]
     if declared["dtype"] not in _TMA_DTYPES or len(dims) != 2 or len(index) != 2:

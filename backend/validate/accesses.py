@@ -271,7 +271,9 @@ class AccessMachine(TileCalls):
 
     def block(self, value: Descriptor, at: Any, on: Mask) -> tuple[Ints, Ints]:
         """The box of a TMA access, cut off at the end of the tensor as the hardware does."""
-        dims = self.layout.dims[value.symbol][0 if value.peer is None else 1 :]
+        dims = self.layout.dims[value.symbol]
+        if value.peer is not None:
+            dims = dims[len(dims) - len(value.block) :]
         if not isinstance(at, tuple) or len(at) != len(value.block) or len(at) != len(dims):
             self.unclear("the index of a descriptor")
         starts = [self.number(a) for a in at]
@@ -330,7 +332,9 @@ class AccessMachine(TileCalls):
             lo, hi = self.block(part, at, on)
             home, first = self.rank, 0
             if part.peer is not None:
-                home, first = np.full(self.lanes, part.peer, dtype=np.int64), 1
+                home = np.full(self.lanes, part.peer, dtype=np.int64)
+            if len(part.block) < len(self.layout.dims[part.symbol]):
+                first = 1
                 lo = np.column_stack((self.rank, lo))
                 hi = np.column_stack((self.rank + 1, hi))
             axes = tuple(range(first, first + len(part.block)))
