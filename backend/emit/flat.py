@@ -29,11 +29,14 @@ from tilelink.backend.passes.order_memory import main_loop
 from tilelink.ir import At, Expr, Index, Op, Range, Ref, Value
 
 
-def flat_stage(scope: Scope, stage: Op, worker: str, step: str, count: str, flushed: bool) -> None:
+def flat_stage(
+    scope: Scope, stage: Op, worker: str, step: str, count: str, flushed: bool
+) -> Held | None:
     """Write ``stage`` as one loop, or one a segment.
 
     ``worker`` takes positions worker, worker + step, … below ``count``. A notify
-    with ``delay`` waits for the next tile; ``flushed`` makes the last one behind the loop.
+    with ``delay`` waits for the next tile; ``flushed`` makes the last one behind the loop. Returned is what
+    is held back then.
     """
     writer = scope.writer
     at = next(i for i, op in enumerate(stage.body) if op.name == "for_tiles")
@@ -44,7 +47,7 @@ def flat_stage(scope: Scope, stage: Op, worker: str, step: str, count: str, flus
     steps = -(-length // size)
     notify = next((op for op in epilogue if op.name == "notify" and op.get("delay")), None)
     turn = scope.fresh(f"{variable.name}_at")
-    held = None if notify is None else _Held.of(scope, notify)
+    held = None if notify is None else Held.of(scope, notify)
     writer.line(f"q = {worker} - {step}")
     if held is not None:
         held.begin(scope)
@@ -84,9 +87,11 @@ def flat_stage(scope: Scope, stage: Op, worker: str, step: str, count: str, flus
         first_one = worker if worker.endswith(")") else f"({worker})"
         writer.line(f"{turns} = tl.cdiv({count} - {first_one}, {step}) * {steps}")
         tiles(turns)
+    scope.dims.pop(variable.name, None)
     if held is not None and flushed:
         held.release(scope)
-    scope.dims.pop(variable.name, None)
+        return None
+    return held
 
 
 def _segments(
@@ -197,7 +202,7 @@ def flat_by_segment(program: Program, stage: Op) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class Held:
     """A notify that waits for the next tile: what it needs of its tile, in variables of the loop.
 
     ``kept`` are these variables and the values that they take, the word first; ``fixed`` are arguments
@@ -209,7 +214,7 @@ class _Held:
     fixed: tuple[str, ...]
 
     @staticmethod
-    def of(scope: Scope, notify: Op) -> _Held:
+    def of(scope: Scope, notify: Op) -> Held:
         """The variables for ``notify``."""
         body.plain_notify(scope.program, notify)
         if not notify.get("drain"):
@@ -235,12 +240,16 @@ class _Held:
                 else:
                     fixed = [str(number)]
         named = tuple((scope.fresh(name), value) for name, value in kept)
-        return _Held(call, named, tuple(fixed))
+        return Held(call, named, tuple(fixed))
 
     def begin(self, scope: Scope) -> None:
         """Nothing is held back yet: a word below 0."""
         for number, (name, _) in enumerate(self.kept):
             scope.writer.line(f"{name} = tl.full((), {0 if number else -1}, tl.int32)")
+
+    def forget(self, scope: Scope) -> None:
+        """Nothing is held back any more."""
+        scope.writer.line(f"{self.kept[0][0]} = tl.full((), -1, tl.int32)")
 
     def keep(self, scope: Scope) -> None:
         """Note the notify of this tile."""

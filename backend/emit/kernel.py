@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilelink.backend.emit import access, body, epilogue
-from tilelink.backend.emit.flat import flat_by_segment, flat_stage
+from tilelink.backend.emit.flat import Held, flat_by_segment, flat_stage
 from tilelink.backend.emit.loops import Walk, decode, total
 from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import Writer, identifier
@@ -134,9 +134,12 @@ def _write(program: Program, launch: Op, system: frozenset[str]) -> Scope:
     for number, op in enumerate(launch.body):
         behind = launch.body[number + 1] if number + 1 < len(launch.body) else None
         if op.name == "stage":
-            _stage(
-                scope, launch, op, behind if behind is not None and behind.name == "flush" else None
-            )
+            flushed = behind is not None and behind.name == "flush"
+            late = flushed and _goes_on(program, launch, number)
+            held = _stage(scope, launch, op, flushed and not late)
+            if scope.held is not None:
+                scope.held.release(scope)
+            scope.held = held if late else None
         elif op.name == "flush":
             _flush(scope, launch, number)
     leave(scope, program, launch, system)
@@ -159,11 +162,39 @@ def _flush(scope: Scope, launch: Op, number: int) -> None:
         scope.writer.line("device.drain_tma_stores()")
 
 
+def _goes_on(program: Program, launch: Op, number: int) -> bool:
+    """Whether the flush behind a stage can wait until workers have passed the next stage's main loop.
+
+    A worker has to perform what it holds back before it waits, stores or notifies again. What it releases are
+    stores to a peer: right behind them it would wait for the link, past another main loop it does not.
+    """
+    stage = launch.body[number]
+    behind = launch.body[number + 2 : number + 3]
+    if not behind or behind[0].name != "stage":
+        return False
+    after = behind[0]
+    ours = [op for op in stage.walk() if op.name == "notify" and op.get("delay")]
+    if not ours or any(program.symbols[op.symbol].name == "counter" for op in ours):
+        return False
+    if any(op.get("workers") is not None for op in (stage, after)):
+        return False
+    if can_flatten(program.op, after) or flat_by_segment(program, after):
+        return False
+    at = next((n for n, op in enumerate(after.body) if op.name == "for_tiles"), None)
+    if at is None:
+        return False
+    quiet = [o for op in after.body[: at + 1] for o in op.walk()]
+    if any(op.name in ("wait", "notify", "store", "transfer") for op in quiet):
+        return False
+    return any(op.name == "dot" for op in quiet)
+
+
 def _held(stage: Op) -> bool:
     return any(op.name == "notify" and op.get("delay") for op in stage.walk())
 
 
-def _stage(scope: Scope, launch: Op, stage: Op, flush: Op | None) -> None:
+def _stage(scope: Scope, launch: Op, stage: Op, flushed: bool) -> Held | None:
+    """The tasks of all workers; returned is the notify that they hold back at the end."""
     writer = scope.writer
     title = stage.symbol if stage.ref is not None else "stage"
     writer.line()
@@ -179,8 +210,7 @@ def _stage(scope: Scope, launch: Op, stage: Op, flush: Op | None) -> None:
         if first:
             worker = scope.fresh(f"{title}_worker")
             writer.line(f"{worker} = {turned(first)}")
-        _queue(scope, stage, worker, step, count, flush is not None)
-        return
+        return _queue(scope, stage, worker, step, count, flushed)
     worker = "tl.program_id(0)" if low == 0 else f"tl.program_id(0) - {low}"
     if first % (high - low):
         worker = f"({worker} + {high - low - first % (high - low)}) % {high - low}"
@@ -190,7 +220,7 @@ def _stage(scope: Scope, launch: Op, stage: Op, flush: Op | None) -> None:
     elif low:
         inside = f"(tl.program_id(0) >= {low}) & ({inside})"
     with writer.block(f"if {inside}:"):
-        _queue(scope, stage, worker, str(high - low), count, flush is not None)
+        return _queue(scope, stage, worker, str(high - low), count, flushed)
 
 
 def turned(first: int) -> str:
@@ -201,17 +231,20 @@ def turned(first: int) -> str:
     return f"(tl.program_id(0) + {first} * (tl.num_programs(0) - 1)) % tl.num_programs(0)"
 
 
-def _queue(scope: Scope, stage: Op, worker: str, step: str, count: str, flushed: bool) -> None:
+def _queue(
+    scope: Scope, stage: Op, worker: str, step: str, count: str, flushed: bool
+) -> Held | None:
     """The tasks of one worker: those at worker, worker + step, … of a static queue, or the next free."""
     if stage.get("queue", "static") == "dynamic":
         _dynamic(scope, stage, count)
     elif can_flatten(scope.program.op, stage) or flat_by_segment(scope.program, stage):
-        flat_stage(scope, stage, worker, step, count, flushed)
+        return flat_stage(scope, stage, worker, step, count, flushed)
     else:
         stage = _hoist_waits(scope, stage)
         head = f"for q in tl.range({worker}, {count}, {step}, num_stages=1):"
         with scope.writer.block(head):
             _task(scope, stage, "q")
+    return None
 
 
 def _hoist_waits(scope: Scope, stage: Op) -> Op:
@@ -268,7 +301,14 @@ def _task(scope: Scope, stage: Op, q: str) -> None:
     if scope.hoisted or any(op.name == "wait" for op in stage.walk()):
         scope.writer.line("token = arrived" if scope.hoisted else "token = 0")
         scope.tokens.append("token")
-    epilogue.ops(scope, stage.body)
+    ops = stage.body
+    if scope.held is not None:
+        at = 1 + next(n for n, op in enumerate(ops) if op.name == "for_tiles")
+        body.ops(scope, ops[:at])
+        scope.held.release(scope)
+        scope.held.forget(scope)
+        ops = ops[at:]
+    epilogue.ops(scope, ops)
     scope.tokens.clear()
     scope.hoisted = False
     scope.tile = "0"

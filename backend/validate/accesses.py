@@ -103,6 +103,8 @@ class AccessMachine(TileCalls):
         self.ticket = np.zeros(self.lanes, dtype=np.int64)
         self.last_wait = np.zeros(self.lanes, dtype=np.int64)
         self.last_write = np.zeros(self.lanes, dtype=np.int64)
+        # The task whose stores came last in each lane; -1 where none did.
+        self.stored: tuple[Ints, Ints] = (np.array(-1), np.array(-1))
         self.queues: dict[int, Ints] = {}
         self.wait_names: list[int] = []
         self.left = False
@@ -249,6 +251,8 @@ class AccessMachine(TileCalls):
         self.dirty = self.dirty | on
         seq = self.trace.next()
         self.last_write = np.where(on, seq, self.last_write)
+        stage, segment = self.stored
+        self.stored = (np.where(on, self.stage, stage), np.where(on, self.segment, segment))
         if via == "tma":
             self.tma[symbol] = self.tma.get(symbol, np.zeros_like(on)) | on
         if not some.any():

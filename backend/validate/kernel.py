@@ -329,20 +329,14 @@ class KernelMachine(AccessMachine):
             return on, {}
         if np.any(on & (self.last_wait > self.last_write)):
             self.hazard("a notify is held back while its worker waits")
-        if self.stage >= 0:
-            stage, final = self.stage, self.segment
-            # Before the task's first store it is the task before that the notify is for.
-            segment = np.where(self.dirty, final, final - 1)
-        else:
-            line = self.site[0]
-            before = [n for n, loop in enumerate(self.loops) if loop.lineno < line]
-            if not before or before[-1] not in self.trace.segments:
-                self.hazard("a delayed notify that follows no stores")
-            stage = before[-1]
-            self.trace.flushed.add(stage)
-            segment = self.trace.segments[stage] - 1
-        if np.any(segment[on] < 0):
+        stages, segment = (full(part, self.lanes) for part in self.stored)
+        stage = constant(stages[on])
+        if stage is None:
+            self.unclear("workers that make notifies of different stages at once")
+        if stage < 0 or np.any(segment[on] < 0):
             self.hazard("a delayed notify that follows no stores")
+        if stage != self.stage:
+            self.trace.flushed.add(stage)
         self.tma = {s: lanes & ~on for s, lanes in self.tma.items()}
         return on, {"delayed": True, "stage": stage, "segment": segment}
 
