@@ -215,7 +215,15 @@ class Held:
 
     @staticmethod
     def of(scope: Scope, notify: Op) -> Held:
-        """The variables for ``notify``."""
+        """The variables for ``notify``, or for a loop in which it tells all ranks."""
+        everyone = notify if notify.blocks else None
+        if everyone is not None:
+            (notify,) = everyone.body
+            at_once = everyone.with_ops((notify.with_attrs(delay=None),))
+            if not body.tells_everyone(scope, at_once):
+                raise refuse(
+                    everyone, "a loop of notifies that are held back and do not tell all ranks"
+                )
         body.plain_notify(scope.program, notify)
         if not notify.get("drain"):
             raise refuse(notify, "a notify that is held back and drains nothing")
@@ -225,12 +233,25 @@ class Held:
             return body.word_of(scope, ref.symbol, body.element(notify, ref.index))
 
         kept = [("pending", word(notify.ref))]
-        if scope.program.symbols[notify.symbol].name == "counter":
+        fixed: list[str] = []
+        count = notify.get("count", 1)
+        if everyone is not None and count == 1:
+            call = "delayed_all_notify"
+        elif everyone is not None:
+            call, through = "delayed_counted_all_notify", notify["through"]
+            first = Ref(through.symbol, (Expr.const(0), *through.index[1:]))
+            kept.append(("pending_through", word(first)))
+            number = scope.program.constant(count)
+            if number is None:
+                kept.append(("pending_count", count))
+            else:
+                fixed = [str(number)]
+            fixed.append(scope.expr(access.strides(scope, through.symbol)[0]))
+        elif scope.program.symbols[notify.symbol].name == "counter":
             call, fixed = "delayed_tile_notify", body.reach(notify)
         else:
-            call, fixed = "delayed_peer_notify", []
+            call = "delayed_peer_notify"
             kept.append(("pending_peer", Expr.of(notify["peer"])))
-            count = notify.get("count", 1)
             if count != 1:
                 call = "delayed_counted_notify"
                 kept.append(("pending_through", word(notify["through"])))

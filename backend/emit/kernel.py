@@ -180,17 +180,22 @@ def _goes_on(program: Program, launch: Op, number: int) -> bool:
         return False
     if can_flatten(program.op, after) or flat_by_segment(program, after):
         return False
-    at = next((n for n, op in enumerate(after.body) if op.name == "for_tiles"), None)
-    if at is None:
-        return False
-    quiet = [o for op in after.body[: at + 1] for o in op.walk()]
-    if any(op.name in ("wait", "notify", "store", "transfer") for op in quiet):
-        return False
-    return any(op.name == "dot" for op in quiet)
+    at = next((n for n, op in enumerate(after.body) if not _quiet(op)), 0)
+    return any(o.name == "dot" for op in after.body[:at] for o in op.walk())
+
+
+def _quiet(op: Op) -> bool:
+    """Whether an op, and all inside, neither waits nor stores nor notifies."""
+    return not any(o.name in ("wait", "notify", "store", "transfer") for o in op.walk())
+
+
+def _delays(op: Op) -> bool:
+    """Whether an op is a notify that is held back, or a loop of them."""
+    return any(o.name == "notify" and o.get("delay") for o in op.walk())
 
 
 def _held(stage: Op) -> bool:
-    return any(op.name == "notify" and op.get("delay") for op in stage.walk())
+    return _delays(stage)
 
 
 def _stage(scope: Scope, launch: Op, stage: Op, flushed: bool) -> Held | None:
@@ -241,9 +246,16 @@ def _queue(
         return flat_stage(scope, stage, worker, step, count, flushed)
     else:
         stage = _hoist_waits(scope, stage)
+        notify = next((op for op in stage.body if _delays(op)), None)
+        held = None if notify is None else Held.of(scope, notify)
+        if held is not None:
+            held.begin(scope)
         head = f"for q in tl.range({worker}, {count}, {step}, num_stages=1):"
         with scope.writer.block(head):
-            _task(scope, stage, "q")
+            _task(scope, stage, "q", held)
+        if held is not None and flushed:
+            held.release(scope)
+        return None if flushed else held
     return None
 
 
@@ -294,21 +306,27 @@ def _dynamic(scope: Scope, stage: Op, count: str) -> None:
         scope.writer.line(f"{taken} = device.queue_next(ctx, {where})")
 
 
-def _task(scope: Scope, stage: Op, q: str) -> None:
+def _task(scope: Scope, stage: Op, q: str, held: Held | None = None) -> None:
+    """One task. What is held back is made before it first waits, stores or notifies; its own is ``held``."""
     scope.tokens.clear()
     scope.tile = q
     decode(scope, stage, stage.args, Walk.of(stage), q)
     if scope.hoisted or any(op.name == "wait" for op in stage.walk()):
         scope.writer.line("token = arrived" if scope.hoisted else "token = 0")
         scope.tokens.append("token")
-    ops = stage.body
-    if scope.held is not None:
-        at = 1 + next(n for n, op in enumerate(ops) if op.name == "for_tiles")
+    ops = tuple(op for op in stage.body if held is None or not _delays(op))
+    if scope.held is not None or held is not None:
+        at = next((n for n, op in enumerate(ops) if not _quiet(op)), len(ops))
         body.ops(scope, ops[:at])
-        scope.held.release(scope)
-        scope.held.forget(scope)
         ops = ops[at:]
+        if scope.held is not None:
+            scope.held.release(scope)
+            scope.held.forget(scope)
+        if held is not None:
+            held.release(scope)
     epilogue.ops(scope, ops)
+    if held is not None:
+        held.keep(scope)
     scope.tokens.clear()
     scope.hoisted = False
     scope.tile = "0"

@@ -183,9 +183,12 @@ def _stage(
     With ``roles`` the warps that store are not those that load the next tile: they drain at once.
     """
     signals = any(op.name == "notify" for op in stage.walk())
-    held = signals and not roles and can_flatten(program, stage)
-    blocks, starts = _blocks(program, stage), _starts(program, stage)
+    # A stage that sums in its epilogue is written with nested loops, and tells all ranks.
     sums = any(op.name == "load_sum" and op.operands for op in stage.walk())
+    static = stage.get("queue", "static") == "static"
+    tells = sums and static and all(_tells(op) for op in stage.body if _signals(op))
+    held = signals and not roles and (can_flatten(program, stage) or tells)
+    blocks, starts = _blocks(program, stage), _starts(program, stage)
 
     def mark(op: Op) -> Op:
         if op.name == "notify" and held:
@@ -209,6 +212,16 @@ def _stage(
     stage = rewrite(stage, mark)
     stores = [op for op in stage.walk() if op.name == "store" and op.get("via") == "tma"]
     return (rewrite(stage, drain) if (roles or sums) and stores else stage), held
+
+
+def _signals(op: Op) -> bool:
+    """Whether there is a notify in an op."""
+    return any(o.name == "notify" for o in op.walk())
+
+
+def _tells(op: Op) -> bool:
+    """Whether an op is a loop that does nothing but notify."""
+    return op.name == "for_range" and all(o.name == "notify" for o in op.body)
 
 
 def _blocks(program: Op, stage: Op) -> dict[str, int]:

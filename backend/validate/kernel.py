@@ -354,6 +354,23 @@ class KernelMachine(AccessMachine):
         if on.any():
             self.counted_flag(pending, peer, through, count, on, **facts)
 
+    def on_device_delayed_all_notify(self, ctx: Any, pending: Any) -> None:
+        """``device.delayed_all_notify``: one notify a peer."""
+        on, facts = self.held_back(ctx, pending)
+        for peer in range(self.layout.world) if on.any() else ():
+            self.flagged(pending, Num(peer), on, **facts)
+
+    def on_device_delayed_counted_all_notify(
+        self, ctx: Any, pending: Any, through: Any, count: Any, step: Any
+    ) -> None:
+        """``device.delayed_counted_all_notify``: one notify a peer, each counted by a counter of its own."""
+        on, facts = self.held_back(ctx, pending)
+        node = self.node or ast.Pass()
+        for peer in range(self.layout.world) if on.any() else ():
+            shift = self.arithmetic(ast.Mult, self.number(step), Num(peer), node)
+            at = self.arithmetic(ast.Add, self.number(through), shift, node)
+            self.counted_flag(pending, Num(peer), at, count, on, **facts)
+
     def flagged(self, word: Any, peer: Any, on: Mask | None = None, **facts: Any) -> None:
         """A notify of a peer's flag, in the lanes ``on`` (None: all that run)."""
         on = self.on if on is None else on

@@ -26,6 +26,7 @@ ADD = replace(SAMPLE, kernel="gemm_ar_add", tensor="P")
 # Columns are shared out: three of them, of which no rank has a whole number of rows.
 ACROSS = replace(SAMPLE, tiles=2)
 HELD = "device.delayed_counted_notify(ctx, pending, pending_peer, pending_through, 32)"
+TOLD = "device.delayed_counted_all_notify(ctx, pending_2, pending_through_2, 32, 2)"
 LARGE = (("K", 64), ("M", 128), ("N", 256))
 
 
@@ -35,11 +36,14 @@ def stages(program: Op) -> dict[str, Op]:
     return {stage.symbol: stage for stage in launch.find("stage")}
 
 
-def large(world: int, rows: int, resource: str, **fields: object) -> tuple[Op, Op]:
+def large(
+    world: int, rows: int, resource: str, workers: int = 132, **fields: object
+) -> tuple[Op, Op]:
     """Kernel and program of a product of (rows, 14336 / world) and (14336 / world, 8192)."""
     op = gemm_ar.build({"M": rows, "K": 14336 // world, "N": 8192}, {}, world)
     move = Move(resource, shots=2, **fields)  # type: ignore[arg-type]
-    return op, run_passes(op, Schedule(tiles=LARGE, stages=4, moves=(("C", move),)))
+    schedule = Schedule(tiles=LARGE, stages=4, workers=workers, moves=(("C", move),))
+    return op, run_passes(op, schedule)
 
 
 @pytest.mark.parametrize("resource", ["copy_engine", "sm:1", "epilogue"])
@@ -59,8 +63,9 @@ def test_the_own_tiles_are_summed_and_sent_where_they_are_made(
     assert names[at + 1 :] == ["for_range", "for_range"]
     (store,), (notify,) = own.body[at + 1].body, own.body[at + 2].body
     assert store.symbol == f"{name}.all" and store.operands == own.body[at].results
-    # Through TMA, so that the release drains.
+    # Through TMA, so that the release drains; held back, unless the queue is drawn from.
     assert store.get("via") == "tma" and notify.get("drain") is True
+    assert notify.get("delay") == (None if own.get("queue") == "dynamic" else 1)
     assert notify.symbol == f"{name}.summed"
     assert int(own.get("axis", 0)) == (1 if sample is ACROSS else 0)
     assert own["segments"] == 1 and str(own["visit"]) == "RANK"
@@ -100,8 +105,13 @@ def text_of(sample: Sample) -> str:
         ("for_range {hi = WORLD, lo = 0} do (%C.d", "for_range {hi = WORLD - 1, lo = 0} do (%C.d"),
         ("peer = (RANK + 1 + C.d) % WORLD", "peer = RANK"),
         # What is not yet stored is announced, or to some ranks alone.
-        ("{count = 3, drain = true, peer = C.p", "{count = 3, peer = C.p"),
-        ("{count = 3, drain = true, peer = C.p", "{count = 2, drain = true, peer = C.p"),
+        ("{count = 3, delay = 1, drain = true, peer = C.p", "{count = 3, delay = 1, peer = C.p"),
+        (
+            "{count = 3, delay = 1, drain = true, peer = C.p",
+            "{count = 2, delay = 1, drain = true, peer = C.p",
+        ),
+        # What is held back is lost.
+        ("    flush {drain = true}\n    stage @C.sum", "    stage @C.sum"),
         # A wait for others too few.
         ("wait @C.ready[0..RANK", "wait @C.ready[1..RANK"),
         ("wait @C.ready[RANK + 1..WORLD", "wait @C.ready[RANK + 2..WORLD"),
@@ -134,25 +144,34 @@ def test_large_tiles_do_not_spill(resource: str, rows: int, world: int) -> None:
 
 
 def test_the_text_of_large_tiles_is_read_back_and_held_to_its_peers() -> None:
-    _, program = large(4, 1024, "epilogue", sum="epilogue")
+    _, program = large(4, 1024, "epilogue", workers=40, sum="epilogue")
     text = emit(program)
     validate(read_module(Source("emitted.py", text)), program)
-    assert "n_own_part" in text and text.count("device.counted_all_tile_notify(") == 1
+    assert "n_own_part" in text and text.count("device.delayed_counted_all_notify(") == 2
     for old, new in (
-        # Another peer's memory under the number of this one, a slice for a buffer, no drain, a part twice.
+        # Another peer's memory under the number of this one, a slice for a buffer, a part twice, a rank left out.
         ('"C.all", peer=1)', '"C.all", peer=2)'),
         ('call.buffer("C.all", peer=1)', 'call.buffer("C.all", peer=1)[rank]'),
-        ("        device.drain_tma_stores()\n", ""),
         ("C_all_to.store([m_own_start, n_own_part_2]", "C_all_to.store([m_own_start, n_own_part]"),
         ("for C_d in range(0, 4)", "for C_d in range(1, 4)"),
         # What is held back past the first main loop is made once, by every worker, before it waits.
-        ("        pending = tl.full((), -1, tl.int32)\n        c_own", "        c_own"),
-        (f"    {HELD}\n\n", "\n"),
-        (f"        {HELD}\n        pending = tl.full((), -1, tl.int32)\n", ""),
+        ("        pending = tl.full((), -1, tl.int32)\n", ""),
+        (f"\n        {HELD}\n        pending = tl.full((), -1, tl.int32)\n", "\n"),
+        (f"\n        {TOLD}\n", "\n"),
+        (f"\n    {TOLD}\n", "\n"),
+        (f"\n    {TOLD}\n", "\n    device.delayed_all_notify(ctx, pending_2)\n"),
+        (f"\n        {TOLD}\n", f"\n        {TOLD.replace('32, 2', '31, 2')}\n"),
+        (f"\n        {TOLD}\n", f"\n        {TOLD.replace('32, 2', '32, 3')}\n"),
     ):
         assert old in text, old
         with pytest.raises(EmittedError):
             validate(read_module(Source("emitted.py", text.replace(old, new, 1))), program)
+    # Workers that have no own tile make what they hold back all the same.
+    _, program = large(4, 1024, "epilogue", sum="epilogue")
+    text = emit(program)
+    assert f"\n    {HELD}\n" in text
+    with pytest.raises(EmittedError):
+        validate(read_module(Source("e.py", text.replace(f"\n    {HELD}\n", "\n"))), program)
 
 
 @pytest.mark.parametrize("rows", [1024, 4096])
