@@ -352,7 +352,9 @@ def notify(scope: Scope, op: Op) -> None:
     symbol = op.ref.symbol
     plain_notify(scope.program, op)
     if op.get("delay"):
-        raise refuse(op, "a notify that is held back in a stage whose tasks are drawn, or not as the last of a task")
+        raise refuse(
+            op, "a notify that is held back, but not as the last of a queue that is static"
+        )
     where = word(scope, op, symbol, element(op, op.ref.index))
 
     def write() -> None:

@@ -429,8 +429,8 @@ def _copied(program: Op, schedule: Schedule, stage: Op) -> Op:
     most = schedule.tile(str(stage["extent"][0]), 128)
 
     def tasks(first: int) -> int:
-        counts = [-(-n // t) for n, t in zip(lengths, [first, *tiles[1:]], strict=True)]
-        return segments * math.prod(counts)
+        sizes = (first, *map(int, tiles[1:]))
+        return segments * math.prod(-(-n // t) for n, t in zip(lengths, sizes, strict=True))
 
     larger = 2 * tiles[0]
     if larger <= most and 2 * math.prod(tiles) <= COPIED_TILE and tasks(larger) >= schedule.workers:
