@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 from tilelink.ir import DTYPES, Op
 from tilelink.ir.layout import DATA, SLOT_BYTES
@@ -27,8 +28,8 @@ def default_schedule(kernel: Op) -> Schedule:
     straight into its ranks, since the fixed cost of a copy would show: a reduce of at most 1 MiB (of 24
     MiB in two shots), a scatter of at most 24 MiB. Where a product has too few tiles for the SMs, they are
     made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots.
-    Where the tiles of a product are more than there are workers, a reduce in two shots is summed in the epilogue
-    of its own tiles, which are computed while the parts of the others arrive.
+    Where the tiles of a product are more than there are workers, and parts are whole tiles, a reduce in two shots
+    is summed in the epilogue of its own tiles, which are computed while the parts of the others arrive.
     """
     extents = {op.symbol: int(op["value"]) for op in kernel.find("extent")}
     wide = any(op.get("dtype") == "fp32" for op in kernel.find("tensor"))
@@ -82,10 +83,11 @@ def _sums_own(kernel: Op, extents: dict[str, int], schedule: Schedule) -> bool:
     if store.operands[0].type.dtype != tensor["dtype"]:
         return False
     lengths = [d if isinstance(d, int) else int(d.evaluate(extents)) for d in nest["extent"]]
-    tasks = 1
-    for extent, length in zip(nest["extent"], lengths, strict=True):
-        tasks *= -(-length // schedule.tile(str(extent), 128))
-    return any(length % world == 0 for length in lengths) and tasks > schedule.workers
+    sizes = [schedule.tile(str(extent), 128) for extent in nest["extent"]]
+    tasks = prod(-(-length // size) for length, size in zip(lengths, sizes, strict=True))
+    # Parts that end within a tile leave by addresses, and cost registers that the sum needs.
+    whole = any(n % (world * size) == 0 for n, size in zip(lengths, sizes, strict=True))
+    return whole and tasks > schedule.workers
 
 
 def _smaller(
