@@ -148,6 +148,10 @@ class _Builder:
             for store in stores:
                 interval = self._interval(info.axis, info, store, tiles)
                 self._gives(info, nodes[rank], interval, rank, bool(store.get("relay")))
+            for added in accesses(stage, info.name, "load_sum"):
+                # The own part is in registers.
+                interval = self._interval(info.axis, info, added, tiles)
+                self._needs(info, nodes[rank], interval, rank, False)
             for load in loads:
                 interval = self._interval(info.axis, info, load, tiles)
                 total = info.shots == 2 and not load.get("relay")

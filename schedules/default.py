@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 from tilelink.ir import DTYPES, Op
 from tilelink.ir.layout import DATA, SLOT_BYTES
@@ -12,6 +13,9 @@ from tilelink.schedules.schedule import Move, Schedule
 # 9 and 17 MB takes 0.138 and 0.135 ms so and 0.162 and 0.164 by copy engine; of 38 MB, 0.354 and 0.316. An
 # all-reduce in one shot sends the whole to every rank: of 1 MB only.
 EPILOGUE_BYTES = {"reduce": 1 << 20, "scatter": 24 << 20}
+# Bytes of a sum over all ranks of which one shot is the faster way: 256 KB at 8 ranks, 1 MB at 2. One shot
+# sends every contribution to every rank, two shots send less and take one more trip over the link.
+ONE_SHOT_BYTES = 2 << 20
 # Tasks that are about enough for all SMs of a GPU: below, tiles are cut smaller.
 TASKS = 100
 COLUMNS = 64  # of the smallest tile
@@ -24,6 +28,8 @@ def default_schedule(kernel: Op) -> Schedule:
     straight into its ranks, since the fixed cost of a copy would show: a reduce of at most 1 MiB (of 24
     MiB in two shots), a scatter of at most 24 MiB. Where a product has too few tiles for the SMs, they are
     made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots.
+    Where the tiles of a product are more than there are workers, and parts are whole tiles, a reduce in two shots
+    is summed in the epilogue of its own tiles, which are computed while the parts of the others arrive.
     """
     extents = {op.symbol: int(op["value"]) for op in kernel.find("extent")}
     wide = any(op.get("dtype") == "fp32" for op in kernel.find("tensor"))
@@ -49,7 +55,39 @@ def default_schedule(kernel: Op) -> Schedule:
     if small is not None and _fits_slots(kernel, extents, moves):
         moves = {name: replace(move, slots=2) for name, move in moves.items()}
     chosen = small or Schedule(tiles=tuple(sorted(tiles.items())))
+    if len(moves) == 1 and _sums_own(kernel, extents, chosen):
+        moves = {name: replace(move, sum="epilogue") for name, move in moves.items()}
     return replace(chosen, moves=tuple(sorted(moves.items())))
+
+
+def _sums_own(kernel: Op, extents: dict[str, int], schedule: Schedule) -> bool:
+    """Whether the one moved tensor is a reduce in two shots whose sum can stand in an epilogue, and pays there."""
+    (tensor,) = (t for t in kernel.find("tensor") if t["move"] in ("gather", "scatter", "reduce"))
+    world, name = int(kernel["world"]), tensor.symbol
+    if tensor["move"] != "reduce" or world == 1:
+        return False
+    if any(op.get("dynamic") for op in kernel.find("extent")):
+        return False
+    if _bytes(tensor, extents) * world <= ONE_SHOT_BYTES:
+        return False
+    stores = [op for op in kernel.walk() if op.name == "store" and op.symbol == name]
+    nests = [op for op in kernel.body if op.blocks and any(o in stores for o in op.walk())]
+    if len(stores) != 1 or len(nests) != 1:
+        return False
+    (nest,), (store,) = nests, stores
+    tiled = nest.name == "for_tiles" and not nest.results and nest.get("extent") is not None
+    if not tiled or nest.body[-1] is not store or not any(o.name == "dot" for o in nest.walk()):
+        return False
+    if store.ref is None or store.ref.index != nest.args:
+        return False
+    if store.operands[0].type.dtype != tensor["dtype"]:
+        return False
+    lengths = [d if isinstance(d, int) else int(d.evaluate(extents)) for d in nest["extent"]]
+    sizes = [schedule.tile(str(extent), 128) for extent in nest["extent"]]
+    tasks = prod(-(-length // size) for length, size in zip(lengths, sizes, strict=True))
+    # Parts that end within a tile leave by addresses, and cost registers that the sum needs.
+    whole = any(n % (world * size) == 0 for n, size in zip(lengths, sizes, strict=True))
+    return whole and tasks > schedule.workers
 
 
 def _smaller(

@@ -37,15 +37,16 @@ class Move:
     compute tile) or ``none`` (the library's collective, not overlapped). ``tile``: elements along the
     moved axis of one communication tile; None lets the compiler choose. ``channels``: flags a source
     rank, None lets the compiler choose; more of them release the consumer earlier and cost more signals.
-    ``sum``: where the arrived parts of a scatter are added: in a ``stage`` of their own, or in the
-    ``epilogue`` of the tiles of this rank's own slice, which are computed last.
+    ``sum``: where the arrived parts of a scatter, or of a reduce in two shots, are added: in a ``stage`` of
+    their own, or in the ``epilogue`` of the tiles of this rank's own slice, which are computed last.
     ``shots``: how a reduce is exchanged. 1: every rank gets every contribution and sums all of them;
-    2: each rank sums a part, and hands the sum to every rank. None chooses by size; the library's
-    collective chooses for itself. ``slots``: 2 gives what peers write two places, used by odd and by even
-    calls: no call waits for acknowledgements of the one before, and no kernel goes before the launch. All
-    moved tensors of a kernel have the same; only workers of the launch may move them (``sm:N``,
-    ``epilogue``). ``streams``: side streams that share the copies of ``copy_engine``, so that while one
-    signals or waits, another copies; each has its channels where their number divides, else its peers.
+    2: each rank sums a part, and hands the sum to every rank. None chooses by size, and 2 where ``sum`` is
+    ``epilogue``; the library's collective chooses for itself. ``slots``: 2 gives what peers write two places,
+    used by odd and by even calls: no call waits for acknowledgements of the one before, and no kernel goes
+    before the launch. All moved tensors of a kernel have the same; only workers of the launch may move them
+    (``sm:N``, ``epilogue``). ``streams``: side streams that share the copies of ``copy_engine``, so that
+    while one signals or waits, another copies; each has its channels where their number divides, else its
+    peers.
     """
 
     resource: str = "copy_engine"
@@ -104,6 +105,8 @@ class Move:
         plain = replace(self, slots=1, streams=1, resource=resource)
         if plain.by_workers:
             return replace(plain, slots=self.slots)
+        if resource == "none":
+            return replace(plain, sum="stage")
         return replace(plain, streams=self.streams) if resource == "copy_engine" else plain
 
     @property

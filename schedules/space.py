@@ -162,7 +162,7 @@ def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
     """Combinations of the further fields of a move that mean something for it."""
     known = {field.name for field in fields(Move)}
     axes: dict[str, tuple[Any, ...]] = {}
-    if "sum" in known and kind == "scatter" and resource not in ("none", "collective"):
+    if "sum" in known and kind != "gather" and resource not in ("none", "collective"):
         axes["sum"] = _values("SUMS", "stage", "epilogue")
     if "shots" in known and kind == "reduce" and resource not in ("none", "collective"):
         axes["shots"] = (1, 2) if size <= SMALL_SUM else (2,)
@@ -170,7 +170,9 @@ def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
         axes["slots"] = (1, 2) if size <= SMALL_SUM else (1,)
     if resource == "copy_engine":
         axes["streams"] = (1, 2)
-    return [dict(zip(axes, some, strict=True)) for some in itertools.product(*axes.values())]
+    found = [dict(zip(axes, some, strict=True)) for some in itertools.product(*axes.values())]
+    # In one shot no rank owns a part of the sum.
+    return [one for one in found if not (one.get("shots") == 1 and one.get("sum") == "epilogue")]
 
 
 def _made(base: Any, **changes: Any) -> Any:

@@ -32,19 +32,23 @@ from tilelink.schedules.schedule import ORDERS
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LIMIT = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-5}
 FOLDED = ("copy_engine-folded", "sm:2-folded", "epilogue-folded")
+# The same of a reduce, in two shots.
+FOLDED_TWO = ("copy_engine-two-folded", "sm:2-two-folded", "epilogue-two-folded")
 RESOURCES = {
     "ag_gemm": ("copy_engine", "sm:2", "none"),
     "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED),
-    "gemm_ar": ("copy_engine", "sm:2", "epilogue", "none"),
+    "gemm_ar": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED_TWO),
 }
 MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
 
 
 def move_of(text: str, channels: int | None = None, tile: int | None = None) -> Move:
-    """The move of a resource's name; ``-folded`` behind it puts the sum into the epilogue."""
+    """The move of a resource's name; ``-folded`` behind it puts the sum into the epilogue, ``-two`` asks for
+    two shots."""
     folded = text.endswith("-folded")
-    resource = text.removesuffix("-folded")
-    return Move(resource, tile, channels, "epilogue" if folded else "stage")
+    text = text.removesuffix("-folded")
+    resource, shots = text.removesuffix("-two"), 2 if text.endswith("-two") else None
+    return Move(resource, tile, channels, "epilogue" if folded else "stage", shots)
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,9 @@ def cases(
 ) -> Case:
     """A case of ``kernel``; tile lengths often do not divide the shape."""
     world = draw(st.sampled_from(worlds))
-    m = (
-        draw(st.integers(1, 8 * size))
-        if kernel == "gemm_ar"
-        else world * draw(st.integers(1, 4 * size))
-    )
     resource = draw(st.sampled_from(RESOURCES[kernel]))
+    any_rows = kernel == "gemm_ar" and resource not in FOLDED_TWO
+    m = draw(st.integers(1, 8 * size)) if any_rows else world * draw(st.integers(1, 4 * size))
     beside = resource.startswith(("copy_engine", "none"))
     return Case(
         kernel=kernel,

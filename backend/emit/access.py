@@ -517,16 +517,16 @@ def _split(scope: Scope, label: str, text: str, block: tuple[int, ...]) -> tuple
 
 
 def _boxed_at_peer(scope: Scope, op: Op, ref: Ref, block: tuple[int, ...]) -> bool:
-    """Whether a store to a peer goes through TMA: whole tiles of this rank's slice of a buffer there."""
+    """Whether a store to a peer goes through TMA: whole tiles of a buffer there, or of this rank's slice."""
     shape = scope.program.shape(ref.symbol)
-    if op.get("via") != "tma" or len(shape) != 3 or len(block) != 2:
+    if op.get("via") != "tma" or len(shape) not in (2, 3) or len(block) != 2:
         return False
-    if ref.index[0] != Expr.name("RANK"):
+    if len(shape) == 3 and ref.index[0] != Expr.name("RANK"):
         return False
     decl = scope.program.symbols[ref.symbol]
     size = item_bytes(decl["dtype"])
-    inner = scope.program.constant(shape[2])
-    found = axes(scope, op, ref)[1:]
+    inner = scope.program.constant(shape[-1])
+    found = axes(scope, op, ref)[-2:]
     whole = all(a is not None and a.dim is not None and a.dim.exact and not a.vector for a in found)
     columns = block[1] // 2 if _in_halves(block) else block[1]
     fits = inner is not None and inner * size % 16 == 0 and columns * size >= 16
@@ -544,7 +544,7 @@ def _store_to_peer(scope: Scope, op: Op, ref: Ref, block: tuple[int, ...]) -> No
     text = scope.names[value.name]
     if decl["dtype"] != value.type.dtype:
         text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
-    rows, cols = axes(scope, op, ref)[1:]
+    rows, cols = axes(scope, op, ref)[-2:]
     assert rows is not None and cols is not None
     part = (block[0], block[1] // 2) if _in_halves(block) else block
     label = identifier_of(ref.symbol)

@@ -352,7 +352,9 @@ def notify(scope: Scope, op: Op) -> None:
     symbol = op.ref.symbol
     plain_notify(scope.program, op)
     if op.get("delay"):
-        raise refuse(op, "a notify that is held back in a stage that is not flattened")
+        raise refuse(
+            op, "a notify that is held back, but not as the last of a queue that is static"
+        )
     where = word(scope, op, symbol, element(op, op.ref.index))
 
     def write() -> None:
@@ -379,46 +381,40 @@ def _transfer(scope: Scope, op: Op) -> None:
     _guarded(scope, op, lambda: transfers.transfer(scope, op))
 
 
-def _everyone(scope: Scope, op: Op) -> list[str] | None:
-    """The arguments of the primitive that makes a loop over all ranks which only notifies; None for others."""
+def tells_everyone(scope: Scope, op: Op) -> bool:
+    """Whether a loop over all ranks only notifies them, which one call does for all."""
     notify = op.body[0] if len(op.body) == 1 else None
     if notify is None or notify.name != "notify" or notify.ref is None or op.results:
-        return None
+        return False
     program, d = scope.program, op.args[0].name
     whole = (program.constant(op["lo"]), program.constant(op["hi"])) == (0, program.world)
     own = program.symbols[notify.symbol].name == "flag" and str(notify.get("peer")) == d
     free = all(isinstance(i, Expr) and d not in i.names for i in notify.ref.index)
     count, through = Expr.of(notify.get("count", 1)), notify.get("through")
     if not (whole and own and free) or d in count.names or notify.get("if") is not None:
-        return None
+        return False
     if through is not None:
         first, *rest = through.index
         if str(first) != d or any(not isinstance(i, Expr) or d in i.names for i in rest):
-            return None
-    if notify.get("delay"):
-        return None
-    plain_notify(program, notify)
-    args = ["ctx", word(scope, notify, notify.symbol, element(notify, notify.ref.index))]
-    if program.constant(count) == 1:
-        return args
-    if through is None:
-        return None
-    counter = word(scope, notify, through.symbol, element(notify, (Expr.const(0), *rest)))
-    step = scope.expr(access.strides(scope, through.symbol)[0])
-    return [*args, counter, step, scope.expr(count)]
-
-
-def tells_everyone(scope: Scope, op: Op) -> bool:
-    """Whether a loop over all ranks only notifies them, which one call does for all."""
-    return _everyone(scope, op) is not None
+            return False
+    return not notify.get("delay") and (program.constant(count) == 1 or through is not None)
 
 
 def tell_everyone(scope: Scope, op: Op) -> None:
     """The call for such a loop, behind what was stored."""
-    everyone = _everyone(scope, op)
-    assert everyone is not None
-    kind = "all_tile_notify" if len(everyone) == 2 else "counted_all_tile_notify"
-    scope.writer.call(f"device.{kind}(", everyone)
+    program, (notify,) = scope.program, op.body
+    assert notify.ref is not None
+    plain_notify(program, notify)
+    args = ["ctx", word(scope, notify, notify.symbol, element(notify, notify.ref.index))]
+    count, through = notify.get("count", 1), notify.get("through")
+    if program.constant(count) == 1:
+        scope.writer.call("device.all_tile_notify(", args)
+        return
+    first = (Expr.const(0), *through.index[1:])
+    counter = word(scope, notify, through.symbol, element(notify, first))
+    step = scope.expr(access.strides(scope, through.symbol)[0])
+    args += [counter, step, scope.expr(count)]
+    scope.writer.call("device.counted_all_tile_notify(", args)
 
 
 def for_range(scope: Scope, op: Op) -> None:

@@ -47,6 +47,9 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     variable = own.type.shape[1]
     whole = scope.dims[variable]
     name, rows = scope.names[own.name], scope.blocks(own.type)[0]
+    # Signals come once, behind the stores of all parts.
+    at = next((n for n, op in enumerate(tail) if _signals(op)), len(tail))
+    tail, signals = tail[:at], tail[at:]
     parts, width = [name], whole.block
     least = ROLE_COLUMNS if scope.grid[0] else COLUMNS
     while rows * width > scope.each * 32 * scope.warps and width > least:
@@ -62,11 +65,28 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
         scope.names[own.name] = part
         body.ops(scope, tail if whole.exact else _by_addresses(tail))
     scope.dims[variable], scope.names[own.name] = whole, name
+    body.ops(scope, signals)
+
+
+def _signals(op: Op) -> bool:
+    """Whether an op is a notify, or a loop of notifies."""
+    return op.name == "notify" or (bool(op.blocks) and all(map(_signals, op.body)))
+
+
+def _sent(op: Op) -> bool:
+    """Whether an op is a loop over peers that stores the same into each."""
+    plain = op.name == "for_range" and not op.results
+    return plain and all(inner.name == "store" for inner in op.body)
 
 
 def _by_addresses(tail: tuple[Op, ...]) -> tuple[Op, ...]:
     """The ops without TMA, whose blocks must begin inside: a part of a short tile may have no column."""
-    return tuple(op.with_attrs(via=None) if op.get("via") else op for op in tail)
+
+    def plain(op: Op) -> Op:
+        op = op.with_ops(tuple(map(plain, op.body))) if op.blocks else op
+        return op.with_attrs(via=None) if op.get("via") else op
+
+    return tuple(map(plain, tail))
 
 
 def _halves(scope: Scope, name: str, rows: int, width: int) -> tuple[str, str]:
@@ -80,12 +100,20 @@ def _halves(scope: Scope, name: str, rows: int, width: int) -> tuple[str, str]:
 def _divisible(scope: Scope, tail: tuple[Op, ...]) -> bool:
     """Whether ``tail`` does the same to each part of the columns."""
     own = tail[0].operands[0]
-    if len(own.type.shape) != 2 or any(op.blocks or op.name in _WHOLE for op in tail):
+    if len(own.type.shape) != 2:
         return False
+    signals = False
+    for op in tail:
+        if signals and not _signals(op):
+            return False
+        signals |= _signals(op)
+        if op.name in _WHOLE or (op.blocks and not (_sent(op) or _signals(op))):
+            return False
     variable = own.type.shape[1]
     dim = scope.dims.get(variable)
     if dim is None or not (dim.exact or dim.stop):
         return False
     made = {value.name for op in tail for value in op.results}
-    given: set[Value] = {v for op in tail for v in op.operands if v.name not in made}
+    inside = (o for op in tail for o in op.walk())
+    given: set[Value] = {v for op in inside for v in op.operands if v.name not in made}
     return all(v == own or variable not in v.type.shape for v in given)

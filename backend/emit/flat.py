@@ -29,11 +29,14 @@ from tilelink.backend.passes.order_memory import main_loop
 from tilelink.ir import At, Expr, Index, Op, Range, Value
 
 
-def flat_stage(scope: Scope, stage: Op, worker: str, step: str, count: str, flushed: bool) -> None:
+def flat_stage(
+    scope: Scope, stage: Op, worker: str, step: str, count: str, flushed: bool
+) -> Held | None:
     """Write ``stage`` as one loop, or one a segment.
 
     ``worker`` takes positions worker, worker + step, … below ``count``. A notify
-    with ``delay`` waits for the next tile; ``flushed`` makes the last one behind the loop.
+    with ``delay`` waits for the next tile; ``flushed`` makes the last one behind the loop. Returned is what
+    is held back then.
     """
     writer = scope.writer
     at = next(i for i, op in enumerate(stage.body) if op.name == "for_tiles")
@@ -84,9 +87,11 @@ def flat_stage(scope: Scope, stage: Op, worker: str, step: str, count: str, flus
         first_one = worker if worker.endswith(")") else f"({worker})"
         writer.line(f"{turns} = tl.cdiv({count} - {first_one}, {step}) * {steps}")
         tiles(turns)
+    scope.dims.pop(variable.name, None)
     if held is not None and flushed:
         held.release(scope)
-    scope.dims.pop(variable.name, None)
+        return None
+    return held
 
 
 def _segments(

@@ -99,7 +99,9 @@ class Host:
                 args.append(f'call.extent("{parameter.symbol}")')
             else:
                 peer = "" if parameter.peer is None else str(parameter.peer)
-                whole = self.whole(parameter.symbol, peer) + ("[rank]" if peer else "")
+                axes = len(self.program.shape(parameter.symbol))
+                mine = peer and axes > len(parameter.block)
+                whole = self.whole(parameter.symbol, peer) + ("[rank]" if mine else "")
                 block = ", ".join(map(str, parameter.block))
                 other = ', "gluon"' if kernel.emitter == "gluon" else ""
                 made = f"call.descriptor({whole}, ({block}){other})"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tilelink.backend.emit import access, body, epilogue
 from tilelink.backend.emit.flat import flat_by_segment, flat_stage
+from tilelink.backend.emit.held import Held
 from tilelink.backend.emit.loops import Walk, decode, total
 from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import Writer, identifier
@@ -18,8 +19,8 @@ class Parameter:
     """A kernel parameter and where the host gets its value.
 
     ``kind`` is ``pointer``, ``descriptor``, ``extent``, ``scalar``, or ``context`` for those that
-    every kernel ends with; ``block`` is a descriptor's. With ``peer`` it is of this rank's slice of a
-    buffer of that peer.
+    every kernel ends with; ``block`` is a descriptor's. With ``peer`` it is of a buffer of that peer,
+    of the slice there that is this rank's where the buffer has one axis more than the block.
     """
 
     name: str
@@ -134,9 +135,12 @@ def _write(program: Program, launch: Op, system: frozenset[str]) -> Scope:
     for number, op in enumerate(launch.body):
         behind = launch.body[number + 1] if number + 1 < len(launch.body) else None
         if op.name == "stage":
-            _stage(
-                scope, launch, op, behind if behind is not None and behind.name == "flush" else None
-            )
+            flushed = behind is not None and behind.name == "flush"
+            late = flushed and _goes_on(program, launch, number)
+            held = _stage(scope, launch, op, flushed and not late)
+            if scope.held is not None:
+                scope.held.release(scope)
+            scope.held = held if late else None
         elif op.name == "flush":
             _flush(scope, launch, number)
     leave(scope, program, launch, system)
@@ -159,11 +163,44 @@ def _flush(scope: Scope, launch: Op, number: int) -> None:
         scope.writer.line("device.drain_tma_stores()")
 
 
+def _goes_on(program: Program, launch: Op, number: int) -> bool:
+    """Whether the flush behind a stage can wait until workers have passed the next stage's main loop.
+
+    A worker has to perform what it holds back before it waits, stores or notifies again. What it releases are
+    stores to a peer: right behind them it would wait for the link, past another main loop it does not.
+    """
+    stage = launch.body[number]
+    behind = launch.body[number + 2 : number + 3]
+    if not behind or behind[0].name != "stage":
+        return False
+    after = behind[0]
+    ours = [op for op in stage.walk() if op.name == "notify" and op.get("delay")]
+    if not ours or any(program.symbols[op.symbol].name == "counter" for op in ours):
+        return False
+    if any(op.get("workers") is not None for op in (stage, after)):
+        return False
+    if can_flatten(program.op, after) or flat_by_segment(program, after):
+        return False
+    at = next((n for n, op in enumerate(after.body) if not _quiet(op)), 0)
+    return any(o.name == "dot" for op in after.body[:at] for o in op.walk())
+
+
+def _quiet(op: Op) -> bool:
+    """Whether an op, and all inside, neither waits nor stores nor notifies."""
+    return not any(o.name in ("wait", "notify", "store", "transfer") for o in op.walk())
+
+
+def _delays(op: Op) -> bool:
+    """Whether an op is a notify that is held back, or a loop of them."""
+    return any(o.name == "notify" and o.get("delay") for o in op.walk())
+
+
 def _held(stage: Op) -> bool:
-    return any(op.name == "notify" and op.get("delay") for op in stage.walk())
+    return _delays(stage)
 
 
-def _stage(scope: Scope, launch: Op, stage: Op, flush: Op | None) -> None:
+def _stage(scope: Scope, launch: Op, stage: Op, flushed: bool) -> Held | None:
+    """The tasks of all workers; returned is the notify that they hold back at the end."""
     writer = scope.writer
     title = stage.symbol if stage.ref is not None else "stage"
     writer.line()
@@ -179,8 +216,7 @@ def _stage(scope: Scope, launch: Op, stage: Op, flush: Op | None) -> None:
         if first:
             worker = scope.fresh(f"{title}_worker")
             writer.line(f"{worker} = {turned(first)}")
-        _queue(scope, stage, worker, step, count, flush is not None)
-        return
+        return _queue(scope, stage, worker, step, count, flushed)
     worker = "tl.program_id(0)" if low == 0 else f"tl.program_id(0) - {low}"
     if first % (high - low):
         worker = f"({worker} + {high - low - first % (high - low)}) % {high - low}"
@@ -190,7 +226,7 @@ def _stage(scope: Scope, launch: Op, stage: Op, flush: Op | None) -> None:
     elif low:
         inside = f"(tl.program_id(0) >= {low}) & ({inside})"
     with writer.block(f"if {inside}:"):
-        _queue(scope, stage, worker, str(high - low), count, flush is not None)
+        return _queue(scope, stage, worker, str(high - low), count, flushed)
 
 
 def turned(first: int) -> str:
@@ -201,17 +237,27 @@ def turned(first: int) -> str:
     return f"(tl.program_id(0) + {first} * (tl.num_programs(0) - 1)) % tl.num_programs(0)"
 
 
-def _queue(scope: Scope, stage: Op, worker: str, step: str, count: str, flushed: bool) -> None:
+def _queue(
+    scope: Scope, stage: Op, worker: str, step: str, count: str, flushed: bool
+) -> Held | None:
     """The tasks of one worker: those at worker, worker + step, … of a static queue, or the next free."""
     if stage.get("queue", "static") == "dynamic":
         _dynamic(scope, stage, count)
     elif can_flatten(scope.program.op, stage) or flat_by_segment(scope.program, stage):
-        flat_stage(scope, stage, worker, step, count, flushed)
+        return flat_stage(scope, stage, worker, step, count, flushed)
     else:
         stage = _hoist_waits(scope, stage)
+        notify = next((op for op in stage.body if _delays(op)), None)
+        held = None if notify is None else Held.of(scope, notify)
+        if held is not None:
+            held.begin(scope)
         head = f"for q in tl.range({worker}, {count}, {step}, num_stages=1):"
         with scope.writer.block(head):
-            _task(scope, stage, "q")
+            _task(scope, stage, "q", held)
+        if held is not None and flushed:
+            held.release(scope)
+        return None if flushed else held
+    return None
 
 
 def _hoist_waits(scope: Scope, stage: Op) -> Op:
@@ -261,14 +307,27 @@ def _dynamic(scope: Scope, stage: Op, count: str) -> None:
         scope.writer.line(f"{taken} = device.queue_next(ctx, {where})")
 
 
-def _task(scope: Scope, stage: Op, q: str) -> None:
+def _task(scope: Scope, stage: Op, q: str, held: Held | None = None) -> None:
+    """One task. What is held back is made before it first waits, stores or notifies; its own is ``held``."""
     scope.tokens.clear()
     scope.tile = q
     decode(scope, stage, stage.args, Walk.of(stage), q)
     if scope.hoisted or any(op.name == "wait" for op in stage.walk()):
         scope.writer.line("token = arrived" if scope.hoisted else "token = 0")
         scope.tokens.append("token")
-    epilogue.ops(scope, stage.body)
+    ops = tuple(op for op in stage.body if held is None or not _delays(op))
+    if scope.held is not None or held is not None:
+        at = next((n for n, op in enumerate(ops) if not _quiet(op)), len(ops))
+        body.ops(scope, ops[:at])
+        ops = ops[at:]
+        if scope.held is not None:
+            scope.held.release(scope)
+            scope.held.forget(scope)
+        if held is not None:
+            held.release(scope)
+    epilogue.ops(scope, ops)
+    if held is not None:
+        held.keep(scope)
     scope.tokens.clear()
     scope.hoisted = False
     scope.tile = "0"

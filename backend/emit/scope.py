@@ -210,6 +210,7 @@ class Scope:
     contracted: frozenset[str] = frozenset()  # dimensions that a product sums over
     hoisted: bool = False  # waits of the stage stand before its loop
     folded: bool = False  # in a task that ends with a folded sum, whose values lie in rows
+    held: Any = None  # a notify that the stage before holds back, made behind the next main loop
     tile: str = "0"  # text of the tile number, for error records
     stages: int = 3
     warps: int = 4

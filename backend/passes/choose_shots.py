@@ -13,10 +13,7 @@ from tilelink.backend.passes.common import (
 from tilelink.frontend.owners import uniform_block
 from tilelink.ir import DTYPES, Expr, Index, Op, Value
 from tilelink.schedules import Schedule, ScheduleError
-
-# Bytes of a sum over all ranks of which one shot is the faster way: 256 KB at 8 ranks, 1 MB at 2. One shot
-# sends every contribution to every rank, two shots send less and take one more trip over the link.
-ONE_SHOT_BYTES = 2 << 20
+from tilelink.schedules.default import ONE_SHOT_BYTES
 
 
 def choose_shots(program: Op) -> Op:
@@ -52,7 +49,9 @@ def choose_shots(program: Op) -> Op:
                     help="use 1",
                 )
             continue
+        # A sum in an epilogue needs a part of this rank's.
         small = _bytes(program, tensor) * int(program["world"]) <= ONE_SHOT_BYTES
+        small &= move.sum == "stage"
         if move.shots == 1 or (move.shots is None and small):
             if move.resource == "epilogue":
                 program = _by_columns(program, schedule, tensor)

@@ -1,4 +1,4 @@
-"""``fold-sums``: the sum of a scatter moves into the epilogue of this rank's own tiles."""
+"""``fold-sums``: the sum of a scatter, or of a reduce in two shots, moves into the epilogue of own tiles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WHOLE_TILE = frozenset({"dot", "transpose", "reshape", "sum", "max", "min"})
 
 
 def fold_sums(program: Op) -> Op:
-    """Split the stage of a scatter whose move has ``sum = "epilogue"``, and join the sum to the own part.
+    """Split the stage that makes a tensor with ``sum = "epilogue"``, and join the sum to the own part.
 
     Before::
 
@@ -46,18 +46,22 @@ def fold_sums(program: Op) -> Op:
           store @C[%m.own, %n.own] (%s)
         }
 
-    Invariants: together the two stages visit every tile once; the contribution of this rank to its own
-    slice never touches memory; the first tile of the second queue goes to the worker behind the one that
-    had the last tile of the first.
+    What reads the sum of a reduce in two shots first is the stage that hands it on to every rank: its place
+    is in the epilogue then, and the stages behind it stay. Invariants: together the two stages visit every
+    tile once; the contribution of this rank to its own slice never touches memory; the first tile of the
+    second queue goes to the worker behind the one that had the last tile of the first.
     """
     for name, tensor in tensors_of(program).items():
         move = schedule_of(program).move(name)
         if move.sum != "epilogue" or program["world"] == 1:
             continue
-        if tensor["move"] != "scatter":
-            _refuse(tensor, f"`{name}` is no scatter: no rank owns a slice of its sum")
         if move.resource == "none":
             _refuse(tensor, f"`{name}` is summed by the library's collective")
+        if tensor["move"] != "scatter" and tensor.get("shots") != 2:
+            _refuse(
+                tensor,
+                f"`{name}` is neither a scatter nor summed in two shots: no rank sums a part",
+            )
         ops = [_fold(program, op, name) if op.name == "launch" else op for op in program.body]
         program = program.with_ops(tuple(ops))
     return program
@@ -74,9 +78,15 @@ def _fold(program: Op, launch: Op, name: str) -> Op:
     storing = [
         i
         for i, s in enumerate(stages)
-        if any(not op.get("final") for op in accesses(s, name, "store"))
+        if any(not (op.get("final") or op.get("relay")) for op in accesses(s, name, "store"))
     ]
-    reading = [i for i, s in enumerate(stages) if any(True for _ in accesses(s, name, "load"))]
+    # In two shots the parts are read to be handed on; what comes then are reads of the sum.
+    relayed = program.declared(name).get("shots") == 2
+    reading = [
+        i
+        for i, s in enumerate(stages)
+        if any(bool(op.get("relay")) == relayed for op in accesses(s, name, "load"))
+    ]
     if len(storing) != 1:
         _refuse(launch, f"{len(storing)} loops store `{name}`")
     if len(reading) != 1 or reading[0] <= storing[0]:
@@ -162,7 +172,7 @@ def _own(program: Op, maker: Op, reader: Op, info: Moved) -> Op:
         op = substitute(op, tail)
         if op.name != "load" or op.ref is None or op.ref.symbol != name:
             return op
-        return replace(op, name="load_sum", operands=own)
+        return replace(op, name="load_sum", operands=own).with_attrs(relay=None)
 
     body += tuple(joined(op) for op in reader.body)
     return replace(maker, ref=Ref(f"{name}.own"), blocks=(Block(args, body),)).with_attrs(

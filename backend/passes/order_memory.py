@@ -184,7 +184,11 @@ def _stage(
     it does not hold back it drains at once: the warps that store are not those that load the next tile.
     """
     signals = any(op.name == "notify" for op in stage.walk())
-    held = signals and can_flatten(program, stage)
+    # A stage that sums in its epilogue is written with nested loops, and tells all ranks.
+    sums = any(op.name == "load_sum" and op.operands for op in stage.walk())
+    static = stage.get("queue", "static") == "static"
+    tells = sums and static and all(_tells(op) for op in stage.body if _signals(op))
+    held = signals and (can_flatten(program, stage) or (tells and not roles))
     blocks, starts = _blocks(program, stage), _starts(program, stage)
 
     def mark(op: Op) -> Op:
@@ -194,11 +198,12 @@ def _stage(
             sides = [r for r in (op.ref, op.get("own")) if r is not None]
             if all(_boxed(program, side, blocks, starts) for side in sides):
                 return op.with_attrs(via="tma")
-        # Stores to a peer are worth it only where their release is held back.
+        # Stores to a peer are worth it only where their release is held back, or behind a product.
         local = op.get("peer") is None
-        if op.name == "store" and (held or (local and (roles or not signals))):
+        direct = not signals or roles if local else sums and not roles
+        if op.name == "store" and (held or direct):
             assert op.ref is not None
-            if _boxed(program, op.ref, blocks, starts, store=True, slice_=not local):
+            if _boxed(program, op.ref, blocks, starts, store=True, peer=not local):
                 return op.with_attrs(via="tma")
         return op
 
@@ -207,7 +212,17 @@ def _stage(
 
     stage = rewrite(stage, mark)
     stores = [op for op in stage.walk() if op.name == "store" and op.get("via") == "tma"]
-    return (rewrite(stage, drain) if roles and stores else stage), held
+    return (rewrite(stage, drain) if (roles or sums) and stores else stage), held
+
+
+def _signals(op: Op) -> bool:
+    """Whether there is a notify in an op."""
+    return any(o.name == "notify" for o in op.walk())
+
+
+def _tells(op: Op) -> bool:
+    """Whether an op is a loop that does nothing but notify."""
+    return op.name == "for_range" and all(o.name == "notify" for o in op.body)
 
 
 def _blocks(program: Op, stage: Op) -> dict[str, int]:
@@ -280,20 +295,20 @@ def _boxed(
     blocks: Mapping[str, int],
     starts: Mapping[str, int],
     store: bool = False,
-    slice_: bool = False,
+    peer: bool = False,
 ) -> bool:
     """Whether a region is a box of two axes that a TMA descriptor can have, wherever its tiles begin.
 
-    ``slice_``: behind an axis of ranks, of which it is the part of this one. A box that begins inside of
-    16 bytes of a row is an illegal instruction on sm_90.
+    ``peer``: in memory of a peer, there maybe behind an axis of ranks, of which it is the part of this one.
+    A box that begins inside of 16 bytes of a row is an illegal instruction on sm_90.
     """
     declared = program.declared(ref.symbol)
     if program.get("slots") is not None and declared.get("space") == "symmetric":
         return False  # a descriptor has one place
     dims = declared["dims"]
     index: tuple[Index, ...] = ref.index or tuple(All() for _ in dims)
-    if slice_:
-        if len(index) != 3 or index[0] != Expr.name("RANK"):
+    if peer and len(index) == 3:
+        if index[0] != Expr.name("RANK"):
             return False
         dims, index = dims[1:], index[1:]
     if declared["dtype"] not in _TMA_DTYPES or len(dims) != 2 or len(index) != 2:

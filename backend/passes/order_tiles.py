@@ -28,6 +28,8 @@ from tilelink.schedules import Schedule
 
 # Elements of a tile that a stage without a matrix product keeps in registers.
 ELEMENTWISE_TILE = 8192
+# Elements of a tile that is only copied: the longer a load, the less its latency counts.
+COPIED_TILE = 2 * ELEMENTWISE_TILE
 # Elements of the smallest tile of a sum: 16 bytes of 16-bit elements for each of 128 threads.
 LEAST_SUM = 1024
 DECLARATIONS = ("extent", "tensor", "scalar")
@@ -74,7 +76,7 @@ def order_tiles(program: Op) -> Op:
         ]
     for name, tensor in tensors_of(program).items():
         if tensor["move"] in ("scatter", "reduce") and tensor["role"] != "temp":
-            stages.append(_sum_stage(program, schedule, name))
+            stages.append(_copied(program, schedule, _sum_stage(program, schedule, name)))
     launch = make(
         "launch",
         ref=Ref(program.symbol),
@@ -412,6 +414,28 @@ def _spread(program: Op, schedule: Schedule, stage: Op) -> tuple[int, ...]:
     while 2 * tasks() <= schedule.workers and math.prod(tiles) >= 2 * LEAST_SUM and tiles[0] > 1:
         tiles[0] //= 2
     return tuple(tiles)
+
+
+def _copied(program: Op, schedule: Schedule, stage: Op) -> Op:
+    """The stage that copies sums which are there already with larger tiles, if all workers still have some."""
+    name = stage.body[0].symbol
+    if program.declared(name).get("shots") != 2:
+        return stage
+    names, tiles = environment(program), list(stage["tile"])
+    lengths = [int(Expr.of(e).evaluate(names)) for e in stage["extent"]]
+    axis = int(stage.get("axis") or 0)
+    lengths[axis] = int(stage["segment"])
+    segments = int(Expr.of(stage["extent"][axis]).evaluate(names)) // lengths[axis]
+    most = schedule.tile(str(stage["extent"][0]), 128)
+
+    def tasks(first: int) -> int:
+        sizes = (first, *map(int, tiles[1:]))
+        return segments * math.prod(-(-n // t) for n, t in zip(lengths, sizes, strict=True))
+
+    larger = 2 * tiles[0]
+    if larger <= most and 2 * math.prod(tiles) <= COPIED_TILE and tasks(larger) >= schedule.workers:
+        tiles[0] = larger
+    return stage.with_attrs(tile=tuple(tiles))
 
 
 def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:

@@ -103,6 +103,8 @@ class AccessMachine(TileCalls):
         self.ticket = np.zeros(self.lanes, dtype=np.int64)
         self.last_wait = np.zeros(self.lanes, dtype=np.int64)
         self.last_write = np.zeros(self.lanes, dtype=np.int64)
+        # The task whose stores came last in each lane; -1 where none did.
+        self.stored: tuple[Ints, Ints] = (np.array(-1), np.array(-1))
         self.queues: dict[int, Ints] = {}
         self.wait_names: list[int] = []
         self.left = False
@@ -249,6 +251,8 @@ class AccessMachine(TileCalls):
         self.dirty = self.dirty | on
         seq = self.trace.next()
         self.last_write = np.where(on, seq, self.last_write)
+        stage, segment = self.stored
+        self.stored = (np.where(on, self.stage, stage), np.where(on, self.segment, segment))
         if via == "tma":
             self.tma[symbol] = self.tma.get(symbol, np.zeros_like(on)) | on
         if not some.any():
@@ -271,7 +275,9 @@ class AccessMachine(TileCalls):
 
     def block(self, value: Descriptor, at: Any, on: Mask) -> tuple[Ints, Ints]:
         """The box of a TMA access, cut off at the end of the tensor as the hardware does."""
-        dims = self.layout.dims[value.symbol][0 if value.peer is None else 1 :]
+        dims = self.layout.dims[value.symbol]
+        if value.peer is not None:
+            dims = dims[len(dims) - len(value.block) :]
         if not isinstance(at, tuple) or len(at) != len(value.block) or len(at) != len(dims):
             self.unclear("the index of a descriptor")
         starts = [self.number(a) for a in at]
@@ -330,7 +336,9 @@ class AccessMachine(TileCalls):
             lo, hi = self.block(part, at, on)
             home, first = self.rank, 0
             if part.peer is not None:
-                home, first = np.full(self.lanes, part.peer, dtype=np.int64), 1
+                home = np.full(self.lanes, part.peer, dtype=np.int64)
+            if len(part.block) < len(self.layout.dims[part.symbol]):
+                first = 1
                 lo = np.column_stack((self.rank, lo))
                 hi = np.column_stack((self.rank + 1, hi))
             axes = tuple(range(first, first + len(part.block)))

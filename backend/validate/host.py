@@ -264,14 +264,17 @@ class HostMachine(Machine):
             self.unclear("a descriptor of something that is no tensor")
         if not isinstance(block, tuple) or not all(isinstance(b, int) for b in block):
             self.unclear("a block that is not constant")
+        dims = np.array(self.layout.dims[view.symbol])
         if view.whole and not np.any(view.home != self.rank):
             return Descriptor(view.symbol, block, None, emitter)
-        dims = np.array(self.layout.dims[view.symbol])
+        if view.whole and len(block) == len(dims) and constant(view.home) is not None:
+            return Descriptor(view.symbol, block, constant(view.home), emitter)
         mine = len(view.axes) == len(dims) - 1 and not np.any(view.lo[:, 0] != self.rank)
         mine &= not np.any(view.hi[:, 0] != self.rank + 1) and not np.any(view.lo[:, 1:])
         peer = constant(view.home)
+        mine &= len(block) == len(dims) - 1
         if not mine or np.any(view.hi[:, 1:] != dims[1:]) or peer is None:
-            self.unclear("a descriptor of neither a whole tensor nor this rank's slice of a peer's")
+            self.unclear("a descriptor of neither a whole tensor nor this rank's slice of it")
         return Descriptor(view.symbol, block, peer, emitter)
 
     def on_head(self, ack_wait: Any = True) -> None:

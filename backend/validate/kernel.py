@@ -329,20 +329,14 @@ class KernelMachine(AccessMachine):
             return on, {}
         if np.any(on & (self.last_wait > self.last_write)):
             self.hazard("a notify is held back while its worker waits")
-        if self.stage >= 0:
-            stage, final = self.stage, self.segment
-            # Before the task's first store it is the task before that the notify is for.
-            segment = np.where(self.dirty, final, final - 1)
-        else:
-            line = self.site[0]
-            before = [n for n, loop in enumerate(self.loops) if loop.lineno < line]
-            if not before or before[-1] not in self.trace.segments:
-                self.hazard("a delayed notify that follows no stores")
-            stage = before[-1]
-            self.trace.flushed.add(stage)
-            segment = self.trace.segments[stage] - 1
-        if np.any(segment[on] < 0):
+        stages, segment = (full(part, self.lanes) for part in self.stored)
+        stage = constant(stages[on])
+        if stage is None:
+            self.unclear("workers that make notifies of different stages at once")
+        if stage < 0 or np.any(segment[on] < 0):
             self.hazard("a delayed notify that follows no stores")
+        if stage != self.stage:
+            self.trace.flushed.add(stage)
         self.tma = {s: lanes & ~on for s, lanes in self.tma.items()}
         return on, {"delayed": True, "stage": stage, "segment": segment}
 
@@ -359,6 +353,23 @@ class KernelMachine(AccessMachine):
         on, facts = self.held_back(ctx, pending)
         if on.any():
             self.counted_flag(pending, peer, through, count, on, **facts)
+
+    def on_device_delayed_all_notify(self, ctx: Any, pending: Any) -> None:
+        """``device.delayed_all_notify``: one notify a peer."""
+        on, facts = self.held_back(ctx, pending)
+        for peer in range(self.layout.world) if on.any() else ():
+            self.flagged(pending, Num(peer), on, **facts)
+
+    def on_device_delayed_counted_all_notify(
+        self, ctx: Any, pending: Any, through: Any, count: Any, step: Any
+    ) -> None:
+        """``device.delayed_counted_all_notify``: one notify a peer, each counted by a counter of its own."""
+        on, facts = self.held_back(ctx, pending)
+        node = self.node or ast.Pass()
+        for peer in range(self.layout.world) if on.any() else ():
+            shift = self.arithmetic(ast.Mult, self.number(step), Num(peer), node)
+            at = self.arithmetic(ast.Add, self.number(through), shift, node)
+            self.counted_flag(pending, Num(peer), at, count, on, **facts)
 
     def flagged(self, word: Any, peer: Any, on: Mask | None = None, **facts: Any) -> None:
         """A notify of a peer's flag, in the lanes ``on`` (None: all that run)."""

@@ -67,7 +67,8 @@ class Pointer:
 class Descriptor:
     """A TMA descriptor of all of ``symbol`` of this rank, in blocks of ``block`` elements.
 
-    With ``peer``: of the slice that belongs to this rank, by the first axis, in the memory of that peer.
+    With ``peer``: in the memory of that peer, of all of it or, where the block has an axis less, of the slice
+    that belongs to this rank by the first axis.
     ``emitter``: of which kernels it can be an argument.
     """
 

@@ -18,8 +18,25 @@ Ownership: TypeAlias = "Ints | npt.NDArray[np.bool_] | None"
 def others(owner: Ownership, ranks: int) -> Ownership:
     """What is of other ranks' parts."""
     assert owner is not None
+    if owner.ndim == 2:
+        return np.logical_not(owner)
     theirs: npt.NDArray[np.bool_] = owner[None, :] != np.arange(ranks)[:, None]
     return theirs
+
+
+def parts_of(tiles: Sequence[Tile], extents: Sequence[int]) -> list[Ownership]:
+    """Of which indices of each variable the boxes of ``tiles`` (arrays ``[ranks, n]``) are, on each rank.
+
+    None of a variable that the boxes of every rank walk from end to end.
+    """
+    found: list[Ownership] = []
+    for tile, extent in zip(tiles, extents, strict=True):
+        mine = np.zeros((len(tile.start), extent), dtype=np.bool_)
+        for rank, (starts, stops) in enumerate(zip(tile.start, tile.stop, strict=True)):
+            for lo, hi in np.unique(np.stack([starts, stops], axis=1), axis=0).tolist():
+                mine[rank, max(lo, 0) : hi] = True
+        found.append(None if mine.all() else mine)
+    return found
 
 
 def partition_fault(

@@ -20,7 +20,7 @@ from tilelink.backend.expand import Tile, environment, evaluate, loop_tiles, own
 from tilelink.backend.expand_rows import Expansion, Phase
 from tilelink.backend.verify.dataflow import summed_symbols
 from tilelink.backend.verify.errors import DataflowError
-from tilelink.backend.verify.grid import Ownership, others, partition_fault
+from tilelink.backend.verify.grid import Ownership, others, partition_fault, parts_of
 from tilelink.backend.verify.sameness import Names, padded
 from tilelink.errors import Span
 from tilelink.ir import TILE, All, At, Block, Expr, Op, Ref, Type, Value, make, op_line
@@ -61,6 +61,7 @@ class _Turn:
     args: tuple[Value, ...]
     number: int
     final: bool
+    relay: bool
 
 
 class _Meaning:
@@ -224,7 +225,8 @@ class _Meaning:
 
         The second does not store its contribution to X. In place of the store, which comes last, stands
         all that the kernel does next to the sum of X on the same tile: the next nest, or the delivery of
-        an output. The tiles of both are the nest's, those of the second this rank's part.
+        an output, or where X is summed in two shots that the sum is handed on. The tiles of both are the
+        nest's, those of the second this rank's part.
         """
         if done == len(self.nests):
             self.fail(first.op, "the kernel has no such loop")
@@ -237,10 +239,13 @@ class _Meaning:
         made = self.loops(first.op, nest)
         last = made.body[-1] if made.body else nest
         whole = last.name == "store" and last.ref is not None and last.ref.index == made.args
-        if more or self.moved(name) != "scatter" or stores != [last] or not whole:
+        if more or self.moved(name) not in CONTRIBUTED or stores != [last] or not whole:
             detail = f"the kernel's loop does not end with its only store of `{name}`, by its tiles"
             self.fail(sum_, detail)
-        delivered = self.tensors[name]["role"] != "temp"
+        relayed = self.moved(name) == "reduce"
+        if relayed and self.relays(second.op) != name:
+            self.fail(sum_, f"this rank alone gets the sum of `{name}`")
+        delivered = relayed or self.tensors[name]["role"] != "temp"
         if not delivered and done + 1 == len(self.nests):
             self.fail(sum_, "the kernel has no loop behind it")
         reader = self.delivery(name) if delivered else self.nests[done + 1]
@@ -259,14 +264,17 @@ class _Meaning:
         self.number, self.final = done, False
         self.compare(first.op, made, (*self.prelude, *made.body))
         number = len(self.nests) if delivered else done + 1
-        self.turn = _Turn(tail[0], second.op, read.args, number, delivered)
+        self.turn = _Turn(tail[0], second.op, read.args, number, delivered and not relayed, relayed)
         self.compare(second.op, made, (*self.prelude, *made.body[:-1], *tail))
+        self.relay = False
         grids = [[tile for _, tile in phase.tiles] for phase in (first, second)]
-        fault = partition_fault(grids[1], read.lengths, read.owned)
-        if all(part is None for part in read.owned) or made.owned != [None] * len(made.owned):
+        # Who sums which part is free, as where a stage of its own does.
+        mine = parts_of(grids[1], read.lengths) if relayed else read.owned
+        fault = partition_fault(grids[1], read.lengths, mine)
+        if all(part is None for part in mine) or made.owned != [None] * len(made.owned):
             fault = "are not those of all ranks' parts and of this one's"
         # The first visits what is of other ranks, on a grid of its own: it may be the library's.
-        rest = [None if part is None else others(part, self.out.world) for part in read.owned]
+        rest = [None if part is None else others(part, self.out.world) for part in mine]
         fault = fault or partition_fault(grids[0], made.lengths, rest)
         if fault:
             self.fail(second.op, f"its tasks, and those of the stage before it, {fault}")
@@ -355,6 +363,7 @@ class _Meaning:
             if self.turn is not None and op is self.turn.op:
                 # From here on the tiles are those of the kernel's next loop.
                 self.number, self.final = self.turn.number, self.turn.final
+                self.relay = self.turn.relay
                 self.bind(self.turn.stage, self.turn.stage.args, self.turn.args)
                 self.turn = None
             if not left:

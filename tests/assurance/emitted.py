@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from tests.emitted_mutants import Mutant, mutants
-from tests.strategies import FOLDED, move_of
+from tests.strategies import FOLDED, FOLDED_TWO, move_of
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
@@ -36,8 +36,8 @@ RESOURCES = {
     "ag_gemm_swiglu": ("copy_engine", "sm:2", "none"),
     "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED),
     "gemm_rs_add": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED),
-    "gemm_ar": ("copy_engine", "sm:2", "epilogue", "none"),
-    "gemm_ar_add": ("copy_engine", "sm:2", "epilogue", "none"),
+    "gemm_ar": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED_TWO),
+    "gemm_ar_add": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED_TWO),
 }
 MUTATED = ("ag_gemm", "gemm_rs", "gemm_ar")
 # What the library's products can be beside.
@@ -135,15 +135,25 @@ def fingerprint(validator: Validator) -> str:
     """All events of all workers in their order, without the lines that they stand on.
 
     Writes between two signals of a worker are in no order: a text is only accepted where all writes
-    of a task to one tensor are of different places.
+    of a task to one tensor are of different places. A notify that is held back may stand behind any of the reads
+    that follow its task.
     """
     found = hashlib.sha256()
     for trace in validator.traces:
         both: list[Touch | Signal] = [*trace.touches, *trace.signals]
         events = sorted(both, key=lambda e: e.seq)
         writes: list[bytes] = []
+        reads: list[bytes] = []
         for event in events:
             one = _digest(event)
+            if isinstance(event, Touch) and not event.write:
+                reads.append(one)
+                continue
+            if reads and not (isinstance(event, Signal) and event.delayed):
+                for part in (*sorted(writes), *reads):
+                    found.update(part)
+                writes.clear()
+                reads.clear()
             if isinstance(event, Touch) and event.write:
                 writes.append(one)
                 continue
@@ -151,8 +161,8 @@ def fingerprint(validator: Validator) -> str:
                 found.update(write)
             writes.clear()
             found.update(one)
-        for write in sorted(writes):
-            found.update(write)
+        for part in (*sorted(writes), *reads):
+            found.update(part)
     return found.hexdigest()
 
 

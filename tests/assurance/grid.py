@@ -115,10 +115,14 @@ def samples() -> list[Sample]:
                 found.append(replace(plain, emitter="library"))
             if not by_rank and resource not in ("none", "sm:2"):
                 found.append(replace(plain, tiles=2, columns=2, shots=2))
+                folded = f"{resource}-folded"
+                found.append(replace(plain, resource=folded, tiles=2, columns=2, shots=2))
             if resource in ("epilogue", "sm:1"):
                 found.append(replace(plain, tiles=2, slots=2))
             if resource == "epilogue" and not by_rank:
                 found.append(replace(plain, tiles=2, columns=2, shots=2, slots=2))
+                folded = f"{resource}-folded"
+                found.append(replace(plain, resource=folded, tiles=4, shots=2, slots=2))
     return found
 
 

@@ -38,7 +38,7 @@ KERNELS = {"ag_gemm": ag_gemm, "gemm_rs": gemm_rs, "gemm_ar": gemm_ar}
 RESOURCES = {
     "ag_gemm": ("copy_engine", "sm:1", "sm:2"),
     "gemm_rs": ("sm:1", "sm:2", "epilogue", "sm:2-folded", "epilogue-folded"),
-    "gemm_ar": ("sm:1", "sm:2", "epilogue"),
+    "gemm_ar": ("sm:1", "sm:2", "epilogue", "sm:2-two-folded", "epilogue-two-folded"),
 }
 
 

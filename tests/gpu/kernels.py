@@ -112,6 +112,8 @@ def cases() -> list[Case]:
         if kernel == "gemm_ar":
             others += ["copy_engine-two", "sm:16-two", "sm:16-two-slots", "epilogue-two"]
             others += ["epilogue-two-slots", "epilogue-one-slots"]
+            others += ["copy_engine-two-folded", "sm:16-two-folded", "epilogue-two-folded"]
+            others += ["epilogue-two-folded-slots"]
         found += [
             Case(kernel, *shape, resource=r)
             for r in others
@@ -141,7 +143,9 @@ def schedule_for(case: Case, world: int) -> Any:
     )
     # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots.
     resource, *words = case.resource.split("-")
-    changes: dict[str, Any] = {"sum": "epilogue"} if "folded" in words else {}
+    changes: dict[str, Any] = {}
+    if words:
+        changes["sum"] = "epilogue" if "folded" in words else "stage"
     if "one" in words or "two" in words:
         changes["shots"] = 1 if "one" in words else 2
     if words:

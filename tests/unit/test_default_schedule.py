@@ -42,6 +42,24 @@ def test_what_does_not_fill_a_gpu_keeps_large_tiles_and_one_slot() -> None:
     assert schedule.move("C").slots == 1
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "world", "where"),
+    [
+        (1024, 8192, 4, "epilogue"),
+        (4096, 8192, 8, "epilogue"),
+        # One wave of tiles; parts that are no whole tiles of either axis; one shot.
+        (256, 8192, 4, "stage"),
+        (1000, 8200, 8, "stage"),
+        (1024, 8192, 1, "stage"),
+    ],
+)
+def test_a_reduce_of_several_waves_is_summed_in_its_epilogue(
+    m: int, n: int, world: int, where: str
+) -> None:
+    for kernel, tensor in (("gemm_ar", "C"), ("gemm_ar_add", "P")):
+        assert chosen(kernel, m, 3584, n, world).move(tensor).sum == where
+
+
 def test_large_sums_go_by_copy_engine() -> None:
     assert chosen("gemm_ar", 8192, 3584, 8192).move("C").resource == "copy_engine"
     assert chosen("gemm_rs", 8192, 3584, 8192).move("C").resource == "copy_engine"

@@ -116,7 +116,7 @@ def rows_of_a_sum(A, B, C):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     ("kernel", "moves", "said"),
     [
-        (gemm_ar, {"C": Move("epilogue", sum="epilogue")}, "no scatter"),
+        (gemm_ar, {"C": Move("epilogue", shots=1, sum="epilogue")}, "neither a scatter nor"),
         (gemm_rs, {"C": Move("none", sum="epilogue")}, "collective"),
         (two_sums, {"C": Move("epilogue", sum="epilogue")}, "stored last"),
         (rows_of_a_sum, {"P": Move("epilogue", sum="epilogue")}, "arithmetic on each element"),

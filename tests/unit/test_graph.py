@@ -78,3 +78,22 @@ def test_one_call_has_no_cycle(kernel: str) -> None:
     graph = build_graph(getattr(kernels, kernel).build(EXTENTS, world=WORLD))
     call = nx.DiGraph((u, v) for u, v, kind in graph.edges(data="kind") if kind == "RAW")
     assert nx.is_directed_acyclic_graph(call)
+
+
+@pytest.mark.parametrize(("kernel", "shots"), [("gemm_rs", None), ("gemm_ar", 2)])
+def test_an_own_tile_that_sums_in_its_epilogue_needs_the_parts_of_all_others(
+    kernel: str, shots: int | None
+) -> None:
+    op = getattr(kernels, kernel).build({**EXTENTS, "M": 32 * WORLD}, world=WORLD)
+    tiles = tuple((name, 16) for name in "KMN")
+    move = Move("epilogue", channels=2, sum="epilogue", shots=shots)
+    graph = build_graph(op, Schedule(tiles=tiles, workers=4, moves=(("C", move),)))
+    own = [(n, d) for n, d in graph.nodes(data=True) if n.startswith("C.own")]
+    assert len(own) == WORLD * 2 * 3
+    for node, data in own:
+        rank, channel = data["rank"], data["tile"]["m.own"][0] % 32 // 16
+        others = [source for source in range(WORLD) if source != rank]
+        assert needs(graph, node) == {f"C[{channel}]:{source}->{rank}" for source in others}
+        sent = {v for _, v, kind in graph.out_edges(node, data="kind") if kind == "RAW"}
+        told = {f"C.summed[{channel}]:{rank}->{target}" for target in others}
+        assert {v for v in sent if "->" in v} == (told if shots == 2 else set())

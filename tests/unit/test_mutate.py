@@ -65,7 +65,11 @@ def test_grid_is_wide_enough() -> None:
         "gemm_ar_add",
     }
     plain = {"copy_engine", "sm:1", "sm:2", "epilogue", "none"}
-    assert {s.resource for s in chosen} == plain | set(FOLDED)
+    assert {s.resource for s in chosen} == plain | set(FOLDED) | {"sm:1-folded"}
+    assert {s.shots for s in chosen if s.resource in FOLDED and s.emitter != "library"} == {
+        None,
+        2,
+    }
     assert {s.world for s in chosen} == {2, 3}
     assert len({s.name for s in chosen}) == len(chosen)
 

@@ -14,7 +14,9 @@ from tilelink.backend.emit.triton import emit
 from tilelink.backend.passes import PASSES
 from tilelink.backend.passes.order_memory import order_memory, rewrite
 from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.validate import read_module, validate
 from tilelink.backend.verify import BoundsError, verify
+from tilelink.errors import Source
 from tilelink.ir import Op, parse_ir, print_ir
 from tilelink.schedules import Move, Schedule, default_schedule
 
@@ -196,6 +198,18 @@ def test_a_notify_at_once_in_a_flattened_stage_drains_only_where_it_says_so() ->
     assert "drain_tma_stores" not in body(without(program, "drain"))
 
 
+@pytest.mark.parametrize("resource", ["copy_engine", "sm:2", "epilogue"])
+def test_nested_loops_hold_a_notify_back_too(resource: str) -> None:
+    def nested(op: Op) -> Op:
+        return op.with_attrs(flatten=None) if op.name == "stage" else op
+
+    program = rewrite(fused("gemm_rs", resource), nested)
+    text = emit(program)
+    validate(read_module(Source("emitted.py", text)), program)
+    held = next(line for line in text.splitlines() if "device.delayed_" in line)
+    assert text.index(held) < text.index(".store([")
+
+
 def test_wide_offsets_are_those_that_say_so() -> None:
     program = without(fused("ag_gemm", "none"), "via")
     assert "tl.int64)" not in body(program).split("# Stage")[1]
@@ -215,7 +229,6 @@ def test_wide_offsets_are_those_that_say_so() -> None:
         ("notify", {"order": "relaxed"}, "a notify with `order = relaxed`"),
         ("notify", {"barrier": False}, "a notify without the barrier"),
         ("notify", {"drain": None}, "held back and drains nothing"),
-        ("stage", {"flatten": None}, "a stage that is not flattened"),
         ("flag", {"cleared": True}, "a flag with `cleared = true`"),
         ("counter", {"cleared": False}, "a counter with `cleared = false`"),
     ],

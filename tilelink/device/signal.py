@@ -306,9 +306,7 @@ def _words(peers, world, word):
 def all_tile_notify(ctx, word):
     """Release: flag ``word`` of every rank becomes this call's epoch, after every thread's stores."""
     tl.debug_barrier()
-    flags, inside = _words(ctx.peers, ctx.world, word)
-    value = inside.to(tl.int32) * 0 + ctx.epoch
-    tl.atomic_xchg(flags, value, mask=inside, sem="release", scope="sys")
+    _tell_all(ctx, word)
 
 
 @triton.jit
@@ -319,6 +317,36 @@ def counted_all_tile_notify(ctx, word, through, step, count):
     also releases what the others stored.
     """
     tl.debug_barrier()
+    _tell_all_counted(ctx, word, through, step, count)
+
+
+@triton.jit
+def delayed_all_notify(ctx, pending):
+    """Release: as :func:`all_tile_notify`, of flags ``pending`` for a tile stored one tile ago; see
+    :func:`delayed_peer_notify`."""
+    if pending >= 0:
+        word = _stored(pending)
+        _tell_all(ctx, word)
+
+
+@triton.jit
+def delayed_counted_all_notify(ctx, pending, through, count, step):
+    """Release: as :func:`counted_all_tile_notify`, for a tile stored one tile ago; see
+    :func:`delayed_peer_notify`."""
+    if pending >= 0:
+        word = _stored(pending)
+        _tell_all_counted(ctx, word, through, step, count)
+
+
+@triton.jit
+def _tell_all(ctx, word):
+    flags, inside = _words(ctx.peers, ctx.world, word)
+    value = inside.to(tl.int32) * 0 + ctx.epoch
+    tl.atomic_xchg(flags, value, mask=inside, sem="release", scope="sys")
+
+
+@triton.jit
+def _tell_all_counted(ctx, word, through, step, count):
     ranks = axis(MAX_WORLD)
     one = ranks * 0 + 1
     counters = ctx.arena + through + ranks * step
