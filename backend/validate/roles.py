@@ -95,7 +95,6 @@ class GroupMachine(RoleMachine):
         self.met = zeros.copy()
         self.met_at = zeros.copy()
         self.columns: set[int] = set()  # of tiles that the group has
-        self.stored, self.stored_of = zeros - 1, zeros - 1  # the last task with a store, its stage
 
     def begin(self, fresh: Mask) -> None:
         """A task begins in some lanes: the one before must be over."""
@@ -464,18 +463,7 @@ class GroupMachine(RoleMachine):
     def write(self, symbol: str, via: str, on: Mask, *args: Any, **facts: Any) -> None:
         """A write of the epilogue."""
         self.epilogue()
-        self.stored = np.where(on, self.segment, self.stored)
-        self.stored_of = np.where(on, self.stage, self.stored_of)
         super().write(symbol, via, on, *args, **facts)
-
-    def held_back(self, ctx: Any, pending: Any) -> tuple[Mask, dict[str, Any]]:
-        """A group holds back the notify of the task in which it has stored last, its own one."""
-        on, facts = super().held_back(ctx, pending)
-        if facts:
-            facts["segment"] = self.stored
-            if np.any(self.stored_of[on] != facts["stage"]):
-                self.hazard("a delayed notify that follows no stores")
-        return on, facts
 
     def on_device_delayed_tile_notify(self, *_: Any, **facts: Any) -> None:
         """A notify whose barrier is that of all warps, which other roles never come to."""
@@ -483,6 +471,8 @@ class GroupMachine(RoleMachine):
 
     on_device_delayed_peer_notify = on_device_delayed_tile_notify
     on_device_delayed_counted_notify = on_device_delayed_tile_notify
+    on_device_delayed_all_notify = on_device_delayed_tile_notify
+    on_device_delayed_counted_all_notify = on_device_delayed_tile_notify
     on_roles_sum_parts = KernelMachine.on_device_tile_sum_parts
     on_roles_delayed_tile_notify = KernelMachine.on_device_delayed_tile_notify
     on_roles_delayed_peer_notify = KernelMachine.on_device_delayed_peer_notify

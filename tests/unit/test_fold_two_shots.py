@@ -155,8 +155,8 @@ def test_the_text_of_large_tiles_is_read_back_and_held_to_its_peers() -> None:
         ("C_all_to.store([m_own_start, n_own_part_2]", "C_all_to.store([m_own_start, n_own_part]"),
         ("for C_d in range(0, 4)", "for C_d in range(1, 4)"),
         # What is held back past the first main loop is made once, by every worker, before it waits.
-        ("        pending = tl.full((), -1, tl.int32)\n", ""),
-        (f"\n        {HELD}\n        pending = tl.full((), -1, tl.int32)\n", "\n"),
+        ("        pending = tl.cast(-1, tl.int32)\n", ""),
+        (f"\n        {HELD}\n        pending = tl.cast(-1, tl.int32)\n", "\n"),
         (f"\n        {TOLD}\n", "\n"),
         (f"\n    {TOLD}\n", "\n"),
         (f"\n    {TOLD}\n", "\n    device.delayed_all_notify(ctx, pending_2)\n"),
