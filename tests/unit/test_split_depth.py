@@ -22,6 +22,7 @@ from tilelink.kernels import ag_gemm, ag_gemm_swiglu, gemm_ar, gemm_rs
 from tilelink.schedules import Move, Schedule, ScheduleError
 
 WORLD = 2
+STORED = Move("epilogue")
 MOVED = {"ag_gemm": "A", "ag_gemm_swiglu": "A", "gemm_rs": "C", "gemm_ar": "C"}
 CASES = [
     (ag_gemm, Move("copy_engine")),
@@ -37,7 +38,7 @@ CASES = [
 ]
 
 
-def schedule(kernel: Any, move: Move = Move("epilogue"), split: int = 2, **fields: Any) -> Schedule:
+def schedule(kernel: Any, move: Move = STORED, split: int = 2, **fields: Any) -> Schedule:
     """Small tiles, a few workers, sums in parts."""
     return Schedule(
         tiles=(("K", 16), ("M", 16), ("N", 32)),
@@ -49,7 +50,7 @@ def schedule(kernel: Any, move: Move = Move("epilogue"), split: int = 2, **field
     )
 
 
-def fused(kernel: Any, move: Move = Move("epilogue"), **fields: Any) -> Op:
+def fused(kernel: Any, move: Move = STORED, **fields: Any) -> Op:
     """The program of a small kernel, proven."""
     op = kernel.build({"M": 32, "N": 64, "K": 96}, world=WORLD)
     return compile_kernel(op, schedule(kernel, move, **fields))
@@ -58,9 +59,7 @@ def fused(kernel: Any, move: Move = Move("epilogue"), **fields: Any) -> Op:
 def integers(*shape: int, seed: int) -> list[torch.Tensor]:
     """One tensor a rank whose products and sums are exact."""
     made = torch.Generator().manual_seed(seed)
-    return [
-        torch.randint(-3, 4, shape, generator=made).to(torch.bfloat16) for _ in range(WORLD)
-    ]
+    return [torch.randint(-3, 4, shape, generator=made).to(torch.bfloat16) for _ in range(WORLD)]
 
 
 def arguments(kernel: Any, rows: int = 32, depth: int = 96) -> Sequence[list[torch.Tensor]]:
@@ -235,7 +234,10 @@ def test_parts_are_equal_and_of_a_depth_that_is_known() -> None:
     [
         # A part twice and another never; the parts in another order; only some of them.
         ("%k.part at s.m * (K / 2) + k.part.start, %n", "%k.part, %n"),
-        ("%k.part at s.m * (K / 2) + k.part.start, %n", "%k.part at k.part.start + 48 - s.m * 48, %n"),
+        (
+            "%k.part at s.m * (K / 2) + k.part.start, %n",
+            "%k.part at k.part.start + 48 - s.m * 48, %n",
+        ),
         ("add (%acc.3.p0, %acc.3.p1)", "add (%acc.3.p1, %acc.3.p0)"),
         ("add (%acc.3.p0, %acc.3.p1)", "add (%acc.3.p0, %acc.3.p0)"),
         ("load @depth.C[%m, 1, %n]", "load @depth.C[%m, 0, %n]"),
