@@ -104,7 +104,8 @@ class Expansion:
 
     ``phases`` of an agent stand in the order in which its workers come to them. ``problems`` holds what
     could not be enumerated, with a sentence each: nothing is proven of such a program. ``assumptions``
-    hold what was taken as a bound.
+    hold what was taken as a bound. ``meant`` has, by the identity of their op, accesses and axes at which the
+    kernel itself places a tile elsewhere than at its own start: the coordinate meant there is the index.
     """
 
     program: Op
@@ -120,6 +121,7 @@ class Expansion:
     assumptions: list[str] = field(default_factory=list)
     problems: list[tuple[Op, str]] = field(default_factory=list)
     owners: dict[str, tuple[Ints, Ints]] = field(default_factory=dict)
+    meant: set[tuple[int, int]] = field(default_factory=set)
 
     @property
     def world(self) -> int:

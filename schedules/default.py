@@ -19,6 +19,8 @@ ONE_SHOT_BYTES = 2 << 20
 # Tasks that are about enough for all SMs of a GPU: below, tiles are cut smaller.
 TASKS = 100
 COLUMNS = 64  # of the smallest tile
+# Depth of a product that takes as long as adding one part to it: 715 TFLOP/s of bf16 against 2.1 TB/s of parts.
+PART_DEPTH = 340
 
 
 def default_schedule(kernel: Op) -> Schedule:
@@ -30,7 +32,8 @@ def default_schedule(kernel: Op) -> Schedule:
     MiB in two shots), a scatter of at most 24 MiB. Where a product has too few tiles for the SMs, they are
     made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots.
     Where the tiles of a product are more than there are workers, and parts are whole tiles, a reduce in two shots
-    is summed in the epilogue of its own tiles, which are computed while the parts of the others arrive.
+    is summed in the epilogue of its own tiles, which are computed while the parts of the others arrive; but not
+    many tiles, of which each would add parts for longer than it multiplies.
     """
     extents = {op.symbol: int(op["value"]) for op in kernel.find("extent")}
     wide = any(op.get("dtype") == "fp32" for op in kernel.find("tensor"))
@@ -91,7 +94,8 @@ def _sums_own(kernel: Op, extents: dict[str, int], schedule: Schedule) -> bool:
     tasks = prod(-(-length // size) for length, size in zip(lengths, sizes, strict=True))
     # Parts that end within a tile leave by addresses, and cost registers that the sum needs.
     whole = any(n % (world * size) == 0 for n, size in zip(lengths, sizes, strict=True))
-    return whole and tasks > schedule.workers
+    shallow = min(extents[name] for name in product_extents(kernel)[2]) < PART_DEPTH * (world - 1)
+    return whole and tasks > schedule.workers and not (shallow and tasks > 2 * schedule.workers)
 
 
 def _smaller(

@@ -15,6 +15,7 @@ ORDERS = ("auto", "row", "grouped", "arrival", "departure")
 EMITTERS = ("triton", "gluon", "library")
 MAX_TILE = 2**20
 MAX_STAGES = 16
+MAX_SPLIT = 16
 MAX_WORKERS = 2**13
 MAX_STREAMS = 4
 SUMS = ("stage", "epilogue")
@@ -130,8 +131,9 @@ class Schedule:
     Triton kernel. ``emitter``: ``triton``; ``gluon``: matrix products run as kernels whose warps have
     roles, ``warps`` then those that multiply and ``stages`` the slots of the ring that they are fed
     from; ``library``: loop nests that are one plain matrix product run as cuBLAS; with both, the rest
-    as with ``triton``. ``flatten``: one loop over tiles and steps of the main loop. ``moves``: a
-    :class:`Move` for each moved tensor by name.
+    as with ``triton``. ``flatten``: one loop over tiles and steps of the main loop. ``split``: parts
+    into which the depth of a product is cut, for different workers; their sums in fp32 are added in order.
+    ``moves``: a :class:`Move` for each moved tensor by name.
     """
 
     tiles: tuple[tuple[str, int], ...] = ()
@@ -142,6 +144,7 @@ class Schedule:
     stages: int = 3
     emitter: str = "triton"
     flatten: bool = True
+    split: int = 1
     moves: tuple[tuple[str, Move], ...] = ()
 
     def __post_init__(self) -> None:
@@ -161,7 +164,7 @@ class Schedule:
                     detail=f"{size} is no power of two",
                     help="Triton's tiles are powers of two",
                 )
-        for name in ("group", "workers", "warps", "stages"):
+        for name in ("group", "workers", "warps", "stages", "split"):
             _positive(name, getattr(self, name))
         if self.warps & (self.warps - 1) or self.warps > 32:
             raise ScheduleError(
@@ -188,6 +191,18 @@ class Schedule:
                 field="emitter",
                 detail=f"`{self.emitter}`",
                 help="use one of " + ", ".join(EMITTERS),
+            )
+        if self.split > MAX_SPLIT:
+            raise ScheduleError(
+                field="split",
+                detail=f"{self.split} parts",
+                help=f"use 1 to {MAX_SPLIT}: all of them are added at once",
+            )
+        if self.split > 1 and self.emitter != "triton":
+            raise ScheduleError(
+                field="split",
+                detail=f"`{self.emitter}` multiplies by whole sums",
+                help="use the emitter triton, or 1",
             )
         for name, move in self.moves:
             if move.sm_workers >= self.workers:
@@ -291,6 +306,7 @@ _KINDS: dict[str, type] = {
     "stages": int,
     "emitter": str,
     "flatten": bool,
+    "split": int,
 }
 _SPOKEN = {str: "a string", int: "a whole number", bool: "true or false"}
 

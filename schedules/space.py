@@ -67,7 +67,7 @@ class Space:
             for tiles in self._tiles(self.product):
                 depths = RING_STAGES if emitter == "gluon" else STAGES
                 for warps, stages in itertools.product((4, 8), depths):
-                    for extra in self._extras(emitter):
+                    for extra in self._extras(emitter, tiles):
                         made = _made(
                             self.base,
                             tiles=tiles,
@@ -101,7 +101,7 @@ class Space:
         """Tile lengths of the product's extents; others keep their default."""
         rows, columns, depth = product.names
         tallest, widest, deepest = product.extent
-        if _moved_rows(self.kernel, rows):
+        if _moved_rows(self.kernel, rows, ("gather", "shard")):
             tallest = max(1, tallest // int(self.kernel["world"]))
         sizes = (
             _fitting(ROW_TILES, tallest),
@@ -114,12 +114,19 @@ class Space:
             new = dict.fromkeys(rows, m) | dict.fromkeys(columns, n) | dict.fromkeys(depth, k)
             yield tuple(sorted({**dict(self.base.tiles), **new}.items()))
 
-    def _extras(self, emitter: str) -> Iterator[dict[str, Any]]:
-        """The fields beside tiles, warps and stages: group, and split where there is one."""
-        known = {field.name for field in fields(Schedule)}
-        splits = SPLITS if "split" in known and emitter != "library" else (1,)
+    def _extras(self, emitter: str, tiles: tuple[tuple[str, int], ...]) -> Iterator[dict[str, Any]]:
+        """The fields beside tiles, warps and stages: group and split."""
+        assert self.product is not None
+        rows = self.product.names[0]
+        tallest = self.product.extent[0]
+        if _moved_rows(self.kernel, rows):
+            tallest = max(1, tallest // int(self.kernel["world"]))
+        splits: tuple[int, ...] = SPLITS if emitter == "triton" else (1,)
+        if dict(tiles)[rows[0]] not in _fitting(ROW_TILES, tallest):
+            # A tile that is stored ends with the slice of its owner; parts of sums are not stored there.
+            splits = tuple(split for split in splits if split > 1)
         for group, split in itertools.product(GROUPS, splits):
-            yield {"group": group} | ({"split": split} if "split" in known else {})
+            yield {"group": group, "split": split}
 
     def _plain(self, schedule: Schedule) -> Schedule:
         """A library's product has no tiles, warps or stages of ours: those of the default stand for all."""
@@ -189,10 +196,14 @@ def _fitting(sizes: Sequence[int], length: int) -> list[int]:
     return found or [sizes[0]]
 
 
-def _moved_rows(kernel: Op, rows: Sequence[str]) -> bool:
-    """Whether the rows of the product are spread over the ranks, so that tiles end at each shard."""
+def _moved_rows(
+    kernel: Op, rows: Sequence[str], moves: Sequence[str] = ("gather", "scatter", "shard")
+) -> bool:
+    """Whether ``moves`` spread the rows of the product over the ranks, so that tiles end at each shard."""
     return any(
-        tensor.get("over") is not None and str(tensor["dims"][tensor["over"]]) in rows
+        tensor.get("over") is not None
+        and tensor["move"] in moves
+        and str(tensor["dims"][tensor["over"]]) in rows
         for tensor in kernel.find("tensor")
     )
 
@@ -244,13 +255,23 @@ def legal(product: Product | None, schedule: Schedule) -> bool:
         return True
     if schedule.emitter == "gluon":
         return _has_roles(product, schedule)
-    m, n, _ = product.tile(schedule)
+    m, n, k = product.tile(schedule)
+    if schedule.split > 1 and not _worth_splitting(product, schedule, (m, n, k)):
+        return False
     if schedule.warps * 32 * ACCUMULATORS < m * n * product.dots:
         return False
     # More warps than 16 rows or 32 columns each would idle.
     if schedule.warps * 16 > max(m, 64) * max(1, n // 32):
         return False
     return product.shared_bytes(schedule) <= SHARED_BYTES - SHARED_RESERVE
+
+
+def _worth_splitting(product: Product, schedule: Schedule, tile: tuple[int, int, int]) -> bool:
+    """Whether half as many parts would leave workers without a task, and all parts are of whole steps."""
+    (m, n, k), (rows, columns, depth) = tile, product.extent
+    tasks = ceil(rows / m) * ceil(columns / n)
+    fewer = tasks * schedule.split // 2 < schedule.workers
+    return fewer and depth % (schedule.split * k) == 0
 
 
 def _has_roles(product: Product, schedule: Schedule) -> bool:
@@ -274,7 +295,7 @@ def estimate_us(product: Product | None, schedule: Schedule, machine: Machine) -
         flops = 2.0 * rows * columns * depth * product.dots
         whole = Task(flops, product.dtype, 1.0, rows, columns * product.dots)
         return library_us(machine, whole, 0.0)
-    split = int(getattr(schedule, "split", 1))
+    split = schedule.split
     size = DTYPES[product.dtype]
     steps = ceil(depth / split / k)
     tiles = ceil(rows / m) * ceil(columns / n) * split
@@ -293,7 +314,14 @@ def estimate_us(product: Product | None, schedule: Schedule, machine: Machine) -
     turns = schedule.emitter == "gluon" and roles_of(m, n, product.dots) == TURNS
     code = Code(schedule.emitter, schedule.warps, schedule.stages, schedule.flatten, turns)
     one = task_us(machine, task, code, machine.sms, min(workers, tiles), 0.0)
-    return ceil(tiles / workers) * one
+    return ceil(tiles / workers) * one + (_adding_us(product, split, machine) if split > 1 else 0.0)
+
+
+def _adding_us(product: Product, split: int, machine: Machine) -> float:
+    """Microseconds until parts of sums, in fp32, are known to be there, read and added."""
+    rows, columns, _ = product.extent
+    size = rows * columns * product.dots * split * DTYPES["fp32"]
+    return machine.store_signal_us + machine.load_us + size / (machine.sum_gbps * 1e3)
 
 
 def by_class(

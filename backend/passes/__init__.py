@@ -15,9 +15,11 @@ from tilelink.backend.passes.order_tiles import order_tiles
 from tilelink.backend.passes.place_notifies import place_notifies
 from tilelink.backend.passes.place_waits import place_waits
 from tilelink.backend.passes.plan_buffers import plan_buffers
+from tilelink.backend.passes.split_depth import split_depth
 from tilelink.ir import Op
 
 PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
+    ("split-depth", split_depth),
     ("choose-shots", choose_shots),
     ("order-tiles", order_tiles),
     ("fold-sums", fold_sums),

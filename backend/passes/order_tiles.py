@@ -224,7 +224,7 @@ def _tile_inner(program: Op, schedule: Schedule, op: Op) -> Op:
     if op.get("extent") is None:
         return op.with_attrs(tile=(64,))
     names = environment(program)
-    tiles = tuple(_clip(schedule.tile(str(e), 64), e, names) for e in op["extent"])
+    tiles = tuple(_clip(schedule.tile(_whole(e), 64), e, names) for e in op["extent"])
     op = op.with_attrs(tile=tiles)
     if len(op["extent"]) == 1 and program["world"] > 1:
         walked = [
@@ -236,6 +236,13 @@ def _tile_inner(program: Op, schedule: Schedule, op: Op) -> Op:
             owner = min(walked, key=lambda m: m.block)
             op = op.with_attrs(segment=owner.block, visit=_arrival(owner))
     return op
+
+
+def _whole(extent: Expr | int) -> str:
+    """The extent that a schedule names: that of which ``extent`` is one of several equal parts."""
+    if isinstance(extent, Expr) and extent.op == "/" and len(extent.names) == 1:
+        return min(extent.names)
+    return str(extent)
 
 
 def _clip(size: int, extent: Expr | int, names: dict[str, int]) -> int:

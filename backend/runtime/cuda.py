@@ -54,12 +54,14 @@ class Program:
 
     def slots(self, extents: Extents) -> dict[str, Slot]:
         """The tensors of a call with these values of the dynamic extents."""
+        if not extents:
+            return self.image.tensors
         key = tuple(extents.values())
         found = self._slots.get(key)
         if found is None:
             if len(self._slots) >= PLANS:
                 self._slots.clear()
-            found = self._slots[key] = self.image.at(extents) if key else self.image.tensors
+            found = self._slots[key] = self.image.at(extents)
         return found
 
     def allocate(self, given: Mapping[str, torch.Tensor | None], extents: Extents) -> Tensors:

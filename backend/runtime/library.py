@@ -1,4 +1,4 @@
-"""Products by the vendor's library, with the arithmetic of a tile: fp32 sums, rounded once."""
+"""The vendor's library: products with the arithmetic of a tile (fp32 sums, rounded once), and collectives."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 Fetch = Callable[[], torch.Tensor]
+Collective = Callable[[torch.Tensor, torch.Tensor], None]
 
 # By the dtype of the operands: a switch of `torch.backends.cuda.matmul`, values that leave sums in fp32, and
 # the one to set where it has another. TF32 rounds operands of fp32; reduced precision rounds parts of a sum.
@@ -50,6 +52,43 @@ def matmul(
         torch._C._set_grad_enabled(recording)
         for name, value in changed:
             setattr(switches, name, value)
+
+
+def collective_of(op: str, group: Any, device: torch.device) -> Collective:
+    """A function of ``(target, source)`` that enqueues a collective of ``group`` on the current stream.
+
+    ``op``: ``all_gather``, ``reduce_scatter`` (sum), both along the first axis of contiguous tensors, or
+    ``all_reduce`` (sum), in place: of ``target`` alone. It is what the function of ``torch.distributed`` comes
+    to: the same call of the group's backend, with its time limit and its watchdog. The function's own checks
+    and decorators take as long as the rest of a small call, so options are made once and they are left out.
+    ValueError for another ``op``.
+    """
+    if op not in ("all_gather", "reduce_scatter", "all_reduce"):
+        raise ValueError(f"unknown collective {op}")
+    backend = group._get_backend(device)
+    options: Any
+    if op == "all_gather":
+        from torch._C._distributed_c10d import AllgatherOptions
+
+        options, enqueue = AllgatherOptions(), backend._allgather_base
+    elif op == "reduce_scatter":
+        options, enqueue = dist.ReduceScatterOptions(), backend._reduce_scatter_base
+    else:
+        options, enqueue = dist.AllreduceOptions(), backend.allreduce
+    # On the current stream: no events to and from one of the backend's own.
+    options.asyncOp = False
+
+    def move(target: torch.Tensor, source: torch.Tensor) -> None:
+        work = enqueue(target, source, options)
+        if work is not None:
+            work.wait()
+
+    def add(target: torch.Tensor, _: torch.Tensor) -> None:
+        work = enqueue([target], options)
+        if work is not None:
+            work.wait()
+
+    return add if op == "all_reduce" else move
 
 
 def place_of(

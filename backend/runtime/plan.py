@@ -10,6 +10,7 @@ A plan keeps addresses, not tensors; what the library is called with is found an
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import triton
 
 from tilelink import knobs
@@ -26,7 +26,7 @@ from tilelink.backend.runtime.driver import Event, driver, rows_of
 from tilelink.backend.runtime.errors import DriverError
 from tilelink.backend.runtime.guard import CTAS, guard_kernel
 from tilelink.backend.runtime.image import Slot
-from tilelink.backend.runtime.library import Fetch, matmul, place_of
+from tilelink.backend.runtime.library import Fetch, collective_of, matmul, place_of
 from tilelink.backend.runtime.views import Views, spread_axis
 from tilelink.device import acknowledge_kernel, head_kernel, notify_kernel, wait_kernel
 from tilelink.ir import layout
@@ -95,14 +95,12 @@ _compiled: dict[tuple[object, ...], Any] = {}
 
 def _specialised(kernel: Any, args: tuple[Any, ...]) -> Iterator[object]:
     """What of a kernel's arguments Triton compiles in: kinds, alignments, numbers unless told not to."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Gluon
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+    described, gluon = _descriptor_types()
     for parameter, value in zip(kernel.params, args, strict=False):
         if isinstance(value, torch.Tensor):
             yield value.dtype, value.data_ptr() % 16 == 0
-        elif isinstance(value, TensorDescriptor | Gluon):
-            laid_out = repr(value.layout) if isinstance(value, Gluon) else ""
+        elif isinstance(value, described):
+            laid_out = repr(value.layout) if isinstance(value, gluon) else ""
             yield value.base.dtype, tuple(value.block_shape), value.padding, laid_out
         elif isinstance(value, int) and parameter.do_not_specialize:
             yield int, -(1 << 31) <= value < 1 << 31, value >= 1 << 63
@@ -112,13 +110,21 @@ def _specialised(kernel: Any, args: tuple[Any, ...]) -> Iterator[object]:
             yield type(value), value
 
 
-def _plain(argument: Any) -> Any:
+@functools.cache
+def _descriptor_types() -> tuple[tuple[Any, ...], Any]:
+    """The classes of tensor descriptors, and Gluon's among them."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Gluon
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    return (TensorDescriptor, Gluon), Gluon
+
+
+def _plain(argument: Any) -> Any:
+    if isinstance(argument, int | float):
+        return argument
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr()
-    if isinstance(argument, TensorDescriptor | Gluon):
+    if isinstance(argument, _descriptor_types()[0]):
         plain = object.__new__(type(argument))
         plain.__dict__.update(argument.__dict__)
         plain.base = Pointer(argument.base)
@@ -241,6 +247,10 @@ class Agent:
         return self.event
 
 
+def _nothing(target: torch.Tensor, source: torch.Tensor) -> None:
+    """A collective of one rank."""
+
+
 def _waiting(event: Event) -> Command:
     """The main stream waits for ``event``."""
     wait = driver().wait_event
@@ -301,36 +311,39 @@ class Recorder(Views):
     ) -> None:
         """The library's collective along the axis on which the shapes differ, on the main stream."""
         self._join_main(after)
-        group, world = self._group, self.world
-        if op not in ("all_gather", "reduce_scatter", "all_reduce"):
-            raise ValueError(f"unknown collective {op}")
         ends = (dst.shape, src.shape) if op == "reduce_scatter" else (src.shape, dst.shape)
         axis = spread_axis(*ends)
-
         source_now, target_now = self._fetch(src), self._fetch(dst)
-        in_place = src.data_ptr() == dst.data_ptr()
+        in_place, world = src.data_ptr() == dst.data_ptr(), self.world
+        enqueue = collective_of(op, self._group, dst.device) if world > 1 else _nothing
 
-        def collective(_: int) -> None:
-            source, target = source_now(), target_now()
+        def along_rows(_: int) -> None:
+            enqueue(target_now(), source_now())
+
+        def gather(_: int) -> None:
+            source = source_now()
+            parts = source.new_empty((world, *source.shape))
+            enqueue(parts.view(-1), source.reshape(-1))
+            target_now().copy_(torch.cat(parts.unbind(0), dim=axis))
+
+        def scatter(_: int) -> None:
+            enqueue(target_now(), torch.stack(source_now().chunk(world, dim=axis)))
+
+        def apart(_: int) -> None:
+            target, source = target_now(), source_now()
+            target.copy_(source)
+            enqueue(target, source)
+
+        if op == "all_reduce" or world == 1:
+            self.plan.add(along_rows if in_place else apart)
+        elif axis:
             # The library knows the first axis only.
-            if op == "all_gather" and axis:
-                parts = source.new_empty((world, *source.shape))
-                dist.all_gather_into_tensor(parts.view(-1), source.reshape(-1), group=group)
-                target.copy_(torch.cat(parts.unbind(0), dim=axis))
-            elif op == "all_gather" and world > 1:
-                dist.all_gather_into_tensor(target, source, group=group)
-            elif op == "reduce_scatter" and axis:
-                parts = torch.stack(source.chunk(world, dim=axis))
-                dist.reduce_scatter_tensor(target, parts, group=group)
-            elif op == "reduce_scatter" and world > 1:
-                dist.reduce_scatter_tensor(target, source, group=group)
-            else:
-                if not in_place:
-                    target.copy_(source)
-                if world > 1:
-                    dist.all_reduce(target, group=group)
-
-        self.plan.add(collective)
+            self.plan.add(gather if op == "all_gather" else scatter)
+        else:
+            self.plan.add(along_rows)
+        # Ranks may make graphs of different calls, but NCCL registers the buffers of captured collectives, on all
+        # ranks or on none; its communicators cannot be destroyed while such a graph lives, nor does the time limit
+        # of a group see replays.
         self.plan.capturable = False
         self._end(name or self.next_name("collective"), None)
 

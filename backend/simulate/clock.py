@@ -22,7 +22,7 @@ from tilelink.backend.simulate.geometry import Geometry, Tile, bind_args
 from tilelink.backend.simulate.mirror import Asymmetric, Mirror, Piece
 from tilelink.backend.simulate.timeline import Segment, Timeline, Track, digit
 from tilelink.backend.simulate.walk import Cost, Element, Event, Move, Notify, Wait, Walker, Work
-from tilelink.ir import DTYPES, At, Op, Value
+from tilelink.ir import DTYPES, At, Expr, Op, Value
 from tilelink.schedules.costs import Code, task_us
 from tilelink.schedules.costs import Task as TaskCost
 from tilelink.schedules.machine import Machine
@@ -564,9 +564,13 @@ class _Clock:
 
 
 def _mentions(item: Any, name: str) -> bool:
-    """Whether an element of an index depends on the tile variable ``name``."""
+    """Whether an element of an index depends on the loop variable ``name``."""
     value = item.value if isinstance(item, At) else item
-    return isinstance(value, Value) and value.name == name
+    if isinstance(value, Value) and value.name == name:
+        return True
+    place = item.start if isinstance(item, At) else item
+    fields = {name, *(f"{name}.{field}" for field in ("start", "stop", "tile"))}
+    return isinstance(place, Expr) and bool(fields & place.names)
 
 
 def _is_sum(stage: Op) -> bool:

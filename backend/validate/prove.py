@@ -29,6 +29,7 @@ from tilelink.backend.validate.values import (
     full,
 )
 from tilelink.backend.verify import Report, VerifyError, carried, prove, smaller
+from tilelink.backend.verify.meaning import check_meaning
 from tilelink.errors import Span, TilelinkError
 from tilelink.ir import Op, make, parse_ir, print_ir
 from tilelink.ir.layout import ACK, WORD
@@ -456,7 +457,13 @@ class Validator:
             accesses=self.rows.accesses,
             syncs=self.rows.syncs,
         )
+        kernel = carried(self.program)
         try:
+            if self.whole is None and kernel is not None:
+                # Where the kernel itself places tiles elsewhere than at their own starts.
+                held = expand(self.program, kernel)
+                check_meaning(held, kernel)
+                out.meant |= held.meant
             # What each read finds is the matter of the capacity; see the rule `rows`.
             report = prove(out, contents=self.whole is None)
         except VerifyError as error:

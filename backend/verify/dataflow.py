@@ -3,7 +3,9 @@
 Content of a cell is followed from where it is made. Along each axis it has a *shift*: coordinate of the
 data minus index in the buffer. The coordinate of a computed tile is its own loop variable; of a shard,
 the place in rank-major order of owners. A read states, through its loop variables, which coordinate it
-means; both must agree, and so must the rank wherever contributions of ranks differ.
+means; both must agree, and so must the rank wherever contributions of ranks differ. Where the kernel itself
+places the tile elsewhere along an axis, and *meaning* has found the same words in the program, the index is
+the coordinate.
 """
 
 from __future__ import annotations
@@ -250,7 +252,8 @@ class Dataflow:
             same = self.out.dims[access.symbol][axis] == extents[which]
             if not access.placed[axis] and not same:
                 continue
-            need[:, axis] = access.want[:, axis]
+            said = (id(access.op), which) in self.out.meant
+            need[:, axis] = (access.lo if said else access.want)[:, axis]
             if name in self.out.owners and which == tensor["over"]:
                 first = self.positions(name, access.want[:, axis])
                 length = access.hi[:, axis] - access.lo[:, axis]

@@ -19,6 +19,7 @@ import numpy as np
 from tilelink.backend.expand import Tile, environment, evaluate, loop_tiles, owner_order
 from tilelink.backend.expand_rows import Expansion, Phase
 from tilelink.backend.verify.dataflow import summed_symbols
+from tilelink.backend.verify.depth import divided
 from tilelink.backend.verify.errors import DataflowError
 from tilelink.backend.verify.grid import Ownership, others, partition_fault, parts_of
 from tilelink.backend.verify.sameness import Names, padded
@@ -39,7 +40,7 @@ ORDERING = ("wait", "notify", "transfer")
 
 def check_meaning(out: Expansion, kernel: Op) -> None:
     """Raise DataflowError for the first op of a stage that is not the kernel's."""
-    _Meaning(out, kernel).check()
+    _Meaning(out, divided(kernel, out)).check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -526,6 +527,8 @@ class _Meaning:
                     self.out.assumptions.append(f"single indices of @{name} along its moved axis")
                 else:
                     self.fail(mine, f"the kernel's index is {theirs.ref}", theirs=theirs)
+            elif isinstance(one, At) and isinstance(other, At):
+                self.out.meant.add((id(mine), at))
             at += str(other) != "+"
 
     def stays(self, item: At, length: Expr | int) -> bool:

@@ -53,6 +53,7 @@ class Sample:
     shots: int | None = None
     slots: int = 1
     streams: int = 1
+    split: int = 1
 
     @property
     def name(self) -> str:
@@ -62,13 +63,15 @@ class Sample:
         parts += [f"s{self.shots}"] if self.shots else []
         parts += ["slots"] if self.slots == 2 else []
         parts += [f"q{self.streams}"] if self.streams > 1 else []
+        parts += [f"k{self.split}"] if self.split > 1 else []
         parts += ["flat" if self.flatten else "nested", self.dtype]
         return ".".join([*parts, *([self.emitter] if self.emitter != "triton" else [])])
 
     def op(self) -> Op:
         """The kernel (Tile IR)."""
         kernel: Any = getattr(kernels, self.kernel)
-        extents = {"M": self.tile * self.tiles, "N": self.tile * self.columns, "K": self.tile}
+        extents = {"M": self.tile * self.tiles, "N": self.tile * self.columns}
+        extents["K"] = self.tile * self.split
         return kernel.build(extents, {}, self.world, dtype=self.dtype)  # type: ignore[no-any-return]
 
     def program(self) -> Op:
@@ -84,6 +87,7 @@ class Sample:
             workers=self.workers,
             flatten=self.flatten,
             emitter=self.emitter,
+            split=self.split,
             moves=moves,
         )
         return run_passes(self.op(), schedule)
@@ -119,6 +123,12 @@ def samples() -> list[Sample]:
                 found.append(replace(plain, resource=folded, tiles=2, columns=2, shots=2))
             if resource in ("epilogue", "sm:1"):
                 found.append(replace(plain, tiles=2, slots=2))
+            if resource in ("copy_engine", "epilogue") and kernel in (
+                "ag_gemm",
+                "gemm_rs",
+                "gemm_ar",
+            ):
+                found.append(replace(plain, tiles=2, split=2))
             if resource == "epilogue" and not by_rank:
                 found.append(replace(plain, tiles=2, columns=2, shots=2, slots=2))
                 folded = f"{resource}-folded"

@@ -121,6 +121,9 @@ def cases() -> list[Case]:
             # In one shot every rank has the whole of each: of 4 MB more than a slot holds at 8 ranks.
             if r != "epilogue-one-slots" or shape[0] * shape[2] < 1 << 20
         ]
+        # Parts of the depth are equal; of 136, short steps end each.
+        first = "copy_engine" if kernel == "ag_gemm" else "epilogue"
+        found += [Case(kernel, *shape, resource=f"{first}-split") for shape in shapes[:4]]
         found += [Case(kernel, *shapes[0], dtype=d) for d in ("fp16", "fp32")]
         found += [Case(kernel, *shape, resource="none", emitter="library") for shape in shapes]
         beside = ["copy_engine", *(["copy_engine-folded"] if kernel == "gemm_rs" else [])]
@@ -141,7 +144,8 @@ def schedule_for(case: Case, world: int) -> Any:
     op = KERNELS[case.kernel].build(
         {"M": case.M, "K": case.K, "N": case.N}, world=world, dtype=case.dtype
     )
-    # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots.
+    # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots; `-split`:
+    # sums in four parts.
     resource, *words = case.resource.split("-")
     changes: dict[str, Any] = {}
     if words:
@@ -151,7 +155,7 @@ def schedule_for(case: Case, world: int) -> Any:
     if words:
         changes["slots"] = 2 if "slots" in words else 1
     schedule = default_schedule(op).with_resource(resource)
-    schedule = replace(schedule, emitter=case.emitter)
+    schedule = replace(schedule, emitter=case.emitter, split=4 if "split" in words else 1)
     if case.emitter == "gluon":
         tiles = (("K", 64), ("M", 128), ("N", 128))
         schedule = replace(schedule, tiles=tiles, warps=8, stages=4)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed
 
 import tilelink
 import tilelink.language as tk
+from tests.collectives import Group
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import interpret, plan
@@ -54,21 +54,20 @@ def test_a_scatter_over_columns() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_plans_hand_the_library_its_own_layout(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_hand_the_library_its_own_layout(axis: int) -> None:
     shards = [torch.arange(32.0).view(4, 8) + 100 * r for r in range(2)]
     whole = torch.cat(shards, dim=axis)
 
-    def all_gather(target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
+    def all_gather(target: torch.Tensor, source: torch.Tensor) -> None:
         assert torch.equal(source.view(-1), shards[1].view(-1))
         target.view(-1).copy_(torch.cat([s.view(-1) for s in shards]))
 
-    def reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
+    def reduce_scatter(target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source.chunk(2)[1].view(target.shape) * 2)
 
-    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", all_gather)
-    monkeypatch.setattr(torch.distributed, "reduce_scatter_tensor", reduce_scatter)
     recorder: Any = object.__new__(plan.Recorder)
-    recorder.plan, recorder.world, recorder._group, recorder._agents = plan.Plan(), 2, None, {}
+    recorder.plan, recorder.world, recorder._agents = plan.Plan(), 2, {}
+    recorder._group = Group(gather=all_gather, scatter=reduce_scatter)
     recorder.tensors = {}
     gathered_to, sum_of_mine = torch.zeros_like(whole), torch.zeros_like(shards[1])
     plan.Recorder.collective(recorder, "all_gather", shards[1], gathered_to, (), "a")

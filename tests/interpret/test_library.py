@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed
 
+from tests.collectives import Group
 from tests.sim.test_library import ARGUMENTS, WORLD, draw
 from tests.unit.test_library import cyclic_gather, library, schedule
 from tilelink.backend.emit.triton import emit
@@ -50,29 +50,27 @@ class Library:
             self.log.append("mm")
             product(a, b, out=out)
 
-        def all_gather(target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
+        def all_gather(target: torch.Tensor, source: torch.Tensor) -> None:
             self.log.append("all_gather")
             target.copy_(torch.cat([source] * WORLD))
 
-        def reduce_scatter(target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
+        def reduce_scatter(target: torch.Tensor, source: torch.Tensor) -> None:
             self.log.append("reduce_scatter")
             target.copy_(source.chunk(WORLD)[0] * WORLD)
 
-        def all_reduce(target: torch.Tensor, group: Any) -> None:
+        def all_reduce(target: torch.Tensor) -> None:
             self.log.append("all_reduce")
             target.mul_(WORLD)
 
         monkeypatch.setattr(torch, "mm", mm)
-        monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", all_gather)
-        monkeypatch.setattr(torch.distributed, "reduce_scatter_tensor", reduce_scatter)
-        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        self.group = Group(all_gather, reduce_scatter, all_reduce)
 
 
 def _no_stream(name: str) -> torch.cuda.Stream:
     raise AssertionError(f"the side stream {name}")
 
 
-def recorded(kernel: Any, tensors: dict[str, torch.Tensor]) -> plan.Plan:
+def recorded(kernel: Any, tensors: dict[str, torch.Tensor], group: Group) -> plan.Plan:
     """The plan of rank 0, recorded with these tensors."""
     program = library(kernel)
     image = image_of(program)
@@ -80,7 +78,7 @@ def recorded(kernel: Any, tensors: dict[str, torch.Tensor]) -> plan.Plan:
     arenas = [torch.zeros(image.arena_bytes, dtype=torch.uint8) for _ in range(WORLD)]
     recorder = plan.Recorder(
         image, 0, arenas, torch.zeros(WORLD, dtype=torch.int64), 10.0, 600.0,
-        streams=_no_stream, group=None, host_record=0, addresses=[0] * WORLD,
+        streams=_no_stream, group=group, host_record=0, addresses=[0] * WORLD,
     )  # fmt: skip
     recorder.workspace = torch.zeros(image.workspace_bytes, dtype=torch.uint8)
     recorder.tensors = tensors
@@ -114,7 +112,7 @@ def test_a_call_is_the_two_library_calls_and_no_kernel_of_ours(
 
     monkeypatch.setattr(plan, "compile_launch", compile_launch)
     first = tensors_for(kernel, 1)
-    made = recorded(kernel, first)
+    made = recorded(kernel, first, library_.group)
     assert library_.log == [] and made.launches == []
     for seed in (1, 5, 9):
         # The plan was recorded with the tensors of the first call, and works on those of this one.
@@ -130,9 +128,8 @@ def test_a_call_is_the_two_library_calls_and_no_kernel_of_ours(
 
 
 def test_a_plan_keeps_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    Library(monkeypatch)
     tensors = tensors_for(ag_gemm, 1)
-    made = recorded(ag_gemm, tensors)
+    made = recorded(ag_gemm, tensors, Library(monkeypatch).group)
     made.enqueue(0, tensors)
     kept = [weakref.ref(t) for t in tensors.values()]
     tensors.clear()

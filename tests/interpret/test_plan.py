@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from tests.collectives import Group
 from tests.dynamic import program_of
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.runtime import load_module, plan, write_module
@@ -84,6 +84,7 @@ def record(
     rank: int,
     monkeypatch: pytest.MonkeyPatch,
     extents: dict[str, int] | None = None,
+    group: Any = None,
 ) -> tuple[plan.Plan, Log, plan.Recorder]:
     """The plan of one call of a program (or a sample's name) on ``rank``, and the log of what it enqueues."""
     log: Log = []
@@ -117,7 +118,7 @@ def record(
         10.0,
         600.0,
         streams=lambda _: stream,
-        group=None,
+        group=group,
         host_record=0,
         addresses=addresses,
     )
@@ -228,13 +229,9 @@ def test_a_driver_that_captures_nothing_costs_the_graph_only(
 
 
 def test_a_collective_works_on_the_tensors_of_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded, log, recorder = record("ag_gemm.collective.ir", 1, monkeypatch)
     seen: list[tuple[int, int]] = []
-
-    def gather(target: torch.Tensor, source: torch.Tensor, group: Any) -> None:
-        seen.append((target.data_ptr(), source.data_ptr()))
-
-    monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
+    group = Group(gather=lambda *ends: seen.append((ends[0].data_ptr(), ends[1].data_ptr())))
+    recorded, log, recorder = record("ag_gemm.collective.ir", 1, monkeypatch, group=group)
     for _ in range(plan.HOT + 1):
         fresh = {name: torch.zeros_like(t) for name, t in recorder.tensors.items()}
         recorded.run(1, fresh, spare)

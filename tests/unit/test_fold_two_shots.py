@@ -176,17 +176,15 @@ def test_the_text_of_large_tiles_is_read_back_and_held_to_its_peers() -> None:
 
 @pytest.mark.parametrize("rows", [1024, 4096])
 @pytest.mark.parametrize("world", [2, 4, 8])
-def test_the_default_uses_it_where_the_model_sees_no_loss(world: int, rows: int) -> None:
+def test_the_default_uses_it_where_the_model_prefers_it(world: int, rows: int) -> None:
     machine = Machine.load(f"h200x{world}")
     op, _ = large(world, rows, "epilogue")
     schedule = default_schedule(op)
     move = schedule.move("C")
-    assert move.sum == "epilogue"
-    apart = replace(schedule, moves=(("C", replace(move, sum="stage")),))
-    folded, staged = (predict(run_passes(op, s), machine) for s in (schedule, apart))
-    # Where each own tile adds seven parts of others, and there are many tiles, the two are alike: 2 % is less
-    # than the model's own error.
-    assert folded < staged * (1.02 if (world, rows) == (8, 4096) else 1.0)
+    assert move.sum == ("stage" if (world, rows) == (8, 4096) else "epilogue")
+    other = "epilogue" if move.sum == "stage" else "stage"
+    apart = replace(schedule, moves=(("C", replace(move, sum=other)),))
+    assert predict(run_passes(op, schedule), machine) < predict(run_passes(op, apart), machine)
     # By the library's collective there is nothing to sum.
     compile_kernel(op, schedule.with_resource("none"))
 

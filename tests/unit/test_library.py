@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tilelink
 import tilelink.language as tk
@@ -17,7 +19,7 @@ from bench.ours import schedule_of as bench_schedule
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel, run_passes
 from tilelink.backend.runtime.image import image_of
-from tilelink.backend.runtime.library import matmul, place_of
+from tilelink.backend.runtime.library import collective_of, matmul, place_of
 from tilelink.backend.validate import EmittedError, read_module, validate
 from tilelink.backend.verify import BoundsError, ReuseError, UndecidedError, VerifyError, verify
 from tilelink.errors import Source
@@ -348,6 +350,34 @@ def test_parameters_of_a_model_are_multiplied() -> None:
     matmul(a, weight.T, out, bias)
     assert torch.equal(out, a + 1) and not out.requires_grad
     assert torch.is_grad_enabled()
+
+
+def test_collectives_of_a_real_backend() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    ranks, store = 2, dist.HashStore()  # type: ignore[attr-defined]
+    shards = [torch.arange(6.0).view(2, 3) + 10 * r for r in range(ranks)]
+    whole, total = torch.cat(shards), torch.stack(shards).sum(0)
+
+    def of(rank: int) -> tuple[torch.Tensor, ...]:
+        group: Any = dist.ProcessGroup(store, rank, ranks)
+        backend = dist.ProcessGroupGloo(store, rank, ranks, timedelta(seconds=30))
+        kind = dist.ProcessGroup.BackendType.GLOO
+        group._register_backend(torch.device("cpu"), kind, backend)
+        gather, scatter, reduce = (
+            collective_of(op, group, torch.device("cpu"))
+            for op in ("all_gather", "reduce_scatter", "all_reduce")
+        )
+        gathered, mine, summed = torch.empty(4, 3), torch.empty(1, 3), shards[rank].clone()
+        gather(gathered, shards[rank])
+        scatter(mine, shards[rank])
+        reduce(summed, summed)
+        return gathered, mine, summed
+
+    with ThreadPoolExecutor(ranks) as pool:
+        for rank, found in enumerate(pool.map(of, range(ranks))):
+            wanted = whole, total[rank : rank + 1], total
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_regions_are_found_again_in_the_tensors_of_a_later_call() -> None:

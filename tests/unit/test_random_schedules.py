@@ -57,6 +57,7 @@ def schedules(draw: Any, tensor: str | None) -> Schedule:
         stages=draw(st.sampled_from((1, 2, 4))),
         emitter=emitter,
         flatten=draw(st.booleans()),
+        split=draw(st.sampled_from((1, 1, 2, 3))) if emitter == "triton" else 1,
         moves=((tensor, move),) if tensor else (),
     )
 

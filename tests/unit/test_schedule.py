@@ -29,6 +29,7 @@ schedules = st.builds(
     warps=st.sampled_from((1, 4, 8)),
     stages=st.integers(1, 7),
     flatten=st.booleans(),
+    split=st.integers(1, 16),
     moves=st.dictionaries(st.sampled_from("ABC"), moves).map(lambda d: tuple(sorted(d.items()))),
 )
 
@@ -54,6 +55,9 @@ def test_json_round_trips(schedule: Schedule) -> None:
         ('{"order": "random"}', "order"),
         ('{"workers": 0}', "workers"),
         ('{"emitter": "cuda"}', "emitter"),
+        ('{"split": 0}', "split"),
+        ('{"split": 17}', "split"),
+        ('{"split": 2, "emitter": "gluon"}', "split"),
         ('{"moves": {"A": {"resource": "dma"}}}', "resource"),
         ('{"moves": {"A": {"resource": "sm:0"}}}', "resource"),
         ('{"moves": {"A": {"resource": "sm:132"}}}', "moves.A.resource"),
