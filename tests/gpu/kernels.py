@@ -108,7 +108,7 @@ def cases() -> list[Case]:
         if kernel == "gemm_rs":
             others += ["copy_engine-folded", "sm:16-folded", "epilogue-folded", "epilogue-slots"]
         if kernel == "ag_gemm":
-            others += ["sm:16-slots"]
+            others += ["sm:16-slots", "copy_engine-streams"]
         if kernel == "gemm_ar":
             others += ["copy_engine-two", "sm:16-two", "sm:16-two-slots", "epilogue-two"]
             others += ["epilogue-two-slots", "epilogue-one-slots"]
@@ -144,8 +144,8 @@ def schedule_for(case: Case, world: int) -> Any:
     op = KERNELS[case.kernel].build(
         {"M": case.M, "K": case.K, "N": case.N}, world=world, dtype=case.dtype
     )
-    # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots; `-split`:
-    # sums in four parts.
+    # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots;
+    # `-streams`: two streams; `-split`: sums in four parts.
     resource, *words = case.resource.split("-")
     changes: dict[str, Any] = {}
     if words:
@@ -154,6 +154,8 @@ def schedule_for(case: Case, world: int) -> Any:
         changes["shots"] = 1 if "one" in words else 2
     if words:
         changes["slots"] = 2 if "slots" in words else 1
+    if "streams" in words:
+        changes["streams"] = 2
     schedule = default_schedule(op).with_resource(resource)
     schedule = replace(schedule, emitter=case.emitter, split=4 if "split" in words else 1)
     if case.emitter == "gluon":

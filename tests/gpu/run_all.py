@@ -6,10 +6,14 @@ import argparse
 import json
 import platform
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+from tests.gpu import kernels
 from tests.gpu.harness import Rank, failures, spawn
+from tilelink.tuning.prepare import make_pool, prepare
+from tilelink.tuning.problem import Problem
 
 LIMITS = {
     "correctness": 420.0,
@@ -37,6 +41,26 @@ def run_test(name: str, world: int) -> tuple[list[dict[str, Any]], list[Rank]]:
             lines = [line for line in ranks[0].output.splitlines() if line.startswith("{")]
             rows = [json.loads(line) for line in lines]
         return rows, ranks
+
+
+def compile_ahead(world: int) -> str:
+    """Compiles the kernels of all cases of ``correctness``, many at once, so that its ranks find them in
+    Triton's cache; says how long that took. What cannot be compiled is met again by the ranks."""
+    started = time.monotonic()
+    jobs = [
+        (
+            Problem(
+                kernels.__file__, c.kernel, {"M": c.M, "K": c.K, "N": c.N}, world, c.dtype
+            ).to_json(),
+            kernels.schedule_for(c, world).to_json(),
+        )
+        for c in kernels.cases()
+    ]
+    with make_pool() as pool:
+        done = list(pool.map(prepare, *zip(*jobs, strict=True)))
+    failed = sum(one.path is None for one in done)
+    seconds = time.monotonic() - started
+    return f"{len(done)} cases compiled ahead in {seconds:.0f} s, {failed} not"
 
 
 def _how(row: dict[str, Any]) -> str:
@@ -81,6 +105,8 @@ def main() -> int:
     for name in args.tests or LIMITS:
         if name == "subgroups" and args.world < 4:
             continue
+        if name == "correctness":
+            print(compile_ahead(args.world), flush=True)
         found, ranks = run_test(name, args.world)
         rows += found
         problem = failures(ranks, killed=(1,) if name == "killed" else ())
