@@ -15,8 +15,10 @@ from tilelink.backend.validate.values import (
     Choice,
     Data,
     Descriptor,
+    Flow,
     Inside,
     Lattice,
+    Mask,
     Name,
     Num,
     Pointer,
@@ -110,9 +112,7 @@ class TileCalls(Machine):
         x, y = self.data(a), self.data(b)
         self.summing(op, x, y)
         shape = tiles.shared(x.shape, y.shape)
-        made = tiles.merged(
-            [tiles.lifted(x, shape), tiles.lifted(y, shape)], shape, self.on, once=False
-        )
+        made = tiles.merged([tiles.lifted(x, shape), tiles.lifted(y, shape)], shape, self.on)
         # Only a sum from the left keeps its order of additions.
         if op is ast.Add and x.terms and y.terms and len(y.terms) == 1:
             sums = None
@@ -240,7 +240,7 @@ class TileCalls(Machine):
         parts = [self.data(v) for v in (mask, a, b)]
         shape = tiles.shared(parts[0].shape, tiles.shared(parts[1].shape, parts[2].shape))
         wide = [tiles.lifted(p, shape) for p in parts]
-        return tiles.merged(wide, shape, self.on, once=False)
+        return tiles.merged(wide, shape, self.on)
 
     def on_tl_multiple_of(self, value: Any, by: Any) -> Any:
         """``tl.multiple_of``: a promise on an address, which is checked."""
@@ -263,7 +263,11 @@ class TileCalls(Machine):
         if input_precision not in (None, "ieee"):
             self.unclear("a precision of products")
         total = None if acc is None else self.data(acc)
-        return tiles.product(self.data(a), self.data(b), total, self.on)
+        return tiles.product(self.data(a), self.data(b), total, self.on, self.paired)
+
+    def paired(self, one: Flow, i: int, two: Flow, j: int, both: Mask) -> bool:
+        """Whether the places of two regions that a product sums over are compared later."""
+        return False
 
     def on_tl_trans(self, value: Any) -> Data:
         """``tl.trans`` of a matrix."""

@@ -59,6 +59,18 @@ class Layout:
         self.parts = frozenset(op.symbol for op in sums)
         self.own = frozenset(op["own"].symbol for op in sums if op.get("own") is not None)
 
+        # The axis over which a tensor, or what holds it, is moved: places along it need not be those of the whole.
+        self.moved: dict[str, int] = {}
+        for name in self.item:
+            tensor = self.declared.get(name.split(".")[0])
+            over = tensor.get("over") if tensor is not None else None
+            if (
+                over is not None
+                and tensor is not None
+                and len(tensor["dims"]) == len(self.dims[name])
+            ):
+                self.moved[name] = int(over)
+
     # The number that stands for the slot of a call while a kernel is read. It is none that a text could hold
     # in its place.
     SLOT = 7

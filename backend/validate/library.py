@@ -130,7 +130,7 @@ def multiply(host: HostMachine, a: Any, b: Any, out: Any, bias: Any) -> None:
         have = np.ones(len(lane), dtype=bool)
         axes = tuple(view.axes)
         # Two operands may be regions of one symbol.
-        key = (host.site[0], len(flows), view.symbol)
+        key = (host.site[0], len(flows), view.symbol, 0)
         flows[key] = Flow(view.symbol, have, *read, axes)
     written = (out.home[lane], out.lo[lane], out.hi[lane])
     trace.touches.append(
