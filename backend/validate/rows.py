@@ -416,6 +416,7 @@ class Rows:
         n = len(some)
         need: dict[str, Ints] = {}
         boxes: dict[str, list[Flow]] = {}
+        along: dict[str, list[tuple[int, ...]]] = {}
         nowhere = np.zeros(n, dtype=bool)
         for (_, own), (op, axes) in loads.items():
             found: dict[Key, Flow] = {}
@@ -426,6 +427,7 @@ class Rows:
                 begin = np.searchsorted(tasks, task[some], side="left")
                 end = np.searchsorted(tasks, task[some], side="right")
                 need.setdefault(other.symbol, np.zeros(n, dtype=np.int64))
+                along.setdefault(other.symbol, []).append(tuple(axes))
                 for step in range(int((end - begin).max()) if n else 0):
                     there = begin + step < end
                     r = by[np.minimum(begin + step, len(by) - 1)]
@@ -456,6 +458,12 @@ class Rows:
                 on = flow.have[local]
                 if not on.any():
                     continue
+                if symbol in along and not any(_follows(flow.axes, a) for a in along[symbol]):
+                    self.differs(
+                        site,
+                        f"@{symbol} (line {line}) flows into this store of @{access.symbol} along "
+                        "other axes than in the program",
+                    )
                 first, last = flow.lo[local], flow.hi[local]
                 inside: Mask = ~on
                 for box in boxes.get(symbol, ()):
@@ -597,6 +605,11 @@ class Rows:
             None,
             f"some of its {len(new)} waits and notifies are made twice; the program has {len(old)}",
         )
+
+
+def _follows(axes: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether each axis of a tile that follows one of a region's follows the one that is ``wanted``."""
+    return all(a in (-1, w) for a, w in zip(axes, wanted, strict=False))
 
 
 def _spread(lane: Ints, first: Ints, counts: Ints) -> tuple[Ints, Ints, Ints]:

@@ -178,9 +178,15 @@ def product(a: Data, b: Data, acc: Data | None, on: Mask, later: Pairs | None = 
     left = mapped(a, shape, lambda f: (f.axes[0], -1))
     right = mapped(b, shape, lambda f: (-1, f.axes[1]))
     parts = [replace(left, terms=None), replace(right, terms=None)]
-    if acc is not None:
-        parts.insert(0, acc)
-    return merged(parts, shape, on)
+    if acc is None:
+        return merged(parts, shape, on)
+    for part, crossed in zip(parts, (1, 0), strict=True):
+        for key, flow in part.flows.items():
+            for held in (acc.flows[k] for k in _parts(acc.flows, key)):
+                # Along the columns of the left operand, or the rows of the right one, nothing varies.
+                if held.axes[crossed] >= 0 and np.any(held.have & flow.have & on):
+                    raise Misfit(f"parts of @{flow.symbol} are added along other axes than before")
+    return merged([acc, *parts], shape, on)
 
 
 def _once(a: Data, b: Data, acc: Data, on: Mask) -> None:
