@@ -400,10 +400,13 @@ class AccessMachine(TileCalls):
         flows = tiles.lifted(tile, pointer.shape).flows
         self.write(pointer.symbol, "generic", self.on, home, lo, hi, flows, axes)
 
-    def paired(self, one: Flow, i: int, two: Flow, j: int, both: Mask) -> bool:
+    def paired(
+        self, left: Key, one: Flow, i: int, right: Key, two: Flow, j: int, both: Mask
+    ) -> bool:
         """Along an axis that is moved, the program says which place of the whole a place is."""
         if i != self.layout.moved.get(one.symbol) and j != self.layout.moved.get(two.symbol):
             return False
+        self.loose |= {left[:3], right[:3]}
         lane = np.flatnonzero(both)
         sides = [
             replace(f, have=f.have[lane], home=f.home[lane], lo=f.lo[lane], hi=f.hi[lane])

@@ -171,13 +171,17 @@ class Layout:
                 axis, many = wide[-1], extent
             used.append(axis)
             hi[:, axis] = np.where(live, lo[:, axis] + many, lo[:, axis])
+        # One element in each lane: its step still says which axis it is of; of several, they stand in order.
+        single: dict[int, list[int]] = {}
         for number, (extent, step) in enumerate(zip(extents, steps, strict=True)):
-            # One element in each lane: its step still says which axis it is of, if it is of one alone.
             one = step[live & (extent == 1)]
             if used[number] < 0 and len(one) and np.all(one == one[0]):
-                width = int(one[0]) * unit
-                fits = [a for a, s in enumerate(strides) if s * item == width and a not in used]
-                used[number] = fits[0] if len(fits) == 1 else -1
+                single.setdefault(int(one[0]) * unit, []).append(number)
+        for width, numbers in single.items():
+            fits = [a for a, s in enumerate(strides) if s * item == width and a not in used]
+            if len(fits) == len(numbers):
+                for number, axis in zip(numbers, fits, strict=True):
+                    used[number] = axis
         hi = np.where(live[:, None], hi, lo)
         if np.any(hi > np.array(dims)):
             self._spill(symbol, lo, hi, used)

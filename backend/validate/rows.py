@@ -162,13 +162,18 @@ class Rows:
                     self.flows(site, parts, some, access, at, task, first, last)
 
     def products(self, placed: Placed, choose: Callable[[Access], bool]) -> None:
-        """Products over an axis that is moved: both sides are the same places of the whole."""
+        """Products over an axis that is moved: both sides are the same places of the whole, and are added in
+        the order of the program."""
         candidates = [a for a in self.expected.accesses if choose(a)]
+        reached: dict[
+            tuple[int, int], Ints
+        ] = {}  # by site: the last row of each task, in program order
         for product in placed.trace.products:
             if not len(product.lane):
                 continue
             task = placed.tasks(product.stage, product.lane, product.segment)
             ends: list[Ints] = []
+            turn = np.zeros(len(task), dtype=np.int64)
             for side, axis in zip(product.sides, product.axes, strict=True):
                 which, row = self.match(
                     product.site,
@@ -186,7 +191,12 @@ class Rows:
                     access, some = candidates[number], which == number
                     at = row[some]
                     place[some] = access.want[at, axis] + side.lo[some, axis] - access.lo[at, axis]
+                    turn[some] = np.maximum(turn[some], access.seq[at])
                 ends.append(place)
+            last = reached.setdefault(product.site, np.full(len(self.expected.task_rank), -1))
+            if np.any(turn < last[task]):
+                self.differs(product.site, "products are added in another order than the program's")
+            last[task] = turn
             if not np.array_equal(*ends):
                 n = int(np.flatnonzero(ends[0] != ends[1])[0])
                 one, two = (side.symbol for side in product.sides)
@@ -442,7 +452,7 @@ class Rows:
                         )
                     there = there & np.all(last > first, axis=1)
                     flow = Flow(other.symbol, there, other.home[r], first, last, (-1,))
-                    gather(found, (0, 0, other.symbol, 0), flow, nowhere)
+                    gather(found, (0, 0, other.symbol, 0), flow, nowhere, True)
             # The turns of a loop make one box where they continue each other.
             for flow in found.values():
                 need[flow.symbol] += np.prod(flow.hi - flow.lo, axis=1) * flow.have

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -41,23 +41,28 @@ def mapped(data: Data, shape: tuple[int, ...], axes: Callable[[Flow], tuple[int,
     return Data(shape, flows, data.terms, data.form)
 
 
-def merged(parts: Sequence[Data], shape: tuple[int, ...], on: Mask) -> Data:
-    """A tile that all ``parts`` flow into."""
+Site: TypeAlias = tuple[int, int, str]  # a key without its part
+
+
+def merged(
+    parts: Sequence[Data], shape: tuple[int, ...], on: Mask, loose: Container[Site] = ()
+) -> Data:
+    """A tile that all ``parts`` flow into. ``loose``: loads whose turns may come in any order here."""
     flows: dict[Key, Flow] = {}
     for part in parts:
         if part.form:
             raise Misfit("arithmetic on a tile that is being split")
         for key, flow in part.flows.items():
-            gather(flows, key, flow, on)
+            gather(flows, key, flow, on, key[:3] in loose)
     return Data(shape, flows)
 
 
-def gather(flows: dict[Key, Flow], key: Key, flow: Flow, on: Mask) -> None:
+def gather(flows: dict[Key, Flow], key: Key, flow: Flow, on: Mask, loose: bool) -> None:
     """Adds a region to what flows in from the same load.
 
-    What it holds, is held by or continues becomes one box with it. Where the tile does not follow the axis (a
-    sum has been taken over it) boxes may also lie apart: then each is a part of its own. In lanes of ``on``
-    any other two regions are refused.
+    What it holds, is held by or continues becomes one box with it. With ``loose``, where the tile does not follow
+    the axis (a sum has been taken over it), boxes may come in any order and lie apart: then each is a part of
+    its own. In lanes of ``on`` any other two regions are refused.
     """
     parts = _parts(flows, key)
     axes = flow.axes
@@ -82,15 +87,15 @@ def gather(flows: dict[Key, Flow], key: Key, flow: Flow, on: Mask) -> None:
             first, last = held_flow.lo, held_flow.hi
             apart = (first != lo) | (last != hi)
             count = apart.sum(axis=1)
-            loose = np.all(~apart | summed, axis=1)
+            over = np.all(~apart | summed, axis=1)
             equal = count == 0
-            holds = equal | (loose & np.all((first <= lo) & (hi <= last), axis=1))
-            held_by = loose & np.all((lo <= first) & (last <= hi), axis=1)
+            holds = equal | (over & np.all((first <= lo) & (hi <= last), axis=1))
+            held_by = over & np.all((lo <= first) & (last <= hi), axis=1)
             follows = (count == 1) & ((last == lo) | ~apart).all(axis=1)
-            leads = loose & (count == 1) & ((hi == first) | ~apart).all(axis=1)
-            clear = loose & np.any((last <= lo) | (hi <= first), axis=1)
+            leads = over & (count == 1) & ((hi == first) | ~apart).all(axis=1)
+            clear = over & np.any((last <= lo) | (hi <= first), axis=1)
             home = held_flow.home == flow.home
-            known = (holds | held_by | follows | leads | clear) & home
+            known = (holds | held_by | follows | ((leads | clear) & loose)) & home
             if np.any(meets & on & ~known):
                 raise Misfit(
                     f"parts of @{flow.symbol} that do not follow one another flow into one tile"
@@ -146,10 +151,17 @@ def _fresh(flows: Mapping[Key, Flow], key: Key, flow: Flow) -> Mask:
     return found
 
 
-Pairs: TypeAlias = Callable[[Flow, int, Flow, int, Mask], bool]
+Pairs: TypeAlias = Callable[[Key, Flow, int, Key, Flow, int, Mask], bool]
 
 
-def product(a: Data, b: Data, acc: Data | None, on: Mask, later: Pairs | None = None) -> Data:
+def product(
+    a: Data,
+    b: Data,
+    acc: Data | None,
+    on: Mask,
+    later: Pairs | None = None,
+    loose: Container[Site] = (),
+) -> Data:
     """``dot``: rows of ``a``, columns of ``b``; what is summed over must be the same on both sides.
 
     ``later`` may take two regions and the axes that are summed over, to compare their places when they are known;
@@ -160,14 +172,14 @@ def product(a: Data, b: Data, acc: Data | None, on: Mask, later: Pairs | None = 
     shape = (a.shape[0], b.shape[1])
     if acc is not None and acc.shape != shape:
         raise Misfit(f"a product of shape {shape} added to a tile of shape {acc.shape}")
-    for one in a.flows.values():
-        for two in b.flows.values():
+    for left_key, one in a.flows.items():
+        for right_key, two in b.flows.items():
             i, j = one.axes[1], two.axes[0]
             if i < 0 or j < 0:
                 continue
             both = one.have & two.have & on
             wrong = (one.hi[:, i] - one.lo[:, i]) != (two.hi[:, j] - two.lo[:, j])
-            if later is None or not later(one, i, two, j, both):
+            if later is None or not later(left_key, one, i, right_key, two, j, both):
                 wrong |= one.lo[:, i] != two.lo[:, j]
             if np.any(both & wrong):
                 raise Misfit(
@@ -179,14 +191,14 @@ def product(a: Data, b: Data, acc: Data | None, on: Mask, later: Pairs | None = 
     right = mapped(b, shape, lambda f: (-1, f.axes[1]))
     parts = [replace(left, terms=None), replace(right, terms=None)]
     if acc is None:
-        return merged(parts, shape, on)
+        return merged(parts, shape, on, loose)
     for part, crossed in zip(parts, (1, 0), strict=True):
         for key, flow in part.flows.items():
             for held in (acc.flows[k] for k in _parts(acc.flows, key)):
                 # Along the columns of the left operand, or the rows of the right one, nothing varies.
                 if held.axes[crossed] >= 0 and np.any(held.have & flow.have & on):
                     raise Misfit(f"parts of @{flow.symbol} are added along other axes than before")
-    return merged([acc, *parts], shape, on)
+    return merged([acc, *parts], shape, on, loose)
 
 
 def _once(a: Data, b: Data, acc: Data, on: Mask) -> None:
