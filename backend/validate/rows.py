@@ -197,7 +197,7 @@ class Rows:
             if np.any(turn < last[task]):
                 self.differs(product.site, "products are added in another order than the program's")
             last[task] = turn
-            if not np.array_equal(*ends):
+            if not np.array_equal(ends[0], ends[1]):
                 n = int(np.flatnonzero(ends[0] != ends[1])[0])
                 one, two = (side.symbol for side in product.sides)
                 self.differs(
