@@ -64,7 +64,8 @@ class Task:
     """One agent of one rank in one call: its place in the vector clocks, and where it stands.
 
     ``pending`` are stores that have not reached memory, ``streaming`` those of the async proxy, and
-    ``held`` the notifies that the worker holds back, each with the position of its stage.
+    ``held`` the notifies that the worker holds back, each with the position of its stage; ``draws`` says
+    that its next step draws from a dynamic queue.
     """
 
     rank: int
@@ -83,6 +84,7 @@ class Task:
     pending: list[tuple[int, Region, Any, int]] = field(default_factory=list)
     streaming: list[tuple[int, Region, Any, int]] = field(default_factory=list)
     held: list[tuple[Op, Notify]] = field(default_factory=list)
+    draws: bool = False
 
     def describe(self, place: Place | None = None) -> str:
         """Rank, agent, worker, tile and call in words."""

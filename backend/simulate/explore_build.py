@@ -59,6 +59,7 @@ class Processes:
     flag_checks: list[tuple[int, int | None]]  # flag words and the most that they may be at the end
     elements: dict[tuple[Any, ...], int]
     ordered: set[int]  # words that are cleared by `head` and used behind it only
+    queued: int  # the segments of tasks of dynamic queues: all must have been drawn in the end
 
 
 @dataclass(slots=True)
@@ -103,6 +104,7 @@ class Builder:
         self.queues: set[int] = set()
         self.unordered: set[int] = set()
         self.cleared: set[int] = set()
+        self.queued: list[Node] = []
 
     # Elements: words of flags and counters, and the ends of agents, which order them.
 
@@ -156,7 +158,9 @@ class Builder:
             if node.checks:
                 rank, call = node.checks[0]
                 node.checks = self._counter_checks(rank, call)
-        segments = find_conflicts(self.nodes)
+        segments, queued = find_conflicts(self.nodes), 0
+        for node in self.queued:
+            queued |= node.bit | node.async_bit
         return Processes(
             self.nodes,
             self.begins,
@@ -167,6 +171,7 @@ class Builder:
             self._flag_checks(),
             self.elements,
             self.cleared - self.unordered - self.flag_set,
+            queued,
         )
 
     def _user(self, rank: int) -> None:
@@ -417,6 +422,7 @@ class Builder:
     ) -> tuple[int, ...]:
         back = self.single(Node(RETURN))
         tasks = [self._task(launch, stage, rank, call, where, tiles) for tiles in queue]
+        self.queued += [node for task in tasks for node in task]
         return tuple(self.link(task, back) for task in tasks)
 
     def _task(

@@ -155,7 +155,7 @@ class Search:
                     return Explored(states, transitions, None, (), False, why, reduced)
                 enabled = self._enabled(key, count)
                 if not enabled:
-                    self._check_end(key, count)
+                    self._check_end(key, count, executed)
                     continue
                 if self.reducer is not None and len(enabled) > 1:
                     enabled = self.reducer.persistent(self, key, count, enabled)
@@ -222,12 +222,16 @@ class Search:
             return self.word_of[words[base + node.elements[0]]][0] > 0
         return node.kind != END
 
-    def _check_end(self, key: tuple[int, ...], count: int) -> None:
+    def _check_end(self, key: tuple[int, ...], count: int, executed: int) -> None:
         stuck = [self.process_of[p] for p in key[:count] if self.process_of[p][0] >= 0]
         nodes = [self.nodes[p[0]] for p in stuck]
         if nodes:
             first = next((n for n in nodes if n.visible), nodes[0])
             raise _Bad("deadlock", f"{len(nodes)} processes wait, {first.text()}")
+        lost = self.instance.queued & ~executed
+        if lost:
+            task = self.instance.segments[(lost & -lost).bit_length() - 1]
+            raise _Bad("balance", f"{task} is never drawn from its queue")
         for word, most in self.instance.flag_checks:
             value = self.word_of[key[count + word]][0]
             if value and (most is None or value > most):

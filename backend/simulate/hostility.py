@@ -1,17 +1,21 @@
 """Who runs next, and how late stores land: the choices of a hostile machine, all made by one seed.
 
-Five ways to be hostile, taken in turn by the seed: any order; priorities with a few changes (PCT,
+Six ways to be hostile, taken in turn by the seed: any order; priorities with a few changes (PCT,
 Burckhardt et al., ASPLOS 2010), which finds a fault that needs d choices with a probability of at least
 1 / (n k^(d-1)) for n agents and k steps; some ranks or agents that run only when nothing else can; streams
-last, with the ranks in a fixed order, so that one is as many calls ahead as the program lets it; and some workers
-only when nothing else can, so that others draw the tasks of queues and begin later ones early.
+last, with the ranks in a fixed order, so that one is as many calls ahead as the program lets it; some workers
+only when nothing else can, so that others draw the tasks of queues and begin later ones early; and whoever
+holds a notify back first, the others' draws from queues last, so that the holder comes to all waits that it can
+come to, with what others wait for still in its hands.
 """
 
 from __future__ import annotations
 
 import random
 
-RANDOM, PRIORITIES, STARVED, SKEWED, UNEVEN = range(5)
+MODES = 6
+RANDOM, PRIORITIES, STARVED, SKEWED, UNEVEN, HOLDING = range(MODES)
+_AHEAD = 4.0  # more than the random part of what is sorted by
 
 
 class Hostility:
@@ -26,10 +30,10 @@ class Hostility:
         steps: int,
     ) -> None:
         self.random = random.Random(seed)
-        self.mode = seed % 5
+        self.mode = seed % MODES
         # CUDA promises no concurrency between streams: sometimes all agents share one hardware queue.
         self.one_queue = seed % 7 == 3
-        self.lateness = (1.0, 0.5, 0.0)[seed // 5 % 3]
+        self.lateness = (1.0, 0.5, 0.0)[seed // MODES % 3]
         ranks = sorted({rank for rank, _, _ in components})
         agents = sorted({agent for _, agent, _ in components})
         draw = self.random.random
@@ -64,11 +68,17 @@ class Hostility:
                 for rank, _, worker in components
             ]
 
-    def key(self, component: int) -> float:
-        """What the next step of a task is sorted by: the smallest runs first."""
+    def key(self, component: int, holds: bool = False, draws: bool = False) -> float:
+        """What the next step of a task is sorted by: the smallest runs first.
+
+        ``holds``: the task holds a notify back; ``draws``: the step draws from a dynamic queue.
+        """
         if self.mode == PRIORITIES:
             return self.bias[component]
-        return self.bias[component] + self.random.random()
+        turn = 0.0
+        if self.mode == HOLDING:
+            turn = -_AHEAD if holds else _AHEAD if draws else 0.0
+        return self.bias[component] + turn + self.random.random()
 
     def ran(self, component: int) -> None:
         """A task has made a step."""

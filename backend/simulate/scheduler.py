@@ -20,7 +20,7 @@ from tilelink.backend.simulate.geometry import Geometry
 from tilelink.backend.simulate.hostility import Hostility
 from tilelink.backend.simulate.memory import Access, Channel, Clock, Memory, Tracker, View
 from tilelink.backend.simulate.roles import LOADER, Handed, behind, loader_of, parts_of
-from tilelink.backend.simulate.trace import Place, Traces
+from tilelink.backend.simulate.trace import Place, Traces, Work
 from tilelink.backend.simulate.versions import Versions
 from tilelink.backend.tile_ops import TORCH_DTYPES
 from tilelink.ir import Op, make
@@ -202,7 +202,8 @@ class Scheduler:
 
     def _push(self, task: Task) -> None:
         self._pushed += 1
-        heapq.heappush(self._ready, (self.hostility.key(task.component), self._pushed, task))
+        key = self.hostility.key(task.component, bool(task.held), task.draws)
+        heapq.heappush(self._ready, (key, self._pushed, task))
 
     def _wake(self, rank: int, place: str) -> None:
         """A word of a channel, or of its slot called ``place``, has changed."""
@@ -489,16 +490,31 @@ class Scheduler:
                 yield from runner.flush(bool(work.stage.get("drain")))
                 continue
             stage, queue, q = work.stage, work.queue, work.first
-            key = (task.rank, launch.symbol, work.position)
             while True:
                 if work.dynamic:
-                    q = self.positions[key]
-                    self.positions[key] += 1
+                    # Others may draw first: between the end of a task and the next draw there is time.
+                    task.draws = True
+                    yield None
+                    task.draws = False
+                    q = self._draw(task, launch, work)
                 if q >= len(queue):
                     break
                 yield None
                 yield from runner.block(stage, q, queue[q])
                 q += work.step
+
+    def _draw(self, task: Task, launch: Op, work: Work) -> int:
+        """The next position of a dynamic queue: what its counter holds, whoever has cleared it or not."""
+        if work.counter is None:
+            key = (task.rank, launch.symbol, work.position)
+            self.positions[key] += 1
+            return self.positions[key] - 1
+        symbol, element = work.counter
+        task.place = Place(task.rank, task.agent, f"queue of stage @{work.stage.symbol}")
+        self.machine.control(task, work.stage)
+        values = self.memories[task.rank].channels[self.geometry.slot(symbol, task.call)].values
+        values[element] += 1
+        return values[element] - 1
 
     def _role(self, task: Task, launch: Op, part: int, groups: int) -> Steps:
         """The loader of a worker, or one of ``groups`` groups: see :mod:`roles`."""

@@ -181,7 +181,11 @@ class Trace:
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """What one worker does at one child of its launch: positions of a queue, or a flush."""
+    """What one worker does at one child of its launch: positions of a queue, or a flush.
+
+    ``counter``: of a dynamic queue, the word that its positions are drawn from, as counter and element;
+    None where the program names none.
+    """
 
     stage: Op
     position: int
@@ -189,6 +193,7 @@ class Work:
     first: int
     step: int
     dynamic: bool
+    counter: tuple[str, int] | None = None
 
 
 def tile_text(op: Op, tiles: tuple[Tile, ...]) -> str:
@@ -279,7 +284,11 @@ class Traces:
             queue = geometry.queue(stage, geometry.env(rank))
             dynamic = stage.get("queue", "static") == "dynamic"
             first = geometry.first_position(stage, worker, lo, hi)
-            found.append(Work(stage, position, queue, first, hi - lo, dynamic))
+            word = stage.get("counter") if dynamic else None
+            counter = None
+            if word is not None:
+                counter = (word.symbol, geometry.flat(word, geometry.env(rank))[0])
+            found.append(Work(stage, position, queue, first, hi - lo, dynamic, counter))
         self._work[key] = found
         return found
 

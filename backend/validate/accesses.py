@@ -18,7 +18,7 @@ import numpy as np
 from tilelink.backend.validate import tiles
 from tilelink.backend.validate.calls import TileCalls
 from tilelink.backend.validate.layout import Layout, Misfit
-from tilelink.backend.validate.trace import FINISH, PREFIX, Signal, Touch, Trace
+from tilelink.backend.validate.trace import FINISH, PREFIX, Product, Signal, Touch, Trace
 from tilelink.backend.validate.values import (
     Data,
     Descriptor,
@@ -317,7 +317,7 @@ class AccessMachine(TileCalls):
                 self.unclear("a load of blocks of different shapes")
             shape = part.block
             axes = tuple(range(len(part.block)))
-            flows[(*self.site, part.symbol)] = Flow(part.symbol, on, self.rank, lo, hi, axes)
+            flows[(*self.site, part.symbol, 0)] = Flow(part.symbol, on, self.rank, lo, hi, axes)
         if shape is None:
             self.unclear("a load by no worker")
         return Data(shape, flows, tuple(flows)[:1])
@@ -388,7 +388,7 @@ class AccessMachine(TileCalls):
             if shape not in (None, part.shape):
                 self.unclear("a load of tiles of different shapes")
             shape = part.shape
-            flows[(*self.site, part.symbol)] = Flow(part.symbol, on, home, lo, hi, axes)
+            flows[(*self.site, part.symbol, 0)] = Flow(part.symbol, on, home, lo, hi, axes)
         if shape is None:
             self.unclear("a load by no worker")
         return Data(shape, flows, tuple(flows)[:1])
@@ -408,11 +408,28 @@ class AccessMachine(TileCalls):
         flows = tiles.lifted(tile, pointer.shape).flows
         self.write(pointer.symbol, "generic", self.on, home, lo, hi, flows, axes)
 
+    def paired(
+        self, left: Key, one: Flow, i: int, right: Key, two: Flow, j: int, both: Mask
+    ) -> bool:
+        """Along an axis that is moved, the program says which place of the whole a place is."""
+        if i != self.layout.moved.get(one.symbol) and j != self.layout.moved.get(two.symbol):
+            return False
+        self.loose |= {left[:3], right[:3]}
+        lane = np.flatnonzero(both)
+        sides = [
+            replace(f, have=f.have[lane], home=f.home[lane], lo=f.lo[lane], hi=f.hi[lane])
+            for f in (one, two)
+        ]
+        self.trace.products.append(
+            Product(self.site, lane, self.stage, self.segment[lane], (sides[0], sides[1]), (i, j))
+        )
+        return True
+
     def slot(self, tile: Data, key: Key) -> tuple[Ints, Mask] | None:
         """The rank whose part a load of a sum has read in each lane; None if it is of no sum."""
         rank = np.zeros(self.lanes, dtype=np.int64)
         have = np.zeros(self.lanes, dtype=bool)
-        for (line, column, symbol), flow in tile.flows.items():
+        for (line, column, symbol, _), flow in tile.flows.items():
             if (line, column) != key[:2] or symbol not in self.layout.parts | self.layout.own:
                 continue
             which = flow.lo[:, 0] if symbol in self.layout.parts else self.rank

@@ -15,8 +15,11 @@ from tilelink.backend.validate.values import (
     Choice,
     Data,
     Descriptor,
+    Flow,
     Inside,
+    Key,
     Lattice,
+    Mask,
     Name,
     Num,
     Pointer,
@@ -24,6 +27,7 @@ from tilelink.backend.validate.values import (
     options,
     select,
 )
+from tilelink.errors import Source
 
 DTYPES = frozenset(TL_NAMES.values())
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "int64": 8, "int1": 1}
@@ -34,6 +38,12 @@ UNARY = frozenset(
 
 class TileCalls(Machine):
     """What ``tl`` functions and methods of tiles mean. Loads and stores are left to subclasses."""
+
+    def __init__(self, source: Source, lanes: int) -> None:
+        super().__init__(source, lanes)
+        self.loose: set[tiles.Site] = (
+            set()
+        )  # loads of products whose order the program's rows decide
 
     def free(self, node: ast.Name) -> Any:
         """Built-in functions of kernels."""
@@ -111,7 +121,7 @@ class TileCalls(Machine):
         self.summing(op, x, y)
         shape = tiles.shared(x.shape, y.shape)
         made = tiles.merged(
-            [tiles.lifted(x, shape), tiles.lifted(y, shape)], shape, self.on, once=False
+            [tiles.lifted(x, shape), tiles.lifted(y, shape)], shape, self.on, self.loose
         )
         # Only a sum from the left keeps its order of additions.
         if op is ast.Add and x.terms and y.terms and len(y.terms) == 1:
@@ -240,7 +250,7 @@ class TileCalls(Machine):
         parts = [self.data(v) for v in (mask, a, b)]
         shape = tiles.shared(parts[0].shape, tiles.shared(parts[1].shape, parts[2].shape))
         wide = [tiles.lifted(p, shape) for p in parts]
-        return tiles.merged(wide, shape, self.on, once=False)
+        return tiles.merged(wide, shape, self.on, self.loose)
 
     def on_tl_multiple_of(self, value: Any, by: Any) -> Any:
         """``tl.multiple_of``: a promise on an address, which is checked."""
@@ -263,7 +273,13 @@ class TileCalls(Machine):
         if input_precision not in (None, "ieee"):
             self.unclear("a precision of products")
         total = None if acc is None else self.data(acc)
-        return tiles.product(self.data(a), self.data(b), total, self.on)
+        return tiles.product(self.data(a), self.data(b), total, self.on, self.paired, self.loose)
+
+    def paired(
+        self, left: Key, one: Flow, i: int, right: Key, two: Flow, j: int, both: Mask
+    ) -> bool:
+        """Whether the places of two regions that a product sums over are compared later."""
+        return False
 
     def on_tl_trans(self, value: Any) -> Data:
         """``tl.trans`` of a matrix."""

@@ -454,7 +454,7 @@ class KernelMachine(AccessMachine):
             if np.any((lo[:, 0] != source)[lanes]):
                 self.hazard(f"the part of rank {source} is read where another one's lies")
             self.read(parts.symbol, "generic", lanes, self.rank, lo, hi, part.tokens)
-            key = (self.site[0], self.site[1] + source, parts.symbol)
+            key = (self.site[0], self.site[1] + source, parts.symbol, 0)
             flows[key] = Flow(parts.symbol, lanes, self.rank, lo, hi, axes)
             self.on, self.all = before
         return Data(mine.shape, flows, single=True)

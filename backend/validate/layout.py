@@ -59,6 +59,18 @@ class Layout:
         self.parts = frozenset(op.symbol for op in sums)
         self.own = frozenset(op["own"].symbol for op in sums if op.get("own") is not None)
 
+        # The axis over which a tensor, or what holds it, is moved: places along it need not be those of the whole.
+        self.moved: dict[str, int] = {}
+        for name in self.item:
+            tensor = self.declared.get(name.split(".")[0])
+            over = tensor.get("over") if tensor is not None else None
+            if (
+                over is not None
+                and tensor is not None
+                and len(tensor["dims"]) == len(self.dims[name])
+            ):
+                self.moved[name] = int(over)
+
     # The number that stands for the slot of a call while a kernel is read. It is none that a text could hold
     # in its place.
     SLOT = 7
@@ -159,6 +171,17 @@ class Layout:
                 axis, many = wide[-1], extent
             used.append(axis)
             hi[:, axis] = np.where(live, lo[:, axis] + many, lo[:, axis])
+        # One element in each lane: its step still says which axis it is of; of several, they stand in order.
+        single: dict[int, list[int]] = {}
+        for number, (extent, step) in enumerate(zip(extents, steps, strict=True)):
+            one = step[live & (extent == 1)]
+            if used[number] < 0 and len(one) and np.all(one == one[0]):
+                single.setdefault(int(one[0]) * unit, []).append(number)
+        for width, numbers in single.items():
+            fits = [a for a, s in enumerate(strides) if s * item == width and a not in used]
+            if len(fits) == len(numbers):
+                for number, axis in zip(numbers, fits, strict=True):
+                    used[number] = axis
         hi = np.where(live[:, None], hi, lo)
         if np.any(hi > np.array(dims)):
             self._spill(symbol, lo, hi, used)

@@ -122,15 +122,17 @@ def multiply(host: HostMachine, a: Any, b: Any, out: Any, bias: Any) -> None:
     segment = trace.segments[0][lane]
     zero = segment.copy()
     flows: dict[Key, Flow] = {}
-    for view in [*views[:2], *views[3:]]:
+    sides = [v.axes[::-1] if t else v.axes for v, t in zip(views[:2], turned, strict=True)]
+    # Rows of the left operand, columns of the right one and of the bias.
+    along = [(sides[0][0], -1), (-1, sides[1][1]), *((-1, v.axes[0]) for v in views[3:])]
+    for view, axes in zip([*views[:2], *views[3:]], along, strict=True):
         read = (view.home[lane], view.lo[lane], view.hi[lane])
         trace.touches.append(
             Touch(host.site, view.symbol, False, "tma", lane, 0, zero, trace.next(), *read)
         )
         have = np.ones(len(lane), dtype=bool)
-        axes = tuple(view.axes)
         # Two operands may be regions of one symbol.
-        key = (host.site[0], len(flows), view.symbol)
+        key = (host.site[0], len(flows), view.symbol, 0)
         flows[key] = Flow(view.symbol, have, *read, axes)
     written = (out.home[lane], out.lo[lane], out.hi[lane])
     trace.touches.append(

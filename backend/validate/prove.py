@@ -279,6 +279,7 @@ class Validator:
             return self.at(number, access)
 
         self.rows.touches(placed, mine)
+        self.rows.products(placed, mine)
         self.rows.complete(mine)
         self.rows.signals(placed)
 

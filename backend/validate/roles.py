@@ -285,7 +285,7 @@ class GroupMachine(RoleMachine):
                 have = mine & np.all(hi > lo, axis=1)
                 home = np.tile(full(flow.home, self.single), GROUPS)
                 line, column = self.site
-                key = (line, column + operand, flow.symbol)
+                key = (line, column + operand, flow.symbol, 0)
                 held = flows.get(key)
                 if held is None:
                     flows[key] = Flow(flow.symbol, have, home, lo, hi, cell.order)

@@ -11,8 +11,9 @@ import numpy as np
 from tilelink.backend.expand_rows import Access, Expansion, Phase, Sync
 from tilelink.backend.validate.demand import Loads
 from tilelink.backend.validate.errors import EmittedDiffers
+from tilelink.backend.validate.tiles import gather
 from tilelink.backend.validate.trace import FINISH, PREFIX, Signal, Touch, Trace
-from tilelink.backend.validate.values import Ints, Mask
+from tilelink.backend.validate.values import Flow, Ints, Key, Mask
 from tilelink.errors import Source, Span
 
 
@@ -126,6 +127,11 @@ class Rows:
                 which, row = self.source_side(site, symbol, sides[site], task, lo, hi, candidates)
             else:
                 which, row = self.match(site, symbol, write, paired, task, home, lo, hi, candidates)
+            if not write and not paired:
+                pick, which, row, lo = self.continued(
+                    symbol, task, home, lo, hi, which, row, candidates
+                )
+                task, seq, home, hi = task[pick], seq[pick], home[pick], hi[pick]
             if paired and write:
                 sides[site] = (which, row, task)
             for number in np.unique(which).tolist():
@@ -154,6 +160,51 @@ class Rows:
                 self.count(access, at, first, last, write)
                 if write and not paired:
                     self.flows(site, parts, some, access, at, task, first, last)
+
+    def products(self, placed: Placed, choose: Callable[[Access], bool]) -> None:
+        """Products over an axis that is moved: both sides are the same places of the whole, and are added in
+        the order of the program."""
+        candidates = [a for a in self.expected.accesses if choose(a)]
+        reached: dict[
+            tuple[int, int], Ints
+        ] = {}  # by site: the last row of each task, in program order
+        for product in placed.trace.products:
+            if not len(product.lane):
+                continue
+            task = placed.tasks(product.stage, product.lane, product.segment)
+            ends: list[Ints] = []
+            turn = np.zeros(len(task), dtype=np.int64)
+            for side, axis in zip(product.sides, product.axes, strict=True):
+                which, row = self.match(
+                    product.site,
+                    side.symbol,
+                    False,
+                    False,
+                    task,
+                    side.home,
+                    side.lo,
+                    side.hi,
+                    candidates,
+                )
+                place = np.zeros(len(task), dtype=np.int64)
+                for number in np.unique(which).tolist():
+                    access, some = candidates[number], which == number
+                    at = row[some]
+                    place[some] = access.want[at, axis] + side.lo[some, axis] - access.lo[at, axis]
+                    turn[some] = np.maximum(turn[some], access.seq[at])
+                ends.append(place)
+            last = reached.setdefault(product.site, np.full(len(self.expected.task_rank), -1))
+            if np.any(turn < last[task]):
+                self.differs(product.site, "products are added in another order than the program's")
+            last[task] = turn
+            if not np.array_equal(ends[0], ends[1]):
+                n = int(np.flatnonzero(ends[0] != ends[1])[0])
+                one, two = (side.symbol for side in product.sides)
+                self.differs(
+                    product.site,
+                    f"a product of parts of @{one} and @{two} that do not belong together",
+                    f"the task: {self.expected.describe(int(task[n]))}",
+                )
 
     def source_side(
         self,
@@ -185,6 +236,47 @@ class Rows:
             which[some] = number
         return which, row
 
+    def continued(
+        self,
+        symbol: str,
+        task: Ints,
+        home: Ints,
+        lo: Ints,
+        hi: Ints,
+        which: Ints,
+        row: Ints,
+        candidates: list[Access],
+    ) -> tuple[Ints, Ints, Ints, Ints]:
+        """Reads that go on in further rows of the program, as one read a row.
+
+        Returns for each read the number of the given one, its access and row, and where it begins. Where
+        the program reads nothing behind the first row, what lies there is read past the tile.
+        """
+        pick = np.arange(len(task))
+        found = [(pick, which, row, lo)]
+        while len(pick):
+            end = np.zeros_like(lo)
+            for number in np.unique(which).tolist():
+                end[which == number] = candidates[number].hi[row[which == number]]
+            more: list[tuple[Ints, Ints, Ints, Ints]] = []
+            for axis in range(lo.shape[1]):
+                some = np.flatnonzero(hi[pick][:, axis] > end[:, axis])
+                if not len(some):
+                    continue
+                at, begin = pick[some], lo[some].copy()
+                begin[:, axis] = end[some, axis]
+                next_, there = self.find(
+                    symbol, False, False, task[at], home[at], begin, hi[at], candidates
+                )
+                same = next_ == which[some]
+                more.append((at[same], next_[same], there[same], begin[same]))
+            found += more
+            if not more:
+                break
+            pick, which, row, lo = (np.concatenate(column) for column in zip(*more, strict=True))
+        whole = [np.concatenate(column) for column in zip(*found, strict=True)]
+        return whole[0], whole[1], whole[2], whole[3]
+
     def order(self, access: Access) -> tuple[Ints, Ints]:
         """The rows of an access sorted by task, and their tasks."""
         held = self.sorted.get(id(access))
@@ -206,6 +298,33 @@ class Rows:
         candidates: list[Access],
     ) -> tuple[Ints, Ints]:
         """For each row the access of the program that it is part of (its number), and the row there."""
+        which, row = self.find(symbol, write, paired, task, home, lo, hi, candidates)
+        bad = np.flatnonzero(which < 0)
+        if len(bad):
+            n = int(bad[0])
+            region = ", ".join(
+                f"{a}..{b}" for a, b in zip(lo[n].tolist(), hi[n].tolist(), strict=True)
+            )
+            verb = "writes" if write else "reads"
+            self.differs(
+                site,
+                f"this {verb} @{symbol}[{region}] of rank {int(home[n])}, which its task does not do",
+                f"the task: {self.expected.describe(int(task[n]))}",
+            )
+        return which, row
+
+    def find(
+        self,
+        symbol: str,
+        write: bool,
+        paired: bool,
+        task: Ints,
+        home: Ints,
+        lo: Ints,
+        hi: Ints,
+        candidates: list[Access],
+    ) -> tuple[Ints, Ints]:
+        """Like :meth:`match`, with -1 where there is none."""
         which = np.full(len(task), -1, dtype=np.int64)
         row = np.full(len(task), -1, dtype=np.int64)
         for number, access in enumerate(candidates):
@@ -226,18 +345,6 @@ class Rows:
                     fits &= np.all((lo == access.lo[at]) & (hi == access.hi[at]), axis=1)
                 which = np.where(fits, number, which)
                 row = np.where(fits, at, row)
-        bad = np.flatnonzero(which < 0)
-        if len(bad):
-            n = int(bad[0])
-            region = ", ".join(
-                f"{a}..{b}" for a, b in zip(lo[n].tolist(), hi[n].tolist(), strict=True)
-            )
-            verb = "writes" if write else "reads"
-            self.differs(
-                site,
-                f"this {verb} @{symbol}[{region}] of rank {int(home[n])}, which its task does not do",
-                f"the task: {self.expected.describe(int(task[n]))}",
-            )
         return which, row
 
     def count(self, access: Access, at: Ints, lo: Ints, hi: Ints, write: bool) -> None:
@@ -318,14 +425,19 @@ class Rows:
         offset, length = lo - access.lo[at], hi - lo
         n = len(some)
         need: dict[str, Ints] = {}
-        boxes: dict[str, list[tuple[Ints, Ints, Ints]]] = {}
+        boxes: dict[str, list[Flow]] = {}
+        along: dict[str, list[tuple[int, ...]]] = {}
+        nowhere = np.zeros(n, dtype=bool)
         for (_, own), (op, axes) in loads.items():
+            found: dict[Key, Flow] = {}
             for other in self.expected.accesses:
                 if other.op is not op or other.own != own or other.write:
                     continue
                 by, tasks = self.order(other)
                 begin = np.searchsorted(tasks, task[some], side="left")
                 end = np.searchsorted(tasks, task[some], side="right")
+                need.setdefault(other.symbol, np.zeros(n, dtype=np.int64))
+                along.setdefault(other.symbol, []).append(tuple(axes))
                 for step in range(int((end - begin).max()) if n else 0):
                     there = begin + step < end
                     r = by[np.minimum(begin + step, len(by) - 1)]
@@ -338,9 +450,13 @@ class Rows:
                         last[:, axis] = np.minimum(
                             last[:, axis], first[:, axis] + length[:, placed[tile_axis]]
                         )
-                    size = np.prod(np.maximum(last - first, 0), axis=1) * there
-                    need[other.symbol] = need.get(other.symbol, np.zeros(n, np.int64)) + size
-                    boxes.setdefault(other.symbol, []).append((there.astype(np.int64), first, last))
+                    there = there & np.all(last > first, axis=1)
+                    flow = Flow(other.symbol, there, other.home[r], first, last, (-1,))
+                    gather(found, (0, 0, other.symbol, 0), flow, nowhere, True)
+            # The turns of a loop make one box where they continue each other.
+            for flow in found.values():
+                need[flow.symbol] += np.prod(flow.hi - flow.lo, axis=1) * flow.have
+                boxes.setdefault(flow.symbol, []).append(flow)
         starts = np.cumsum([0, *(len(t.lane) for t in parts)])
         have = {symbol: np.zeros(n, dtype=np.int64) for symbol in need}
         for number, touch in enumerate(parts):
@@ -348,15 +464,21 @@ class Rows:
             if len(mine) == 0:
                 continue
             local = some[mine] - starts[number]
-            for (line, _, symbol), flow in touch.flows.items():
+            for (line, _, symbol, _), flow in touch.flows.items():
                 on = flow.have[local]
                 if not on.any():
                     continue
+                if symbol in along and not any(_follows(flow.axes, a) for a in along[symbol]):
+                    self.differs(
+                        site,
+                        f"@{symbol} (line {line}) flows into this store of @{access.symbol} along "
+                        "other axes than in the program",
+                    )
                 first, last = flow.lo[local], flow.hi[local]
                 inside: Mask = ~on
-                for known, low, high in boxes.get(symbol, ()):
-                    part: Mask = np.all(first >= low[mine], axis=1)
-                    part = part & np.all(last <= high[mine], axis=1) & (known[mine] > 0)
+                for box in boxes.get(symbol, ()):
+                    part: Mask = np.all(first >= box.lo[mine], axis=1)
+                    part = part & np.all(last <= box.hi[mine], axis=1) & box.have[mine]
                     inside = inside | part
                 if not inside.all():
                     k = int(np.flatnonzero(~inside)[0])
@@ -493,6 +615,11 @@ class Rows:
             None,
             f"some of its {len(new)} waits and notifies are made twice; the program has {len(old)}",
         )
+
+
+def _follows(axes: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether each axis of a tile that follows one of a region's follows the one that is ``wanted``."""
+    return all(a in (-1, w) for a, w in zip(axes, wanted, strict=False))
 
 
 def _spread(lane: Ints, first: Ints, counts: Ints) -> tuple[Ints, Ints, Ints]:

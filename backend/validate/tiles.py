@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -40,70 +41,184 @@ def mapped(data: Data, shape: tuple[int, ...], axes: Callable[[Flow], tuple[int,
     return Data(shape, flows, data.terms, data.form)
 
 
-def merged(parts: Sequence[Data], shape: tuple[int, ...], on: Mask, *, once: bool) -> Data:
-    """A tile that all ``parts`` flow into. ``once``: a region that flows in twice is refused."""
+Site: TypeAlias = tuple[int, int, str]  # a key without its part
+
+
+def merged(
+    parts: Sequence[Data], shape: tuple[int, ...], on: Mask, loose: Container[Site] = ()
+) -> Data:
+    """A tile that all ``parts`` flow into. ``loose``: loads whose turns may come in any order here."""
     flows: dict[Key, Flow] = {}
     for part in parts:
         if part.form:
             raise Misfit("arithmetic on a tile that is being split")
         for key, flow in part.flows.items():
-            held = flows.get(key)
-            flows[key] = flow if held is None else _union(held, flow, on, once)
+            gather(flows, key, flow, on, key[:3] in loose)
     return Data(shape, flows)
 
 
-def _union(a: Flow, b: Flow, on: Mask, once: bool) -> Flow:
-    if a.axes != b.axes:
+def gather(flows: dict[Key, Flow], key: Key, flow: Flow, on: Mask, loose: bool) -> None:
+    """Adds a region to what flows in from the same load.
+
+    What it holds, is held by or continues becomes one box with it. With ``loose``, where the tile does not follow
+    the axis (a sum has been taken over it), boxes may come in any order and lie apart: then each is a part of
+    its own. In lanes of ``on`` any other two regions are refused.
+    """
+    parts = _parts(flows, key)
+    axes = flow.axes
+    for part in parts:
         # The same load along other axes: nothing can be said of places any more.
-        axes = tuple(x if x == y else -1 for x, y in zip(a.axes, b.axes, strict=False))
-        a, b = replace(a, axes=axes), replace(b, axes=axes)
-    both = a.have & b.have
-    apart = (a.lo != b.lo) | (a.hi != b.hi)
-    count = apart.sum(axis=1)
-    follows = (count == 1) & ((a.hi == b.lo) | ~apart).all(axis=1) & (a.home == b.home)
-    same = (count == 0) & (a.home == b.home)
-    inside = both & on
-    if np.any(inside & ~follows & ~same):
-        raise Misfit(f"parts of @{a.symbol} that do not follow one another flow into one tile")
-    if once and np.any(inside & same):
-        raise Misfit(f"a part of @{a.symbol} is added twice")
-    grown = np.where((both & follows)[:, None], b.hi, a.hi)
-    only = (~a.have)[:, None]
-    return Flow(
-        a.symbol,
-        a.have | b.have,
-        np.where(a.have, a.home, b.home),
-        np.where(only, b.lo, a.lo),
-        np.where(only, b.hi, grown),
-        a.axes,
-    )
+        held = flows[part].axes
+        axes = tuple(x if x == y else -1 for x, y in zip(held, axes, strict=False))
+    flow = replace(flow, axes=axes)
+    for part in parts:
+        flows[part] = replace(flows[part], axes=axes)
+    summed = np.ones(flow.lo.shape[1], dtype=bool)
+    summed[[axis for axis in axes if axis >= 0]] = False
+    lo, hi, left = flow.lo, flow.hi, flow.have
+    grown = True
+    while grown:
+        grown = False
+        for part in parts:
+            held_flow = flows[part]
+            meets = left & held_flow.have
+            if not meets.any():
+                continue
+            first, last = held_flow.lo, held_flow.hi
+            apart = (first != lo) | (last != hi)
+            count = apart.sum(axis=1)
+            over = np.all(~apart | summed, axis=1)
+            equal = count == 0
+            holds = equal | (over & np.all((first <= lo) & (hi <= last), axis=1))
+            held_by = over & np.all((lo <= first) & (last <= hi), axis=1)
+            follows = (count == 1) & ((last == lo) | ~apart).all(axis=1)
+            leads = over & (count == 1) & ((hi == first) | ~apart).all(axis=1)
+            clear = over & np.any((last <= lo) | (hi <= first), axis=1)
+            home = held_flow.home == flow.home
+            known = (holds | held_by | follows | ((leads | clear) & loose)) & home
+            if np.any(meets & on & ~known):
+                raise Misfit(
+                    f"parts of @{flow.symbol} that do not follow one another flow into one tile"
+                )
+            joined = meets & home & (holds | held_by | follows | leads)
+            if not joined.any():
+                continue
+            # The box that both make; it may continue another part in turn.
+            wide = joined[:, None]
+            more = np.any(joined & (follows | leads))
+            lo = np.where(wide, np.minimum(lo, first), lo)
+            hi = np.where(wide, np.maximum(hi, last), hi)
+            flows[part] = replace(held_flow, have=held_flow.have & ~joined)
+            grown = grown or bool(more)
+    _keep(flows, key, replace(flow, lo=lo, hi=hi))
 
 
-def product(a: Data, b: Data, acc: Data | None, on: Mask) -> Data:
-    """``dot``: rows of ``a``, columns of ``b``; what is summed over must be the same on both sides."""
+def _parts(flows: Mapping[Key, Flow], key: Key) -> list[Key]:
+    found: list[Key] = []
+    while (*key[:3], len(found)) in flows:
+        found.append((*key[:3], len(found)))
+    return found
+
+
+def _keep(flows: dict[Key, Flow], key: Key, flow: Flow) -> None:
+    """Puts a region into the first part that is free in each lane."""
+    left = flow.have
+    for part in _parts(flows, key):
+        held = flows[part]
+        free = left & ~held.have
+        wide = free[:, None]
+        flows[part] = Flow(
+            held.symbol,
+            held.have | free,
+            np.where(free, flow.home, held.home),
+            np.where(wide, flow.lo, held.lo),
+            np.where(wide, flow.hi, held.hi),
+            held.axes,
+        )
+        left = left & ~free
+    parts = _parts(flows, key)
+    if left.any() or not parts:
+        flows[(*key[:3], len(parts))] = replace(flow, have=left)
+
+
+def _fresh(flows: Mapping[Key, Flow], key: Key, flow: Flow) -> Mask:
+    """The lanes in which a region shares nothing with what has come from the same load."""
+    found = flow.have
+    for part in _parts(flows, key):
+        held = flows[part]
+        shared_ = np.all((held.lo < flow.hi) & (flow.lo < held.hi), axis=1)
+        found = found & ~(held.have & (held.home == flow.home) & shared_)
+    return found
+
+
+Pairs: TypeAlias = Callable[[Key, Flow, int, Key, Flow, int, Mask], bool]
+
+
+def product(
+    a: Data,
+    b: Data,
+    acc: Data | None,
+    on: Mask,
+    later: Pairs | None = None,
+    loose: Container[Site] = (),
+) -> Data:
+    """``dot``: rows of ``a``, columns of ``b``; what is summed over must be the same on both sides.
+
+    ``later`` may take two regions and the axes that are summed over, to compare their places when they are known;
+    it says whether it did.
+    """
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
         raise Misfit(f"a product of tiles of shapes {a.shape} and {b.shape}")
     shape = (a.shape[0], b.shape[1])
     if acc is not None and acc.shape != shape:
         raise Misfit(f"a product of shape {shape} added to a tile of shape {acc.shape}")
-    for one in a.flows.values():
-        for two in b.flows.values():
+    for left_key, one in a.flows.items():
+        for right_key, two in b.flows.items():
             i, j = one.axes[1], two.axes[0]
             if i < 0 or j < 0:
                 continue
             both = one.have & two.have & on
             wrong = (one.hi[:, i] - one.lo[:, i]) != (two.hi[:, j] - two.lo[:, j])
-            wrong |= one.lo[:, i] != two.lo[:, j]
+            if later is None or not later(left_key, one, i, right_key, two, j, both):
+                wrong |= one.lo[:, i] != two.lo[:, j]
             if np.any(both & wrong):
                 raise Misfit(
                     f"a product of parts of @{one.symbol} and @{two.symbol} that do not belong together"
                 )
+    if acc is not None:
+        _once(a, b, acc, on)
     left = mapped(a, shape, lambda f: (f.axes[0], -1))
     right = mapped(b, shape, lambda f: (-1, f.axes[1]))
     parts = [replace(left, terms=None), replace(right, terms=None)]
-    if acc is not None:
-        parts.insert(0, acc)
-    return merged(parts, shape, on, once=True)
+    if acc is None:
+        return merged(parts, shape, on, loose)
+    for part, crossed in zip(parts, (1, 0), strict=True):
+        for key, flow in part.flows.items():
+            for held in (acc.flows[k] for k in _parts(acc.flows, key)):
+                # Along the columns of the left operand, or the rows of the right one, nothing varies.
+                if held.axes[crossed] >= 0 and np.any(held.have & flow.have & on):
+                    raise Misfit(f"parts of @{flow.symbol} are added along other axes than before")
+    return merged([acc, *parts], shape, on, loose)
+
+
+def _once(a: Data, b: Data, acc: Data, on: Mask) -> None:
+    """Refuses a product that has been added before.
+
+    What is summed over must be new in an operand that has been loaded. In one that was computed, with which the
+    sum so far may have been scaled, it may be known, if it is new in the other one. What does not follow that
+    axis comes again in each product.
+    """
+    lanes = len(on)
+    added, new = np.zeros(lanes, dtype=bool), np.zeros(lanes, dtype=bool)
+    for tile, axis in ((a, 1), (b, 0)):
+        along = {key: flow for key, flow in tile.flows.items() if flow.axes[axis] >= 0}
+        for key, flow in (along or tile.flows).items():
+            fresh = _fresh(acc.flows, key, flow)
+            if tile.terms is not None and np.any(on & flow.have & ~fresh):
+                raise Misfit(f"a part of @{flow.symbol} is added twice")
+            added, new = added | flow.have, new | fresh
+    if np.any(on & added & ~new):
+        raise Misfit("a product of the same parts is added twice")
 
 
 def limited(flow: Flow, limits: Sequence[Ints]) -> Flow:

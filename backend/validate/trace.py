@@ -63,6 +63,18 @@ class Signal:
     last: Ints | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """Two regions that a product sums over, axis ``axes[n]`` of ``sides[n]``, in some lanes."""
+
+    site: tuple[int, int]
+    lane: Ints
+    stage: int
+    segment: Ints
+    sides: tuple[Flow, Flow]
+    axes: tuple[int, int]
+
+
 @dataclass(slots=True)
 class _Open:
     """Reads of one load that may still grow: a box a lane."""
@@ -83,6 +95,7 @@ class Trace:
     lanes: int
     touches: list[Touch] = field(default_factory=list)
     signals: list[Signal] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     segments: dict[int, Ints] = field(default_factory=dict)
     stage_sites: dict[int, tuple[int, int]] = field(default_factory=dict)
     pairs: dict[int, tuple[int, int]] = field(default_factory=dict)

@@ -98,7 +98,8 @@ class Flow:
     axes: tuple[int, ...]
 
 
-Key: TypeAlias = tuple[int, int, str]  # line, column and symbol of a load
+# Line, column and symbol of a load, and which of its parts, where they do not lie side by side.
+Key: TypeAlias = tuple[int, int, str, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

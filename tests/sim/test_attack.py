@@ -14,16 +14,19 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.assurance.exhaustive import Instance
 from tests.sim.programs import ALL_NAMES, expected, inputs_of, sample, sample_text
 from tests.strategies import MOVED, cases
 from tilelink import kernels
 from tilelink.backend import reference
+from tilelink.backend.mutate import mutants
 from tilelink.backend.pipeline import compile_kernel, run_passes
 from tilelink.backend.simulate import RaceError, run_calls
 from tilelink.backend.simulate.attack import Failure, attack
 from tilelink.backend.simulate.boxes import FEW, BoxTable
+from tilelink.backend.simulate.explore import explore
 from tilelink.backend.simulate.geometry import Geometry
-from tilelink.backend.simulate.hostility import PRIORITIES, SKEWED, Hostility
+from tilelink.backend.simulate.hostility import HOLDING, MODES, PRIORITIES, SKEWED, Hostility
 from tilelink.backend.simulate.scheduler import Options, Scheduler
 from tilelink.backend.simulate.trace import Traces
 from tilelink.cli.inputs import random_inputs
@@ -204,7 +207,7 @@ def test_priorities_reach_orders_that_need_two_choices() -> None:
     components = [(0, "a", 0), (0, "b", 0)]
     hits, trials, length = 0, 4000, 16
     for number in range(trials):
-        hostile = Hostility(4 * number + PRIORITIES, components, frozenset(), 2 * length)
+        hostile = Hostility(MODES * number + PRIORITIES, components, frozenset(), 2 * length)
         left, order = [length, length], []
         while any(left):
             ready = [c for c in (0, 1) if left[c]]
@@ -223,7 +226,7 @@ def test_skew_makes_a_rank_run_ahead_by_a_call() -> None:
     traces, calls = Traces(Geometry(program)), [inputs_of(program, n) for n in range(3)]
     apart = 0
     for number in range(6):
-        run = Scheduler(traces, calls, 4 * number + SKEWED, Options(False))
+        run = Scheduler(traces, calls, MODES * number + SKEWED, Options(False))
         step = run._step
 
         def spy(task: object, run: Scheduler = run, step: object = step) -> None:
@@ -235,6 +238,28 @@ def test_skew_makes_a_rank_run_ahead_by_a_call() -> None:
         run._step = spy  # type: ignore[method-assign]
         run.run()
     assert apart == 1  # the acknowledgement holds it back from more
+
+
+def test_whoever_holds_a_notify_back_comes_to_every_wait_that_it_can_come_to() -> None:
+    """A flush behind a queue of other workers hangs only where its worker draws what waits for its peer."""
+    program = Instance("gemm_rs", "sm:2-folded", 2, 2, 3).program()
+    moved = [m for m in mutants(program) if m.description == "flush moved behind the stage @C.own"]
+    assert len(moved) == 1 and explore(moved[0].program).bad is not None
+    calls = [random_inputs(program, seed) for seed in range(2)]
+    for number in range(12):
+        failure = attack(moved[0].program, calls, None, 1, MODES * number + HOLDING)
+        assert failure is not None and failure.oracle == "deadlock"
+
+
+def test_a_queue_goes_on_where_its_counter_stands() -> None:
+    """The second call draws no task from a counter that nobody has cleared, and writes nothing."""
+    program = Instance("ag_gemm", "sm:1", 2, 2, 2).program()
+    (queue,) = (op for op in program.find("counter") if op.symbol == "C.gemm.queue")
+    kept = rewrite(program, lambda o: (o.with_attrs(cleared=False),) if o == queue else (o,))
+    calls = [random_inputs(program, seed) for seed in range(2)]
+    assert attack(kept, calls[:1], None, 1) is None
+    failure = attack(kept, calls, None, 1)
+    assert failure is not None and failure.oracle == "version"
 
 
 def test_tables_of_boxes_agree_with_counting_elements() -> None:

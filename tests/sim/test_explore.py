@@ -166,6 +166,18 @@ def test_a_stream_in_front_of_its_launch_hangs_one_hardware_queue() -> None:
     assert explore(program, one_queue=True).bad is None
 
 
+def test_tasks_that_are_left_in_a_queue_are_missed() -> None:
+    """Nobody waits for them and nothing they write is read by another agent: the queue itself tells."""
+    program = Instance("ag_gemm", "sm:1", 2, 2, 2).program()
+    (queue,) = (op for op in program.find("counter") if op.symbol == "C.gemm.queue")
+    kept = rewrite(program, lambda o: (o.with_attrs(cleared=False),) if o == queue else (o,))
+    assert explore(kept, 1).bad is None
+    found = explore(kept, 2)
+    assert found.bad is not None
+    assert found.bad.kind == "balance"
+    assert "never drawn" in found.bad.detail
+
+
 def test_too_large_is_said_and_not_guessed() -> None:
     program = Instance("gemm_rs", "copy_engine", 2, 3, 6).program()
     found = explore(program, limit=50, reduce=False)
