@@ -238,13 +238,8 @@ class Scheduler:
         began = self._host_clock(rank).copy()
         self.calls[rank] = _Call(number, waiting, began, left=len(agents))
         for agent in agents:
-            for position, stage in enumerate(agent.body if agent.name == "launch" else ()):
-                counter = stage.get("counter")
-                key = (rank, agent.symbol, position)
-                # A queue goes on where the call before left it, if nothing clears its counter.
-                if counter is None or counter.symbol in self.traces.cleared:
-                    self.positions[key] = 0
-                self.positions.setdefault(key, 0)
+            for position in range(len(agent.body) if agent.name == "launch" else 0):
+                self.positions[rank, agent.symbol, position] = 0
         for index in [i for i, n in enumerate(self.geometry.agent_names) if waiting[n] == 0]:
             self._start_agent(rank, index, [began])
 
