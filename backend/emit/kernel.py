@@ -61,7 +61,7 @@ def heading(scope: Scope, decorator: str, name: str, parameters: tuple[Parameter
         head.line("slot = device.slot(ctx)")
     for symbol, pointer in sorted(scope.buffers.items()):
         decl = program.symbols[symbol]
-        text = f"device.pointer(arena, {program.offset(decl)}, {TL_DTYPE[decl['dtype']]})"
+        text = f"device.pointer(arena, {program.offset(decl)}, {program.cell(decl)})"
         head.line(f"{pointer} = {text}")
     return head
 
@@ -222,7 +222,7 @@ def _hoist_waits(scope: Scope, stage: Op) -> Op:
     variables = {arg.name for arg in stage.args}
     fixed: list[Op] = []
     for op in stage.body:
-        if op.name != "wait" or _names(op) & variables:
+        if op.name != "wait" or _names(op) & variables or scope.program.carried(op):
             break
         fixed.append(op)
     scope.hoisted = bool(fixed)
@@ -265,7 +265,8 @@ def _task(scope: Scope, stage: Op, q: str) -> None:
     scope.tokens.clear()
     scope.tile = q
     decode(scope, stage, stage.args, Walk.of(stage), q)
-    if scope.hoisted or any(op.name == "wait" for op in stage.walk()):
+    waits = (op for op in stage.walk() if op.name == "wait" and not scope.program.carried(op))
+    if scope.hoisted or any(waits):
         scope.writer.line("token = arrived" if scope.hoisted else "token = 0")
         scope.tokens.append("token")
     epilogue.ops(scope, stage.body)

@@ -70,7 +70,8 @@ def can_flatten(program: Op, stage: Op) -> bool:
     """Whether ``stage`` asks for the flattened form and has the shape for it.
 
     Its body: constants, one tile loop that carries values and multiplies, then the epilogue; no waits,
-    and notifies of local counters alone, in the epilogue.
+    and notifies of local counters alone, in the epilogue. Stores of words are not: they are for small sums, of
+    which a worker has a tile or two, and leave at once.
     """
     if main_loop(program, stage) is None:
         return False
@@ -78,6 +79,8 @@ def can_flatten(program: Op, stage: Op) -> bool:
     if any(op.name in ("wait", "transfer") or op.get("own") is not None for op in inside):
         return False
     signals = [op for op in inside if op.name == "notify"]
+    if any(_carried(program, op) for op in signals):
+        return False
     kept = all(op in stage.body and op.get("if") is None for op in signals)
     return kept and len(signals) <= 1
 
@@ -182,9 +185,10 @@ def _stage(
 
     With ``roles`` the warps that store are not those that load the next tile: they drain at once.
     """
-    signals = any(op.name == "notify" for op in stage.walk())
+    signals = any(op.name == "notify" and not _carried(program, op) for op in stage.walk())
     held = signals and not roles and can_flatten(program, stage)
-    blocks, starts = _blocks(program, stage), _starts(program, stage)
+    blocks, starts = _blocks(program, stage), starts_of(program, stage)
+    short = any(op.get("words") for op in program.find("buffer"))
 
     def mark(op: Op) -> Op:
         if op.name == "notify" and held:
@@ -193,8 +197,11 @@ def _stage(
             sides = [r for r in (op.ref, op.get("own")) if r is not None]
             if all(_boxed(program, side, blocks, starts) for side in sides):
                 return op.with_attrs(via="tma")
-        # Stores to a peer are worth it only where their release is held back.
+        # Stores to a peer are worth it only where their release is held back. What is small enough for words is
+        # not worth waiting for the end of TMA.
         local = op.get("peer") is None
+        if short and op.name == "store":
+            return op
         if op.name == "store" and (held or (local and (roles or not signals))):
             assert op.ref is not None
             if _boxed(program, op.ref, blocks, starts, store=True, slice_=not local):
@@ -207,6 +214,11 @@ def _stage(
     stage = rewrite(stage, mark)
     stores = [op for op in stage.walk() if op.name == "store" and op.get("via") == "tma"]
     return (rewrite(stage, drain) if roles and stores else stage), held
+
+
+def _carried(program: Op, op: Op) -> bool:
+    """Whether a wait or notify is of a flag that words carry: it is nothing by itself."""
+    return program.declared(op.symbol).get("carried") is not None
 
 
 def _blocks(program: Op, stage: Op) -> dict[str, int]:
@@ -237,7 +249,7 @@ def _fixed(program: Op) -> dict[str, int]:
     return {k: v for k, v in environment(program).items() if k not in dynamic}
 
 
-def _starts(program: Op, stage: Op) -> dict[str, int]:
+def starts_of(program: Op, stage: Op) -> dict[str, int]:
     """A number that divides the first index of every tile of each tile variable of a stage."""
     env = _fixed(program)
     found: dict[str, int] = {}
@@ -252,12 +264,12 @@ def _starts(program: Op, stage: Op) -> dict[str, int]:
         for variable, size in zip(tiles, sizes, strict=False):
             step = 1 if op.get("bounds") else int(size)
             if segment is not None and op.args[axis] == variable:
-                step = math.gcd(step, _divisor(Expr.of(segment).substitute(env), found))
+                step = math.gcd(step, divisor(Expr.of(segment).substitute(env), found))
             found[variable.name] = step
     return found
 
 
-def _divisor(expr: Expr, starts: Mapping[str, int]) -> int:
+def divisor(expr: Expr, starts: Mapping[str, int]) -> int:
     """A number that divides every value of ``expr``; 0 of zero, 1 where nothing is known.
 
     ``starts``: the same of each tile variable's first index.
@@ -269,7 +281,7 @@ def _divisor(expr: Expr, starts: Mapping[str, int]) -> int:
         return starts.get(base, 1) if part == "start" else 1
     if expr.op not in ("+", "-", "*", "%", "min", "max"):
         return 1
-    left, right = (_divisor(Expr.of(side), starts) for side in expr.args)
+    left, right = (divisor(Expr.of(side), starts) for side in expr.args)
     return left * right if expr.op == "*" else math.gcd(left, right)
 
 
@@ -319,7 +331,7 @@ def _boxed(
             return False
     first = index[1]
     if isinstance(first, At | Range):
-        place = _divisor(
+        place = divisor(
             (first.start if isinstance(first, At) else first.lo).substitute(fixed), starts
         )
     else:

@@ -27,6 +27,16 @@ FLAG_BYTES: Final = 124 * 1024
 # Of a program with two slots: how far the flags and the buffers of odd calls lie behind those of even ones.
 SLOT_FLAGS: Final = FLAG_BYTES // 2
 SLOT_BYTES: Final = 32 << 20
+# Words that signal themselves lie behind both slots, in a slot each: WORD_BYTES that hold PAYLOAD bytes of data
+# and the epoch of the call that wrote them. Nothing else is ever written there, so no data of any program is taken for
+# an epoch. They are zero at first; the epoch of the first call is 1.
+WORDS: Final = 2 * SLOT_BYTES
+SLOT_WORDS: Final = 16 << 20
+WORD_BYTES: Final = 8
+PAYLOAD: Final = 4
+# Epochs come again after 2^32 calls. Once in so many calls the words of a slot are marked with an epoch that is
+# half of them away, so that none that was left there long ago is ever met again.
+WORD_AGE: Final = 1 << 30
 COUNTERS: Final = 128 * 1024  # byte offset of the counter area
 COUNTER_BYTES: Final = 128 * 1024
 DATA: Final = 256 * 1024  # byte offset of buffers
