@@ -42,6 +42,19 @@ class Kernel:
     emitter: str = "triton"
 
 
+_REGISTERS = 65536  # of a multiprocessor
+
+
+def compile_options(warps: int, stages: int, words: bool) -> dict[str, int]:
+    """What Triton compiles the kernel of a launch with; ``words``: it polls words that signal themselves.
+
+    One CTA is on a multiprocessor, for lack of shared memory, and has all registers to itself. Left alone, the
+    assembler spills some of a kernel that polls, to make room for others.
+    """
+    found = {"num_warps": warps, "num_stages": stages}
+    return {**found, "maxnreg": min(255, _REGISTERS // (32 * warps))} if words else found
+
+
 CONTEXT = ("arena", "peers", "rank", "progress_ns", "arrival_ns")
 
 
