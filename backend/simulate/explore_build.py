@@ -76,6 +76,7 @@ class _Place:
     deferred: list[Node] = field(default_factory=list)
     in_stage: bool = False
     control: bool = False
+    stored: dict[tuple[str, int], list[Node]] = field(default_factory=dict)  # words, by buffer and rank
 
 
 class Builder:
@@ -150,8 +151,11 @@ class Builder:
         for rank in range(self.geometry.world):
             self._user(rank)
             for call in range(self.calls):
+                before = len(self.nodes)
                 for number in range(len(self.geometry.agents)):
                     self._agent(rank, call, number)
+                for node in self.nodes[before:]:
+                    node.call = call
         for node in self.nodes:
             if node.checks:
                 rank, call = node.checks[0]
@@ -510,8 +514,19 @@ class Builder:
             at.perform_first = False
             at.chain += at.deferred
         rank = self._peer(at, op)
+        if self._decl(op.symbol).get("words"):
+            # A segment of its own: it is all that a notify which the words carry hands on.
+            node = Node(NONE, op, where)
+            at.chain.append(node)
+            at.stored.setdefault((op.symbol, rank), []).append(node)
+            self._touch(at, rank, op.ref, WRITE)
+            at.chain.append(Node(NONE, op, where))
+            return
         through_tma = op.get("via") == "tma"
         self._touch(at, rank, op.ref, ASYNC_WRITE if through_tma else WRITE)
+
+    def _decl(self, symbol: str) -> Op:
+        return self.geometry.decls[symbol].op
 
     def _transfer(self, at: _Place, op: Op, where: str) -> None:
         assert op.ref is not None
@@ -575,13 +590,19 @@ class Builder:
             self._mark(at, [slot])
             self.asked[at.call, slot] = count
             self.counted.add((at.call, slot))
-        elif count > 1:
+        carried = self._decl(op.symbol).get("carried")
+        if carried is not None and count > 1:
+            (word,) = words
+            slot = self.element(PSEUDO, "storing", word, at.call)
+        elif count > 1 and slot < 0:
             raise IndexError("a counted notify without a counter (`through`)")
         for number, word in enumerate(words):
             self.flag_set.add(word)
             kind = HOLD if delayed else SET
             node = Node(kind, op, where, elements=(word,), mode=mode, need=at.call + 1)
             node.drain, node.slot, node.count = drain, slot, count
+            if carried is not None:
+                node.carry = tuple(at.stored.get((carried.symbol, rank), ()))
             if number and slot >= 0:
                 raise Unsupported("a counted notify of several elements")
             (at.deferred if delayed and at.perform_first else at.chain).append(node)

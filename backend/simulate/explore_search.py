@@ -292,7 +292,8 @@ class Search:
         elif kind == SET:
             if node.drain:
                 clock, pending = clock | pending, 0
-            self._set(Held.of(node), words, clock, frontier)
+            told = clock if node.carry is None else clock & node.kept | node.own
+            self._set(Held.of(node), words, told, frontier)
         elif kind == HOLD:
             held = (*held, Held.of(node))
         elif kind == PERFORM:
