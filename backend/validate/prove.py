@@ -28,6 +28,7 @@ from tilelink.backend.validate.values import (
     Special,
     full,
 )
+from tilelink.backend.validate.words import WordMachine, stand_ins
 from tilelink.backend.verify import Report, VerifyError, carried, prove, smaller
 from tilelink.errors import Span, TilelinkError
 from tilelink.ir import Op, make, parse_ir, print_ir
@@ -280,6 +281,9 @@ class Validator:
         self.rows.touches(placed, mine)
         self.rows.complete(mine)
         self.rows.signals(placed)
+        self.rows.syncs += stand_ins(
+            self.expected, self.rows.accesses, lambda row: self.at(number, row)
+        )
 
     # Kernels ----------------------------------------------------------------------------------
 
@@ -292,7 +296,7 @@ class Validator:
         if gluon:
             launched = machine = LaunchMachine(*shared, self.module.roles)
         else:
-            machine = KernelMachine(*shared, reverse)  # type: ignore[assignment]
+            machine = WordMachine(*shared, reverse)  # type: ignore[assignment]
         names = [a.arg for a in function.args.args]
         if len(names) != len(agent.arguments):
             self.differs(
@@ -407,7 +411,7 @@ class Validator:
                 rows = zip(sync.home.tolist(), sync.flat.tolist(), sync.rank.tolist(), strict=True)
                 raised |= {(sync.symbol, home, flat): rank for home, flat, rank in set(rows)}
         for _, one in placed:
-            for signal in one.trace.signals:
+            for signal in (*one.trace.signals, *one.trace.polls):
                 if signal.producer is None:
                     continue
                 table = np.unique(

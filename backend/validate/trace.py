@@ -63,6 +63,17 @@ class Signal:
     last: Ints | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Poll:
+    """What an error record would say of words that are polled: the flag that they carry, and who stores them."""
+
+    site: tuple[int, int]
+    symbol: str
+    home: Ints
+    flat: Ints
+    producer: Ints
+
+
 @dataclass(slots=True)
 class _Open:
     """Reads of one load that may still grow: a box a lane."""
@@ -83,6 +94,7 @@ class Trace:
     lanes: int
     touches: list[Touch] = field(default_factory=list)
     signals: list[Signal] = field(default_factory=list)
+    polls: list[Poll] = field(default_factory=list)
     segments: dict[int, Ints] = field(default_factory=dict)
     stage_sites: dict[int, tuple[int, int]] = field(default_factory=dict)
     pairs: dict[int, tuple[int, int]] = field(default_factory=dict)
