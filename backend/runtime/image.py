@@ -124,7 +124,8 @@ class Image:
     @property
     def arena_bytes(self) -> int:
         """Bytes of the arena that the program needs."""
-        return max((last for _, last, _ in self.places), default=layout.DATA)
+        need = max((last for _, last, _ in self.places), default=layout.DATA)
+        return layout.SLOT_ARENA if self.slots == 2 else need
 
     @property
     def places(self) -> tuple[tuple[int, int, bool], ...]:

@@ -134,6 +134,8 @@ def _abort(ctx, word, expected, seen, producer, tile, wait, kind):
     for step in range(1, ctx.world + 1):
         peer = (ctx.rank + step) % ctx.world
         tl.atomic_xchg(_word(ctx.peers, peer, ABORT), 1, sem="release", scope="sys")
+    # Words of this CTA that are not what they should be come after that, by whichever thread.
+    tl.debug_barrier()
 
 
 @triton.jit
