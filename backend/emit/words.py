@@ -17,7 +17,7 @@ from tilelink.ir.layout import PAYLOAD
 def holds(scope: Scope, op: Op) -> bool:
     """Whether an access is of a buffer of words."""
     decl = scope.program.symbols.get(op.symbol) if op.ref is not None else None
-    return decl is not None and decl.name == "buffer" and bool(decl.get("words"))
+    return decl is not None and bool(decl.get("words"))
 
 
 def wait(scope: Scope, op: Op) -> None:

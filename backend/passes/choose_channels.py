@@ -149,7 +149,7 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             resource=move.resource,
             comm_tile=tile,
             channel_rows=rows,
-            words=move.signal == "word" or None,
+            polled=move.signal == "word" or None,
             in_place=info.kind == "gather" and move.resource != "none" and _in_place(program, info),
         ),
     )

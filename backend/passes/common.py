@@ -274,7 +274,7 @@ def moved(program: Op, name: str) -> Moved:
         tasks_across=int(op.get("tasks_across", 1)),
         dynamic=_dynamic_along(program, op, axis),
         shots=shots,
-        words=bool(op.get("words")),
+        words=bool(op.get("polled")),
     )
 
 

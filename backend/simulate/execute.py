@@ -404,7 +404,7 @@ class Runner:
             view = task.proxy
         access = Access(ins.op, False, task, ins.place)
         place = self.geometry.slot(region.symbol, task.call)
-        polled = task.call if isinstance(ins, Load) and ins.words else -1
+        polled = task.call if isinstance(ins, Load) and ins.words and not ins.tma else -1
         self.memory.trackers[place].read(region.row, access, view, polled)
         if machine.versions is not None and machine.stale is None:
             try:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from tilelink.backend.simulate.explore_nodes import (
     ADD,
     ASYNC_READ,
@@ -37,8 +39,9 @@ from tilelink.backend.simulate.explore_nodes import (
     Node,
     Unsupported,
     find_conflicts,
+    meets,
 )
-from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args, keep_scalar
+from tilelink.backend.simulate.geometry import Box, Env, Geometry, Tile, bind_args, keep_scalar
 from tilelink.backend.simulate.roles import behind, parts_of
 from tilelink.ir import Expr, Op, Ref
 
@@ -76,7 +79,6 @@ class _Place:
     deferred: list[Node] = field(default_factory=list)
     in_stage: bool = False
     control: bool = False
-    stored: dict[tuple[str, int], list[Node]] = field(default_factory=dict)  # words, by buffer and rank
 
 
 class Builder:
@@ -104,6 +106,9 @@ class Builder:
         self.queues: set[int] = set()
         self.unordered: set[int] = set()
         self.cleared: set[int] = set()
+        # Stores of words, and loads that poll them, each with its call.
+        self.stored: list[tuple[int, Node]] = []
+        self.polls: list[tuple[int, Node]] = []
 
     # Elements: words of flags and counters, and the ends of agents, which order them.
 
@@ -160,6 +165,7 @@ class Builder:
             if node.checks:
                 rank, call = node.checks[0]
                 node.checks = self._counter_checks(rank, call)
+        self._meet_words()
         segments = find_conflicts(self.nodes)
         return Processes(
             self.nodes,
@@ -172,6 +178,32 @@ class Builder:
             self.elements,
             self.cleared - self.unordered - self.flag_set,
         )
+
+    def _meet_words(self) -> None:
+        """A load of words waits for every store of this call that it reads something of, and for ever for words
+        that none stores."""
+        by_place: dict[tuple[int, int, str], list[tuple[Box, Node]]] = {}
+        for call, node in self.stored:
+            for rank, symbol, box, _ in node.accesses:
+                by_place.setdefault((call, rank, symbol), []).append((box, node))
+        for call, poll in self.polls:
+            found: dict[int, None] = {}
+            assert poll.op is not None
+            place = self.geometry.slot(self.geometry.home(poll.op.symbol), call)
+            for rank, symbol, box, kind in poll.accesses:
+                if symbol != place or kind != READ:
+                    continue
+                left = np.ones([hi - lo for lo, hi in box], dtype=bool)
+                for other, node in by_place.get((call, rank, symbol), ()):
+                    if meets(box, other):
+                        left[tuple(
+                            slice(max(a, c) - a, min(b, d) - a)
+                            for (a, b), (c, d) in zip(box, other, strict=True)
+                        )] = False  # fmt: skip
+                        found[node.elements[0]] = None
+                if left.any():
+                    found[self.element(PSEUDO, "words that nobody stores")] = None
+            poll.elements = tuple(found)
 
     def _user(self, rank: int) -> None:
         """The user writes inputs, calls, and reads outputs when all agents of the call have ended."""
@@ -489,6 +521,11 @@ class Builder:
         assert op.ref is not None
         own, when = op.get("own"), op.get("when")
         kind = ASYNC_READ if op.get("via") == "tma" else READ
+        if self._decl(op.ref.symbol).get("words"):
+            # Which stores it waits for is known when all are.
+            poll = Node(WAIT, op, at.chain[0].where, need=1)
+            at.chain.append(poll)
+            self.polls.append((at.call, poll))
         if op.name == "load":
             ref = own if when is not None and self._value(when, at) else op.ref
             self._touch(at, at.rank, ref, kind)
@@ -515,11 +552,14 @@ class Builder:
             at.chain += at.deferred
         rank = self._peer(at, op)
         if self._decl(op.symbol).get("words"):
-            # A segment of its own: it is all that a notify which the words carry hands on.
-            node = Node(NONE, op, where)
+            # A segment of its own: it is all of this call that whoever polls the words learns of.
+            word = self.element(PSEUDO, "words", len(self.stored))
+            node = Node(ADD, op, where, elements=(word,))
+            node.mode = self._good_for(at, rank, False, False)
+            node.carry = (node,)
             at.chain.append(node)
-            at.stored.setdefault((op.symbol, rank), []).append(node)
             self._touch(at, rank, op.ref, WRITE)
+            self.stored.append((at.call, node))
             at.chain.append(Node(NONE, op, where))
             return
         through_tma = op.get("via") == "tma"
@@ -573,7 +613,8 @@ class Builder:
         words = self.words(rank, op.ref, at.env, at.call)
         weak = op.get("order") == "relaxed" or op.get("barrier") is False
         gpu = op.get("scope", "sys") == "gpu"
-        mode = self._good_for(at, rank, weak, gpu)
+        carried = self._decl(op.symbol).get("carried") is not None
+        mode = self._good_for(at, rank, weak or carried, gpu)
         self._mark(at, words)
         drain, delayed = bool(op.get("drain")), bool(op.get("delay")) and at.in_stage
         if counter:
@@ -590,8 +631,7 @@ class Builder:
             self._mark(at, [slot])
             self.asked[at.call, slot] = count
             self.counted.add((at.call, slot))
-        carried = self._decl(op.symbol).get("carried")
-        if carried is not None and count > 1:
+        if carried and count > 1:
             (word,) = words
             slot = self.element(PSEUDO, "storing", word, at.call)
         elif count > 1 and slot < 0:
@@ -601,8 +641,6 @@ class Builder:
             kind = HOLD if delayed else SET
             node = Node(kind, op, where, elements=(word,), mode=mode, need=at.call + 1)
             node.drain, node.slot, node.count = drain, slot, count
-            if carried is not None:
-                node.carry = tuple(at.stored.get((carried.symbol, rank), ()))
             if number and slot >= 0:
                 raise Unsupported("a counted notify of several elements")
             (at.deferred if delayed and at.perform_first else at.chain).append(node)

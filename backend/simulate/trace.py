@@ -497,8 +497,7 @@ class Tracer:
         return Load(op, self.place, self._uid(op), parts, shape, tma, mine, words)
 
     def _is_words(self, ref: Ref) -> bool:
-        decl = self.geometry.decls[ref.symbol]
-        return decl.kind == "buffer" and bool(decl.op.get("words"))
+        return bool(self.geometry.decls[ref.symbol].op.get("words"))
 
     def _store(self, op: Op) -> Store:
         assert op.ref is not None

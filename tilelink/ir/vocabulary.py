@@ -20,7 +20,7 @@ _TABLE = {
     "program": "world! bytes file kernel kernel_text schedule slots workspace",
     "extent": "value! dynamic least",
     "tensor": "dims! dtype! move! role! block channel_rows comm_tile in_place into offsets over "
-    "owner part_axis resource shots signal source table task_rows tasks_across tile words",
+    "owner part_axis polled resource shots signal source table task_rows tasks_across tile",
     "scalar": "dtype!",
     "buffer": "dims! dtype! space! alias offset words",
     "flag": "dims! carried cleared offset",
