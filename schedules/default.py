@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tilelink.ir import DTYPES, Op
-from tilelink.ir.layout import DATA, SLOT_BYTES
+from tilelink.ir import DTYPES, Op, Value
+from tilelink.ir.layout import DATA, PAYLOAD, SLOT_BYTES
 from tilelink.schedules.schedule import Move, Schedule
 
 # Largest sums whose stores go straight to the peers (bench/results/mlp_h200x4.json): GEMM + reduce-scatter of
 # 9 and 17 MB takes 0.138 and 0.135 ms so and 0.162 and 0.164 by copy engine; of 38 MB, 0.354 and 0.316. An
 # all-reduce in one shot sends the whole to every rank: of 1 MB only.
 EPILOGUE_BYTES = {"reduce": 1 << 20, "scatter": 24 << 20}
+# Largest reduce that travels as words: twice the bytes, for a flag less on every way.
+WORD_BYTES = 1 << 20
+WORD_RANKS = 8  # at most: a thread polls its places of all of them at once
 # Tasks that are about enough for all SMs of a GPU: below, tiles are cut smaller.
 TASKS = 100
 COLUMNS = 64  # of the smallest tile
@@ -23,7 +26,8 @@ def default_schedule(kernel: Op) -> Schedule:
     Moved tensors travel by copy engine, which costs the computation nothing. A small sum is stored
     straight into its ranks, since the fixed cost of a copy would show: a reduce of at most 1 MiB (of 24
     MiB in two shots), a scatter of at most 24 MiB. Where a product has too few tiles for the SMs, they are
-    made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots.
+    made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots; a
+    reduce of at most 1 MiB travels as words that signal themselves.
     """
     extents = {op.symbol: int(op["value"]) for op in kernel.find("extent")}
     wide = any(op.get("dtype") == "fp32" for op in kernel.find("tensor"))
@@ -47,7 +51,10 @@ def default_schedule(kernel: Op) -> Schedule:
         if tensor["move"] in ("gather", "scatter", "reduce"):
             moves[tensor.symbol] = Move(resource=_resource(kernel, tensor, extents))
     if small is not None and _fits_slots(kernel, extents, moves):
-        moves = {name: replace(move, slots=2) for name, move in moves.items()}
+        moves = {
+            name: replace(move, slots=2, signal=_signal(kernel, name, extents, move))
+            for name, move in moves.items()
+        }
     chosen = small or Schedule(tiles=tuple(sorted(tiles.items())))
     return replace(chosen, moves=tuple(sorted(moves.items())))
 
@@ -130,6 +137,25 @@ def _fits_slots(kernel: Op, extents: dict[str, int], moves: dict[str, Move]) -> 
         size = _bytes(tensor, extents)
         total += size if tensor["move"] == "scatter" else max(2 * size, 2 << 20)
     return total <= SLOT_BYTES - DATA
+
+
+def _signal(kernel: Op, name: str, extents: dict[str, int], move: Move) -> str:
+    """``word`` for a small reduce that is stored and read by tiles of its two axes, in whole words."""
+    tensor = next(op for op in kernel.find("tensor") if op.symbol == name)
+    dims = [d if isinstance(d, int) else int(d.evaluate(extents)) for d in tensor["dims"]]
+    small = tensor["move"] == "reduce" and _bytes(tensor, extents) <= WORD_BYTES
+    world = int(kernel["world"])
+    if not small or len(dims) != 2 or move.resource != "epilogue" or world > WORD_RANKS:
+        return "flag"
+    unit = world * PAYLOAD // DTYPES[tensor["dtype"]]
+    used = [op for op in kernel.walk() if op.ref is not None and op.symbol == name]
+    for op in used:
+        if op.name in ("load", "store"):
+            assert op.ref is not None
+            plain = [isinstance(i, Value) and i.type.is_tile for i in op.ref.index]
+            if plain != [True, True]:
+                return "flag"
+    return "word" if dims[1] % max(1, unit) == 0 else "flag"
 
 
 def product_extents(kernel: Op) -> tuple[set[str], set[str], set[str]]:

@@ -223,7 +223,9 @@ class Scope:
     stages: int = 3
     warps: int = 4
     chosen: dict[int, Any] = field(default_factory=dict)  # loads: where they read, settled before
-    polled: dict[str, Op] = field(default_factory=dict)  # buffers of words: the wait in front of their load
+    polled: dict[str, Op] = field(
+        default_factory=dict
+    )  # buffers of words: the wait in front of their load
     # Of a kernel whose warps have roles: ops that are written otherwise, the stage's rows and columns,
     # and whether tiles lie as memory is accessed, no longer as products leave them.
     over: dict[str, Callable[[Scope, Op], None]] = field(default_factory=dict)

@@ -35,7 +35,9 @@ def store(scope: Scope, op: Op) -> None:
         raise refuse(op, "a store of words that is no tile of two axes, or goes through TMA")
     decl = scope.program.symbols[ref.symbol]
     peer = op.get("peer")
-    where = access.base(scope, ref.symbol, scope.expr(peer if peer is not None else Expr.name("RANK")))
+    where = access.base(
+        scope, ref.symbol, scope.expr(peer if peer is not None else Expr.name("RANK"))
+    )
     name = scope.writer.let(f"{access.identifier_of(ref.symbol)}_peer", where)
     scope.used.add(name)
     text = scope.names[value.name]
@@ -75,7 +77,11 @@ def load_sum(scope: Scope, op: Op) -> None:
     where, dtype, shape = _common(scope, op, value)
     apart = scope.expr(access.strides(scope, ref.symbol)[0])
     flag_step = scope.expr(access.strides(scope, scope.polled[ref.symbol].symbol)[0])
-    args = ["ctx", where, *_place(scope, op, Ref(ref.symbol, (Expr.const(0), *ref.index[1:])), shape, dtype)]
+    args = [
+        "ctx",
+        where,
+        *_place(scope, op, Ref(ref.symbol, (Expr.const(0), *ref.index[1:])), shape, dtype),
+    ]
     args += [str(scope.program.world), apart, TL_DTYPE[value.type.dtype]]
     args += [_flag(scope, op, (Expr.const(0), *index[1:])), flag_step, scope.tile, str(ident)]
     scope.writer.call(f"{name} = device.sum_words(", args)
@@ -137,6 +143,8 @@ def _even(scope: Scope, ref: Ref, inner: access.Axis, unit: int) -> bool:
         return False
     if not isinstance(variable, Value):
         return inner.start.isdigit() and int(inner.start) % unit == 0
-    starts = {k: v for s in stages_of(scope.program.op) for k, v in starts_of(scope.program.op, s).items()}
+    starts = {
+        k: v for s in stages_of(scope.program.op) for k, v in starts_of(scope.program.op, s).items()
+    }
     begin = item.start if isinstance(item, At) else Expr.name(f"{variable.name}.start")
     return divisor(begin.substitute(scope.program.env), starts) % unit == 0

@@ -72,8 +72,12 @@ def choose_channels(program: Op) -> Op:
             counters.append(make("counter", ref=Ref(f"{name}.done"), dims=sources))
         if info.words:
             flags += [
-                make("flag", ref=Ref(f"{name}.{flag}"), dims=(world, info.channels), carried=Ref(by))
-                for flag, by in (("ready", f"{name}.parts"), ("summed", f"{name}.all"))[: info.shots]
+                make(
+                    "flag", ref=Ref(f"{name}.{flag}"), dims=(world, info.channels), carried=Ref(by)
+                )
+                for flag, by in (("ready", f"{name}.parts"), ("summed", f"{name}.all"))[
+                    : info.shots
+                ]
             ]
             continue
         if info.resource != "none":
@@ -163,7 +167,7 @@ def _check_words(program: Op, tensor: Op, info: Moved) -> None:
     store = next(s for s in accesses(stage, info.name, "store") if not s.get("final"))
     assert store.ref is not None
     column = store.ref.index[-1]
-    tile = int(stage["tile"][stage.args.index(column)]) if column in stage.args else 0  # type: ignore[arg-type]
+    tile = int(stage["tile"][stage.args.index(column)]) if column in stage.args else 0
     wrong = ""
     if tensor["dtype"] not in ("bf16", "fp16", "fp32"):
         wrong = f"its elements are {tensor['dtype']}"

@@ -52,7 +52,8 @@ def choose_shots(program: Op) -> Op:
                     help="use 1",
                 )
             continue
-        small = _bytes(program, tensor) * int(program["world"]) <= ONE_SHOT_BYTES
+        twice = 2 if move.signal == "word" else 1  # half of what is sent are epochs
+        small = _bytes(program, tensor) * int(program["world"]) * twice <= ONE_SHOT_BYTES
         if move.shots == 1 or (move.shots is None and small):
             if move.resource == "epilogue":
                 program = _by_columns(program, schedule, tensor)

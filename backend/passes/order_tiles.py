@@ -28,6 +28,8 @@ from tilelink.schedules import Schedule
 
 # Elements of a tile that a stage without a matrix product keeps in registers.
 ELEMENTWISE_TILE = 8192
+# Elements of words, over all ranks, that one thread polls for a tile of a sum: two registers hold four of 16 bits.
+POLLED = 128
 # Elements of the smallest tile of a sum: 16 bytes of 16-bit elements for each of 128 threads.
 LEAST_SUM = 1024
 DECLARATIONS = ("extent", "tensor", "scalar")
@@ -440,6 +442,9 @@ def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
     )
     attrs: dict[str, object] = {}
     info = moved(program, name)
+    if schedule.move(name).signal == "word" and len(tiles) == 2:
+        most = POLLED * 32 * schedule.warps // max(1, info.world)
+        tiles = (max(1, min(tiles[0], most // tiles[1])), tiles[1])
     if tensor["move"] == "scatter":
         attrs = {
             "segment": info.block,

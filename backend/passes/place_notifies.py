@@ -37,8 +37,9 @@ def place_notifies(program: Op) -> Op:
           notify @C.ready[RANK, 0] {peer = m.start / 1024, count = 32, through = @C.arrived[m.start / 1024, 0]}
 
     The head of a call waits until every rank has acknowledged the call before, and the last worker
-    acknowledges this one. A notify of a flag that words carry has no counter. With two slots nobody does, and the head is folded into the launch. Invariant: one
-    notify a task and channel, behind the task's last write.
+    acknowledges this one. With two slots nobody does, and the head is folded into the launch. A notify of a
+    flag that words carry has no counter. Invariant: one notify a task and channel, behind the task's last
+    write.
     """
     slots = program.get("slots") is not None
     acked = bool(program.find("flag")) and not slots

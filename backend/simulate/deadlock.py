@@ -129,8 +129,8 @@ def _chain(
             continue
         if blocked.polled:
             lines.append(
-                f"{task.describe()} polls at `{op_line(blocked.op)}`{where}: words of call {task.call} are missing "
-                f"in @{blocked.symbol}"
+                f"{task.describe()} polls at `{op_line(blocked.op)}`{where}: "
+                f"words of call {task.call} are missing in @{blocked.symbol}"
             )
             return lines, False
         if not missing:

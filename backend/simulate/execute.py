@@ -528,7 +528,9 @@ class Runner:
         if ins.drain:
             machine.drain(task)
         # At device scope, only kernels of this rank are told anything.
-        mute = ins.relaxed or ins.carried or (ins.gpu and not (task.kernel and ins.rank == task.rank))
+        mute = (
+            ins.relaxed or ins.carried or (ins.gpu and not (task.kernel and ins.rank == task.rank))
+        )
         carried = None if mute else machine.release(task)
         machine.made.append((task.call, ins.place, ins.op, ins.rank, ins.elements))
         if ins.counter:

@@ -65,8 +65,8 @@ class Node:
     behind_async: int = 0
     broken: str = ""  # a conflict inside the segment
     call: int = -1
-    # Of a store of words: itself. It hands on no more (`own`) than that, and of what its process knows what was over
-    # when the call began (`kept`).
+    # Of a store of words: itself. It hands on no more (`own`) than that, and of what its process knows what was
+    # over when the call began (`kept`).
     carry: tuple[Node, ...] | None = None
     own: int = 0
     kept: int = 0

@@ -158,7 +158,8 @@ class Wait:
 
 @dataclass(slots=True, eq=False)
 class Notify:
-    """A notify; ``through`` is the counter and element that count it. ``carried``: by words; it releases nothing."""
+    """A notify; ``through`` is the counter and element that count it. ``carried``: by words; it releases
+    nothing."""
 
     op: Op
     place: Place

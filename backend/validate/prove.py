@@ -19,7 +19,7 @@ from tilelink.backend.validate.layout import Layout
 from tilelink.backend.validate.module import Module
 from tilelink.backend.validate.roles import GROUPS, LaunchMachine
 from tilelink.backend.validate.rows import Placed, Rows
-from tilelink.backend.validate.trace import Signal, Trace
+from tilelink.backend.validate.trace import Poll, Signal, Trace
 from tilelink.backend.validate.values import (
     Data,
     Descriptor,
@@ -411,7 +411,8 @@ class Validator:
                 rows = zip(sync.home.tolist(), sync.flat.tolist(), sync.rank.tolist(), strict=True)
                 raised |= {(sync.symbol, home, flat): rank for home, flat, rank in set(rows)}
         for _, one in placed:
-            for signal in (*one.trace.signals, *one.trace.polls):
+            named: list[Signal | Poll] = [*one.trace.signals, *one.trace.polls]
+            for signal in named:
                 if signal.producer is None:
                     continue
                 table = np.unique(

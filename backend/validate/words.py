@@ -146,7 +146,9 @@ class WordMachine(KernelMachine):
         name, flat = self.element(flag, self.on)
         carried = self.layout.declared[name].get("carried")
         if carried is None or carried.symbol != symbol:
-            self.hazard(f"words of @{symbol} are polled in the name of @{name}, which they do not carry")
+            self.hazard(
+                f"words of @{symbol} are polled in the name of @{name}, which they do not carry"
+            )
         lane = np.flatnonzero(self.on)
         poll = Poll(self.site, name, self.rank[lane], flat[lane], producer[lane])
         self.trace.polls.append(poll)

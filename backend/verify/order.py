@@ -9,8 +9,9 @@ a *node* is a thread and the number of its events passed. Access X is before acc
 if X's task raises, after X, an element that is in Y's clock.
 
 Weak synchronisation blocks and counts, but carries nothing: a notify that releases nothing is MUTE, a
-wait that acquires nothing IDLE. A notify of a flag that words carry is CARRY: see ``words``. Through the async proxy, a store releases from the next drain on, and a
-read takes what its task had acquired at its last proxy fence.
+wait that acquires nothing IDLE. A notify of a flag that words carry is CARRY: see ``words``. Through the
+async proxy, a store releases from the next drain on, and a read takes what its task had acquired at its last
+proxy fence.
 """
 
 from __future__ import annotations

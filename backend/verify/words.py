@@ -1,10 +1,10 @@
 """cover, of words that signal themselves: a load waits for all that it reads, and a wait stands for its load.
 
-Every word holds the call that wrote it, and a load polls all words that it reads. So what it reads is what this call
-wrote there, provided that one store did. Waits and notifies of the flags that such words carry are not performed: the
-other rules read them as if they were, which holds if each of them stands for polls and stores that are there.
-What passing such a wait tells is little, since nothing is released: that the rank that stored the words has
-begun the call, and so that all that it did in the calls before has landed.
+Every word holds the call that wrote it, and a load polls all words that it reads. So what it reads is what this
+call wrote there, provided that one store did. Waits and notifies of the flags that such words carry are not
+performed: the other rules read them as if they were, which holds if each of them stands for polls and stores
+that are there. What passing such a wait tells is little, since nothing is released: that the rank that stored
+the words has begun the call, and so that all that it did in the calls before has landed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def check_polls(out: Expansion, order: Order, meeting: Meeting) -> None:
             raise UndecidedError(access.op.span, name=access.op.name, detail=detail)
     if len(meeting.both_first):
         # Whoever polls takes the first for both.
-        a, b = (int(meeting.write_row[side[0]]) for side in (meeting.both_first, meeting.both_second))
+        a, b = (
+            int(meeting.write_row[side[0]]) for side in (meeting.both_first, meeting.both_second)
+        )
         raise RaceError(
             meeting.access(b)[0].op.span,
             symbol=meeting.symbol,
@@ -54,7 +56,9 @@ def _polled(order: Order, meeting: Meeting) -> dict[tuple[int, int], int]:
     reads = meeting.read_row[meeting.pair_read]
     writes = meeting.write_row[meeting.pair_write]
     seq = np.concatenate([a.seq for a in meeting.accesses])
-    rows = np.column_stack((meeting.node[writes], meeting.node[reads], meeting.task[reads], seq[reads]))
+    rows = np.column_stack(
+        (meeting.node[writes], meeting.node[reads], meeting.task[reads], seq[reads])
+    )
     found: dict[tuple[int, int], int] = {}
     for x, y, task, place in np.unique(rows, axis=0).tolist():
         mask = told[x] & asked[y]

@@ -21,8 +21,8 @@ from tilelink.backend.runtime import interpret, local
 from tilelink.schedules import Move, Schedule
 
 EXTENTS = {"M": 48, "K": 16, "N": 48}
-# Kernel, resource, shots, slots, signal. The second comes from the other ranks than the first at the same places, and
-# so do the words of the last three.
+# Kernel, resource, shots, slots, signal. The second comes from the other ranks than the first at the same
+# places, and so do the words of the last three.
 PROGRAMS = (
     ("gemm_ar", "epilogue", 1, 2, "flag"),
     ("gemm_rs", "epilogue", None, 2, "flag"),

@@ -105,9 +105,7 @@ def test_words_give_the_bits_of_the_reference(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", ("bf16", "fp16", "fp32"))
 @pytest.mark.parametrize(("m", "n"), ((16, 64), (128, 24), (3, 40), (32, 8)))
 @pytest.mark.parametrize("shots", (1, 2))
-def test_emitted_words_are_the_program(
-    kernel: str, dtype: str, m: int, n: int, shots: int
-) -> None:
+def test_emitted_words_are_the_program(kernel: str, dtype: str, m: int, n: int, shots: int) -> None:
     m = m + (-m) % 4 if kernel == "gemm_rs" else m
     name = TENSOR.get(kernel, "C")
     op = getattr(kernels, kernel).build({"M": m, "K": 24, "N": n}, world=4, dtype=dtype)
@@ -147,7 +145,7 @@ def test_words_release_nothing_but_themselves() -> None:
     )
     # Where the flag is raised, it is a release of all that comes before.
     plain = text.replace(f"offset = {layout.WORDS}", "offset = 1048576")
-    plain = plain.replace(', words = true', "").replace("carried = @B, ", "")
+    plain = plain.replace(", words = true", "").replace("carried = @B, ", "")
     verify(pair(text=plain))
     assert explore(pair(text=plain), 3).bad is None
     program = pair(text=text)
@@ -163,7 +161,7 @@ def test_words_release_nothing_but_themselves() -> None:
 def test_a_wait_stands_directly_for_the_load_of_its_words() -> None:
     load = "      %b = load @B[%i, %j] : fp32[i, j]\n"
     moved = pair((load, f"      %z = zeros : fp32[i, j]\n      store @C[%i, %j] (%z)\n{load}"))
-    with pytest.raises((CoverError, RaceError), match="stands between|unordered"):
+    with pytest.raises((CoverError, RaceError), match=r"stands between|unordered"):
         verify(moved)
     with pytest.raises(VerifyError):
         verify(pair(("      wait @B.ready[(RANK + 1) % WORLD]\n", "")))
@@ -309,4 +307,3 @@ def test_an_edit_of_the_text_is_refused(edit: str | tuple[str, str]) -> None:
     assert count == 1 and changed != text[start:]
     with pytest.raises((EmittedError, SyntaxError)):
         validate(read_module(Source("emitted.py", text[:start] + changed)), program)
-

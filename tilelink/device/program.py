@@ -148,8 +148,8 @@ def differing(arena, world: tl.constexpr, said):
 def begin_call(arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns, program):
     """The :class:`Context` of a call that has no head: by every CTA of the one launch of a program with slots.
 
-    The epoch is the stored one plus one; :func:`end_call` stores it. The last CTA, which has the least to do, tells
-    all ranks that this one has arrived. ``program``: a number for the error record.
+    The epoch is the stored one plus one; :func:`end_call` stores it. The last CTA, which has the least to do,
+    tells all ranks that this one has arrived. ``program``: a number for the error record.
     """
     before = tl.load(arena + EPOCH)
     ctx = Context(arena, peers, rank, before + 1, world, progress_ns, arrival_ns)

@@ -167,8 +167,8 @@ def overdue(
     """Look at the clock and at the abort word amid a wait; uniform in the CTA.
 
     Returns whether the wait goes on, and what the next look needs: when the limit began to count, whether the
-    producer was here, and whether it is known to be held up itself (0 or 1 each). ``first``: there was no look before,
-    and these are 0. Where the limit is over, the error record is written and all ranks are told to stop.
+    producer was here, and whether it is known to be held up itself (0 or 1 each). ``first``: there was no look
+    before, and these are 0. Where the limit is over, the error record is written and all ranks are told to stop.
     ``arrival``: the call that ``producer`` must have begun; the others go into the record.
     """
     stop = tl.atomic_add(ctx.arena + ABORT, 0, sem="acquire", scope="sys")

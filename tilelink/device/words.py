@@ -1,13 +1,13 @@
 """Words: data that is its own signal.
 
-Every four bytes of a tile travel in an aligned word of eight, whose other half is the epoch of the call. Such a word
-is read and written whole, so a reader polls the data itself until each word that it wants has the epoch of its
-call. Nothing is released and no flag is raised: a store and its flight are all that lies between two ranks
-(the idea of NCCL's protocol LL).
+Every four bytes of a tile travel in an aligned word of eight, whose other half is the epoch of the call. Such
+a word is read and written whole, so a reader polls the data itself until each word that it wants has the epoch
+of its call. Nothing is released and no flag is raised: a store and its flight are all that lies between two
+ranks (the idea of NCCL's protocol LL).
 
-A buffer of words lies in memory that nothing but words is ever written to; see :mod:`tilelink.ir.layout`. Element e
-of it, of s bytes, is in word e * s // 4. Between two calls that use the same place of it the reader must have said
-that it is done: with two slots, which alternate with the epoch, data of the call between says so.
+A buffer of words lies in memory that nothing but words is ever written to; see :mod:`tilelink.ir.layout`.
+Element e of it, of s bytes, is in word e * s // 4. Between two calls that use the same place of it the reader
+must have said that it is done: with two slots, which alternate with the epoch, data of the call between says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language import core
 
-from tilelink.device.signal import CUDA, overdue
+from tilelink.device.signal import overdue
 
 # Polls of a thread before the CTA looks at the clock and at the abort word: about 1 ms.
 _POLLS = 2048
@@ -52,7 +52,7 @@ if triton.knobs.runtime.interpret:
         pair: tl.constexpr,
     ):
         missing = (inside & False).to(tl.int32)
-        found = ()
+        found: Any = ()
         for part in tl.static_range(first, first + parts):
             pointer = (address + part * step).to(tl.pointer_type(tl.int64), bitcast=True)
             for number in tl.static_range(2 if pair else 1):
@@ -108,7 +108,9 @@ else:
         lines.append("POLL:")
         for part in range(parts):
             for i, row in enumerate(names):
-                into = row[part * width] if width == 1 else f"{{{row[part * 2]}, {row[part * 2 + 1]}}}"
+                into = (
+                    row[part * width] if width == 1 else f"{{{row[part * 2]}, {row[part * 2 + 1]}}}"
+                )
                 lines.append(f"@p{i} {one} {into}, [${address + i} + {(first + part) * step}];")
         lines.append("mov.u32 m, 0;")
         for part in range(parts):
@@ -206,7 +208,7 @@ def _added(
 ):
     # The pieces of a tile (see :func:`_joined`), of which ``before`` are the sums so far: ``held`` words a place
     # of ``per`` elements each, part after part in ``data``.
-    added = ()
+    added: Any = ()
     for place in tl.static_range(held * per):
         total = _half(data[place // per], dtype, place % per, single)
         if len(before) > 0:
@@ -255,11 +257,11 @@ def _inside(rows, columns, height, width):
 def store_words(words, epoch, value, start, step, height, width, pair: tl.constexpr):
     """Store a tile as words of call ``epoch``.
 
-    ``words``: an int64 pointer to the first word of the buffer, on any rank. ``value``: a tile of two axes, of 16 or
-    32 bits an element. ``start``: the element of the buffer that is its first, ``step`` elements from one
-    row to the next. ``height`` and ``width``: of its rows and columns, only the first so many are there; None: all.
-    ``pair``: rows begin and end at whole pairs of words, so that sixteen bytes are stored at a time; else at
-    whole words. Nothing else is to be done for the reader.
+    ``words``: an int64 pointer to the first word of the buffer, on any rank. ``value``: a tile of two axes, of
+    16 or 32 bits an element. ``start``: the element of the buffer that is its first, ``step`` elements from one
+    row to the next. ``height`` and ``width``: of its rows and columns, only the first so many are there; None:
+    all. ``pair``: rows begin and end at whole pairs of words, so that sixteen bytes are stored at a time; else
+    at whole words. Nothing else is to be done for the reader.
     """
     shape: tl.constexpr = value.shape
     size: tl.constexpr = value.dtype.primitive_bitwidth // 8
@@ -364,9 +366,9 @@ def load_words(
 ):
     """Acquire and load a tile of words: until each of them is of this call.
 
-    Returns a tile of ``shape`` and ``dtype``, zero where it is not there. The wait is bounded as one for a flag is:
-    ``flag``, a word number of the arena, stands for the tile in the error record, ``producer`` is the rank that
-    stores it; ``tile`` and ``wait`` go there too. The others are those of :func:`store_words`.
+    Returns a tile of ``shape`` and ``dtype``, zero where it is not there. The wait is bounded as one for a flag
+    is: ``flag``, a word number of the arena, stands for the tile in the error record, ``producer`` is the rank
+    that stores it; ``tile`` and ``wait`` go there too. The others are those of :func:`store_words`.
     """
     return _gathered(
         ctx, words, start, step, shape, dtype, height, width, pair, 1, 0, False, dtype,
