@@ -12,6 +12,7 @@ from tilelink.backend.passes.common import (
 )
 from tilelink.frontend.owners import uniform_block
 from tilelink.ir import DTYPES, Expr, Index, Op, Value
+from tilelink.ir.layout import PAYLOAD
 from tilelink.schedules import Schedule, ScheduleError
 
 # Bytes of a sum over all ranks of which one shot is the faster way: 256 KB at 8 ranks, 1 MB at 2. One shot
@@ -109,6 +110,9 @@ def _part_axis(program: Op, schedule: Schedule, tensor: Op) -> int | None:
     fits: list[tuple[int, bool]] = []
     for axis, (dim, length) in enumerate(zip(tensor["dims"], dims, strict=True)):
         cut = {_cut(program, nest, tensor.symbol, axis) for nest in nests}
+        inner = axis == len(dims) - 1 and schedule.move(tensor.symbol).signal == "word"
+        if inner and length // world * DTYPES[tensor["dtype"]] % PAYLOAD:
+            continue  # parts of rows that are of no whole words
         if length % world or (cut != {None} and cut != {length // world}):
             continue
         if all(_walked(nest, tensor.symbol, axis) for nest in nests):

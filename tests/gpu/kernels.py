@@ -107,17 +107,21 @@ def cases() -> list[Case]:
         others = [r for r in RESOURCES[1:] if (kernel, r) != ("ag_gemm", "epilogue")]
         if kernel == "gemm_rs":
             others += ["copy_engine-folded", "sm:16-folded", "epilogue-folded", "epilogue-slots"]
+            others += ["epilogue-slots-words"]
         if kernel == "ag_gemm":
             others += ["sm:16-slots"]
         if kernel == "gemm_ar":
             others += ["copy_engine-two", "sm:16-two", "sm:16-two-slots", "epilogue-two"]
             others += ["epilogue-two-slots", "epilogue-one-slots"]
+            others += ["epilogue-two-slots-words", "epilogue-one-slots-words"]
         found += [
             Case(kernel, *shape, resource=r)
             for r in others
             for shape in shapes[:4]
             # In one shot every rank has the whole of each: of 4 MB more than a slot holds at 8 ranks.
-            if r != "epilogue-one-slots" or shape[0] * shape[2] < 1 << 20
+            if not r.startswith("epilogue-one-slots") or shape[0] * shape[2] < 1 << 20
+            # Words are for small sums: those of 4 MB do not fit their slot.
+            if not r.endswith("words") or shape[0] * shape[2] < 1 << 20
         ]
         found += [Case(kernel, *shapes[0], dtype=d) for d in ("fp16", "fp32")]
         found += [Case(kernel, *shape, resource="none", emitter="library") for shape in shapes]
@@ -139,13 +143,15 @@ def schedule_for(case: Case, world: int) -> Any:
     op = KERNELS[case.kernel].build(
         {"M": case.M, "K": case.K, "N": case.N}, world=world, dtype=case.dtype
     )
-    # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots.
+    # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots;
+    # `-words`: data that signals itself.
     resource, *words = case.resource.split("-")
     changes: dict[str, Any] = {"sum": "epilogue"} if "folded" in words else {}
     if "one" in words or "two" in words:
         changes["shots"] = 1 if "one" in words else 2
     if words:
         changes["slots"] = 2 if "slots" in words else 1
+        changes["signal"] = "word" if "words" in words else "flag"
     schedule = default_schedule(op).with_resource(resource)
     schedule = replace(schedule, emitter=case.emitter)
     if case.emitter == "gluon":

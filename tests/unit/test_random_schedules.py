@@ -15,7 +15,7 @@ from tilelink.backend.validate import read_module, validate
 from tilelink.backend.verify import verify
 from tilelink.errors import InternalError, Source, TilelinkError
 from tilelink.schedules import Move, Schedule
-from tilelink.schedules.schedule import EMITTERS, ORDERS, SUMS
+from tilelink.schedules.schedule import EMITTERS, ORDERS, SIGNALS, SUMS
 
 MOVED = {
     "ag_gemm": "A",
@@ -40,6 +40,7 @@ def schedules(draw: Any, tensor: str | None) -> Schedule:
         shots=draw(st.sampled_from((None, 1, 2))),
         slots=draw(st.sampled_from((1, 2))) if resource[0] in "se" else 1,
         streams=draw(st.sampled_from((1, 1, 2, 3))) if resource == "copy_engine" else 1,
+        signal=draw(st.sampled_from(SIGNALS)) if resource == "epilogue" else "flag",
     )
     emitter = draw(st.sampled_from(EMITTERS))
     large = emitter == "gluon"
