@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -40,8 +41,9 @@ def schedules(draw: Any, tensor: str | None) -> Schedule:
         shots=draw(st.sampled_from((None, 1, 2))),
         slots=draw(st.sampled_from((1, 2))) if resource[0] in "se" else 1,
         streams=draw(st.sampled_from((1, 1, 2, 3))) if resource == "copy_engine" else 1,
-        signal=draw(st.sampled_from(SIGNALS)) if resource == "epilogue" else "flag",
     )
+    if (move.resource, move.slots, move.sum) == ("epilogue", 2, "stage"):
+        move = replace(move, signal=draw(st.sampled_from(SIGNALS)))
     emitter = draw(st.sampled_from(EMITTERS))
     large = emitter == "gluon"
     sizes = {
