@@ -94,9 +94,10 @@ def test_programs_in_turn_on_the_arenas_of_a_group(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(said)[-3000:]
 
 
-def test_faults_are_named_and_an_epoch_that_is_overwritten_meanwhile_heals() -> None:
-    number = len(faults_interpreted.CASES) - 1
-    assert faults_interpreted.CASES[number][2].endswith("slots")
+@pytest.mark.parametrize("form", ("slots", "words"))
+def test_faults_are_named_and_an_epoch_that_is_overwritten_meanwhile_heals(form: str) -> None:
+    resources = [resource for _, _, resource in faults_interpreted.CASES]
+    number = resources.index(f"epilogue {form}")
     first = number * len(faults_interpreted.FAULTS)
     found = faults_interpreted.attack(4, 2.0, first=first, beyond=4.0, longest=0.5)
     assert found["failures"] == []

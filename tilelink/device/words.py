@@ -52,14 +52,14 @@ if triton.knobs.runtime.interpret:
         pair: tl.constexpr,
     ):
         missing = (inside & False).to(tl.int32)
-        found: Any = ()
+        found = ()
         for part in tl.static_range(first, first + parts):
             pointer = (address + part * step).to(tl.pointer_type(tl.int64), bitcast=True)
             for number in tl.static_range(2 if pair else 1):
                 word = tl.load(pointer + number, mask=inside, other=0, volatile=True)
                 fresh = (word >> 32).to(tl.int32) == epoch
                 missing |= tl.where(inside & (fresh == 0), 1 << part, 0)
-                found = found + (word.to(tl.int32),)  # noqa: RUF005 - Triton has no unpacking
+                found = found + (word.to(tl.int32),)  # type: ignore[assignment]  # noqa: RUF005
         return found + (missing,)  # noqa: RUF005
 
 else:
@@ -208,14 +208,14 @@ def _added(
 ):
     # The pieces of a tile (see :func:`_joined`), of which ``before`` are the sums so far: ``held`` words a place
     # of ``per`` elements each, part after part in ``data``.
-    added: Any = ()
+    added = ()
     for place in tl.static_range(held * per):
         total = _half(data[place // per], dtype, place % per, single)
         if len(before) > 0:
             total = before[place] + total
         for part in tl.static_range(1, (len(data) - 1) // held):
             total += _half(data[part * held + place // per], dtype, place % per, single)
-        added = added + (total,)  # noqa: RUF005 - Triton has no unpacking
+        added = added + (total,)  # type: ignore[assignment]  # noqa: RUF005 - no unpacking
     return added
 
 
