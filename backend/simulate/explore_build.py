@@ -552,7 +552,8 @@ class Builder:
             at.chain += at.deferred
         rank = self._peer(at, op)
         if self._decl(op.symbol).get("words"):
-            # A segment of its own: it is all of this call that whoever polls the words learns of.
+            # A segment of its own: it is all of this call that whoever polls the words learns of. It lands at
+            # once; that words come late is that whoever polls them goes on late.
             word = self.element(PSEUDO, "words", len(self.stored))
             node = Node(ADD, op, where, elements=(word,))
             node.mode = self._good_for(at, rank, False, False)

@@ -41,9 +41,10 @@ def break_rank(shared: Any, fault: str, rank: int, at: int, amount: float) -> Ca
 
     from tilelink.backend.runtime import worker
     from tilelink.device import signal as device
-    from tilelink.device import words
+    from tilelink.device import words as primitives
 
     rmw, notify, wait = InterpreterBuilder.create_atomic_rmw, worker.Call.notify, device._wait
+    words: Any = primitives
     put, overdue = words._put, words.overdue
     page = 2 * shared.world * shared.stride
     count, lock = 0, threading.Lock()
