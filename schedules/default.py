@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from tilelink.ir import DTYPES, Op
-from tilelink.ir.layout import DATA, SLOT_BYTES
+from tilelink.ir import DTYPES, Op, Value
+from tilelink.ir.layout import DATA, PAYLOAD, SLOT_BYTES
 from tilelink.schedules.schedule import Move, Schedule
 
 # Largest sums whose stores go straight to the peers (bench/results/mlp_h200x4.json): GEMM + reduce-scatter of
@@ -16,6 +16,9 @@ EPILOGUE_BYTES = {"reduce": 1 << 20, "scatter": 24 << 20}
 # Bytes of a sum over all ranks of which one shot is the faster way: 256 KB at 8 ranks, 1 MB at 2. One shot
 # sends every contribution to every rank, two shots send less and take one more trip over the link.
 ONE_SHOT_BYTES = 2 << 20
+# Largest reduce that travels as words: twice the bytes, for a flag less on every way.
+WORD_BYTES = 1 << 20
+WORD_RANKS = 8  # at most: a thread polls its places of all of them at once
 # Tasks that are about enough for all SMs of a GPU: below, tiles are cut smaller.
 TASKS = 100
 COLUMNS = 64  # of the smallest tile
@@ -30,7 +33,8 @@ def default_schedule(kernel: Op) -> Schedule:
     that one copies while the other signals or waits for the kernel. A small sum is stored
     straight into its ranks, since the fixed cost of a copy would show: a reduce of at most 1 MiB (of 24
     MiB in two shots), a scatter of at most 24 MiB. Where a product has too few tiles for the SMs, they are
-    made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots.
+    made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots; a
+    reduce of at most 1 MiB travels as words that signal themselves.
     Where the tiles of a product are more than there are workers, and parts are whole tiles, a reduce in two shots
     is summed in the epilogue of its own tiles, which are computed while the parts of the others arrive; but not
     many tiles, of which each would add parts for longer than it multiplies.
@@ -60,10 +64,13 @@ def default_schedule(kernel: Op) -> Schedule:
             alone = tensor["move"] == "gather" or resource != "copy_engine"
             moves[tensor.symbol] = Move(resource=resource, streams=1 if alone else 2)
     if small is not None and _fits_slots(kernel, extents, moves):
-        moves = {name: replace(move, slots=2) for name, move in moves.items()}
+        moves = {
+            name: replace(move, slots=2, signal=_signal(kernel, name, extents, move))
+            for name, move in moves.items()
+        }
     chosen = small or Schedule(tiles=tuple(sorted(tiles.items())))
     if len(moves) == 1 and _sums_own(kernel, extents, chosen):
-        moves = {name: replace(move, sum="epilogue") for name, move in moves.items()}
+        moves = {name: replace(move, sum="epilogue", signal="flag") for name, move in moves.items()}
     return replace(chosen, moves=tuple(sorted(moves.items())))
 
 
@@ -176,6 +183,25 @@ def _fits_slots(kernel: Op, extents: dict[str, int], moves: dict[str, Move]) -> 
         size = _bytes(tensor, extents)
         total += size if tensor["move"] == "scatter" else max(2 * size, 2 << 20)
     return total <= SLOT_BYTES - DATA
+
+
+def _signal(kernel: Op, name: str, extents: dict[str, int], move: Move) -> str:
+    """``word`` for a small reduce that is stored and read by tiles of its two axes, in whole words."""
+    tensor = next(op for op in kernel.find("tensor") if op.symbol == name)
+    dims = [d if isinstance(d, int) else int(d.evaluate(extents)) for d in tensor["dims"]]
+    small = tensor["move"] == "reduce" and _bytes(tensor, extents) <= WORD_BYTES
+    world = int(kernel["world"])
+    if not small or len(dims) != 2 or move.resource != "epilogue" or world > WORD_RANKS:
+        return "flag"
+    unit = world * PAYLOAD // DTYPES[tensor["dtype"]]
+    used = [op for op in kernel.walk() if op.ref is not None and op.symbol == name]
+    for op in used:
+        if op.name in ("load", "store"):
+            assert op.ref is not None
+            plain = [isinstance(i, Value) and i.type.is_tile for i in op.ref.index]
+            if plain != [True, True]:
+                return "flag"
+    return "word" if dims[1] % max(1, unit) == 0 else "flag"
 
 
 def product_extents(kernel: Op) -> tuple[set[str], set[str], set[str]]:

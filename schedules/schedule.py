@@ -19,6 +19,8 @@ MAX_SPLIT = 16
 MAX_WORKERS = 2**13
 MAX_STREAMS = 4
 SUMS = ("stage", "epilogue")
+# How what is stored on a peer says that it is there: by a flag behind it, or each word of it by itself.
+SIGNALS = ("flag", "word")
 _RESOURCE = re.compile(r"copy_engine|epilogue|none|sm:[1-9]\d{0,4}")
 
 
@@ -47,7 +49,10 @@ class Move:
     before the launch. All moved tensors of a kernel have the same; only workers of the launch may move them
     (``sm:N``, ``epilogue``). ``streams``: side streams that share the copies of ``copy_engine``, so that
     while one signals or waits, another copies; each has its channels where their number divides, else its
-    peers.
+    peers. ``signal``: how contributions and sums say that they have arrived. ``flag``: by a flag that is raised
+    behind them; ``word``: every four bytes travel in a word of eight that holds the number of the call too, and
+    the reader polls the data. Twice the bytes, and no more than a flight over the link: for small sums, in two
+    slots, stored by the ``epilogue`` and added in a ``stage``.
     """
 
     resource: str = "copy_engine"
@@ -57,6 +62,7 @@ class Move:
     shots: int | None = None
     slots: int = 1
     streams: int = 1
+    signal: str = "flag"
 
     def __post_init__(self) -> None:
         if not isinstance(self.resource, str) or not _RESOURCE.fullmatch(self.resource):
@@ -101,14 +107,34 @@ class Move:
                 help=f"use 1, or up to {MAX_STREAMS} of copy_engine",
             )
 
+        self._check_signal()
+
+    def _check_signal(self) -> None:
+        if self.signal not in SIGNALS:
+            raise ScheduleError(
+                field="signal", detail=f"`{self.signal}`", help="use one of " + ", ".join(SIGNALS)
+            )
+        if self.signal == "flag":
+            return
+        for field, needed in (("resource", "epilogue"), ("slots", 2), ("sum", "stage")):
+            if getattr(self, field) != needed:
+                raise ScheduleError(
+                    field="signal",
+                    detail=f"words, but {field} is `{getattr(self, field)}`",
+                    help=f"words need {field} `{needed}`; or use the signal `flag`",
+                )
+
     def by(self, resource: str) -> Move:
         """This move by another resource, without what only the old one has."""
-        plain = replace(self, slots=1, streams=1, resource=resource)
+        plain = replace(self, slots=1, streams=1, signal="flag", resource=resource)
         if plain.by_workers:
-            return replace(plain, slots=self.slots)
-        if resource == "none":
-            return replace(plain, sum="stage")
-        return replace(plain, streams=self.streams) if resource == "copy_engine" else plain
+            plain = replace(plain, slots=self.slots)
+        elif resource == "copy_engine":
+            plain = replace(plain, streams=self.streams)
+        elif resource == "none":
+            plain = replace(plain, sum="stage")
+        fits = resource == "epilogue" and plain.slots == 2 and plain.sum == "stage"
+        return replace(plain, signal=self.signal) if fits else plain
 
     @property
     def by_workers(self) -> bool:

@@ -39,6 +39,8 @@ CHANNELS = (None, 1, 2, 4, 8)
 SMALLEST_TILE = 16 * 32
 # Bytes of a sum from which on one shot, or a second set of slots, costs more than it can gain.
 SMALL_SUM = 32 << 20
+# The same of a sum as words that signal themselves, which are twice as many bytes.
+SMALL_WORDS = 4 << 20
 
 
 class Space:
@@ -173,6 +175,8 @@ def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
         axes["sum"] = _values("SUMS", "stage", "epilogue")
     if "shots" in known and kind == "reduce" and resource not in ("none", "collective"):
         axes["shots"] = (1, 2) if size <= SMALL_SUM else (2,)
+    if "signal" in known and resource == "epilogue" and size <= SMALL_WORDS:
+        axes["signal"] = _values("SIGNALS", "flag")
     if "slots" in known and resource not in ("none", "collective"):
         axes["slots"] = (1, 2) if size <= SMALL_SUM else (1,)
     if resource == "copy_engine":

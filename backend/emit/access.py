@@ -212,7 +212,7 @@ def base(scope: Scope, symbol: str, peer: str | None = None) -> str:
         return scope.pointers.setdefault(symbol, _parameter(scope, symbol, "_ptr"))
     if peer is not None:
         place = scope.program.offset(decl)
-        return f"device.peer_pointer(peers, {peer}, {place}, {TL_DTYPE[decl['dtype']]})"
+        return f"device.peer_pointer(peers, {peer}, {place}, {scope.program.cell(decl)})"
     return scope.buffers.setdefault(symbol, _parameter(scope, symbol, ""))
 
 

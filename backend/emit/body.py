@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilelink.backend.emit import access, transfers
+from tilelink.backend.emit import access, transfers, words
 from tilelink.backend.emit.loops import Walk, announce, enter_tiles
 from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import condition, one_call
@@ -270,6 +270,9 @@ def _wait(scope: Scope, op: Op) -> None:
     assert op.ref is not None
     plain_wait(op)
     symbol = op.ref.symbol
+    if scope.program.carried(op):
+        words.wait(scope, op)
+        return
     decl = scope.program.symbols[symbol]
     shape = scope.program.shape(symbol)
 
@@ -351,6 +354,8 @@ def notify(scope: Scope, op: Op) -> None:
     assert op.ref is not None
     symbol = op.ref.symbol
     plain_notify(scope.program, op)
+    if scope.program.carried(op):
+        return  # by the words themselves
     if op.get("delay"):
         raise refuse(
             op, "a notify that is held back, but not as the last of a queue that is static"
@@ -419,6 +424,8 @@ def tell_everyone(scope: Scope, op: Op) -> None:
 
 def for_range(scope: Scope, op: Op) -> None:
     """A loop over numbers."""
+    if all(o.name == "notify" and scope.program.carried(o) for o in op.body):
+        return
     if tells_everyone(scope, op):
         if op.body[0].get("drain"):
             scope.writer.line("device.drain_tma_stores()")
@@ -550,15 +557,15 @@ def loop_body(scope: Scope, op: Op) -> None:
 
 
 def _load(scope: Scope, op: Op) -> None:
-    access.load(scope, op)
+    (words if words.holds(scope, op) else access).load(scope, op)
 
 
 def _store(scope: Scope, op: Op) -> None:
-    access.store(scope, op)
+    (words if words.holds(scope, op) else access).store(scope, op)
 
 
 def _load_sum(scope: Scope, op: Op) -> None:
-    access.load_sum(scope, op)
+    (words if words.holds(scope, op) else access).load_sum(scope, op)
 
 
 _OPS: dict[str, Callable[[Scope, Op], None]] = {

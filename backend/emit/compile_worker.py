@@ -38,8 +38,8 @@ def main() -> None:
         types = {name: _laid_out(type_) for name, type_ in types.items()}
     maker = GluonASTSource if gluon else ASTSource
     source = maker(getattr(module, request["kernel"]), types, {}, aligned)
-    options = {"num_warps": request["warps"], "num_stages": request["stages"]}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    target = GPUTarget("cuda", 90, 32)
+    compiled = triton.compile(source, target=target, options=request["options"])
     out = Path(request["out"])
     out.mkdir()
     for form in ("ttir", "ttgir", "llir", "ptx"):

@@ -43,6 +43,19 @@ class Kernel:
     emitter: str = "triton"
 
 
+_REGISTERS = 65536  # of a multiprocessor
+
+
+def compile_options(warps: int, stages: int, words: bool) -> dict[str, int]:
+    """What Triton compiles the kernel of a launch with; ``words``: it polls words that signal themselves.
+
+    One CTA is on a multiprocessor, for lack of shared memory, and has all registers to itself. Left alone, the
+    assembler spills some of a kernel that polls, to make room for others.
+    """
+    found = {"num_warps": warps, "num_stages": stages}
+    return {**found, "maxnreg": min(255, _REGISTERS // (32 * warps))} if words else found
+
+
 CONTEXT = ("arena", "peers", "rank", "progress_ns", "arrival_ns")
 
 
@@ -62,7 +75,7 @@ def heading(scope: Scope, decorator: str, name: str, parameters: tuple[Parameter
         head.line("slot = device.slot(ctx)")
     for symbol, pointer in sorted(scope.buffers.items()):
         decl = program.symbols[symbol]
-        text = f"device.pointer(arena, {program.offset(decl)}, {TL_DTYPE[decl['dtype']]})"
+        text = f"device.pointer(arena, {program.offset(decl)}, {program.cell(decl)})"
         head.line(f"{pointer} = {text}")
     return head
 
@@ -268,7 +281,7 @@ def _hoist_waits(scope: Scope, stage: Op) -> Op:
     variables = {arg.name for arg in stage.args}
     fixed: list[Op] = []
     for op in stage.body:
-        if op.name != "wait" or _names(op) & variables:
+        if op.name != "wait" or _names(op) & variables or scope.program.carried(op):
             break
         fixed.append(op)
     scope.hoisted = bool(fixed)
@@ -312,7 +325,8 @@ def _task(scope: Scope, stage: Op, q: str, held: Held | None = None) -> None:
     scope.tokens.clear()
     scope.tile = q
     decode(scope, stage, stage.args, Walk.of(stage), q)
-    if scope.hoisted or any(op.name == "wait" for op in stage.walk()):
+    waits = (op for op in stage.walk() if op.name == "wait" and not scope.program.carried(op))
+    if scope.hoisted or any(waits):
         scope.writer.line("token = arrived" if scope.hoisted else "token = 0")
         scope.tokens.append("token")
     ops = tuple(op for op in stage.body if held is None or not _delays(op))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tilelink.backend.emit.kernel import Kernel
+from tilelink.backend.emit.kernel import Kernel, compile_options
 from tilelink.backend.emit.scope import Program
 from tilelink.backend.emit.triton import kernels_of
 from tilelink.errors import TilelinkError
@@ -143,6 +143,7 @@ def compile_offline(
     with the last lines of Triton's message.
     """
     done: list[Compiled] = []
+    words = any(op.get("words") for op in program.find("buffer"))
     with tempfile.TemporaryDirectory() as folder:
         module = Path(folder) / "emitted.py"
         # The host part needs a GPU runtime; kernels need Triton and the device library only.
@@ -155,8 +156,7 @@ def compile_offline(
                 "module": str(module),
                 "kernel": kernel.name,
                 "signature": signature(program, kernel),
-                "warps": kernel.warps,
-                "stages": kernel.stages,
+                "options": compile_options(kernel.warps, kernel.stages, words),
                 "emitter": kernel.emitter,
                 "out": str(Path(folder) / kernel.name),
             }

@@ -9,7 +9,7 @@ from typing import Any
 from tilelink.backend.emit.text import Writer, identifier, render
 from tilelink.errors import Span, TilelinkError
 from tilelink.ir import DTYPES, Expr, Op, Type, Value
-from tilelink.ir.layout import SLOT_BYTES, WORD
+from tilelink.ir.layout import SLOT_BYTES, SLOT_WORDS, WORD
 
 TL_DTYPE = {
     "bf16": "tl.bfloat16",
@@ -102,7 +102,16 @@ class Program:
     def offset(self, decl: Op) -> str:
         """The text of the byte at which a symmetric buffer begins in an arena."""
         text = str(decl["offset"])
-        return f"{text} + slot * {SLOT_BYTES}" if self.folded else text
+        step = SLOT_WORDS if decl.get("words") else SLOT_BYTES
+        return f"{text} + slot * {step}" if self.folded else text
+
+    def cell(self, decl: Op) -> str:
+        """The element type by which a tensor or buffer is addressed: words of eight bytes are integers."""
+        return "tl.int64" if decl.get("words") else TL_DTYPE[decl["dtype"]]
+
+    def carried(self, op: Op) -> bool:
+        """Whether a wait or notify is of a flag that words carry: loads of the words wait themselves."""
+        return self.symbols[op.symbol].get("carried") is not None
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -216,6 +225,9 @@ class Scope:
     warps: int = 4
     each: int = 32  # elements of a tile that one thread adds up at a time, of parts of all ranks
     chosen: dict[int, Any] = field(default_factory=dict)  # loads: where they read, settled before
+    polled: dict[str, Op] = field(
+        default_factory=dict
+    )  # buffers of words: the wait in front of their load
     # Of a kernel whose warps have roles: ops that are written otherwise, the stage's rows and columns,
     # and whether tiles lie as memory is accessed, no longer as products leave them.
     over: dict[str, Callable[[Scope, Op], None]] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from tilelink.backend.mutate.sites import (
     with_attr,
     with_index,
 )
-from tilelink.ir import Expr, Op, Range, make
+from tilelink.ir import Expr, Op, Range, Ref, make
 
 
 def drop(program: Op) -> Iterator[Mutant]:
@@ -144,6 +144,25 @@ def one_slot(program: Op) -> Iterator[Mutant]:
         program.span,
         program.with_ops(ops).with_attrs(slots=None),
     )
+
+
+def unpolled(program: Op) -> Iterator[Mutant]:
+    """``buffer {words = true}`` -> without it, under flags that its words carry; such a flag -> carried by another
+    buffer's words, or raised."""
+    tagged = [op.symbol for op in program.find("buffer") if op.get("words")]
+    for site in sites(program, "buffer"):
+        if site.op.get("words"):
+            op = with_attr(site.op, "words", None)
+            yield mutant(program, site, "unpolled", "plain data under a flag nobody raises", op)
+    for site in sites(program, "flag"):
+        carried = site.op.get("carried")
+        for name in tagged if carried is not None else ():
+            if name != carried.symbol:
+                op = with_attr(site.op, "carried", Ref(name))
+                yield mutant(program, site, "unpolled", f"carried by @{name}", op)
+        if carried is not None:
+            op = with_attr(site.op, "carried", None)
+            yield mutant(program, site, "unpolled", "raised beside the words", op)
 
 
 def missing_ack(program: Op) -> Iterator[Mutant]:

@@ -49,8 +49,9 @@ def choose_channels(program: Op) -> Op:
         flag @ack {dims = [WORLD]}
         flag @A.ready {dims = [WORLD, 1]}
 
-    A program with two slots has no acknowledgements. Invariant: a channel holds whole communication tiles
-    and, of a stored tensor, whole compute tiles.
+    A program with two slots has no acknowledgements. Flags of a tensor whose words signal themselves are carried
+    by them, `flag @C.ready {carried = @C.parts}`: nothing is raised, and nothing has to be counted. Invariant: a
+    channel holds whole communication tiles and, of a stored tensor, whole compute tiles.
     """
     flags: list[Op] = []
     counters: list[Op] = []
@@ -69,6 +70,16 @@ def choose_channels(program: Op) -> Op:
                 (world, info.channels) if info.spread else (info.channels,)
             )
             counters.append(make("counter", ref=Ref(f"{name}.done"), dims=sources))
+        if info.words:
+            flags += [
+                make(
+                    "flag", ref=Ref(f"{name}.{flag}"), dims=(world, info.channels), carried=Ref(by)
+                )
+                for flag, by in (("ready", f"{name}.parts"), ("summed", f"{name}.all"))[
+                    : info.shots
+                ]
+            ]
+            continue
         if info.resource != "none":
             flags.append(make("flag", ref=Ref(f"{name}.ready"), dims=(world, info.channels)))
         if info.resource == "epilogue" or info.resource.startswith("sm:"):
@@ -129,6 +140,8 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
                 )
         tile, rows = _input_channels(program, tensor, info, move)
     else:
+        if move.signal == "word":
+            _check_words(program, tensor, info)
         program = _count_tasks(program, name)
         info = moved(program, name)
         tile, rows = _output_channels(program, tensor, info, move)
@@ -140,9 +153,35 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             resource=move.resource,
             comm_tile=tile,
             channel_rows=rows,
+            polled=move.signal == "word" or None,
             in_place=info.kind == "gather" and move.resource != "none" and _in_place(program, info),
         ),
     )
+
+
+def _check_words(program: Op, tensor: Op, info: Moved) -> None:
+    """ScheduleError unless every row of every tile of ``tensor`` is made of whole words."""
+    dims, size = global_dims(tensor, environment(program)), DTYPES[tensor["dtype"]]
+    inner = info.block if info.axis == len(dims) - 1 else dims[-1]
+    stage, _ = storing_stage(program, info.name)
+    store = next(s for s in accesses(stage, info.name, "store") if not s.get("final"))
+    assert store.ref is not None
+    column = store.ref.index[-1]
+    tile = int(stage["tile"][stage.args.index(column)]) if column in stage.args else 0
+    wrong = ""
+    if tensor["dtype"] not in ("bf16", "fp16", "fp32"):
+        wrong = f"its elements are {tensor['dtype']}"
+    elif len(dims) != 2 or len(store.ref.index) != 2:
+        wrong = f"it has {len(dims)} axes, and words are stored in tiles of two"
+    elif inner * size % arena.PAYLOAD or tile * size % arena.PAYLOAD or not tile:
+        wrong = f"its rows, {inner} elements in tiles of {tile}, are not of whole words"
+    if wrong:
+        raise ScheduleError(
+            tensor.span,
+            field=f"moves.{info.name}.signal",
+            detail=f"`{info.name}` as words, but {wrong}",
+            help="use the signal `flag`",
+        )
 
 
 def _in_channel_order(program: Op, name: str, channel_rows: int) -> Op:

@@ -12,6 +12,7 @@ from tilelink.backend.passes.common import (
 )
 from tilelink.frontend.owners import uniform_block
 from tilelink.ir import DTYPES, Expr, Index, Op, Value
+from tilelink.ir.layout import PAYLOAD
 from tilelink.schedules import Schedule, ScheduleError
 from tilelink.schedules.default import ONE_SHOT_BYTES
 
@@ -49,8 +50,9 @@ def choose_shots(program: Op) -> Op:
                     help="use 1",
                 )
             continue
+        twice = 2 if move.signal == "word" else 1  # half of what is sent are epochs
+        small = _bytes(program, tensor) * int(program["world"]) * twice <= ONE_SHOT_BYTES
         # A sum in an epilogue needs a part of this rank's.
-        small = _bytes(program, tensor) * int(program["world"]) <= ONE_SHOT_BYTES
         small &= move.sum == "stage"
         if move.shots == 1 or (move.shots is None and small):
             if move.resource == "epilogue":
@@ -107,6 +109,9 @@ def _part_axis(program: Op, schedule: Schedule, tensor: Op) -> int | None:
     fits: list[tuple[int, bool]] = []
     for axis, (dim, length) in enumerate(zip(tensor["dims"], dims, strict=True)):
         cut = {_cut(program, nest, tensor.symbol, axis) for nest in nests}
+        inner = axis == len(dims) - 1 and schedule.move(tensor.symbol).signal == "word"
+        if inner and length // world * DTYPES[tensor["dtype"]] % PAYLOAD:
+            continue  # parts of rows that are of no whole words
         if length % world or (cut != {None} and cut != {length // world}):
             continue
         if all(_walked(nest, tensor.symbol, axis) for nest in nests):

@@ -70,7 +70,8 @@ def can_flatten(program: Op, stage: Op) -> bool:
     """Whether ``stage`` asks for the flattened form and has the shape for it.
 
     Its body: constants, one tile loop that carries values and multiplies, then the epilogue; no waits,
-    and notifies of local counters alone, in the epilogue.
+    and notifies of local counters alone, in the epilogue. Stores of words are not: they are for small sums, of
+    which a worker has a tile or two, and leave at once.
     """
     if main_loop(program, stage) is None:
         return False
@@ -78,6 +79,8 @@ def can_flatten(program: Op, stage: Op) -> bool:
     if any(op.name in ("wait", "transfer") or op.get("own") is not None for op in inside):
         return False
     signals = [op for op in inside if op.name == "notify"]
+    if any(_carried(program, op) for op in signals):
+        return False
     kept = all(op in stage.body and op.get("if") is None for op in signals)
     return kept and len(signals) <= 1
 
@@ -183,13 +186,14 @@ def _stage(
     With ``roles`` a group holds back its own: its next tile, and not the worker's, comes in between. What
     it does not hold back it drains at once: the warps that store are not those that load the next tile.
     """
-    signals = any(op.name == "notify" for op in stage.walk())
+    signals = any(op.name == "notify" and not _carried(program, op) for op in stage.walk())
     # A stage that sums in its epilogue is written with nested loops, and tells all ranks.
     sums = any(op.name == "load_sum" and op.operands for op in stage.walk())
     static = stage.get("queue", "static") == "static"
     tells = sums and static and all(_tells(op) for op in stage.body if _signals(op))
     held = signals and (can_flatten(program, stage) or (tells and not roles))
-    blocks, starts = _blocks(program, stage), _starts(program, stage)
+    blocks, starts = _blocks(program, stage), starts_of(program, stage)
+    short = any(op.get("words") for op in program.find("buffer"))
 
     def mark(op: Op) -> Op:
         if op.name == "notify" and held:
@@ -198,7 +202,10 @@ def _stage(
             sides = [r for r in (op.ref, op.get("own")) if r is not None]
             if all(_boxed(program, side, blocks, starts) for side in sides):
                 return op.with_attrs(via="tma")
-        # Stores to a peer are worth it only where their release is held back, or behind a product.
+        # Stores to a peer are worth it only where their release is held back, or behind a product. What is
+        # small enough for words is not worth waiting for the end of TMA.
+        if short and op.name == "store":
+            return op
         local = op.get("peer") is None
         direct = not signals or roles if local else sums and not roles
         if op.name == "store" and (held or direct):
@@ -223,6 +230,11 @@ def _signals(op: Op) -> bool:
 def _tells(op: Op) -> bool:
     """Whether an op is a loop that does nothing but notify."""
     return op.name == "for_range" and all(o.name == "notify" for o in op.body)
+
+
+def _carried(program: Op, op: Op) -> bool:
+    """Whether a wait or notify is of a flag that words carry: it is nothing by itself."""
+    return program.declared(op.symbol).get("carried") is not None
 
 
 def _blocks(program: Op, stage: Op) -> dict[str, int]:
@@ -253,7 +265,7 @@ def _fixed(program: Op) -> dict[str, int]:
     return {k: v for k, v in environment(program).items() if k not in dynamic}
 
 
-def _starts(program: Op, stage: Op) -> dict[str, int]:
+def starts_of(program: Op, stage: Op) -> dict[str, int]:
     """A number that divides the first index of every tile of each tile variable of a stage."""
     env = _fixed(program)
     found: dict[str, int] = {}
@@ -268,12 +280,12 @@ def _starts(program: Op, stage: Op) -> dict[str, int]:
         for variable, size in zip(tiles, sizes, strict=False):
             step = 1 if op.get("bounds") else int(size)
             if segment is not None and op.args[axis] == variable:
-                step = math.gcd(step, _divisor(Expr.of(segment).substitute(env), found))
+                step = math.gcd(step, divisor(Expr.of(segment).substitute(env), found))
             found[variable.name] = step
     return found
 
 
-def _divisor(expr: Expr, starts: Mapping[str, int]) -> int:
+def divisor(expr: Expr, starts: Mapping[str, int]) -> int:
     """A number that divides every value of ``expr``; 0 of zero, 1 where nothing is known.
 
     ``starts``: the same of each tile variable's first index.
@@ -285,7 +297,7 @@ def _divisor(expr: Expr, starts: Mapping[str, int]) -> int:
         return starts.get(base, 1) if part == "start" else 1
     if expr.op not in ("+", "-", "*", "%", "min", "max"):
         return 1
-    left, right = (_divisor(Expr.of(side), starts) for side in expr.args)
+    left, right = (divisor(Expr.of(side), starts) for side in expr.args)
     return left * right if expr.op == "*" else math.gcd(left, right)
 
 
@@ -335,7 +347,7 @@ def _boxed(
             return False
     first = index[1]
     if isinstance(first, At | Range):
-        place = _divisor(
+        place = divisor(
             (first.start if isinstance(first, At) else first.lo).substitute(fixed), starts
         )
     else:

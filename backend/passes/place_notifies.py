@@ -37,8 +37,9 @@ def place_notifies(program: Op) -> Op:
           notify @C.ready[RANK, 0] {peer = m.start / 1024, count = 32, through = @C.arrived[m.start / 1024, 0]}
 
     The head of a call waits until every rank has acknowledged the call before, and the last worker
-    acknowledges this one. With two slots nobody does, and the head is folded into the launch. Invariant: one
-    notify a task and channel, behind the task's last write.
+    acknowledges this one. With two slots nobody does, and the head is folded into the launch. A notify of a
+    flag that words carry has no counter. Invariant: one notify a task and channel, behind the task's last
+    write.
     """
     slots = program.get("slots") is not None
     acked = bool(program.find("flag")) and not slots
@@ -169,13 +170,14 @@ def _notify(
 ) -> Op:
     """The notify of this rank's flag ``words[0]`` at ``peer``, where need be counted by ``words[1]``."""
     flag, counter = (f"{info.name}.{word}" for word in words)
+    # Words are polled one by one: as many as they are, nothing counts them.
     once = count == 1
     return make(
         "notify",
         ref=Ref(flag, (RANK, channel)),
         peer=peer,
         count=None if once else count,
-        through=None if once else Ref(counter, (peer, channel)),
+        through=None if once or info.words else Ref(counter, (peer, channel)),
         span=span,
     )
 

@@ -36,7 +36,8 @@ def plan_buffers(program: Op) -> Op:
         %s = load_sum @C.parts[:, %m at m.start % 1024, %n] {own = @C.partial[%m, %n]}
 
     Shards lie one behind the other in rank order in a landing buffer. The sums of a reduce in two shots
-    land in a buffer of their own, where every later read finds them. Where rows are dynamic, buffers have
+    land in a buffer of their own, where every later read finds them. What peers write is a buffer of words where
+    these signal themselves. Where rows are dynamic, buffers have
     those of the capacity, except for what a collective of the library fills or empties, while the user's tensors
     hold live rows alone: a segment of theirs begins where the live rows of the one before end. Invariant: no
     access names a tensor at an index that this rank does not hold.
@@ -72,6 +73,7 @@ def _buffers(program: Op, tensor: Op, info: Moved) -> list[Op]:
     def buffer(suffix: str, dims: tuple[object, ...], space: str, alias: str = "") -> Op:
         return make(
             "buffer",
+            words=(info.words and space == "symmetric") or None,
             ref=Ref(f"{info.name}.{suffix}"),
             dims=dims,
             dtype=tensor["dtype"],

@@ -22,11 +22,13 @@ class Slot:
     role: str = ""
     local: bool = False  # in this rank's workspace, not in the arena
     alias: str = ""  # the tensor or buffer whose memory it is; then it has no place of its own
+    tagged: bool = False  # its data lies in words that hold an epoch too
 
     @property
     def bytes(self) -> int:
         """Its size."""
-        return math.prod(self.dims) * DTYPES[self.dtype]
+        size = math.prod(self.dims) * DTYPES[self.dtype]
+        return -(-size // layout.PAYLOAD) * layout.WORD_BYTES if self.tagged else size
 
     @property
     def word(self) -> int:
@@ -122,13 +124,24 @@ class Image:
     @property
     def arena_bytes(self) -> int:
         """Bytes of the arena that the program needs."""
-        shared = [b for b in self.buffers.values() if not b.local and not b.alias]
-        one = max((b.offset + b.bytes for b in shared), default=layout.DATA)
-        if self.slots == 1:
-            return one
-        if one > layout.SLOT_BYTES:
-            raise ValueError(f"{one} bytes of a slot of {layout.SLOT_BYTES}")
-        return layout.SLOT_BYTES + one
+        need = max((last for _, last, _ in self.places), default=layout.DATA)
+        return layout.SLOT_ARENA if self.slots == 2 else need
+
+    @property
+    def places(self) -> tuple[tuple[int, int, bool], ...]:
+        """The bytes [first, last) of the arena that buffers lie in, of all slots, and whether they are words."""
+        found: list[tuple[int, int, bool]] = []
+        for slot in self.buffers.values():
+            if slot.local or slot.alias:
+                continue
+            step = layout.SLOT_WORDS if slot.tagged else layout.SLOT_BYTES
+            area = layout.WORDS if slot.tagged else 0
+            if self.slots == 2 and slot.offset + slot.bytes > area + step:
+                raise ValueError(f"@{slot.name} does not end in its slot of {step} bytes")
+            for number in range(self.slots):
+                first = slot.offset + number * step
+                found.append((first, first + slot.bytes, slot.tagged))
+        return tuple(found)
 
     @property
     def workspace_bytes(self) -> int:
@@ -182,6 +195,7 @@ def image_of(program: Op) -> Image:
                 int(op["offset"]) if op.get("alias") is None else 0,
                 local=op.get("space") == "local",
                 alias=op["alias"].symbol if op.get("alias") is not None else "",
+                tagged=bool(op.get("words")),
             )
             for op in program.find(kind)
         }
@@ -281,6 +295,7 @@ def widen(program: Op, narrow: str = "bf16", wide: str = "fp32") -> Op:
             attrs["dtype"] = wide
         if op.name == "buffer" and op.get("alias") is None:
             start = 0 if op.get("space") == "local" else layout.DATA
+            start = layout.WORDS if op.get("words") else start
             attrs["offset"] = start + (int(op["offset"]) - start) * ratio
         return replace(
             op,

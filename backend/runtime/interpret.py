@@ -132,7 +132,7 @@ def run_ranks(
 
     pool = pool_for(image.world, image.arena_bytes)
     pool.renew()
-    pool.poison(image.arena_bytes)
+    pool.poison(image, epoch)
     pool.start_epoch(epoch)
     dtypes = {name: TORCH_DTYPES[slot.dtype] for name, slot in wanted.tensors.items()}
     # Scalars may stand among the tensors of a call; they are the same on all ranks.

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from tilelink.backend.runtime.errors import RankFailed, RankStuck
-from tilelink.backend.runtime.image import shared_bytes
+from tilelink.backend.runtime.image import Image, shared_bytes
 from tilelink.errors import TilelinkError
 from tilelink.ir import layout
 
@@ -95,10 +95,14 @@ class Pool:
         # The counts of the collectives' barriers.
         self.words[2 * self.world * self.stride // layout.WORD :] = 0
 
-    def poison(self, size: int) -> None:
-        """Fills the data areas, up to ``size`` bytes of an arena, with NaN; no rank may be running."""
+    def poison(self, image: Image, epoch: int) -> None:
+        """Fills the buffers of a program with NaN, those of words with an epoch that is not met behind ``epoch``;
+        no rank may be running."""
+        far = np.array(epoch + (1 << 31) & 0xFFFFFFFF, dtype=np.uint32).view(np.int32)
         for rank in range(self.world):
-            self.arena(rank)[layout.DATA // layout.WORD : -(-size // layout.WORD)] = -1
+            for first, last, words in image.places:
+                place = slice(first // layout.WORD, -(-last // layout.WORD))
+                self.arena(rank)[place] = far if words else -1
 
     def start_epoch(self, epoch: int) -> None:
         """Sets the epoch that the last call is taken to have had, with all flags; no rank may be running."""

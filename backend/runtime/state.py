@@ -102,7 +102,7 @@ class GroupState(ABC):
             least = knobs.ARENA_MB.get() << 20
             grown = max(size, least, 2 * newest.size if newest is not None else 0)
             if slots == 2:
-                grown = 2 * layout.SLOT_BYTES
+                grown = layout.SLOT_ARENA
             grown = -(-grown // (2 << 20)) * (2 << 20)
             newest = self._newest[slots] = self.allocate(grown)
             self.arenas.append(newest)

@@ -140,7 +140,7 @@ class _Clock:
         self._unfinished = 0
         # A flag or counter element: its value, and the task and time of the last notify.
         self._values: dict[tuple[int, str, Element], tuple[int, Track, float]] = {}
-        self._arrivals: dict[tuple[int, str, Element], float] = {}
+        self._arrivals: dict[tuple[Any, ...], float] = {}
         self._blocked: dict[tuple[int, str], list[_Task]] = {}
         self._met: dict[str, list[tuple[_Task, float]]] = {}
         self._stages: dict[int, _Stage] = {}
@@ -441,7 +441,13 @@ class _Clock:
         if task.track.kind != "launch" or task.seen.get(id(event.op)) == event.elements:
             return 0.0
         task.seen[id(event.op)] = event.elements
-        return self.machine.poll_us * len(event.elements)
+        # Words of all ranks are polled together, and their load is the look.
+        looks = 0 if self._carried(event.symbol) else len(event.elements)
+        return self.machine.poll_us * looks
+
+    def _carried(self, symbol: str) -> bool:
+        """Whether words carry a flag: nothing is raised behind them."""
+        return self.geometry.decls[symbol].op.get("carried") is not None
 
     def _satisfied(self, task: _Task, wait: Wait) -> bool:
         # Flags of former epochs (acknowledgements) are set: the former call is over everywhere.
@@ -489,16 +495,21 @@ class _Clock:
             for element in event.elements:
                 self._set(_Signal(rank, event.symbol, element, task.track, now), now)
             return 0.0
-        arrives = task.arrives
-        if event.through is not None:
-            slot = (rank, *event.through)
+        arrives, carried = task.arrives, self._carried(event.symbol)
+        if event.through is not None or (carried and event.count > 1):
+            # Words of several tasks are all there when the last are.
+            slot: Any = (rank, event.symbol, event.elements[0], event.peer)
+            if event.through is not None:
+                slot = (rank, *event.through)
             arrives = max(arrives, self._arrivals.get(slot, 0.0))
             self._arrivals[slot] = arrives
             seen = self._values.get(slot, (0, task.track, now))[0] + 1
             self._values[slot] = (seen, task.track, now)
             if seen < event.count:
                 return 0.0
-        if task.track.kind == "stream":
+        if carried:
+            took = away = 0.0
+        elif task.track.kind == "stream":
             took = away = self.machine.copy_signal_us
         else:
             # A release waits until the stores before it are there, unless it is held back.

@@ -127,6 +127,12 @@ def _chain(
                 return lines, False
             task = loaders[0]
             continue
+        if blocked.polled:
+            lines.append(
+                f"{task.describe()} polls at `{op_line(blocked.op)}`{where}: "
+                f"words of call {task.call} are missing in @{blocked.symbol}"
+            )
+            return lines, False
         if not missing:
             lines.append(f"{task.describe()} waits at `{op_line(blocked.op)}`{where}")
             lines.append("not every rank reaches the collective")

@@ -42,7 +42,8 @@ from tilelink.ir import Op, Value
 class Blocked:
     """A wait that is not satisfied: the elements of a channel on this rank, and the value needed.
 
-    ``place``: the name of the channel's slot.
+    ``place``: the name of the channel's slot. Or words that are polled, by region and the rank that they are of
+    (-1: not known), in the slot ``place`` of their buffer.
     """
 
     op: Op
@@ -51,6 +52,7 @@ class Blocked:
     need: int
     equal: bool = False
     place: str = ""
+    polled: tuple[tuple[Region, int], ...] = ()
 
     def __post_init__(self) -> None:
         self.place = self.place or self.symbol
@@ -94,6 +96,39 @@ class Task:
         return f"rank {self.rank} {name}{worker}{text} (call {self.call})"
 
 
+@dataclass(slots=True, eq=False)
+class Flight:
+    """Words of one store on their way to ``rank``."""
+
+    task: Task
+    rank: int
+    region: Region
+    value: Any
+    uid: int
+    epoch: int
+
+
+def halves(flight: Flight) -> list[Flight]:
+    """A flight as two that land each by itself: words come in any order. One where it has a single row."""
+    key = flight.region.key
+    for axis, part in enumerate(key):
+        length = part.stop - part.start if isinstance(part, slice) and part.start is not None else 1
+        if length < 2:
+            continue
+        middle, found = part.start + length // 2, []
+        before = sum(not isinstance(k, int) for k in key[:axis])
+        for lo, hi in ((part.start, middle), (middle, part.stop)):
+            new = (*key[:axis], slice(lo, hi), *key[axis + 1 :])
+            box = (*flight.region.box[:axis], (lo, hi), *flight.region.box[axis + 1 :])
+            region = Region(flight.region.symbol, new, new, box, flight.region.row, None)
+            value = flight.value
+            if isinstance(value, torch.Tensor) and value.dim():
+                value = value[(slice(None),) * before + (slice(lo - part.start, hi - part.start),)]
+            found.append(Flight(flight.task, flight.rank, region, value, flight.uid, flight.epoch))
+        return found
+    return [flight]
+
+
 class Machine:
     """What tasks share: the memory of all ranks, and the choices of the scheduler.
 
@@ -120,6 +155,11 @@ class Machine:
         self.apart: dict[int, int] = {}
         self.streamed: dict[int, int] = {}
         self.stale: VersionError | None = None
+        # Stores of words under way, which the scheduler lets land, and what the host of a rank knew when it
+        # began a call.
+        self.flying: dict[int, list[Flight]] = {}
+        self.launch: Callable[[Flight], None] = lambda flight: None
+        self.began: dict[tuple[int, int], Clock] = {}
         # Whether a notify is to be lost.
         self.lost: Callable[[Task, Notify], bool] | None = None
         # Who has made which notify of which call, for the explanation of a deadlock.
@@ -195,8 +235,38 @@ class Machine:
             place = self.geometry.slot(region.symbol, task.call)
             self.versions.written(memory, place, region.mask, uid, task.call)
 
+    def touch_down(self, flight: Flight) -> None:
+        """Some words reach memory, and whoever polls them goes on."""
+        flights = self.flying.get(flight.task.rank, [])
+        if flight not in flights:
+            return
+        flights.remove(flight)
+        task, region = flight.task, flight.region
+        self.land(task, flight.rank, region, flight.value, flight.uid)
+        place = self.geometry.slot(region.symbol, task.call)
+        memory = self.memories[flight.rank]
+        epochs, writers = memory.words(self.geometry.decls[region.symbol], place)
+        epochs[region.mask], writers[region.mask] = flight.epoch, task.rank
+        self.wake(flight.rank, place)
+
+    def land_all(self, rank: int) -> None:
+        """The launch of a rank has ended, and all words that it stored have landed."""
+        for flight in list(self.flying.get(rank, ())):
+            self.touch_down(flight)
+
     def missing(self, rank: int, blocked: Blocked) -> list[int]:
-        """The elements that still keep a wait from passing; none of what is waited for otherwise."""
+        """The elements that still keep a wait from passing; none of what is waited for otherwise.
+
+        Of words that are polled, the numbers of the regions in which some are missing.
+        """
+        if blocked.polled:
+            decl = self.geometry.decls[blocked.symbol]
+            epochs, _ = self.memories[rank].words(decl, blocked.place)
+            return [
+                number
+                for number, (region, _) in enumerate(blocked.polled)
+                if (epochs[region.mask] != blocked.need).any()
+            ]
         if not blocked.elements:
             return []
         values, need = self.memories[rank].channels[blocked.place].values, blocked.need
@@ -258,6 +328,8 @@ class Runner:
         values, task = self.values, self.task
         for ins in instructions:
             if isinstance(ins, Load):
+                if ins.words:
+                    yield from self._poll(ins)
                 self._load(ins)
             elif isinstance(ins, Store):
                 if self._due:
@@ -334,13 +406,32 @@ class Runner:
             view = task.proxy
         access = Access(ins.op, False, task, ins.place)
         place = self.geometry.slot(region.symbol, task.call)
-        self.memory.trackers[place].read(region.row, access, view)
+        polled = task.call if isinstance(ins, Load) and ins.words and not ins.tma else -1
+        self.memory.trackers[place].read(region.row, access, view, polled)
         if machine.versions is not None and machine.stale is None:
             try:
                 machine.versions.read(self.memory, place, ins, part, region, task.call, task)
             except VersionError as error:
                 # A race says more of the same fault; this is what remains if none is found.
                 machine.stale = error
+
+    def _poll(self, ins: Load) -> Steps:
+        """Until each word that is read is of this call. Then whoever wrote one has begun the call there."""
+        task, machine, symbol = self.task, self.machine, ins.op.symbol
+        place = self.geometry.slot(symbol, task.call)
+        several = ins.op.name == "load_sum"
+        parts = tuple((part, rank if several else -1) for rank, part in enumerate(ins.parts))
+        need = self.memory.epoch
+        blocked = Blocked(ins.op, symbol, (), need, place=place, polled=parts)
+        yield None
+        while machine.missing(task.rank, blocked):
+            yield blocked
+        _, writers = self.memory.words(self.geometry.decls[symbol], place)
+        for part in ins.parts:
+            for rank in np.unique(writers[part.mask]).tolist():
+                began = machine.began.get((rank, task.call))
+                if began is not None:
+                    np.maximum(task.clock, began, out=task.clock)
 
     def _value(self, region: Region) -> torch.Tensor:
         place = self.geometry.slot(region.symbol, self.task.call)
@@ -384,7 +475,12 @@ class Runner:
             place = self.geometry.slot(region.symbol, task.call)
             tracker = machine.memories[rank].trackers[place]
             tracker.write(region.row, access, task.view, stamp)
-        if not machine.late():
+        if isinstance(ins, Store) and ins.words:
+            flight = Flight(task, rank, region, value, ins.uid, self.memory.epoch)
+            for part in halves(flight):
+                machine.flying.setdefault(task.rank, []).append(part)
+                machine.launch(part)
+        elif not machine.late():
             machine.land(task, rank, region, value, ins.uid)
         elif component is not None:
             task.streaming.append((rank, region, value, ins.uid))
@@ -412,7 +508,7 @@ class Runner:
         while machine.missing(task.rank, blocked):
             yield blocked
         for element in ins.elements:
-            if not ins.relaxed:
+            if not ins.relaxed and not ins.carried:
                 carried = channel.released.get(element)
                 if carried is not None:
                     for clock in carried.taken(task.kernel, ins.gpu):
@@ -434,7 +530,9 @@ class Runner:
         if ins.drain:
             machine.drain(task)
         # At device scope, only kernels of this rank are told anything.
-        mute = ins.relaxed or (ins.gpu and not (task.kernel and ins.rank == task.rank))
+        mute = (
+            ins.relaxed or ins.carried or (ins.gpu and not (task.kernel and ins.rank == task.rank))
+        )
         carried = None if mute else machine.release(task)
         machine.made.append((task.call, ins.place, ins.op, ins.rank, ins.elements))
         if ins.counter:
@@ -467,6 +565,13 @@ class Runner:
         place = self.geometry.slot(ins.symbol, task.call)
         channel = machine.memories[ins.rank].channels[place]
         epoch = self.memory.epoch
+        if ins.carried:
+            # Who polls the words sees those of all who store some.
+            (element,) = ins.elements
+            last, count = channel.carried.get(element, (epoch, 0))
+            channel.carried[element] = epoch, count + 1 if last == epoch else 1
+            if channel.carried[element][1] < ins.count:
+                return
         for element in ins.elements:
             channel.values[element] = epoch
             channel.released[element] = release

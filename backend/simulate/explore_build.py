@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from tilelink.backend.simulate.explore_nodes import (
     ADD,
     ASYNC_READ,
@@ -37,8 +39,9 @@ from tilelink.backend.simulate.explore_nodes import (
     Node,
     Unsupported,
     find_conflicts,
+    meets,
 )
-from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args, keep_scalar
+from tilelink.backend.simulate.geometry import Box, Env, Geometry, Tile, bind_args, keep_scalar
 from tilelink.backend.simulate.roles import behind, parts_of
 from tilelink.ir import Expr, Op, Ref
 
@@ -105,6 +108,9 @@ class Builder:
         self.unordered: set[int] = set()
         self.cleared: set[int] = set()
         self.queued: list[Node] = []
+        # Stores of words, and loads that poll them, each with its call.
+        self.stored: list[tuple[int, Node]] = []
+        self.polls: list[tuple[int, Node]] = []
 
     # Elements: words of flags and counters, and the ends of agents, which order them.
 
@@ -152,12 +158,16 @@ class Builder:
         for rank in range(self.geometry.world):
             self._user(rank)
             for call in range(self.calls):
+                before = len(self.nodes)
                 for number in range(len(self.geometry.agents)):
                     self._agent(rank, call, number)
+                for node in self.nodes[before:]:
+                    node.call = call
         for node in self.nodes:
             if node.checks:
                 rank, call = node.checks[0]
                 node.checks = self._counter_checks(rank, call)
+        self._meet_words()
         segments, queued = find_conflicts(self.nodes), 0
         for node in self.queued:
             queued |= node.bit | node.async_bit
@@ -173,6 +183,32 @@ class Builder:
             self.cleared - self.unordered - self.flag_set,
             queued,
         )
+
+    def _meet_words(self) -> None:
+        """A load of words waits for every store of this call that it reads something of, and for ever for words
+        that none stores."""
+        by_place: dict[tuple[int, int, str], list[tuple[Box, Node]]] = {}
+        for call, node in self.stored:
+            for rank, symbol, box, _ in node.accesses:
+                by_place.setdefault((call, rank, symbol), []).append((box, node))
+        for call, poll in self.polls:
+            found: dict[int, None] = {}
+            assert poll.op is not None
+            place = self.geometry.slot(self.geometry.home(poll.op.symbol), call)
+            for rank, symbol, box, kind in poll.accesses:
+                if symbol != place or kind != READ:
+                    continue
+                left = np.ones([hi - lo for lo, hi in box], dtype=bool)
+                for other, node in by_place.get((call, rank, symbol), ()):
+                    if meets(box, other):
+                        left[tuple(
+                            slice(max(a, c) - a, min(b, d) - a)
+                            for (a, b), (c, d) in zip(box, other, strict=True)
+                        )] = False  # fmt: skip
+                        found[node.elements[0]] = None
+                if left.any():
+                    found[self.element(PSEUDO, "words that nobody stores")] = None
+            poll.elements = tuple(found)
 
     def _user(self, rank: int) -> None:
         """The user writes inputs, calls, and reads outputs when all agents of the call have ended."""
@@ -496,6 +532,11 @@ class Builder:
         assert op.ref is not None
         own, when = op.get("own"), op.get("when")
         kind = ASYNC_READ if op.get("via") == "tma" else READ
+        if self._decl(op.ref.symbol).get("words"):
+            # Which stores it waits for is known when all are.
+            poll = Node(WAIT, op, at.chain[0].where, need=1)
+            at.chain.append(poll)
+            self.polls.append((at.call, poll))
         if op.name == "load":
             ref = own if when is not None and self._value(when, at) else op.ref
             self._touch(at, at.rank, ref, kind)
@@ -521,8 +562,23 @@ class Builder:
             at.perform_first = False
             at.chain += at.deferred
         rank = self._peer(at, op)
+        if self._decl(op.symbol).get("words"):
+            # A segment of its own: it is all of this call that whoever polls the words learns of. It lands at
+            # once; that words come late is that whoever polls them goes on late.
+            word = self.element(PSEUDO, "words", len(self.stored))
+            node = Node(ADD, op, where, elements=(word,))
+            node.mode = self._good_for(at, rank, False, False)
+            node.carry = (node,)
+            at.chain.append(node)
+            self._touch(at, rank, op.ref, WRITE)
+            self.stored.append((at.call, node))
+            at.chain.append(Node(NONE, op, where))
+            return
         through_tma = op.get("via") == "tma"
         self._touch(at, rank, op.ref, ASYNC_WRITE if through_tma else WRITE)
+
+    def _decl(self, symbol: str) -> Op:
+        return self.geometry.decls[symbol].op
 
     def _transfer(self, at: _Place, op: Op, where: str) -> None:
         assert op.ref is not None
@@ -569,7 +625,8 @@ class Builder:
         words = self.words(rank, op.ref, at.env, at.call)
         weak = op.get("order") == "relaxed" or op.get("barrier") is False
         gpu = op.get("scope", "sys") == "gpu"
-        mode = self._good_for(at, rank, weak, gpu)
+        carried = self._decl(op.symbol).get("carried") is not None
+        mode = self._good_for(at, rank, weak or carried, gpu)
         self._mark(at, words)
         drain, delayed = bool(op.get("drain")), bool(op.get("delay")) and at.in_stage
         if counter:
@@ -586,7 +643,10 @@ class Builder:
             self._mark(at, [slot])
             self.asked[at.call, slot] = count
             self.counted.add((at.call, slot))
-        elif count > 1:
+        if carried and count > 1:
+            (word,) = words
+            slot = self.element(PSEUDO, "storing", word, at.call)
+        elif count > 1 and slot < 0:
             raise IndexError("a counted notify without a counter (`through`)")
         for number, word in enumerate(words):
             self.flag_set.add(word)

@@ -64,6 +64,12 @@ class Node:
     behind: int = 0
     behind_async: int = 0
     broken: str = ""  # a conflict inside the segment
+    call: int = -1
+    # Of a store of words: itself. It hands on no more (`own`) than that, and of what its process knows what was
+    # over when the call began (`kept`).
+    carry: tuple[Node, ...] | None = None
+    own: int = 0
+    kept: int = 0
 
     def text(self) -> str:
         """The op and who runs it."""
@@ -129,6 +135,10 @@ def find_conflicts(nodes: list[Node]) -> list[str]:
                 if meets(box, other_box):
                     pairs.append((place, other))
     names = _number(nodes, pairs)
+    for node in nodes:
+        if node.carry is not None:
+            node.own = sum({n.bit for n in node.carry})
+            node.kept = sum({n.bit | n.async_bit for n in nodes if n.call < node.call})
     for place, other in pairs:
         _order(place, other)
         if place is not other:

@@ -292,7 +292,8 @@ class Search:
         elif kind == ADD:
             if node.drain:
                 clock, pending = clock | pending, 0
-            self._add(words, node.elements[0], node.mode, clock, frontier)
+            told = clock if node.carry is None else clock & node.kept | node.own
+            self._add(words, node.elements[0], node.mode, told, frontier)
         elif kind == SET:
             if node.drain:
                 clock, pending = clock | pending, 0

@@ -103,7 +103,7 @@ class _Watch:
 
     task: Task
     blocked: Blocked
-    element: int  # -1 for a collective
+    element: int  # -1 for a collective; of words that are polled, the number of the region
     began: float
     started: float
     producer: int
@@ -261,7 +261,8 @@ class FaultRun(Scheduler):
         call = task.call + 1
         if blocked.elements and self.geometry.decls[blocked.symbol].kind == "flag":
             call = blocked.need
-        element = self.machine.missing(task.rank, blocked)[0] if blocked.elements else -1
+        waits = blocked.elements or blocked.polled
+        element = self.machine.missing(task.rank, blocked)[0] if waits else -1
         producer = self._producer(task, blocked, element)
         watch = _Watch(task, blocked, element, self.now, self.now, producer, call, False)
         watch.here = self._has_arrived(watch)
@@ -286,6 +287,10 @@ class FaultRun(Scheduler):
 
     def _producer(self, task: Task, blocked: Blocked, element: int) -> int:
         """The rank whose signal is missing."""
+        if blocked.polled:
+            rank = blocked.polled[element][1]
+            late = [r for r, other in enumerate(self._ranks) if other.started <= task.call]
+            return rank if rank >= 0 else late[-1] if late else task.rank
         if element < 0:
             met = {t.rank for t in self.meetings[task.call, blocked.op.symbol]}
             return next((r for r in range(self.geometry.world) if r not in met), task.rank)
@@ -343,7 +348,9 @@ class FaultRun(Scheduler):
         self.allowed = self.allowed or watch.started - watch.began + self._limit(watch)
         task, blocked = watch.task, watch.blocked
         channel, seen = f"collective {blocked.op.symbol}", 0
-        if watch.element >= 0:
+        if blocked.polled:
+            channel, seen = f"@{blocked.symbol}", blocked.need - 1
+        elif watch.element >= 0:
             channel = self.geometry.channel(blocked.symbol, watch.element)
             seen = self.memories[rank].channels[blocked.place].values[watch.element]
         late = "it has not started the call" if not watch.here else "it has started the call"

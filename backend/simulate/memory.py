@@ -82,13 +82,18 @@ class Tracker:
         self._reads: dict[int, _Stamps] = {}
         self._writes: dict[int, _Stamps] = {}
 
-    def read(self, row: int, access: Access, view: View) -> None:
-        """Record a read; RaceError if an earlier write is not ordered before it."""
+    def read(self, row: int, access: Access, view: View, polled: int = -1) -> None:
+        """Record a read; RaceError if an earlier write is not ordered before it.
+
+        ``polled``: the call of which the words that are read have been found there, whoever wrote them.
+        """
         if not self._armed:
             return
         writes = self._writes
         for other in self._table.meets[row]:
             earlier = writes.get(other)
+            if earlier and polled >= 0:
+                earlier = {c: at for c, at in earlier.items() if at[1].by.call != polled}
             if earlier:
                 self._check(earlier, access, view)
         mine = (int(view.clock[view.component]), access)
@@ -169,7 +174,7 @@ def _joined(before: Clock | None, clock: Clock) -> Clock:
 class Channel:
     """One flag or counter array on one rank: values by element number, and what releases carry."""
 
-    __slots__ = ("asked", "notified", "released", "twice", "values")
+    __slots__ = ("asked", "carried", "notified", "released", "twice", "values")
 
     def __init__(self, size: int) -> None:
         self.values = [0] * size
@@ -178,6 +183,8 @@ class Channel:
         self.asked: dict[int, int] = {}
         self.notified: dict[int, int] = {}
         self.twice: dict[int, Op] = {}  # flag elements that were set a second time in one epoch
+        # Of flags that words carry: the epoch of the last notifies of an element, and how many there were.
+        self.carried: dict[int, tuple[int, int]] = {}
 
     def clear(self) -> None:
         """The head sets the words to 0."""
@@ -198,6 +205,16 @@ class Memory:
         self.scalars: dict[str, Any] = {}
         self.tensors: dict[str, torch.Tensor] = {}
         self.versions: dict[str, NDArray[np.int64]] = {}
+        # Of buffers of words: the epoch of each word, and the rank that wrote it.
+        self.epochs: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    def words(self, decl: Decl, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Epochs and writers of the words of the slot ``name`` of a buffer, an entry an element."""
+        found = self.epochs.get(name)
+        if found is None:
+            blank = np.zeros(decl.shape, dtype=np.int64)
+            found = self.epochs[name] = blank, blank.copy()
+        return found
 
     def tensor(self, decl: Decl, name: str | None = None) -> torch.Tensor:
         """The values of a tensor or buffer; garbage until something is written.

@@ -15,7 +15,7 @@ from tilelink.backend.simulate import balance
 from tilelink.backend.simulate.collective import run_collective
 from tilelink.backend.simulate.deadlock import explain
 from tilelink.backend.simulate.errors import DeadlockError, InputError, StepsError, VersionError
-from tilelink.backend.simulate.execute import Blocked, Machine, Runner, Steps, Task
+from tilelink.backend.simulate.execute import Blocked, Flight, Machine, Runner, Steps, Task
 from tilelink.backend.simulate.geometry import Geometry
 from tilelink.backend.simulate.hostility import Hostility
 from tilelink.backend.simulate.memory import Access, Channel, Clock, Memory, Tracker, View
@@ -100,6 +100,8 @@ class Scheduler:
             traces, self.memories, self._wake, self.hostility.late, self.versions,
             self.options.values,
         )  # fmt: skip
+        self.machine.launch = self._launch_words
+        self._landings: set[Task] = set()
         self._make_async()
         self._make_memory()
 
@@ -236,6 +238,7 @@ class Scheduler:
             for index, name in enumerate(self.geometry.agent_names):
                 waiting[name] += index
         began = self._host_clock(rank).copy()
+        self.machine.began[rank, number] = began
         self.calls[rank] = _Call(number, waiting, began, left=len(agents))
         for agent in agents:
             for position in range(len(agent.body) if agent.name == "launch" else 0):
@@ -358,7 +361,23 @@ class Scheduler:
         self.tasks[task] = None
         self._push(task)
 
+    def _launch_words(self, flight: Flight) -> None:
+        """Words land whenever nothing says otherwise: a task of their own lets them."""
+        by = flight.task
+        task = Task(by.rank, by.call, by.agent, by.component, by.clock, by.kernel, by.view)
+
+        def steps() -> Steps:
+            yield None
+            self.machine.touch_down(flight)
+
+        task.steps = steps()
+        self._landings.add(task)
+        self._push(task)
+
     def _finish_task(self, task: Task) -> None:
+        if task in self._landings:
+            self._landings.remove(task)
+            return
         del self.tasks[task]
         self.machine.end(task)
         rank, name = task.rank, task.agent
@@ -403,6 +422,7 @@ class Scheduler:
         """With the launch, its stores through the async proxy are complete, drained or not."""
         for task in self._streaming.pop((rank, name), ()):
             self.machine.drain(task)
+        self.machine.land_all(rank)
         clocks = self._worker_clocks(rank, name)
         finish = self._components[rank, name, -1]
         if self.geometry.agents[index].find("finish"):

@@ -96,6 +96,7 @@ class Load:
     """A read of this rank's memory; ``parts`` has one region, or one a source rank for ``load_sum``.
 
     ``own``: the value that is the part of this rank, whose region is left out then; "" where there is none.
+    ``words``: it polls words that signal themselves.
     """
 
     op: Op
@@ -105,11 +106,12 @@ class Load:
     shape: tuple[int, ...]
     tma: bool
     own: str = ""
+    words: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Store:
-    """A write to memory of ``rank``."""
+    """A write to memory of ``rank``; ``words``: of words that signal themselves."""
 
     op: Op
     place: Place
@@ -119,6 +121,7 @@ class Store:
     value: str
     tma: bool
     remote: bool
+    words: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -135,7 +138,10 @@ class Transfer:
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """A wait; ``need`` is a count, or what is added to the epoch of the call for a flag."""
+    """A wait; ``need`` is a count, or what is added to the epoch of the call for a flag.
+
+    ``carried``: by words, and what it acquires their load does.
+    """
 
     op: Op
     place: Place
@@ -147,11 +153,13 @@ class Wait:
     relaxed: bool
     gpu: bool
     proxy: bool
+    carried: bool
 
 
 @dataclass(slots=True, eq=False)
 class Notify:
-    """A notify; ``through`` is the counter and element that count it."""
+    """A notify; ``through`` is the counter and element that count it. ``carried``: by words; it releases
+    nothing."""
 
     op: Op
     place: Place
@@ -165,6 +173,7 @@ class Notify:
     gpu: bool
     drain: bool
     delay: bool
+    carried: bool
 
 
 Instruction: TypeAlias = "Set | Copy | Param | Pure | Load | Store | Transfer | Wait | Notify"
@@ -494,7 +503,11 @@ class Tracer:
             self._know(result.name, None)
         tma = op.get("via") == "tma"
         mine = op.operands[0].name if op.operands else ""
-        return Load(op, self.place, self._uid(op), parts, shape, tma, mine)
+        words = self._is_words(op.ref)
+        return Load(op, self.place, self._uid(op), parts, shape, tma, mine, words)
+
+    def _is_words(self, ref: Ref) -> bool:
+        return bool(self.geometry.decls[ref.symbol].op.get("words"))
 
     def _store(self, op: Op) -> Store:
         assert op.ref is not None
@@ -505,7 +518,8 @@ class Tracer:
         rank = self.place.rank if peer is None else self._peer(op, peer)
         tma = op.get("via") == "tma"
         uid, remote = self._uid(op), peer is not None
-        return Store(op, self.place, uid, rank, region, value.name, tma, remote)
+        words = self._is_words(op.ref)
+        return Store(op, self.place, uid, rank, region, value.name, tma, remote, words)
 
     def _sync(self, op: Op) -> Transfer | Wait | Notify:
         assert op.ref is not None
@@ -520,15 +534,17 @@ class Tracer:
             return Transfer(op, self.place, self._uid(op), rank, source, target)
         elements = geometry.flat(op.ref, env)
         counter = geometry.decls[op.symbol].kind == "counter"
+        carried = geometry.decls[op.symbol].op.get("carried") is not None
         relaxed, gpu = op.get("order") == "relaxed", op.get("scope") == "gpu"
         if op.name == "wait":
             need = geometry.value(op.get("count", 1) if counter else op.get("epoch", 0), env)
             equal, proxy = op.get("compare") == "equal", bool(op.get("proxy"))
             return Wait(
-                op, self.place, op.symbol, elements, need, counter, equal, relaxed, gpu, proxy
-            )
+                op, self.place, op.symbol, elements, need, counter, equal, relaxed, gpu, proxy,
+                carried,
+            )  # fmt: skip
         count, through = geometry.value(op.get("count", 1), env), op.get("through")
-        if count > 1 and through is None and not counter:
+        if count > 1 and through is None and not counter and not carried:
             raise InternalError(op.span, detail="a counted notify without a counter (`through`)")
         slot = None
         if through is not None:
@@ -537,7 +553,7 @@ class Tracer:
         drain, delay = bool(op.get("drain")), bool(op.get("delay"))
         return Notify(
             op, self.place, op.symbol, elements, self.place.rank if counter else rank, count,
-            slot, counter, relaxed, gpu, drain, delay,
+            slot, counter, relaxed, gpu, drain, delay, carried,
         )  # fmt: skip
 
     def _peer(self, op: Op, expr: Any) -> int:

@@ -208,7 +208,9 @@ class Walker:
             _, box = self.geometry.region(ref, self.env, self.values)
         except KeyError:  # an index that only values know
             return prod(decl.shape) * DTYPES[decl.dtype]
-        return prod(hi - lo for lo, hi in box) * DTYPES[decl.dtype]
+        # Half of a word that signals itself is the epoch.
+        size = DTYPES[decl.dtype] * (2 if decl.op.get("words") else 1)
+        return prod(hi - lo for lo, hi in box) * size
 
     def cost(self, op: Op) -> Cost:
         """What ``op`` and all inside it uses, at the lengths that tiles have now."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from tilelink.backend.validate import tiles
 from tilelink.backend.validate.calls import TileCalls
-from tilelink.backend.validate.layout import Layout, Misfit
+from tilelink.backend.validate.layout import TL_NAMES, Layout, Misfit
 from tilelink.backend.validate.trace import FINISH, PREFIX, Product, Signal, Touch, Trace
 from tilelink.backend.validate.values import (
     Data,
@@ -34,7 +34,9 @@ from tilelink.backend.validate.values import (
 )
 from tilelink.errors import Source
 
-TOUCHING = frozenset({"load", "store", "send", "tile_push_data", "fetch"})
+TOUCHING = frozenset(
+    {"load", "store", "send", "tile_push_data", "fetch", "store_words", "load_words", "sum_words"}
+)
 
 
 def touches(node: ast.AST) -> bool:
@@ -391,7 +393,9 @@ class AccessMachine(TileCalls):
             flows[(*self.site, part.symbol, 0)] = Flow(part.symbol, on, home, lo, hi, axes)
         if shape is None:
             self.unclear("a load by no worker")
-        return Data(shape, flows, tuple(flows)[:1])
+        symbol = next(iter(flows))[2]
+        kind = TL_NAMES[str(self.layout.declared[symbol]["dtype"])]
+        return Data(shape, flows, tuple(flows)[:1], rounded=kind)
 
     def on_tl_store(self, pointer: Any, data: Any, mask: Any = None) -> None:
         """``tl.store``."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from tilelink.backend.expand import dims_of, environment
+from tilelink.backend.expand import bytes_of, dims_of, environment
 from tilelink.backend.validate.values import Ints
 from tilelink.ir import DTYPES, Op
-from tilelink.ir.layout import SLOT_BYTES, SLOT_FLAGS, WORD
+from tilelink.ir.layout import SLOT_BYTES, SLOT_FLAGS, SLOT_WORDS, WORD
 
 TL_NAMES = {
     "bf16": "bfloat16",
@@ -80,7 +80,9 @@ class Layout:
         place = int(op["offset"])
         if self.program.get("slots") is None or op.name == "counter":
             return place
-        return place + self.SLOT * (SLOT_FLAGS if op.name == "flag" else SLOT_BYTES)
+        if op.name == "flag":
+            return place + self.SLOT * SLOT_FLAGS
+        return place + self.SLOT * (SLOT_WORDS if op.get("words") else SLOT_BYTES)
 
     @property
     def counter_words(self) -> tuple[int, int]:
@@ -119,9 +121,12 @@ class Layout:
             if op.name != "buffer" or op.get("space") == "local":
                 continue
             first = self.first(op)
-            size = int(np.prod(self.dims[name], dtype=np.int64)) * self.item[name]
+            size = bytes_of(op, self.env)
             if first <= offset < first + size:
-                if TL_NAMES[str(op["dtype"])] != dtype:
+                if op.get("words"):
+                    if dtype != "int64":
+                        raise Misfit(f"@{name} is of words of 64 bits")
+                elif TL_NAMES[str(op["dtype"])] != dtype:
                     raise Misfit(f"@{name} holds {op['dtype']}, not {dtype}")
                 return name, offset - first
         raise Misfit(f"byte {offset} of the arena is in no buffer of the program")

@@ -19,7 +19,7 @@ from tilelink.backend.validate.layout import Layout
 from tilelink.backend.validate.module import Module
 from tilelink.backend.validate.roles import GROUPS, LaunchMachine
 from tilelink.backend.validate.rows import Placed, Rows
-from tilelink.backend.validate.trace import Signal, Trace
+from tilelink.backend.validate.trace import Poll, Signal, Trace
 from tilelink.backend.validate.values import (
     Data,
     Descriptor,
@@ -28,6 +28,7 @@ from tilelink.backend.validate.values import (
     Special,
     full,
 )
+from tilelink.backend.validate.words import WordMachine, stand_ins
 from tilelink.backend.verify import Report, VerifyError, carried, prove, smaller
 from tilelink.backend.verify.meaning import check_meaning
 from tilelink.errors import Span, TilelinkError
@@ -282,6 +283,9 @@ class Validator:
         self.rows.products(placed, mine)
         self.rows.complete(mine)
         self.rows.signals(placed)
+        self.rows.syncs += stand_ins(
+            self.expected, self.rows.accesses, lambda row: self.at(number, row)
+        )
 
     # Kernels ----------------------------------------------------------------------------------
 
@@ -294,7 +298,7 @@ class Validator:
         if gluon:
             launched = machine = LaunchMachine(*shared, self.module.roles)
         else:
-            machine = KernelMachine(*shared, reverse)  # type: ignore[assignment]
+            machine = WordMachine(*shared, reverse)  # type: ignore[assignment]
         names = [a.arg for a in function.args.args]
         if len(names) != len(agent.arguments):
             self.differs(
@@ -409,7 +413,8 @@ class Validator:
                 rows = zip(sync.home.tolist(), sync.flat.tolist(), sync.rank.tolist(), strict=True)
                 raised |= {(sync.symbol, home, flat): rank for home, flat, rank in set(rows)}
         for _, one in placed:
-            for signal in one.trace.signals:
+            named: list[Signal | Poll] = [*one.trace.signals, *one.trace.polls]
+            for signal in named:
                 if signal.producer is None:
                     continue
                 table = np.unique(

@@ -138,6 +138,11 @@ class Rows:
                 access = candidates[number]
                 some = np.flatnonzero(which == number)
                 at = row[some]
+                tagged = self.expected.declarations[symbol].get("words")
+                if tagged and not write and np.any(hi[some] > access.hi[at]):
+                    self.differs(
+                        site, f"it polls words of @{symbol} that the program does not read"
+                    )
                 first = lo[some]
                 # What is read past the tile is not used: the flows into stores are compared below.
                 last = np.minimum(hi[some], access.hi[at]) if not write else hi[some]

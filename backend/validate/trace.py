@@ -75,6 +75,17 @@ class Product:
     axes: tuple[int, int]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Poll:
+    """What an error record would say of words that are polled: the flag that they carry, and who stores them."""
+
+    site: tuple[int, int]
+    symbol: str
+    home: Ints
+    flat: Ints
+    producer: Ints
+
+
 @dataclass(slots=True)
 class _Open:
     """Reads of one load that may still grow: a box a lane."""
@@ -96,6 +107,7 @@ class Trace:
     touches: list[Touch] = field(default_factory=list)
     signals: list[Signal] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
+    polls: list[Poll] = field(default_factory=list)
     segments: dict[int, Ints] = field(default_factory=dict)
     stage_sites: dict[int, tuple[int, int]] = field(default_factory=dict)
     pairs: dict[int, tuple[int, int]] = field(default_factory=dict)

@@ -47,6 +47,7 @@ from tilelink.backend.verify.progress import (
 from tilelink.backend.verify.residency import check_residency
 from tilelink.backend.verify.reuse import check_reuse
 from tilelink.backend.verify.rows import check_rows, smaller
+from tilelink.backend.verify.words import check_polls
 from tilelink.ir import Op, parse_ir
 from tilelink.ir.vocabulary import check_names
 
@@ -178,6 +179,7 @@ def prove(out: Expansion, *, known: bool = False, contents: bool = True) -> Repo
     _dark(out)
     for symbol in meetings:
         check_cover(out, ordering, meetings[symbol])
+        check_polls(out, ordering, meetings[symbol])
     if contents:
         Dataflow(out, meetings).check()
     for symbol, meeting in meetings.items():

@@ -20,9 +20,12 @@ from tilelink.ir.layout import (
     FLAG_BYTES,
     FLAGS,
     MAX_WORLD,
+    PAYLOAD,
     SLOT_BYTES,
     SLOT_FLAGS,
+    SLOT_WORDS,
     WORD,
+    WORDS,
 )
 
 TMA_BYTES = 16  # the boxes of a descriptor begin at a multiple of it in a row
@@ -79,6 +82,7 @@ def _access(out: Expansion, access: Access) -> None:
         else:
             _offsets(out, access, dims)
             _places(out, access)
+            _whole_words(out, access)
             if access.write and access.op.name == "transfer":
                 _shapes(out, access)
             return
@@ -130,6 +134,24 @@ def _places(out: Expansion, access: Access) -> None:
             access.op.span,
             symbol=access.symbol,
             detail=f"through TMA it begins {int(begins[row])} bytes into a row, no multiple of {TMA_BYTES}",
+            notes=(out.describe(int(access.task[row])),),
+        )
+
+
+def _whole_words(out: Expansion, access: Access) -> None:
+    """Words that signal themselves are written and read whole."""
+    declared = out.declarations[access.symbol]
+    if not declared.get("words"):
+        return
+    size = DTYPES[declared["dtype"]]
+    ends = np.column_stack((access.lo[:, -1], access.hi[:, -1])) * size
+    bad = np.flatnonzero((ends % PAYLOAD).any(axis=1))
+    if len(bad):
+        row = int(bad[0])
+        raise BoundsError(
+            access.op.span,
+            symbol=access.symbol,
+            detail=f"bytes {int(ends[row, 0])} to {int(ends[row, 1])} of a row are not whole words",
             notes=(out.describe(int(access.task[row])),),
         )
 
@@ -209,6 +231,9 @@ def _areas(out: Expansion) -> None:
             ]
         elif op.name == "counter":
             areas = [(COUNTERS, COUNTERS + COUNTER_BYTES)]
+        elif op.get("words"):
+            # Nothing but words, lest other data be taken for an epoch.
+            areas = [(WORDS, WORDS + SLOT_WORDS)]
         else:
             shared = (DATA, SLOT_BYTES if slots else 1 << 62)
             areas = [(0, 1 << 62) if op.get("space") == "local" else shared]
@@ -228,7 +253,8 @@ def _areas(out: Expansion) -> None:
         local = op.get("space") == "local"
         room = out.program.get("workspace" if local else "bytes")
         if slots and not local and room is not None:
-            room = int(room) - SLOT_BYTES  # that of odd calls lies behind
+            # That of odd calls lies behind.
+            room = int(room) - (SLOT_WORDS if op.get("words") else SLOT_BYTES)
         if op.name == "buffer" and room is not None and end > int(room):
             raise BoundsError(
                 op.span,

@@ -9,6 +9,7 @@ from tilelink.backend.expand_rows import Expansion
 from tilelink.backend.verify.errors import CoverError, DataflowError, RaceError
 from tilelink.backend.verify.memory import Meeting
 from tilelink.backend.verify.order import (
+    CARRY,
     IDLE,
     MUTE,
     NOTIFY,
@@ -41,7 +42,7 @@ def channels(order: Order, meeting: Meeting, row: int, *, waits: bool) -> str:
     if waits:
         events = [e for e in thread.events[:slot] if e[0] in (WAIT, VOID, IDLE)]
     else:
-        events = [e for e in thread.events[slot:] if e[0] in (NOTIFY, MUTE)]
+        events = [e for e in thread.events[slot:] if e[0] in (NOTIFY, MUTE, CARRY)]
     names = [order.words.name(e) + _WEAK.get(kind, "") for kind, e in events[:4]]
     return ", ".join(names) + (", …" if len(events) > 4 else "") if names else "nothing"
 
@@ -50,6 +51,7 @@ _WEAK = {
     VOID: " (which its notifies do not add up to)",
     MUTE: " (relaxed, without its barrier or of too small a scope: it releases nothing)",
     IDLE: " (relaxed or of too small a scope: it acquires nothing)",
+    CARRY: " (carried by words: it releases nothing but them)",
 }
 
 

@@ -55,6 +55,7 @@ def check_form(program: Op) -> None:
             if agent.name == "head":
                 checker.head(agent)
     _check_slots(program)
+    _check_words(program)
 
 
 class _Checker:
@@ -307,6 +308,47 @@ def _check_slots(program: Op) -> None:
             op.name == "counter"
         ):
             _fail(op, "with slots, counters are cleared and flags are not")
+
+
+# What a wait or notify of a flag that words carry has no use for: it is performed by loads and stores.
+_IDLE = ("order", "scope", "barrier", "compare", "epoch", "through", "delay", "drain", "if")
+
+
+def _check_words(program: Op) -> None:
+    """Words that signal themselves lie where two slots alternate; loads and stores of tiles alone touch them."""
+    declared = {op.symbol: op for op in program.body if op.name in DECLARATIONS}
+    tagged = {name for name, op in declared.items() if op.name == "buffer" and op.get("words")}
+    for name in sorted(tagged):
+        buffer = declared[name]
+        if program.get("slots") != 2 or buffer.get("space") != "symmetric":
+            _fail(buffer, "words are of a symmetric buffer in a program with `slots = 2`")
+        if buffer["dtype"] not in ("bf16", "fp16", "fp32"):
+            _fail(buffer, "words are of elements of bf16, fp16 or fp32")
+    carried = {
+        name: op["carried"].symbol for name, op in declared.items() if op.get("carried") is not None
+    }
+    for name, by in carried.items():
+        if by not in tagged:
+            _fail(declared[name], f"`@{by}` is no buffer of words")
+    for agent in program.body:
+        for op in agent.walk() if agent.name in AGENTS else ():
+            if op.name in ("wait", "notify") and op.ref is not None and op.symbol in carried:
+                wrong = next((key for key in _IDLE if op.get(key) is not None), None)
+                if wrong is not None:
+                    _fail(op, f"words carry `@{op.symbol}`: `{wrong}` means nothing")
+                if agent.name != "launch" or agent.get("emitter") is not None:
+                    _fail(op, "words are polled by kernels of the emitter `triton`")
+            refs = [r for r in (op.ref, *(v for _, v in op.attrs)) if isinstance(r, Ref)]
+            if not any(r.symbol in tagged for r in refs):
+                continue
+            plain = op.name == "store" or (op.name in ("load", "load_sum") and not op.operands)
+            if not plain or op.get("own") is not None or op.get("via") is not None:
+                _fail(op, "words are touched by plain loads and stores of tiles alone")
+            if agent.get("emitter") is not None:
+                _fail(op, "words are polled by kernels of the emitter `triton`")
+            value = op.operands[0] if op.name == "store" else op.results[0]
+            if len(value.type.shape) != 2:
+                _fail(op, "words are of a tile of two axes")
 
 
 def _fail(op: Op, detail: str) -> None:

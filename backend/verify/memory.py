@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from tilelink.backend.expand import Ints
 from tilelink.backend.expand_rows import Access, Expansion, boxes
-from tilelink.backend.verify.order import Order
+from tilelink.backend.verify.order import Order, carries
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,6 +116,7 @@ def meet(out: Expansion, order: Order, symbol: str) -> Meeting:
     read_row, read_cell = row[~is_write], cell[~is_write]
 
     rows = Rows(order, node, task, seq, tma, write)
+    tagged = bool(out.declarations[symbol].get("words"))
     total = math.prod(counts)
     pair_write, pair_read = _join(write_cell, read_cell, total)
     both_first, both_second = _join(write_cell, write_cell, total)
@@ -136,7 +137,9 @@ def meet(out: Expansion, order: Order, symbol: str) -> Meeting:
         read_cell,
         pair_write,
         pair_read,
-        rows.order_of(write_row[pair_write], read_row[pair_read]),
+        rows.polled(symbol, write_row[pair_write], read_row[pair_read])
+        if tagged
+        else rows.order_of(write_row[pair_write], read_row[pair_read]),
         both_first,
         both_second,
         rows.order_of(write_row[both_first], write_row[both_second]),
@@ -203,6 +206,15 @@ class Rows:
         backward = holds(self.order, self.codes(b[rest], a[rest]))
         found[rest[backward]] = -1
         return found
+
+    def polled(self, symbol: str, a: Ints, b: Ints) -> Ints:
+        """1 where row ``a``, words stored, stands before a notify that the task of row ``b``, a load of words,
+        waits for in front of it: the load goes on when it has found what ``a`` stored. 0 elsewhere."""
+        told, asked = carries(self.order, symbol)
+        pairs = np.column_stack((self.node[a], self.node[b]))
+        some, inverse = np.unique(pairs, axis=0, return_inverse=True)
+        found = np.array([bool(told[x] & asked[y]) for x, y in some.tolist()], dtype=np.int64)
+        return found[inverse.ravel()]
 
     def within(self, a: Ints, b: Ints) -> Ints:
         """The same for rows of one task: program order, but for the async proxy."""

@@ -9,8 +9,9 @@ a *node* is a thread and the number of its events passed. Access X is before acc
 if X's task raises, after X, an element that is in Y's clock.
 
 Weak synchronisation blocks and counts, but carries nothing: a notify that releases nothing is MUTE, a
-wait that acquires nothing IDLE. Through the async proxy, a store releases from the next drain on, and a
-read takes what its task had acquired at its last proxy fence.
+wait that acquires nothing IDLE. A notify of a flag that words carry is CARRY: see ``words``. Through the
+async proxy, a store releases from the next drain on, and a read takes what its task had acquired at its last
+proxy fence.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import numpy.typing as npt
 from tilelink.backend.expand import Ints
 from tilelink.backend.expand_rows import Access, Expansion, Sync
 
-# Kinds of events. VOID: a wait whose passing tells nothing, and that is taken to pass at once.
-NOTIFY, WAIT, PREVIOUS, VOID, MUTE, IDLE = 0, 1, 2, 3, 4, 5
+# Kinds of events. VOID: a wait whose passing tells nothing, and that is taken to pass at once. CARRY: a notify
+# that hands on what its rank knew when the call began there, and nothing of the call itself.
+NOTIFY, WAIT, PREVIOUS, VOID, MUTE, IDLE, CARRY = range(7)
 _DRAIN, _PROXY, _SHIFT = (
     8,
     16,
@@ -131,6 +133,12 @@ def elements(out: Expansion) -> Elements:
         else:
             found.far[at[~inside]] = True
     return found
+
+
+def carrier(out: Expansion, symbol: str) -> str:
+    """The buffer whose words carry the flag ``symbol``; "" if it is a flag that is raised, or a counter."""
+    found = out.declarations[symbol].get("carried")
+    return found.symbol if found is not None else ""
 
 
 def silent(words: Elements, sync: Sync) -> npt.NDArray[np.bool_]:
@@ -274,7 +282,8 @@ def order(out: Expansion, words: Elements) -> Order:
             kind = np.where(idle, VOID if previous else IDLE, PREVIOUS if previous else WAIT)
             kind = np.where(sound(words, sync), kind, VOID) + _PROXY * sync.proxy
         else:
-            kind = np.where(silent(words, sync), MUTE, NOTIFY) + _DRAIN * sync.drain
+            raises = CARRY if carrier(out, sync.symbol) else NOTIFY
+            kind = np.where(silent(words, sync), MUTE, raises) + _DRAIN * sync.drain
         # A notify that is held back comes after all that its task does.
         seq = np.full_like(sync.seq, late) if sync.delay else sync.seq
         parts.append((sync.task, seq, code + kind))
@@ -358,6 +367,30 @@ def _releases(threads: list[Thread], nodes: int) -> list[int]:
                 if kind == NOTIFY:
                     mask |= 1 << element
     return found
+
+
+def carries(order: Order, symbol: str) -> tuple[list[int], list[int]]:
+    """Of the flags that words of ``symbol`` carry, as a mask a node: those that its task notifies behind it, and
+    those that it has waited for in front of it."""
+    words = order.words
+    mine = 0
+    for flag, first in words.base.items():
+        if carrier(words.out, flag) == symbol:
+            mine |= ((1 << words.size[flag] * words.out.world) - 1) << first
+    told, asked = [0] * order.nodes, [0] * order.nodes
+    for thread in order.threads:
+        mask = 0
+        for slot in range(len(thread.events) - 1, -1, -1):
+            kind, element = thread.events[slot]
+            if kind == CARRY:
+                mask |= 1 << element & mine
+            told[thread.node + slot] = mask
+        mask = 0
+        for slot, (kind, element) in enumerate(thread.events):
+            if kind == WAIT:
+                mask |= 1 << element & mine
+            asked[thread.node + slot + 1] = mask
+    return told, asked
 
 
 def _async(found: Order, out: Expansion) -> None:
@@ -446,7 +479,7 @@ def _clocks(found: Order, out: Expansion, nodes: int, call: int) -> None:
         missing[thread.done] += 1
         starting.setdefault(thread.start, []).append(number)
         for kind, element in thread.events:
-            if kind in (NOTIFY, MUTE):
+            if kind in (NOTIFY, MUTE, CARRY):
                 missing[element] += 1
     clock = [0] * nodes
     reached = [0] * words.total
@@ -479,6 +512,9 @@ def _clocks(found: Order, out: Expansion, nodes: int, call: int) -> None:
                 lower(element, now)
             elif kind == MUTE:
                 lower(element, 0)
+            elif kind == CARRY:
+                # A kernel begins when all that was before it on its rank has landed everywhere.
+                lower(element, reached[words.call("start", thread.rank)])
             elif kind in (WAIT, IDLE):
                 if not fired[element]:
                     position[number] = slot

@@ -112,6 +112,9 @@ CASES: tuple[Case, ...] = (
     schedule("a move's streams 9", move(streams=9), "streams", "9"),
     schedule("a move's streams true", move(streams=True), "streams", "True"),
     schedule("two streams by workers", move(resource="sm:4", streams=2), "streams", "sm:4"),
+    schedule("a signal nobody hears", move(signal="bell"), "signal", "bell"),
+    schedule("words by copy engine", move(signal="word"), "signal", "copy_engine"),
+    schedule("words in one slot", move(resource="epilogue", signal="word"), "signal", "slots"),
     schedule("a move's shots text", move(shots="two"), "shots", "'two'"),
     schedule("epilogue of a gather", move(resource="epilogue"), "A", "epilogue"),
     Command(

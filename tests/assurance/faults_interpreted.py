@@ -45,6 +45,7 @@ CASES = (
     ("gemm_rs", 2, "epilogue"),
     ("ag_gemm", 2, "sm:1"),
     ("gemm_rs", 2, "copy_engine"),
+    ("gemm_ar", 3, "epilogue words"),
     ("gemm_ar", 3, "epilogue slots"),
 )
 M, K, N = 48, 16, 16
@@ -93,7 +94,10 @@ def case_of(kernel: str, world: int, resource: str) -> Case:
     resource, _, slots = resource.partition(" ")
     schedule = default_schedule(op).with_resource(resource)
     if slots:
-        moves = tuple((name, replace(move, shots=2, slots=2)) for name, move in schedule.moves)
+        signal = "word" if slots == "words" else "flag"
+        moves = tuple(
+            (name, replace(move, shots=2, slots=2, signal=signal)) for name, move in schedule.moves
+        )
         schedule = replace(schedule, moves=moves)
     program = compile_kernel(op, schedule)
     streams = resource == "copy_engine"

@@ -34,14 +34,18 @@ def number_of(value: Any) -> int:
 def break_rank(shared: Any, fault: str, rank: int, at: int, amount: float) -> Callable[[], None]:
     """Does ``fault`` to ``rank`` at its signal number ``at``; returns what undoes it.
 
-    A signal is a nonzero releasing atomic of a kernel on a flag or a counter, or a flag that a stream raises.
+    A signal is a nonzero releasing atomic of a kernel on a flag or a counter, a flag that a stream raises, or the
+    words of a tile, which signal themselves.
     """
     from triton.runtime.interpreter import InterpreterBuilder
 
     from tilelink.backend.runtime import worker
     from tilelink.device import signal as device
+    from tilelink.device import words as primitives
 
     rmw, notify, wait = InterpreterBuilder.create_atomic_rmw, worker.Call.notify, device._wait
+    words: Any = primitives
+    put, overdue = words._put, words.overdue
     page = 2 * shared.world * shared.stride
     count, lock = 0, threading.Lock()
 
@@ -99,6 +103,22 @@ def break_rank(shared: Any, fault: str, rank: int, at: int, amount: float) -> Ca
                 stamp(WAITED + 8 * shared.rank, began)
         return token
 
+    def put_words(*given: Any) -> Any:
+        return None if happens() else put(*given)
+
+    polled = 0.0
+
+    def look_and_see(ctx: Any, polls: Any, first: Any, *rest: Any) -> Any:
+        nonlocal waited, polled
+        if number_of(first):
+            polled = time.monotonic()
+        found = overdue(ctx, polls, first, *rest)
+        if not number_of(found[0]) and not waited:
+            waited = True
+            stamp(WAITED + 8 * shared.rank, polled)
+        return found
+
+    words._put, words.overdue = put_words, look_and_see
     InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
     worker.Call.notify = raise_flag  # type: ignore[method-assign]
     device._wait = wait_and_see
@@ -107,6 +127,7 @@ def break_rank(shared: Any, fault: str, rank: int, at: int, amount: float) -> Ca
     def undo() -> None:
         stamp(LEFT + 8 * shared.rank, time.monotonic())
         device._wait = wait
+        words._put, words.overdue = put, overdue
         InterpreterBuilder.create_atomic_rmw = rmw
         worker.Call.notify = notify  # type: ignore[method-assign]
 

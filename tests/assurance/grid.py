@@ -54,6 +54,7 @@ class Sample:
     slots: int = 1
     streams: int = 1
     split: int = 1
+    signal: str = "flag"
 
     @property
     def name(self) -> str:
@@ -64,6 +65,7 @@ class Sample:
         parts += ["slots"] if self.slots == 2 else []
         parts += [f"q{self.streams}"] if self.streams > 1 else []
         parts += [f"k{self.split}"] if self.split > 1 else []
+        parts += ["words"] if self.signal == "word" else []
         parts += ["flat" if self.flatten else "nested", self.dtype]
         return ".".join([*parts, *([self.emitter] if self.emitter != "triton" else [])])
 
@@ -76,8 +78,9 @@ class Sample:
 
     def program(self) -> Op:
         """The fused program, not proven."""
-        move = move_of(self.resource, self.channels)
-        move = replace(move, shots=self.shots, slots=self.slots, streams=self.streams)
+        plain = move_of(self.resource, self.channels)
+        move = replace(plain, shots=self.shots, slots=self.slots, streams=self.streams)
+        move = replace(move, signal=self.signal)
         moves = ((self.tensor, move),)
         tiles = tuple((name, self.tile) for name in "KMN")
         schedule = Schedule(
@@ -129,8 +132,11 @@ def samples() -> list[Sample]:
                 "gemm_ar",
             ):
                 found.append(replace(plain, tiles=2, split=2))
+            if resource == "epilogue":
+                found.append(replace(plain, tiles=2, slots=2, signal="word"))
             if resource == "epilogue" and not by_rank:
-                found.append(replace(plain, tiles=2, columns=2, shots=2, slots=2))
+                two = replace(plain, tiles=2, columns=2, shots=2, slots=2)
+                found += [two, replace(two, signal="word")]
                 folded = f"{resource}-folded"
                 found.append(replace(plain, resource=folded, tiles=4, shots=2, slots=2))
     return found

@@ -107,6 +107,7 @@ def cases() -> list[Case]:
         others = [r for r in RESOURCES[1:] if (kernel, r) != ("ag_gemm", "epilogue")]
         if kernel == "gemm_rs":
             others += ["copy_engine-folded", "sm:16-folded", "epilogue-folded", "epilogue-slots"]
+            others += ["epilogue-slots-words"]
         if kernel == "ag_gemm":
             others += ["sm:16-slots", "copy_engine-streams"]
         if kernel == "gemm_ar":
@@ -114,12 +115,15 @@ def cases() -> list[Case]:
             others += ["epilogue-two-slots", "epilogue-one-slots"]
             others += ["copy_engine-two-folded", "sm:16-two-folded", "epilogue-two-folded"]
             others += ["epilogue-two-folded-slots"]
+            others += ["epilogue-two-slots-words", "epilogue-one-slots-words"]
         found += [
             Case(kernel, *shape, resource=r)
             for r in others
             for shape in shapes[:4]
             # In one shot every rank has the whole of each: of 4 MB more than a slot holds at 8 ranks.
-            if r != "epilogue-one-slots" or shape[0] * shape[2] < 1 << 20
+            if not r.startswith("epilogue-one-slots") or shape[0] * shape[2] < 1 << 20
+            # Words are for small sums: those of 4 MB do not fit their slot.
+            if not r.endswith("words") or shape[0] * shape[2] < 1 << 20
         ]
         # Parts of the depth are equal; of 136, short steps end each.
         first = "copy_engine" if kernel == "ag_gemm" else "epilogue"
@@ -145,7 +149,7 @@ def schedule_for(case: Case, world: int) -> Any:
         {"M": case.M, "K": case.K, "N": case.N}, world=world, dtype=case.dtype
     )
     # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots;
-    # `-streams`: two streams; `-split`: sums in four parts.
+    # `-streams`: two streams; `-words`: data that signals itself; `-split`: sums in four parts.
     resource, *words = case.resource.split("-")
     changes: dict[str, Any] = {}
     if words:
@@ -154,6 +158,7 @@ def schedule_for(case: Case, world: int) -> Any:
         changes["shots"] = 1 if "one" in words else 2
     if words:
         changes["slots"] = 2 if "slots" in words else 1
+        changes["signal"] = "word" if "words" in words else "flag"
     if "streams" in words:
         changes["streams"] = 2
     schedule = default_schedule(op).with_resource(resource)

@@ -21,14 +21,18 @@ from tilelink.backend.runtime import interpret, local
 from tilelink.schedules import Move, Schedule
 
 EXTENTS = {"M": 48, "K": 16, "N": 48}
-# Kernel, resource, shots, slots. The second comes from the other ranks than the first at the same places.
+# Kernel, resource, shots, slots, signal. The second comes from the other ranks than the first at the same
+# places, and so do the words of the last three.
 PROGRAMS = (
-    ("gemm_ar", "epilogue", 1, 2),
-    ("gemm_rs", "epilogue", None, 2),
-    ("gemm_ar", "epilogue", 2, 2),
-    ("gemm_ar", "epilogue", 1, 1),
+    ("gemm_ar", "epilogue", 1, 2, "flag"),
+    ("gemm_rs", "epilogue", None, 2, "flag"),
+    ("gemm_ar", "epilogue", 2, 2, "flag"),
+    ("gemm_ar", "epilogue", 1, 1, "flag"),
+    ("gemm_ar", "epilogue", 1, 2, "word"),
+    ("gemm_rs", "epilogue", None, 2, "word"),
+    ("gemm_ar", "epilogue", 2, 2, "word"),
 )
-CALLS = 24
+CALLS = 32
 
 
 def inputs(call: int, world: int) -> list[dict[str, torch.Tensor]]:
@@ -48,9 +52,9 @@ def main(rank: int, world: int, store: str) -> None:
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world)
     state = local.state_of(dist.group.WORLD)
     built: list[Any] = []
-    for name, resource, shots, slots in PROGRAMS:
+    for name, resource, shots, slots, signal in PROGRAMS:
         op = getattr(kernels, name).build(EXTENTS, world=world, dtype="fp32")
-        move = Move(resource=resource, shots=shots, slots=slots)
+        move = Move(resource=resource, shots=shots, slots=slots, signal=signal)
         tiles = tuple((extent, 16) for extent in "KMN")
         program = interpret.plan(compile_kernel(op, Schedule(tiles=tiles, moves=(("C", move),))))
         built.append((name, program, emit(program)))

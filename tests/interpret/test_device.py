@@ -431,3 +431,80 @@ record = arenas[0][layout.RECORD : layout.RECORD + 11].tolist()
 assert record[0] == 1 and record[9] == 4 and record[4] == layout.EPOCH, record
 """,
     )
+
+
+def test_words_wait_for_their_call_and_are_marked_in_time(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+arenas = [torch.zeros(layout.SLOT_ARENA // 4, dtype=torch.int32) for _ in range(2)]
+peers = torch.tensor([a.data_ptr() for a in arenas])
+
+@triton.jit
+def send(arena, peers, rank, value, rows: tl.int32, epoch: tl.int32, PAIR: tl.constexpr):
+    at = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    words = device.peer_pointer(peers, 1, layout_words, tl.int64)
+    device.store_words(words, epoch, tl.load(value + at), rank * 32, 8, rows, 4, PAIR)
+
+@triton.jit
+def receive(arena, peers, out, rows: tl.int32, limit: tl.int64, PAIR: tl.constexpr):
+    ctx = device.context(arena, peers, 1, 2, limit, limit)
+    at = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    words = device.pointer(arena, layout_words, tl.int64)
+    total = device.sum_words(
+        ctx, words, 0, 8, (4, 8), tl.float16, rows, 4, PAIR, 2, 32, tl.float32, 1024, 128, 7, 3
+    )
+    tl.store(out + at, total)
+    second = device.load_words(
+        ctx, words, 32, 8, (4, 8), tl.float16, rows, 4, PAIR, 1024, 1, 7, 3
+    )
+    tl.store(out + 32 + at, second.to(tl.float32))
+
+layout_words = tl.constexpr(layout.WORDS)
+values = [torch.randint(-9, 9, (4, 8)).half() for _ in range(2)]
+for pair in (True, False):
+    for a in arenas:
+        a[layout.EPOCH] += 1
+    epoch = int(arenas[0][layout.EPOCH])
+    for rank in range(2):
+        send[(1,)](arenas[rank], peers, rank, values[rank], 3, epoch, pair)
+    out = torch.full((2, 4, 8), 7.0)
+    receive[(1,)](arenas[1], peers, out, 3, 10**6, pair)
+    assert torch.equal(out[0, :3, :4], (values[0] + values[1])[:3, :4].float())
+    assert torch.equal(out[1, :3, :4], values[1][:3, :4].float())
+    # Nothing but the words of the tile has been touched, and each holds the call.
+    held = arenas[1].view(torch.int64)[layout.WORDS // 8 :][:32].view(2, 4, 4)
+    assert ((held[:, :3, :2] >> 32) == epoch).all() and (held[:, 3] == 0).all()
+    assert (held[:, :, 2:] == 0).all()
+# Of another call, and of a rank that has not begun: the record names its part, its flag and its tile.
+for a in arenas:
+    a[layout.EPOCH] += 1
+epoch = int(arenas[0][layout.EPOCH])
+send[(1,)](arenas[0], peers, 0, values[0], 3, epoch, True)
+send[(1,)](arenas[1], peers, 1, values[1], 3, epoch - 1, True)
+receive[(1,)](arenas[1], peers, torch.zeros(2, 4, 8), 3, 10**6, True)
+record = arenas[1][layout.RECORD : layout.RECORD + 12].tolist()
+assert record[0] == 1 and record[3] == 7 and record[4] == 1024 + 128, record
+assert record[5:8] == [epoch, epoch - 1, 1] and record[8] == 3, record
+assert [int(a[layout.ABORT]) for a in arenas] == [1, 1]
+
+@triton.jit
+def call(arena, peers):
+    ctx = device.begin_call(arena, peers, 0, 2, 10**6, 10**6, 5)
+    device.end_call(ctx, 0, 0)
+
+# Twice in so many calls, once for each slot, all words are marked with an epoch that is far away.
+arena = arenas[0]
+words = arena.view(torch.int64)[layout.WORDS // 8 :].view(2, -1)
+half = layout.WORD_AGE // 2
+arena[layout.EPOCH] = arena[layout.ARRIVED] = half - 2
+words.fill_(5)
+for epoch in range(half - 1, half + 3):
+    call[(1,)](arena, peers)
+    assert arena[layout.EPOCH] == epoch
+    marked = [bool((w >> 32 == epoch - 2**31).all()) for w in words]
+    assert marked == [epoch == half, epoch == half + 1], (epoch, marked)
+    kept = [bool((w == 5).all()) for w in words]
+    assert kept == [epoch < half, epoch < half + 1], (epoch, kept)
+""",
+    )

@@ -21,26 +21,32 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("kernel", "tensor", "resource", "shots"),
+    ("kernel", "tensor", "resource", "shots", "signal", "dtype"),
     [
-        ("gemm_ar", "C", "epilogue", 1),
-        ("gemm_ar", "C", "sm:1", 2),
-        ("gemm_rs", "C", "epilogue", None),
-        ("ag_gemm", "A", "sm:2", None),
+        ("gemm_ar", "C", "epilogue", 1, "flag", "fp32"),
+        ("gemm_ar", "C", "sm:1", 2, "flag", "fp32"),
+        ("gemm_rs", "C", "epilogue", None, "flag", "fp32"),
+        ("ag_gemm", "A", "sm:2", None, "flag", "fp32"),
+        ("gemm_ar", "C", "epilogue", 1, "word", "fp32"),
+        ("gemm_ar", "C", "epilogue", 2, "word", "fp16"),
+        ("gemm_rs", "C", "epilogue", None, "word", "fp16"),
     ],
 )
 def test_calls_in_a_row_are_right(
-    kernel: str, tensor: str, resource: str, shots: int | None
+    kernel: str, tensor: str, resource: str, shots: int | None, signal: str, dtype: str
 ) -> None:
-    world, m, k, n = 4, 64, 16, 32
-    op = getattr(kernels, kernel).build({"M": m, "K": k, "N": n}, world=world, dtype="fp32")
-    move = Move(resource=resource, shots=shots, slots=2)
+    world, m, k = 4, 64, 16
+    # Rows of 44 elements: tiles that end within a block, at a pair of words.
+    n = 44 if signal == "word" else 32
+    op = getattr(kernels, kernel).build({"M": m, "K": k, "N": n}, world=world, dtype=dtype)
+    move = Move(resource=resource, shots=shots, slots=2, signal=signal)
     tiles = tuple((name, 16) for name in "KMN")
     program = compile_kernel(op, Schedule(tiles=tiles, workers=5, moves=((tensor, move),)))
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randint(-3, 4, shape, generator=generator).float()
+        drawn = torch.randint(-3, 4, shape, generator=generator)
+        return drawn.half() if dtype == "fp16" else drawn.float()
 
     rows = m // world if kernel == "ag_gemm" else m
     calls = [[{"A": draw(rows, k), "B": draw(k, n)} for _ in range(world)] for _ in range(5)]
@@ -51,10 +57,10 @@ def test_calls_in_a_row_are_right(
             whole = torch.cat([i["A"] for i in inputs])
             right = [whole @ i["B"] for i in inputs]
         else:
-            total = torch.stack([i["A"] @ i["B"] for i in inputs]).sum(0)
+            total = torch.stack([i["A"].float() @ i["B"].float() for i in inputs]).sum(0)
             right = list(total.chunk(world)) if kernel == "gemm_rs" else [total] * world
         for got, want in zip(ranks, right, strict=True):
-            assert torch.equal(got["C"], want)
+            assert torch.equal(got["C"].float(), want)
 
 
 def test_a_call_is_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +94,10 @@ def test_programs_in_turn_on_the_arenas_of_a_group(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(said)[-3000:]
 
 
-def test_faults_are_named_and_an_epoch_that_is_overwritten_meanwhile_heals() -> None:
-    number = len(faults_interpreted.CASES) - 1
-    assert faults_interpreted.CASES[number][2].endswith("slots")
+@pytest.mark.parametrize("form", ("slots", "words"))
+def test_faults_are_named_and_an_epoch_that_is_overwritten_meanwhile_heals(form: str) -> None:
+    resources = [resource for _, _, resource in faults_interpreted.CASES]
+    number = resources.index(f"epilogue {form}")
     first = number * len(faults_interpreted.FAULTS)
     found = faults_interpreted.attack(4, 2.0, first=first, beyond=4.0, longest=0.5)
     assert found["failures"] == []

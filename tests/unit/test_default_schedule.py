@@ -29,6 +29,18 @@ def test_small_products_have_tiles_for_all_sms(m: int, world: int) -> None:
     assert move.slots == (1 if m == 1024 else 2)
 
 
+def test_small_reduces_travel_as_words() -> None:
+    for world in (2, 4, 8):
+        for m in (1, 16, 64):
+            assert chosen("gemm_ar", m, 3584, 8192, world).move("C").signal == "word"
+            assert chosen("gemm_ar_add", m, 3584, 8192, world).move("P").signal == "word"
+    # Twice the bytes of a larger one take longer than its flags.
+    assert chosen("gemm_ar", 256, 3584, 8192).move("C").signal == "flag"
+    assert chosen("gemm_ar", 16, 3584, 8192, 16).move("C").signal == "flag"
+    assert chosen("gemm_ar", 16, 3584, 8184).move("C").signal == "flag"  # half a word a rank
+    assert chosen("gemm_rs", 64, 3584, 8192).move("C").signal == "flag"
+
+
 def test_a_tile_does_not_reach_past_the_block_of_a_rank() -> None:
     for kernel in ("gemm_rs", "ag_gemm"):
         for m in (128, 256, 512, 1024):

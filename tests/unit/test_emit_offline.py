@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from tilelink import kernels
 from tilelink.backend.emit.offline import SHARED_LIMIT, Compiled, compile_offline, lint
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.passes.order_memory import order_memory
+from tilelink.backend.pipeline import compile_kernel
 from tilelink.ir import Op, parse_ir
+from tilelink.schedules import Move, Schedule
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 
@@ -86,3 +89,25 @@ def test_weights_stored_n_by_k_compile_clean() -> None:
         "        %b = transpose (%bt) : bf16[k, n]",
     }
     assert lint(compiled(read("gemm_ar.epilogue", change))) == []
+
+
+@pytest.mark.parametrize(("m", "world", "shots"), ((1, 2, 1), (16, 4, 1), (64, 8, 2)))
+def test_words_are_sixteen_bytes_a_thread_and_nothing_fences(
+    m: int, world: int, shots: int
+) -> None:
+    op = kernels.gemm_ar.build({"M": m, "K": 3584, "N": 8192}, world=world)
+    tiles = (("K", 128), ("M", max(16, m)), ("N", 64))
+    move = Move(resource="epilogue", shots=shots, slots=2, signal="word")
+    schedule = Schedule(tiles=tiles, warps=4, stages=6, moves=(("C", move),))
+    kernel = compiled(compile_kernel(op, schedule))
+    assert lint(kernel) == [] and kernel.spills == 0
+    sass = kernel.stages["sass"]
+    lines = [line for line in sass.splitlines() if re.search(r"\b(STG|LDG|MEMBAR|BAR)\b", line)]
+    stores = [n for n, line in enumerate(lines) if "STG.E.128.STRONG.SYS" in line]
+    polls = [n for n, line in enumerate(lines) if "LDG.E.128.STRONG.SYS" in line]
+    assert stores and not any("STG.E.64.STRONG.SYS" in line for line in lines)
+    # All parts of a tile are under way together, and no fence stands between a store and the next poll.
+    together = max(sum(n <= p < n + world for p in polls) for n in polls)
+    assert together == world
+    first = next(n for n in polls if n > stores[0])
+    assert not any("MEMBAR" in line for line in lines[stores[0] : first])

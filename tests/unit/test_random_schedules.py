@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,7 @@ from tilelink.backend.validate import read_module, validate
 from tilelink.backend.verify import verify
 from tilelink.errors import InternalError, Source, TilelinkError
 from tilelink.schedules import Move, Schedule
-from tilelink.schedules.schedule import EMITTERS, ORDERS, SUMS
+from tilelink.schedules.schedule import EMITTERS, ORDERS, SIGNALS, SUMS
 
 MOVED = {
     "ag_gemm": "A",
@@ -41,6 +42,8 @@ def schedules(draw: Any, tensor: str | None) -> Schedule:
         slots=draw(st.sampled_from((1, 2))) if resource[0] in "se" else 1,
         streams=draw(st.sampled_from((1, 1, 2, 3))) if resource == "copy_engine" else 1,
     )
+    if (move.resource, move.slots, move.sum) == ("epilogue", 2, "stage"):
+        move = replace(move, signal=draw(st.sampled_from(SIGNALS)))
     emitter = draw(st.sampled_from(EMITTERS))
     large = emitter == "gluon"
     sizes = {

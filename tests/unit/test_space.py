@@ -142,3 +142,16 @@ def test_a_kernel_without_a_product_has_one_computation() -> None:
     op: Op = in_place.build({"M": 8, "K": 16})
     assert product_of(op) is None
     assert Space(op, H200).computations() == [default_schedule(op)]
+
+
+def test_small_sums_may_travel_as_words() -> None:
+    def signals(op: Op) -> set[tuple[str, int, str]]:
+        found = Space(op, H200).moves(default_schedule(op))
+        return {(m.resource, m.slots, m.signal) for s in found for _, m in s.moves}
+
+    for kernel in (gemm_ar, gemm_rs):
+        small = signals(build(kernel, 64, 3584, 8192))
+        assert ("epilogue", 2, "word") in small and ("epilogue", 2, "flag") in small
+        assert {(r, s) for r, s, signal in small if signal == "word"} == {("epilogue", 2)}
+        large = signals(build(kernel, 1024, 3584, 8192))
+        assert {signal for _, _, signal in large} == {"flag"}

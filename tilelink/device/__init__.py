@@ -3,8 +3,9 @@
 Every function may be called from any ``@triton.jit`` kernel. The names are those of the TileLink paper
 (Zheng et al., 2025, section 3): signals between tiles (``producer_tile_notify``,
 ``consumer_tile_wait``), between peers (``peer_tile_notify``, ``peer_tile_wait``), between all ranks
-(``rank_notify``, ``rank_wait``; ``all_tile_notify`` and ``peer_tiles_wait`` for one tile), and data
-movement (``tile_push_data``, ``tile_pull_data``, ``rank_copy_data``). Where control words lie in an
+(``rank_notify``, ``rank_wait``; ``all_tile_notify`` and ``peer_tiles_wait`` for one tile), data
+movement (``tile_push_data``, ``tile_pull_data``, ``rank_copy_data``), and data that is its own signal
+(``store_words``, ``load_words``, ``sum_words``). Where control words lie in an
 arena says :mod:`tilelink.ir.layout`.
 """
 
@@ -51,6 +52,7 @@ from tilelink.device.signal import (
     rank_notify,
     rank_wait,
 )
+from tilelink.device.words import load_words, store_words, sum_words
 
 __all__ = [
     "Context",
@@ -73,6 +75,7 @@ __all__ = [
     "finish_leave",
     "grouped_tile",
     "head_kernel",
+    "load_words",
     "notify_kernel",
     "peer_pointer",
     "peer_tile_notify",
@@ -87,6 +90,8 @@ __all__ = [
     "rank_wait",
     "slot",
     "spoil",
+    "store_words",
+    "sum_words",
     "tanh",
     "tile_pull_data",
     "tile_push_data",

@@ -8,6 +8,7 @@ import triton.language as tl
 from tilelink.device.signal import (
     ABORT,
     ARRIVED,
+    CUDA,
     EPOCH,
     MAX_WORLD,
     PROGRAM,
@@ -27,6 +28,10 @@ EXITED = tl.constexpr(layout.EXITED)
 SAID = tl.constexpr(layout.SAID)
 RECORD_WORDS = tl.constexpr(layout.RECORD_WORDS)
 ADVANCE = tl.constexpr(1 << 20)
+LEAVING = tl.constexpr(layout.LEAVING)
+WORDS = tl.constexpr(layout.WORDS // layout.WORD)
+SLOT = tl.constexpr(layout.SLOT_WORDS // layout.WORD)
+_AGE = tl.constexpr(layout.WORD_AGE)
 _CLEAR = tl.constexpr(1024)
 
 
@@ -143,12 +148,13 @@ def differing(arena, world: tl.constexpr, said):
 def begin_call(arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns, program):
     """The :class:`Context` of a call that has no head: by every CTA of the one launch of a program with slots.
 
-    The epoch is the stored one plus one; :func:`end_call` stores it. The first CTA tells all ranks that this
-    one has arrived. ``program``: a number for the error record.
+    The epoch is the stored one plus one; :func:`end_call` stores it. The last CTA, which has the least to do,
+    tells all ranks that this one has arrived. ``program``: a number for the error record.
     """
     before = tl.load(arena + EPOCH)
     ctx = Context(arena, peers, rank, before + 1, world, progress_ns, arrival_ns)
-    if tl.program_id(0) == 0:
+    _fetch_early(peers)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
         here = tl.load(arena + ARRIVED + rank)
         if here != before:
             lost = Context(arena, peers, rank, before, world, progress_ns, arrival_ns)
@@ -162,6 +168,20 @@ def begin_call(arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns,
 
 
 @triton.jit
+def _fetch_early(peers):
+    # Who has a tile to send looks up where to: the table is near by then.
+    if CUDA:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [peers.to(tl.int64, bitcast=True)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def slot(ctx):
     """The slot of this call: 0 in calls of an even epoch, 1 in those of an odd one."""
     return ctx.epoch & 1
@@ -171,18 +191,39 @@ def slot(ctx):
 def end_call(ctx, first, last):
     """Leave the last stage. The last CTA to do so clears the counter words [``first``, ``last``) and stores
     the epoch: the next call finds everything as :func:`begin_call` wants it. True for that CTA."""
-    # What this CTA stores must not land behind what the last one makes of it; see :func:`spoil`.
     drain_tma_stores()
     tl.debug_barrier()
-    left = tl.atomic_add(ctx.arena + EXITED, 1, sem="acq_rel", scope="gpu")
+    # The word depends on the epoch: whoever has left has read it.
+    leaving = ctx.arena + LEAVING + (ctx.epoch & 1) * 2
+    if first < last:
+        left = tl.atomic_add(leaving, 1, sem="acq_rel", scope="gpu")
+    else:
+        # Nothing is cleared that others use, so nobody waits for the stores of anybody.
+        left = tl.atomic_add(leaving, 1, sem="relaxed", scope="gpu")
     final = left == tl.num_programs(0) - 1
+    if left != tl.num_programs(0) - 1:
+        # What this CTA stores must not land behind what the last one makes of it; see :func:`spoil`.
+        tl.atomic_add(leaving + 1, 1, sem="release", scope="gpu")
     if final:
         for start in range(first, last, _CLEAR):
             words = start + tl.arange(0, _CLEAR)
             tl.store(ctx.arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
-        tl.store(ctx.arena + EXITED, 0)
+        tl.store(leaving, 0)
+        # Of the call before, whose workers have ended.
+        tl.store(ctx.arena + LEAVING + ((ctx.epoch + 1) & 1) * 2 + 1, 0)
         tl.store(ctx.arena + EPOCH, ctx.epoch)
+        if ((ctx.epoch - _AGE // 2) & (_AGE - 1)) < 2:
+            _mark_words(ctx)
     return final
+
+
+@triton.jit
+def _mark_words(ctx):
+    # Of this slot, which all have read, and which nobody writes before this rank has begun the next call.
+    words = (ctx.arena + WORDS + (ctx.epoch & 1) * SLOT).to(tl.pointer_type(tl.int64), bitcast=True)
+    far = tl.cast(ctx.epoch ^ -2147483648, tl.int64) << 32
+    for start in range(0, SLOT // 2, _CLEAR):
+        tl.store(words + start + tl.arange(0, _CLEAR), tl.zeros((_CLEAR,), tl.int64) + far)
 
 
 @triton.jit
@@ -191,6 +232,12 @@ def spoil(ctx, host, out, size):
     elements, with NaN (-1 for integers), and writes 1 and the error record to pinned memory at ``host``
     (int64; 0: there is none)."""
     if tl.atomic_add(ctx.arena + ABORT, 0, sem="acquire", scope="sys") != 0:
+        stored = ctx.arena + LEAVING + (ctx.epoch & 1) * 2 + 1
+        missing = tl.num_programs(0) - 1
+        while missing > 0:
+            # All others have left, and wait for nothing.
+            done = tl.atomic_add(stored, 0, sem="acquire", scope="gpu")
+            missing = tl.num_programs(0) - 1 - done
         floating: tl.constexpr = out.dtype.element_ty.is_floating()
         value = float("nan") if floating else -1
         filled = tl.full((_CLEAR,), value, out.dtype.element_ty)

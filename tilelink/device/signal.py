@@ -134,6 +134,8 @@ def _abort(ctx, word, expected, seen, producer, tile, wait, kind):
     for step in range(1, ctx.world + 1):
         peer = (ctx.rank + step) % ctx.world
         tl.atomic_xchg(_word(ctx.peers, peer, ABORT), 1, sem="release", scope="sys")
+    # Words of this CTA that are not what they should be come after that, by whichever thread.
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -147,6 +149,57 @@ def _absent(ctx, arrival):
 
 
 @triton.jit
+def overdue(
+    ctx,
+    polls,
+    first,
+    started,
+    was_here,
+    stuck,
+    arrival,
+    producer,
+    word,
+    expected,
+    seen,
+    tile,
+    wait,
+):
+    """Look at the clock and at the abort word amid a wait; uniform in the CTA.
+
+    Returns whether the wait goes on, and what the next look needs: when the limit began to count, whether the
+    producer was here, and whether it is known to be held up itself (0 or 1 each). ``first``: there was no look
+    before, and these are 0. Where the limit is over, the error record is written and all ranks are told to stop.
+    ``arrival``: the call that ``producer`` must have begun; the others go into the record.
+    """
+    stop = tl.atomic_add(ctx.arena + ABORT, 0, sem="acquire", scope="sys")
+    going = stop != 1
+    if going:
+        now = _clock(polls)
+        there = tl.atomic_add(ctx.arena + ARRIVED + producer, 0, sem="relaxed", scope="sys")
+        here = (there - arrival >= 0).to(tl.int32)
+        late = producer
+        if stuck != 0:
+            absent = _absent(ctx, arrival)
+            here = (absent < 0).to(tl.int32)
+            late = tl.where(absent < 0, producer, absent)
+        if first | (here != was_here):
+            started = now
+        was_here = here
+        limit = tl.where(here != 0, ctx.progress_ns, ctx.arrival_ns)
+        if (now - started > limit) | (stop != 0):
+            if (here != 0) & (stuck == 0) & (stop == 0):
+                # The producer is here, but may itself wait for a rank that is not.
+                stuck = tl.cast(1, tl.int32)
+            else:
+                # The host has seen a rank die: it is the one that this call lacks.
+                late = tl.where(stop != 0, stop - LOST, late)
+                kind = tl.where(stop != 0, 3, 2 - here)
+                _abort(ctx, word, expected, seen, late, tile, wait, kind)
+                going = stop != stop
+    return going, started, was_here, stuck
+
+
+@triton.jit
 def _wait(ctx, word, expected, arrival, producer, tile, wait, fence: tl.constexpr):
     flag = ctx.arena + word
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
@@ -157,32 +210,21 @@ def _wait(ctx, word, expected, arrival, producer, tile, wait, fence: tl.constexp
     spinning = seen - expected < 0
     while spinning:
         if polls % LOOK == FIRST_LOOK:
-            stop = tl.atomic_add(ctx.arena + ABORT, 0, sem="acquire", scope="sys")
-            if stop == 1:
-                spinning = seen - seen != 0
-            else:
-                now = _clock(polls)
-                there = tl.atomic_add(ctx.arena + ARRIVED + producer, 0, sem="relaxed", scope="sys")
-                here = (there - arrival >= 0).to(tl.int32)
-                late = producer
-                if stuck != 0:
-                    absent = _absent(ctx, arrival)
-                    here = (absent < 0).to(tl.int32)
-                    late = tl.where(absent < 0, producer, absent)
-                if (polls == FIRST_LOOK) | (here != was_here):
-                    started = now
-                was_here = here
-                limit = tl.where(here != 0, ctx.progress_ns, ctx.arrival_ns)
-                if (now - started > limit) | (stop != 0):
-                    if (here != 0) & (stuck == 0) & (stop == 0):
-                        # The producer is here, but may itself wait for a rank that is not.
-                        stuck = tl.cast(1, tl.int32)
-                    else:
-                        # The host has seen a rank die: it is the one that this call lacks.
-                        late = tl.where(stop != 0, stop - LOST, late)
-                        kind = tl.where(stop != 0, 3, 2 - here)
-                        _abort(ctx, word, expected, seen, late, tile, wait, kind)
-                        spinning = seen - seen != 0
+            spinning, started, was_here, stuck = overdue(
+                ctx,
+                polls,
+                polls == FIRST_LOOK,
+                started,
+                was_here,
+                stuck,
+                arrival,
+                producer,
+                word,
+                expected,
+                seen,
+                tile,
+                wait,
+            )
         if spinning:
             seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
             spinning = seen - expected < 0

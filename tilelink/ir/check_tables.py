@@ -23,10 +23,10 @@ ATTRIBUTES = {
     "count": "world value:extent workers:launch resident warps stages count group block channel_rows "
     "task_rows tasks_across delay least shots slots",
     "whole": "offset bytes workspace over axis first flatten_axis part_axis",
-    "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded relay",
+    "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded relay polled words",
     "text": "file kernel schedule into offsets source table",
     "texts": "after",
-    "ref": "alias own to through counter",
+    "ref": "alias carried own to through counter",
     "number": "value:full",
     "scalar": "value:constant",
     "pair": "workers:stage",

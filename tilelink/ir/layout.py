@@ -14,6 +14,9 @@ ABORT: Final = (
 LOST: Final = 2
 EXITED: Final = 2  # workers of the running launch that have left; back to 0 by the last
 PROGRAM: Final = 3  # number of the program that the last head began
+# [2, 2] by the parity of a call's number, of a launch that begins and ends the call: workers that have left, and
+# how many but the last of them have stored all that they had to.
+LEAVING: Final = 4
 RECORD: Final = 16  # error record, RECORD_WORDS words; the first is nonzero once it is written
 RECORD_WORDS: Final = 16
 ARRIVED: Final = 64  # [MAX_WORLD] epochs: rank r has started its call number so-and-so
@@ -27,6 +30,17 @@ FLAG_BYTES: Final = 124 * 1024
 # Of a program with two slots: how far the flags and the buffers of odd calls lie behind those of even ones.
 SLOT_FLAGS: Final = FLAG_BYTES // 2
 SLOT_BYTES: Final = 32 << 20
+# Words that signal themselves lie behind both slots, in a slot each: WORD_BYTES that hold PAYLOAD bytes of data
+# and the epoch of the call that wrote them. Nothing else is ever written there, so no data of any program is
+# taken for an epoch. They are zero at first; the epoch of the first call is 1.
+WORDS: Final = 2 * SLOT_BYTES
+SLOT_WORDS: Final = 16 << 20
+WORD_BYTES: Final = 8
+PAYLOAD: Final = 4
+# Epochs come again after 2^32 calls. Once in WORD_AGE calls all words of a slot are marked with an epoch that is
+# 2^31 calls away, so that none that was left there long ago is ever met again.
+WORD_AGE: Final = 1 << 30
+SLOT_ARENA: Final = WORDS + 2 * SLOT_WORDS  # bytes of an arena of slots
 COUNTERS: Final = 128 * 1024  # byte offset of the counter area
 COUNTER_BYTES: Final = 128 * 1024
 DATA: Final = 256 * 1024  # byte offset of buffers

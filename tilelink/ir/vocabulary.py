@@ -20,10 +20,10 @@ _TABLE = {
     "program": "world! bytes file kernel kernel_text schedule slots workspace",
     "extent": "value! dynamic least",
     "tensor": "dims! dtype! move! role! block channel_rows comm_tile in_place into offsets over "
-    "owner part_axis resource shots signal source table task_rows tasks_across tile",
+    "owner part_axis polled resource shots signal source table task_rows tasks_across tile",
     "scalar": "dtype!",
-    "buffer": "dims! dtype! space! alias offset",
-    "flag": "dims! cleared offset",
+    "buffer": "dims! dtype! space! alias offset words",
+    "flag": "dims! carried cleared offset",
     "counter": "dims! cleared offset",
     "head": "folded",
     "stream": "after",
@@ -75,6 +75,7 @@ _REFERS = {
 }
 _ATTRIBUTE_REFERS = {
     "alias": _MEMORY,
+    "carried": ("buffer",),
     "own": _MEMORY,
     "to": _MEMORY,
     "through": ("counter",),

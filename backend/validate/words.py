@@ -1,0 +1,241 @@
+"""Words that signal themselves, in emitted kernels: what their primitives read, write and poll.
+
+Waits and notifies of the flags that words carry stand in no text: the loads are the waits, the stores the
+notifies. :func:`stand_ins` puts them where the module's own loads and stores are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from tilelink.backend.expand_rows import Access, Expansion, Sync
+from tilelink.backend.validate.kernel import KernelMachine
+from tilelink.backend.validate.layout import TL_NAMES
+from tilelink.backend.validate.trace import Poll
+from tilelink.backend.validate.values import Data, Flow, Ints, Key, Name, Pointer, full
+from tilelink.ir.layout import PAYLOAD, WORD_BYTES
+
+
+class WordMachine(KernelMachine):
+    """A kernel that may store and poll words; see :mod:`kernel`."""
+
+    def on_device_store_words(
+        self,
+        words: Any,
+        epoch: Any,
+        value: Any,
+        start: Any,
+        step: Any,
+        height: Any,
+        width: Any,
+        pair: Any,
+    ) -> None:
+        """``device.store_words``."""
+        symbol, home = self.tagged(words)
+        shift = epoch.of.v if isinstance(epoch, Name) and epoch.path == "epoch" else None
+        if shift is None or np.any(full(shift, self.lanes)[self.on]):
+            self.hazard("words are stored with another number than the epoch of the call")
+        tile = self.data(value)
+        dtype = TL_NAMES[str(self.layout.declared[symbol]["dtype"])]
+        if tile.rounded != dtype and (tile.rounded or dtype != "float32"):
+            self.hazard(f"the tile is not converted to {dtype}, which the words of @{symbol} hold")
+        if tile.form or len(tile.shape) != 2:
+            self.unclear("a store of words that is no tile of two axes")
+        lo, hi, axes = self.box(symbol, self.number(start).v, step, tile.shape, height, width, pair)
+        self.write(symbol, "generic", self.on, home, lo, hi, tile.flows, axes)
+        self.trace.next()  # a notify that these words carry stands here
+
+    def on_device_load_words(
+        self,
+        ctx: Any,
+        words: Any,
+        start: Any,
+        step: Any,
+        shape: Any,
+        dtype: Any,
+        height: Any,
+        width: Any,
+        pair: Any,
+        flag: Any,
+        producer: Any,
+        tile: Any,
+        wait: Any,
+    ) -> Data:
+        """``device.load_words``."""
+        symbol = self.polled(ctx, words, dtype, tile, wait)
+        sizes = self.shape(shape)
+        lo, hi, axes = self.box(symbol, self.number(start).v, step, sizes, height, width, pair)
+        self.named(symbol, flag, full(self.number(producer).v, self.lanes))
+        self.trace.next()  # a wait that these words carry stands here
+        self.read(symbol, "generic", self.on, self.rank, lo, hi, None)
+        flow = Flow(symbol, self.on & np.all(hi > lo, axis=1), self.rank, lo, hi, axes)
+        key = (*self.site, symbol, 0)
+        return Data(sizes, {key: flow}, (key,), rounded=self.dtype(dtype))
+
+    def on_device_sum_words(
+        self,
+        ctx: Any,
+        words: Any,
+        start: Any,
+        step: Any,
+        shape: Any,
+        dtype: Any,
+        height: Any,
+        width: Any,
+        pair: Any,
+        parts: Any,
+        apart: Any,
+        result: Any,
+        flag: Any,
+        flag_step: Any,
+        tile: Any,
+        wait: Any,
+    ) -> Data:
+        """``device.sum_words``: parts of all ranks in rank order."""
+        symbol = self.polled(ctx, words, dtype, tile, wait)
+        sizes = self.shape(shape)
+        if parts != self.layout.world:
+            self.hazard(f"a sum of {parts} parts of {self.layout.world} ranks")
+        first, by = self.number(start).v, self.number(apart).v
+        word, word_by = self.number(flag), self.number(flag_step).v
+        self.trace.next()  # a wait that these words carry stands here
+        flows: dict[Key, Flow] = {}
+        for source in range(self.layout.world):
+            at = np.asarray(first, dtype=np.int64) + source * np.asarray(by, dtype=np.int64)
+            lo, hi, axes = self.box(symbol, at, step, sizes, height, width, pair)
+            there = self.on & np.all(hi > lo, axis=1)
+            if np.any((lo[:, 0] != source)[there]):
+                self.hazard(f"the part of rank {source} is read where another one's lies")
+            shifted = replace(word, v=np.asarray(word.v) + source * np.asarray(word_by))
+            self.named(symbol, shifted, np.full(self.lanes, source, dtype=np.int64))
+            self.read(symbol, "generic", self.on, self.rank, lo, hi, None)
+            key = (self.site[0], self.site[1] + source, symbol, 0)
+            flows[key] = Flow(symbol, there, self.rank, lo, hi, axes)
+        rounded = self.dtype(result)
+        return Data(sizes, flows, single=rounded == "float32", rounded=rounded)
+
+    def tagged(self, words: Any) -> tuple[str, Ints]:
+        """The buffer of words that a pointer is to the first of, and whose memory it is in."""
+        plain = isinstance(words, Pointer) and not words.shape and not words.tokens
+        if not plain or not self.layout.declared[words.symbol].get("words"):
+            self.unclear("a pointer to something that is no buffer of words")
+        if words.unit != WORD_BYTES or np.any(full(words.base, self.lanes)[self.on]):
+            self.unclear("a pointer to words that is not to the first")
+        return words.symbol, full(words.home, self.lanes)
+
+    def polled(self, ctx: Any, words: Any, dtype: Any, tile: Any, wait: Any) -> str:
+        """The buffer that a load polls; what it gives an error record is checked too."""
+        self.context(ctx)
+        self.number(tile)
+        symbol, home = self.tagged(words)
+        if np.any((home != self.rank)[self.on]):
+            self.unclear("a read from memory of a peer")
+        if self.dtype(dtype) != TL_NAMES[str(self.layout.declared[symbol]["dtype"])]:
+            self.hazard(f"@{symbol} holds {self.layout.declared[symbol]['dtype']}")
+        if not isinstance(wait, int):
+            self.unclear("the number of a wait that is not constant")
+        self.wait_names.append(wait)
+        return symbol
+
+    def named(self, symbol: str, flag: Any, producer: Ints) -> None:
+        """The flag and the rank that an error record would name for a tile of words."""
+        name, flat = self.element(flag, self.on)
+        carried = self.layout.declared[name].get("carried")
+        if carried is None or carried.symbol != symbol:
+            self.hazard(
+                f"words of @{symbol} are polled in the name of @{name}, which they do not carry"
+            )
+        lane = np.flatnonzero(self.on)
+        poll = Poll(self.site, name, self.rank[lane], flat[lane], producer[lane])
+        self.trace.polls.append(poll)
+
+    def box(
+        self,
+        symbol: str,
+        start: Any,
+        step: Any,
+        shape: tuple[int, ...],
+        height: Any,
+        width: Any,
+        pair: Any,
+    ) -> tuple[Ints, Ints, tuple[int, ...]]:
+        """The elements of a tile of words, in all lanes: whole words, or whole pairs of them."""
+        if pair not in (True, False) or len(shape) != 2:
+            self.unclear("words of another form")
+        item, on = self.layout.item[symbol], self.on
+        (first, by) = self.subset(on, start, self.number(step).v)
+        extents = []
+        for size, limit in zip(shape, (height, width), strict=True):
+            whole = np.full(len(first), size, dtype=np.int64)
+            if limit is not None:
+                (some,) = self.subset(on, self.number(limit).v)
+                whole = np.clip(some, 0, whole)
+            extents.append(whole)
+        unit = PAYLOAD * (2 if pair else 1)
+        ends = (first * item % unit, extents[1] * item % unit, (extents[0] > 1) * by * item % unit)
+        if any(np.any(e[(extents[0] > 0) & (extents[1] > 0)]) for e in ends):
+            self.hazard(f"rows of this tile are not of whole {'pairs of ' if pair else ''}words")
+        steps = [by, np.ones_like(by)]
+        lo, hi, axes = self.layout.box(symbol, first * item, item, extents, steps)
+        live = [a for a in axes if a >= 0]
+        if live != sorted(live):
+            self.unclear("a tile of words across its axes")
+        return self.spread(on, lo), self.spread(on, hi), axes
+
+
+def stand_ins(
+    expected: Expansion, accesses: list[Access], at: Callable[[Access | Sync], bool]
+) -> list[Sync]:
+    """The waits and notifies of an agent that words carry, in the places of the module's loads and stores.
+
+    ``accesses``: those of the module, each with the op of the program that it was found to be. A wait stands in
+    front of the load that comes next behind it in the program, a notify behind the store that comes before it.
+    One that has none is left out, and missed by whoever compares.
+    """
+    found: list[Sync] = []
+    for sync in expected.syncs:
+        carried = expected.declarations[sync.symbol].get("carried")
+        if carried is None or not at(sync):
+            continue
+        places: dict[tuple[int, int, int], int] = {}
+        for access in accesses:
+            if access.symbol != carried.symbol or access.write == sync.wait or not at(access):
+                continue
+            rows = zip(access.task.tolist(), access.home.tolist(), access.seq.tolist(), strict=True)
+            for task, home, seq in rows:
+                key = (task, home, id(access.op))
+                better = min if sync.wait else max
+                places[key] = better(places.get(key, seq), seq)
+        mine: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for access in expected.accesses:
+            if access.symbol == carried.symbol and access.write != sync.wait and at(access):
+                rows = zip(
+                    access.task.tolist(), access.home.tolist(), access.seq.tolist(), strict=True
+                )
+                for task, home, seq in rows:
+                    mine.setdefault((task, home), []).append((seq, id(access.op)))
+        kept, seqs = [], []
+        rows = zip(sync.task.tolist(), sync.home.tolist(), sync.seq.tolist(), strict=True)
+        for row, (task, home, seq) in enumerate(rows):
+            near = sorted(mine.get((task, home), ()), reverse=not sync.wait)
+            op = next((o for s, o in near if (s > seq) == sync.wait), None)
+            place = places.get((task, home, op)) if op is not None else None
+            if place is not None:
+                kept.append(row)
+                seqs.append(place + (-1 if sync.wait else 1))
+        some = np.array(kept, dtype=np.int64)
+        found.append(
+            replace(
+                sync,
+                seq=np.array(seqs, dtype=np.int64),
+                **{
+                    name: getattr(sync, name)[some]
+                    for name in ("task", "rank", "home", "flat", "bound", "through", "inside")
+                },
+            )
+        )
+    return found
