@@ -201,6 +201,8 @@ def prune(
 ) -> list[Trial]:
     """The ``keep`` most promising schedules by ``predict``, with the default and ``first`` among them.
 
+    So is what does not overlap, the library's collective and its product one after the other, however slow it
+    is expected to be: what a user has without us must be measured, and taken where nothing beats it.
     ``effort`` bounds the predictions; what is not ``usable`` is passed over. The best computations of each
     emitter and form of roles, by an estimate of the product alone, are combined with every way to move; the
     best ways to move of each class with more computations. The best of every class (:func:`class_of`) comes
@@ -215,8 +217,9 @@ def prune(
     computations = _computations(space, max(2, effort // 16))
     seeds = _first_of(computations, lambda s: kind(s)[:2])
     moved = [way for seed in seeds for way in space.moves(seed)]
+    apart = next((s for s in _apart(space) if usable(s)), base)
     # Of every class one before a second of any, in case that there is no effort for all.
-    wanted = [*first, base, *_first_of(moved, kind), *moved]
+    wanted = [*first, base, apart, *_first_of(moved, kind), *moved]
     predicted = _predicted(wanted, predict, effort + len(first))
     ways = _first_of(sorted(predicted, key=predicted.__getitem__), kind)
     more = [
@@ -241,7 +244,9 @@ def prune(
     most = max(1, keep * 2 // 3)
     chosen: list[Trial] = []
     seen: set[Any] = set()
-    for schedule in dict.fromkeys([*first, base, *classes[:most], *kin, *others, *near, *ordered]):
+    for schedule in dict.fromkeys(
+        [*first, base, apart, *classes[:most], *kin, *others, *near, *ordered]
+    ):
         us = predicted[schedule]
         same = kind(schedule), schedule.tiles, schedule.warps, schedule.stages, us
         if len(chosen) == keep or same in seen or not math.isfinite(us) or not usable(schedule):
@@ -249,6 +254,14 @@ def prune(
         seen.add(same)
         chosen.append(Trial(schedule, us))
     return sorted(chosen, key=lambda t: t.predicted_us)
+
+
+def _apart(space: Space) -> list[Schedule]:
+    """Schedules that overlap nothing: by the library alone, else with our own product."""
+    if space.kernel["world"] == 1:
+        return []
+    ours = space.base.with_resource("none")
+    return [replace(ours, emitter="library"), ours]
 
 
 def _computations(space: Space, keep: int) -> list[Schedule]:

@@ -153,7 +153,12 @@ def test_pruning_keeps_the_default_and_one_of_each_class_that_is_near() -> None:
     assert len(kept) == 8
     assert space.base in [t.schedule for t in kept]
     assert [t.predicted_us for t in kept] == sorted(t.predicted_us for t in kept)
-    assert {class_of(t.schedule, None)[2][0] for t in kept} == {"copy_engine", "sm", "epilogue"}
+    assert {class_of(t.schedule, None)[2][0] for t in kept} == {
+        "copy_engine",
+        "sm",
+        "epilogue",
+        "none",  # what does not overlap is measured, whatever the model expects of it
+    }
     assert dict(kept[0].schedule.tiles)["M"] == 256
 
 
