@@ -79,14 +79,13 @@ class Move:
             raise ScheduleError(
                 field="sum", detail=f"`{self.sum}`", help="use one of " + ", ".join(SUMS)
             )
-        if self.shots is not None and (isinstance(self.shots, bool) or self.shots not in (1, 2)):
+        if self.shots is not None and not _one_or_two(self.shots):
             raise ScheduleError(
                 field="shots",
                 detail=f"{self.shots!r} is no number of shots",
                 help="use 1, 2, or null to choose by size",
             )
-
-        if isinstance(self.slots, bool) or self.slots not in (1, 2):
+        if not _one_or_two(self.slots):
             raise ScheduleError(
                 field="slots", detail=f"{self.slots!r} is no number of slots", help="use 1 or 2"
             )
@@ -360,6 +359,11 @@ def _checked(data: object, cls: type[Any], prefix: str) -> dict[str, Any]:
                 help=f"give {_SPOKEN[kind]}",
             )
     return dict(data)
+
+
+def _one_or_two(value: object) -> bool:
+    """Whether ``value`` is the whole number 1 or 2, and not one that compares equal to it."""
+    return isinstance(value, int) and not isinstance(value, bool) and value in (1, 2)
 
 
 def _positive(name: str, value: object) -> None:

@@ -91,11 +91,17 @@ def announce(scope: Scope, loop: Op) -> list[str]:
         if op.name != "for_tiles":
             continue
         variables = [a for a in op.args if a.type.is_tile]
-        for variable, size in zip(variables, op.get("tile", ()), strict=False):
+        limits = op.get("extent") or (None,) * len(variables)
+        for variable, size, limit in zip(variables, op.get("tile", ()), limits, strict=False):
             if variable.name not in scope.dims:
                 block = block_of(scope, variable.name, int(size))
                 start = f"{_base(variable)}_start"
-                scope.dims[variable.name] = Dim(block, str(size), block == size, start)
+                # As `place_tile` finds it: a load is made one way, before the loop and in it.
+                whole = None if limit is None else scope.program.constant(limit)
+                exact, fits = whole is not None and whole % int(size) == 0, block == size
+                scope.dims[variable.name] = Dim(
+                    block, str(size), exact and fits, start, "", fits, fits
+                )
                 found.append(variable.name)
     return found
 

@@ -74,13 +74,16 @@ def split_product(stage: Op) -> Product:
     for op in loop.body:
         if op.name not in _INSIDE:
             raise Unfit(op, f"`{op.name}` in the main loop")
-        if op.name == "transpose" and made[op.operands[0].name].name == "dot":
-            raise Unfit(op, "a transposed sum in the main loop")
+        if op.name == "transpose":
+            source = made.get(op.operands[0].name)
+            if source is None or source.name == "dot":
+                raise Unfit(op, "a transpose of something that the loop does not load")
         if op.name == "dot":
             _check_dot(op, made, (rows, columns, loop.args[0].name))
         made |= {value.name: op for value in op.results}
     carried = {a.name for a in loop.args[1:]}
-    moved = [v for v in loop.body[-1].operands if v.name in carried or made[v.name].name != "dot"]
+    sums = {name for name, op in made.items() if op.name == "dot"} - carried
+    moved = [v for v in loop.body[-1].operands if v.name not in sums]
     if loop.body[-1].name != "yield" or moved:
         raise Unfit(loop, "a main loop that carries something else than sums of products")
     for top in stage.body[at + 1 :]:

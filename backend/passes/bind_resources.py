@@ -106,13 +106,16 @@ def _loop(variable: Value, lo: int, hi: Expr | int, body: tuple[Op, ...]) -> Op:
 
 
 def _each_channel(
-    info: Moved, body: Callable[[Expr], tuple[Op, ...]], of: tuple[int, int] = (0, 1)
+    info: Moved, body: Callable[[Expr], tuple[Op, ...]], of: tuple[int, int], stream: str
 ) -> tuple[Op, ...]:
-    """``body(channel)`` once, or in a loop over channels: from ``of[0]`` on every ``of[1]``-th."""
+    """``body(channel)`` once, or in a loop over channels: from ``of[0]`` on every ``of[1]``-th.
+
+    ``stream`` tells the variables of several streams apart.
+    """
     first, step = of
     if info.channels == step:
         return body(Expr.const(first))
-    variable = Value(f"{info.name}.c", INDEX)
+    variable = Value(f"{info.name}.c{stream}", INDEX)
     channel = Expr.name(variable.name)
     channel = channel * step + first if step > 1 else channel
     return (_loop(variable, 0, info.channels // step, body(channel)),)
@@ -125,10 +128,10 @@ def _by_copy_engine(program: Op, info: Moved) -> Op:
     peers = int(program["world"]) - (0 if info.kind == "gather" and not info.in_place else 1)
     made = []
     for number in range(count if by_channel else min(count, peers)):
-        body = _copies(
-            program, info, number, 1 if by_channel else count, count if by_channel else 1
-        )
-        name = f"{info.name}.copy{number if count > 1 else ''}"
+        which = str(number) if count > 1 else ""
+        shared = (1, count) if by_channel else (count, 1)
+        body = _copies(program, info, number, *shared, which)
+        name = f"{info.name}.copy{which}"
         made.append(make("stream", ref=Ref(name), after=("head",), blocks=(Block((), body),)))
     if info.kind == "gather":
         return _before_launches(program, *made)
@@ -138,9 +141,11 @@ def _by_copy_engine(program: Op, info: Moved) -> Op:
     return program.with_ops((*program.body[:at], *made, *program.body[at:]))
 
 
-def _copies(program: Op, info: Moved, number: int, by_peer: int, by_channel: int) -> tuple[Op, ...]:
+def _copies(
+    program: Op, info: Moved, number: int, by_peer: int, by_channel: int, stream: str
+) -> tuple[Op, ...]:
     """What stream ``number`` does of all copies: every ``by_peer``-th peer, ``by_channel``-th channel."""
-    step = Value(f"{info.name}.s", INDEX)
+    step = Value(f"{info.name}.s{stream}", INDEX)
     turn = Expr.name(step.name)
     first = 1 if info.kind != "gather" or info.in_place else 0
     if by_peer > 1:
@@ -177,11 +182,13 @@ def _copies(program: Op, info: Moved, number: int, by_peer: int, by_channel: int
 
     channels = (number if by_peer == 1 else 0, by_channel)
     if info.kind == "gather":
-        return (_loop(step, *turns, _each_channel(info, send, channels)),)
+        return (_loop(step, *turns, _each_channel(info, send, channels, stream)),)
     if info.spread:
-        made = _each_channel(info, lambda c: (finished(c), *send(c)), channels)
+        made = _each_channel(info, lambda c: (finished(c), *send(c)), channels, stream)
         return (_loop(step, *turns, made),)
-    return _each_channel(info, lambda c: (finished(c), _loop(step, *turns, send(c))), channels)
+    return _each_channel(
+        info, lambda c: (finished(c), _loop(step, *turns, send(c))), channels, stream
+    )
 
 
 def _by_workers(program: Op, info: Moved) -> Op:

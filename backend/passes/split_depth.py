@@ -111,6 +111,8 @@ class _Cut:
         loop = nest.body[at] if at < len(nest.body) else nest
         if loop.name != "for_tiles" or len(loop.get("extent", ())) != 1:
             _refuse(loop, f"`{loop.name}` in front of the loop over the depth")
+        if loop.get("part") is not None and self.program["world"] > 1:
+            _refuse(loop, "a depth of which each rank has a part of its own")
         before, behind = nest.body[:at], nest.body[at + 1 :]
         zeros = {op.results[0].name for op in before}
         if not loop.results or {v.name for v in loop.operands} != zeros:

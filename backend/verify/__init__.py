@@ -49,6 +49,7 @@ from tilelink.backend.verify.reuse import check_reuse
 from tilelink.backend.verify.rows import check_rows, smaller
 from tilelink.backend.verify.words import check_polls
 from tilelink.ir import Op, parse_ir
+from tilelink.ir.check import check_types
 from tilelink.ir.vocabulary import check_names
 
 __all__ = [
@@ -134,6 +135,8 @@ def verify(program: Op, kernel: Op | None = None) -> Report:
     if meaning is not None:
         check_meaning(out, meaning)
     report = prove(out, known=meaning is not None)
+    # What no rule looks at may still be nothing that an executor runs, such as an op behind a `yield`.
+    check_types(program)
     check_rows(out, meaning, lambda small: prove(small, contents=False), check_bounds)
     if any(op.get("dynamic") for op in program.find("extent")):
         return replace(report, rules=(*report.rules, "rows"))

@@ -77,11 +77,18 @@ class _Checker:
             self.words(child)
             self.tiles |= {v.name for v in child.args if v.type.is_tile}
             if child.name == "stage":
+                self.queue(child)
                 self.held_back(child)
             if child.name != "flush":
                 self.block(child.body, child.name)
         if launch.get("emitter") == "library":
             self.library(launch)
+
+    def queue(self, stage: Op) -> None:
+        """Its length is made of the program's extents, which are the same on all ranks."""
+        for extent in stage.get("extent", ()):
+            if not Expr.of(extent).names <= self.env.keys():
+                _fail(stage, f"its extent `{extent}` is not made of the program's extents")
 
     def library(self, launch: Op) -> None:
         """The library's own kernel: one product a task, of whole matrices or of rows of one segment."""

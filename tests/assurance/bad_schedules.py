@@ -116,6 +116,8 @@ CASES: tuple[Case, ...] = (
     schedule("words by copy engine", move(signal="word"), "signal", "copy_engine"),
     schedule("words in one slot", move(resource="epilogue", signal="word"), "signal", "slots"),
     schedule("a move's shots text", move(shots="two"), "shots", "'two'"),
+    schedule("a move's shots 2.0", move(shots=2.0), "shots", "2.0"),
+    schedule("a move's slots 1.0", move(slots=1.0), "slots", "1.0"),
     schedule("epilogue of a gather", move(resource="epilogue"), "A", "epilogue"),
     Command(
         "schedule: the file is missing",

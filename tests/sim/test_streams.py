@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.sim.test_shots import whole_numbers
 from tilelink import kernels
 from tilelink.backend.pipeline import run_passes
-from tilelink.ir import Expr, Op
+from tilelink.ir import Expr, Op, parse_ir, print_ir
+from tilelink.ir.check import check_types
 from tilelink.schedules import Move, Schedule
 
 TENSOR = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
@@ -44,6 +45,15 @@ def test_several_streams_give_the_bits_of_the_reference(backend: str, data: st.D
     got = one.on(backend, world=world, schedule=chosen)(a, b)
     for mine, right in zip(got, one.on("reference", world=world)(a, b), strict=True):
         assert torch.equal(mine, right)
+
+
+@pytest.mark.parametrize("kernel", sorted(TENSOR))
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_the_text_is_read_back_and_has_no_name_twice(kernel: str, channels: int) -> None:
+    op = getattr(kernels, kernel).build({"M": 128, "K": 8, "N": 8}, world=4)
+    program = run_passes(op, schedule(kernel, 8, channels=channels, streams=2))
+    check_types(program)
+    assert parse_ir(print_ir(program)) == program
 
 
 @pytest.mark.parametrize("kernel", sorted(TENSOR))

@@ -22,7 +22,9 @@ from tilelink.cli.main import main
 from tilelink.errors import TilelinkError
 from tilelink.frontend.capacity import capacity_of, read_capacities
 from tilelink.frontend.errors import BadCall, NotDivisible
-from tilelink.ir import Op, parse_ir, print_ir
+from tilelink.ir import Expr, Op, parse_ir, print_ir
+from tilelink.ir.check import check_types
+from tilelink.ir.vocabulary import check_names
 from tilelink.kernel import Kernel, load_kernels
 from tilelink.schedules import Move, Schedule
 
@@ -190,6 +192,19 @@ def test_a_program_is_proven_from_its_least_value_on() -> None:
 
     assert small(33) == [34, 48, 50]
     assert small(None)[0] == 2
+
+
+def test_counts_that_follow_the_rows_of_a_call_are_read_back() -> None:
+    op = kernels.gemm_rs.build({"M": 96, "N": 16, "K": 16}, world=2, dynamic=("M",))
+    tiles = (("K", 16), ("M", 16), ("N", 16))
+    move = Move(resource="copy_engine", channels=2)
+    program = run_passes(op, Schedule(tiles=tiles, workers=4, moves=(("C", move),)))
+    waits = [o for o in program.walk() if o.name == "wait" and isinstance(o.get("count"), Expr)]
+    assert any("M" in o["count"].names for o in waits)
+    again = parse_ir(print_ir(program))
+    check_names(again)
+    check_types(again)
+    assert again == program
 
 
 def test_the_proof_of_a_hand_written_program_needs_its_kernel() -> None:

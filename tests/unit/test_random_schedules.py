@@ -15,6 +15,7 @@ from tilelink.backend.pipeline import run_passes
 from tilelink.backend.validate import read_module, validate
 from tilelink.backend.verify import verify
 from tilelink.errors import InternalError, Source, TilelinkError
+from tilelink.ir import parse_ir, print_ir
 from tilelink.schedules import Move, Schedule
 from tilelink.schedules.schedule import EMITTERS, ORDERS, SIGNALS, SUMS
 
@@ -94,6 +95,7 @@ def test_what_is_not_refused_is_proven_emitted_and_read_back(data: st.DataObject
     except TilelinkError:
         return  # refused by name; the proof refuses nothing that the passes make
     verify(program, op)
+    assert parse_ir(print_ir(program)) == program
     try:
         text = emit(program)
     except CannotEmit:

@@ -375,6 +375,7 @@ FORMS = [
     ('roles = "turns", ', "", "roles"),
     ('emitter = "gluon", ', "", "roles"),
     ("drain = true", "delay = 1, drain = true", "held back"),
+    ("        yield (%acc.2)", "        yield (%acc)", "something else than sums"),
     ("      %p = cast", "      wait @P.done[0] {count = 8}\n      %p = cast", None),
 ]
 

@@ -198,6 +198,17 @@ def along(A, B, C):  # type: ignore[no-untyped-def]
         C[m, n] = acc
 
 
+@tilelink.kernel("shard A[M, K] over K\nreduce C[M, N] sum")
+def sharded(A, B, C):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        C[m, n] = acc
+
+
 @pytest.mark.parametrize(
     ("kernel", "why"),
     [
@@ -207,6 +218,7 @@ def along(A, B, C):  # type: ignore[no-untyped-def]
         (in_place, "`A` is stored in the loop nest that multiplies it"),
         (copied, "multiplies no matrices"),
         (along, "`A` is spread over the ranks along the depth"),
+        (sharded, "a depth of which each rank has a part of its own"),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -313,6 +325,21 @@ def test_bits_do_not_depend_on_workers_or_on_timing() -> None:
 def test_emitted_modules_are_read_back(kernel: Any, move: Move) -> None:
     program = fused(kernel, move)
     validate(read_module(Source("emitted.py", emit(program))), program)
+
+
+def test_where_a_part_ends_inside_of_a_tile_both_places_of_a_shard_are_read_by_addresses() -> None:
+    # Past the end of a part lie elements of the next, and no zeros as past the end of a tensor.
+    op = ag_gemm.build({"M": 32, "N": 16, "K": 48}, world=2, dtype="bf16")
+    tiles = (("K", 32), ("M", 16), ("N", 16))
+    program = compile_kernel(op, Schedule(tiles=tiles, split=2, workers=4))
+    text = emit(program)
+    assert "a_part_from = A_ptr" in text
+    validate(read_module(Source("emitted.py", text)), program)
+    a, b = torch.randint(-2, 3, (2, 16, 48)).bfloat16(), torch.randint(-2, 3, (48, 16)).bfloat16()
+    chosen = Schedule(tiles=tiles, split=2, workers=4)
+    got = ag_gemm.on("interpret", world=2, schedule=chosen)(list(a), [b, b])
+    for mine in got:
+        assert torch.equal(mine, (a.reshape(32, 48).float() @ b.float()).bfloat16())
 
 
 def test_an_emitted_module_compiles_and_lints() -> None:

@@ -15,6 +15,7 @@ from tilelink.backend.verify import (
     ProgressError,
     RaceError,
     ReuseError,
+    UndecidedError,
     VerifyError,
     verify,
 )
@@ -250,6 +251,7 @@ WRONG = [
     ),
     ("gemm_rs.copy_engine", "offset = 131072", "offset = 4096", BoundsError, "area"),
     # Workers.
+    ("gemm_rs.sm", "[WORLD - 1, 2]", "[RANK + 1, 2]", UndecidedError, "made of the program's"),
     ("ag_gemm.sm", "workers = [0, 2]", "workers = [2, 2]", ProgressError, "no worker"),
     ("gemm_rs.copy_engine", "workers = 4", "resident = 2, workers = 4", ProgressError, "resident"),
     ("gemm_ar.epilogue", "workers = 4", "resident = 3, workers = 4", ProgressError, "resident"),

@@ -6,6 +6,7 @@ from tests.unit.test_verify_memory_order import edited
 from tests.unit.verify_programs import text_of
 from tilelink.backend.expand import ZeroDivisor
 from tilelink.backend.expand_walk import expand
+from tilelink.backend.pipeline import run_passes
 from tilelink.backend.verify import (
     BoundsError,
     CoverError,
@@ -19,7 +20,10 @@ from tilelink.backend.verify import (
     verify,
 )
 from tilelink.errors import TilelinkError
-from tilelink.ir import parse_ir
+from tilelink.ir import Op, parse_ir, print_ir
+from tilelink.ir.check_tables import IRTypeError
+from tilelink.kernels import gemm_ar
+from tilelink.schedules import Move, Schedule
 
 AG, RS = "ag_gemm.copy_engine", "gemm_rs.copy_engine"
 SMALL = """program @p {world = 1} do {
@@ -148,6 +152,33 @@ def test_bodies(body: str, error: type[TilelinkError], part: str) -> None:
     with pytest.raises(error) as caught:
         verify(parse_ir(small(body, ("counter @d", table))))
     assert part in str(caught.value)
+
+
+def two_shots() -> tuple[str, Op]:
+    """The text of a reduce in two shots, summed in the epilogue, and its kernel."""
+    op = gemm_ar.build({"M": 32, "N": 16, "K": 16}, world=2, dtype="fp32")
+    move = Move(resource="epilogue", sum="epilogue", shots=2)
+    tiles = (("K", 8), ("M", 8), ("N", 8))
+    return print_ir(run_passes(op, Schedule(tiles=tiles, workers=3, moves=(("C", move),)))), op
+
+
+def test_a_wait_behind_the_end_of_a_loop_is_none() -> None:
+    text, op = two_shots()
+    end = "        yield (%acc.2.own)\n      }\n"
+    wait = "      wait @C.ready[0..RANK, m.own.start % 16 / 8] {proxy = true}\n"
+    assert end + wait in text
+    verify(parse_ir(text), op)
+    late = parse_ir(text.replace(end + wait, end.replace("      }\n", wait + "      }\n")))
+    with pytest.raises(IRTypeError, match="but `yield`: 0"):
+        verify(late, op)
+
+
+def test_an_op_of_a_finish_that_nothing_needs_reads_what_there_is() -> None:
+    text, op = two_shots()
+    assert "    finish do {\n" in text
+    zeros = "    finish do {\n      %more = zeros : fp32[m.own, n.own]\n"
+    with pytest.raises(IRTypeError, match=r"m\.own"):
+        verify(parse_ir(text.replace("    finish do {\n", zeros)), op)
 
 
 def test_a_stage_in_a_launch_is_all_there_is() -> None:

@@ -20,8 +20,9 @@ DOCS = "docs/ir.md says what every op takes"
 ATTRIBUTES = {
     "exprs": "dims extent tile",
     "expr": "hi lo peer owner signal visit if when epoch segment segments live",
-    "count": "world value:extent workers:launch resident warps stages count group block channel_rows "
+    "count": "world value:extent workers:launch resident warps stages group block channel_rows "
     "task_rows tasks_across delay least shots slots",
+    "arrivals": "count",
     "whole": "offset bytes workspace over axis first flatten_axis part_axis",
     "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded relay polled words",
     "text": "file kernel schedule into offsets source table",
@@ -51,6 +52,7 @@ SPOKEN = {
     "exprs": "a list of expressions, `[M, 64]`",
     "expr": "an expression",
     "count": "a whole number from 1",
+    "arrivals": "a whole number from 1 or an expression",
     "whole": "a whole number from 0",
     "bool": "`true` or `false`",
     "text": 'a string, `"A"`',
@@ -70,6 +72,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "expr": lambda v: isinstance(v, Expr) or _is_int(v),
     "exprs": lambda v: isinstance(v, tuple) and all(isinstance(x, Expr) or _is_int(x) for x in v),
     "count": lambda v: _is_int(v) and v >= 1,
+    "arrivals": lambda v: isinstance(v, Expr) or (_is_int(v) and v >= 1),
     "whole": lambda v: _is_int(v) and v >= 0,
     "bool": lambda v: isinstance(v, bool),
     "text": lambda v: isinstance(v, str),
