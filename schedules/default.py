@@ -29,8 +29,7 @@ PART_DEPTH = 340
 def default_schedule(kernel: Op) -> Schedule:
     """The schedule to use for ``kernel`` (Tile IR) where neither the user nor a table gives one.
 
-    Moved tensors travel by copy engine, which costs the computation nothing; parts of a sum on two streams, so
-    that one copies while the other signals or waits for the kernel. A small sum is stored
+    Moved tensors travel by copy engine, which costs the computation nothing. A small sum is stored
     straight into its ranks, since the fixed cost of a copy would show: a reduce of at most 1 MiB (of 24
     MiB in two shots), a scatter of at most 24 MiB. Where a product has too few tiles for the SMs, they are
     made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots; a
@@ -59,10 +58,7 @@ def default_schedule(kernel: Op) -> Schedule:
     moves: dict[str, Move] = {}
     for tensor in kernel.find("tensor"):
         if tensor["move"] in ("gather", "scatter", "reduce"):
-            resource = _resource(kernel, tensor, extents)
-            # A copy of a part waits for the kernel, and the next one would wait for the copy.
-            alone = tensor["move"] == "gather" or resource != "copy_engine"
-            moves[tensor.symbol] = Move(resource=resource, streams=1 if alone else 2)
+            moves[tensor.symbol] = Move(resource=_resource(kernel, tensor, extents))
     if small is not None and _fits_slots(kernel, extents, moves):
         moves = {
             name: replace(move, slots=2, signal=_signal(kernel, name, extents, move))

@@ -179,8 +179,6 @@ def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
         axes["signal"] = _values("SIGNALS", "flag")
     if "slots" in known and resource not in ("none", "collective"):
         axes["slots"] = (1, 2) if size <= SMALL_SUM else (1,)
-    if resource == "copy_engine":
-        axes["streams"] = (1, 2)
     found = [dict(zip(axes, some, strict=True)) for some in itertools.product(*axes.values())]
     # In one shot no rank owns a part of the sum.
     return [one for one in found if not (one.get("shots") == 1 and one.get("sum") == "epilogue")]

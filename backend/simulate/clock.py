@@ -85,6 +85,7 @@ class _Rank:
     ingress: float = 0.0
     sent: float = 0.0
     received: float = 0.0
+    engine: float = 0.0  # when the one engine that copies for all streams is free
 
 
 def timeline(program: Op, machine: Machine) -> Timeline:
@@ -510,7 +511,9 @@ class _Clock:
         if carried:
             took = away = 0.0
         elif task.track.kind == "stream":
-            took = away = self.machine.copy_signal_us
+            state, away = self.ranks[rank], self.machine.copy_signal_us
+            state.engine = max(now, state.engine) + away
+            took = away = state.engine - now
         else:
             # A release waits until the stores before it are there, unless it is held back.
             held = event.op.get("delay") is not None or event.op.get("order") == "relaxed"
@@ -550,9 +553,11 @@ class _Clock:
         source = self.ranks[rank]
         target = source if self.mirror is not None else self.ranks[event.peer]
         took = machine.link_us(event.bytes)
+        streamed = task.track.kind == "stream" and not event.store
+        begin = max(now, source.engine) if streamed else now
         # The two ends queue apart: a busy receiver does not hold up the sender's other peers.
-        source.egress = max(source.egress, now) + took
-        target.ingress = max(target.ingress, now) + took
+        source.egress = max(source.egress, begin) + took
+        target.ingress = max(target.ingress, begin) + took
         source.sent += event.bytes
         target.received += event.bytes
         arrives = max(source.egress, target.ingress) + machine.link_latency_us
@@ -562,8 +567,8 @@ class _Clock:
             stored = now + event.bytes / (rate * 1e3)
             task.arrives = max(task.arrives, arrives, stored)
             return False
-        if task.track.kind == "stream":
-            done = arrives + machine.copy_us
+        if streamed:
+            done = source.engine = arrives + machine.copy_us
         else:
             bulk = event.op.get("via") == "tma"
             rate = machine.bulk_copy_gbps if bulk else machine.worker_copy_gbps
