@@ -566,7 +566,12 @@ class _Clock:
             rate = machine.bulk_copy_gbps if bulk else machine.push_gbps
             stored = now + event.bytes / (rate * 1e3)
             task.arrives = max(task.arrives, arrives, stored)
-            return False
+            # Its shared memory, or its place in the queue of stores, is free once the bytes are on the link.
+            if source.egress <= now + took:
+                return False
+            label = f"{event.op.symbol} to rank {event.peer}"
+            self._spend(task, now, source.egress - now, "copy", label, digit(event.peer))
+            return True
         if streamed:
             done = source.engine = arrives + machine.copy_us
         else:
