@@ -612,11 +612,16 @@ def _elements(traces: Traces) -> int:
 def steps_of(traces: Traces) -> int:
     """About how many steps one call of all ranks takes."""
     geometry: Geometry = traces.geometry
-    total = 0
+    # A store of words is two flights at most to each rank, tasks of their own that begin and land.
+    landings, total = 4 * geometry.world, 0
+    words = {name for name, held in geometry.decls.items() if held.op.get("words")}
     for agent in geometry.agents:
         for op in agent.body if agent.name == "launch" else (agent,):
             tasks = 1
             if op.name == "stage":
                 tasks = len(geometry.queue(op, geometry.env(0)))
-            total += tasks * (1 + sum(o.name in ("wait", "notify", "transfer") for o in op.walk()))
+            inside = list(op.walk())
+            each = 1 + sum(o.name in ("wait", "notify", "transfer") for o in inside)
+            each += landings * sum(o.name == "store" and o.symbol in words for o in inside)
+            total += tasks * each
     return max(1, total * geometry.world)

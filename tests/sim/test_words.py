@@ -124,6 +124,16 @@ def test_every_interleaving_of_three_calls_is_right() -> None:
         assert found.complete and found.bad is None, found
 
 
+def test_flights_to_many_ranks_take_no_more_steps_than_a_run_may() -> None:
+    op = kernels.gemm_ar.build({"M": 128, "N": 64, "K": 8}, world=8)
+    tiles = (("K", 8), ("M", 8), ("N", 16))
+    move = Move(resource="epilogue", shots=1, slots=2, signal="word")
+    program = run_passes(op, Schedule(tiles=tiles, workers=5, moves=(("C", move),)))
+    inputs = [{"A": torch.ones(128, 8), "B": torch.ones(8, 64)} for _ in range(8)]
+    inputs = [{name: t.bfloat16() for name, t in given.items()} for given in inputs]
+    assert attack(program, [inputs], None, schedules=1) is None
+
+
 def test_a_program_of_two_ranks_is_right() -> None:
     program = pair()
     verify(program)
