@@ -98,8 +98,11 @@ SHAPES = {
 }
 
 
-def cases() -> list[Case]:
-    """Every shape on the default resource, a few on the others, one in each other dtype."""
+def cases(only: str = "") -> list[Case]:
+    """Every shape on the default resource, a few on the others, one in each other dtype.
+
+    ``only``: those whose kernel, emitter or resource contains it.
+    """
     found = []
     for kernel, shapes in SHAPES.items():
         found += [Case(kernel, *shape) for shape in shapes]
@@ -138,7 +141,7 @@ def cases() -> list[Case]:
         found += [
             Case(kernel, *s, r, emitter="gluon") for r in roles for s in shapes if s[0] >= 1024
         ]
-    return found
+    return [c for c in found if only in f"{c.kernel} {c.emitter} {c.resource}"]
 
 
 def schedule_for(case: Case, world: int) -> Any:

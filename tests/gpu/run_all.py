@@ -28,12 +28,12 @@ LIMITS = {
 SHORT = {"TILELINK_TIMEOUT": "5", "TILELINK_ARRIVAL_TIMEOUT": "5"}
 
 
-def run_test(name: str, world: int) -> tuple[list[dict[str, Any]], list[Rank]]:
+def run_test(name: str, world: int, only: str = "") -> tuple[list[dict[str, Any]], list[Rank]]:
     """The rows that rank 0 wrote (none if it did not get that far) and what became of the ranks."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
         env = SHORT if name in ("killed", "late_mismatch", "unequal") else {}
-        arguments = ["-m", "tests.gpu.worker", name, str(result)]
+        arguments = ["-m", "tests.gpu.worker", name, str(result), only]
         ranks = spawn(arguments, world, LIMITS[name], env)
         rows = json.loads(result.read_text()) if result.exists() else []
         # What correctness had found before it stopped.
@@ -43,7 +43,7 @@ def run_test(name: str, world: int) -> tuple[list[dict[str, Any]], list[Rank]]:
         return rows, ranks
 
 
-def compile_ahead(world: int) -> str:
+def compile_ahead(world: int, only: str) -> str:
     """Compiles the kernels of all cases of ``correctness``, many at once, so that its ranks find them in
     Triton's cache; says how long that took. What cannot be compiled is met again by the ranks."""
     started = time.monotonic()
@@ -54,7 +54,7 @@ def compile_ahead(world: int) -> str:
             ).to_json(),
             kernels.schedule_for(c, world).to_json(),
         )
-        for c in kernels.cases()
+        for c in kernels.cases(only)
     ]
     with make_pool() as pool:
         done = list(pool.map(prepare, *zip(*jobs, strict=True)))
@@ -94,6 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_tests.json")
     parser.add_argument("--world", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--only", default="", metavar="TEXT", help="correctness: only such cases")
     parser.add_argument("tests", nargs="*", choices=[*LIMITS, []], default=[])
     args = parser.parse_args()
     if args.world < 2 or torch.cuda.device_count() < args.world:
@@ -106,8 +107,8 @@ def main() -> int:
         if name == "subgroups" and args.world < 4:
             continue
         if name == "correctness":
-            print(compile_ahead(args.world), flush=True)
-        found, ranks = run_test(name, args.world)
+            print(compile_ahead(args.world, args.only), flush=True)
+        found, ranks = run_test(name, args.world, args.only)
         rows += found
         problem = failures(ranks, killed=(1,) if name == "killed" else ())
         if problem:
