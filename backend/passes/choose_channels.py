@@ -29,6 +29,9 @@ SM_TILE_BYTES = 128 * 1024
 # Bytes of a copy that arrives while its destination computes: long beside its fixed cost of a few
 # microseconds, short beside a tile.
 COPY_BYTES = 8 << 20
+# Such copies of a rank in all: each is three nodes of the call's graph, of which the host launches one in about
+# 2.5 microseconds (bench/results/grid_h200x4.json), and the engine rests for as long as 3 MB take at each.
+MOST_COPIES = 8
 # Channels of one source where stores or workers signal as they go.
 FINE_CHANNELS = 8
 # Tiles of a source up to which each has a channel of its own where it is stored straight to the peers: a
@@ -285,7 +288,8 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
         if move.resource == "epilogue" and info.tasks_across == 1 and units <= FINE_TILES:
             channels = units
         if move.resource == "copy_engine" and folded(program, info.name):
-            channels = max(1, info.shard * _row_bytes(program, tensor, info) // COPY_BYTES)
+            pieces = info.shard * _row_bytes(program, tensor, info) // COPY_BYTES
+            channels = max(1, min(pieces, MOST_COPIES // max(1, info.world - 1)))
     wanted = unit * -(-units // min(channels, units))
     if asked is not None and move.channels is None:
         wanted = -(-asked * (per or 1) // unit) * unit

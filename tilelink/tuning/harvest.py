@@ -29,8 +29,8 @@ class BadHarvest(TilelinkError):
 def harvest(text: str, source: str, known: Iterable[Table] = ()) -> list[Table]:
     """The tables ``known``, with an entry for each cell of the raw JSON ``text`` in which one of ours ran.
 
-    ``source`` is the name under which the raw data lies in the repository. Eager times count, of ours and of
-    the baseline; replays where there is no other.
+    ``source`` is the name under which the raw data lies in the repository. Of eager calls and replays of the
+    same the faster ones count, of ours and of the baseline: a repeated call is a replay.
     """
     try:
         data = json.loads(text)
@@ -58,16 +58,17 @@ def _entry(case: Mapping[str, Any]) -> Entry | None:
     """The fastest of ours in one cell, or None."""
     timed: dict[str, float] = {}
     ours: dict[str, tuple[float, str]] = {}
-    for candidate in sorted(case["candidates"], key=lambda c: c["name"].endswith(" graph")):
+    for candidate in case["candidates"]:
         if candidate["failed"] or not candidate["samples_us"]:
             continue
         us = statistics.median(candidate["samples_us"])
         name = candidate["name"].removesuffix(" graph")
         if candidate["family"] == OURS:
             if candidate["schedule"]:
-                ours.setdefault(name, (us, json.dumps(candidate["schedule"])))
+                made = us, json.dumps(candidate["schedule"])
+                ours[name] = min(made, ours.get(name, made))
         elif candidate["family"] not in (*PARTS, OURS) or case["kind"] == ALONE:
-            timed.setdefault(name, us)
+            timed[name] = min(us, timed.get(name, us))
     if not ours:
         return None
     us, schedule = min(ours.values())
