@@ -76,15 +76,22 @@ def test_workers_are_even_over_both_stages(workers: int) -> None:
 
 
 def test_a_copy_carries_a_few_megabytes_and_tiles_go_channel_by_channel() -> None:
-    op = gemm_rs.build({"M": 8192, "K": 3584, "N": 8192}, {}, 8)
+    extents = {"M": 8192, "K": 3584, "N": 8192}
+    op = gemm_rs.build(extents, {}, 2)
     tiles = (("K", 64), ("M", 128), ("N", 256))
     move = Move("copy_engine", sum="epilogue")
     program = run_passes(op, Schedule(tiles=tiles, moves=(("C", move),)))
-    assert program.declared("C")["channel_rows"] == 512  # 8 MiB of the 16 of a slice
+    assert program.declared("C")["channel_rows"] == 512  # 8 MiB of the 64 of a slice
     (launch,) = program.find("launch")
     assert [s.get("group") for s in launch.find("stage")] == [4, 4]
-    many = run_passes(op, Schedule(tiles=tiles, moves=(("C", replace(move, channels=8)),)))
-    assert many.declared("C")["channel_rows"] == 128
+    many = run_passes(op, Schedule(tiles=tiles, moves=(("C", replace(move, channels=16)),)))
+    assert many.declared("C")["channel_rows"] == 256
+    # Among more ranks slices are cut in fewer pieces, so that a call has no more copies.
+    for world, pieces in ((4, 2), (8, 1)):
+        other = run_passes(
+            gemm_rs.build(extents, {}, world), Schedule(tiles=tiles, moves=(("C", move),))
+        )
+        assert other.declared("C")["channel_rows"] == 8192 // world // pieces
 
 
 @tilelink.kernel("scatter C[M, N] over M sum; scatter D[M, N] over M sum")
