@@ -60,6 +60,7 @@ edit by hand. Losses are listed like wins.
 - **bits**: whether calls with the same inputs gave the same bits, on every rank, before and after the
   rounds. **host**: microseconds that the host spends in one call, without synchronising, the median of the
   slowest rank.
+- A file of schedules in a command is not kept: the JSON has the schedule of every candidate.
 - `python bench/run.py --summary FILE` computes every figure again from the raw samples.
 
 Each suite is one command, `torchrun --nproc-per-node 8 bench/run.py --suite SUITE --out FILE.json`:

@@ -1,8 +1,7 @@
 """The schedule space of a kernel: how it may compute, and how each of its tensors may travel.
 
 Both halves are enumerated in a fixed order, the same on every rank and machine. The product of the two is
-the whole space; a search need not make it. Which fields exist is read from :class:`Schedule` and
-:class:`Move`, so the space grows with them; a value that they refuse is left out.
+the whole space; a search need not make it. A value that :class:`Schedule` or :class:`Move` refuse is left out.
 """
 
 from __future__ import annotations
@@ -14,12 +13,18 @@ from math import ceil, prod
 from typing import Any
 
 from tilelink.ir import DTYPES, Op
-from tilelink.schedules import schedule as schedules
 from tilelink.schedules.costs import Code, Task, library_us, task_us
 from tilelink.schedules.default import default_schedule, product_extents
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.roles import PRODUCT_WARPS, TURNS, roles_of, room_bytes
-from tilelink.schedules.schedule import Move, Schedule, ScheduleError
+from tilelink.schedules.schedule import (
+    EMITTERS,
+    SIGNALS,
+    SUMS,
+    Move,
+    Schedule,
+    ScheduleError,
+)
 
 SHARED_BYTES = 232_448  # of a CTA of sm_90
 SHARED_RESERVE = 1_024  # barriers and what the compiler keeps for itself
@@ -65,7 +70,7 @@ class Space:
         if self.product is None:
             return [self.base]
         found: dict[Schedule, None] = {}
-        for emitter in _values("EMITTERS", "triton"):
+        for emitter in EMITTERS:
             for tiles in self._tiles(self.product):
                 depths = RING_STAGES if emitter == "gluon" else STAGES
                 for warps, stages in itertools.product((4, 8), depths):
@@ -141,7 +146,7 @@ class Space:
         found: dict[Move, None] = {}
         # What matters least is outermost, so that the head of the list has all of the rest.
         for channels, resource in itertools.product(CHANNELS, _resources(kind)):
-            if channels is not None and resource in ("none", "collective"):
+            if channels is not None and resource == "none":
                 continue
             for extra in _move_extras(kind, resource, size):
                 move = _made(Move(), resource=resource, channels=channels, **extra)
@@ -155,30 +160,24 @@ class Space:
         return prod(dims) * DTYPES[tensor["dtype"]]
 
 
-def _values(name: str, *default: Any) -> tuple[Any, ...]:
-    """The values of a field that the schedule's module lists under ``name``."""
-    found: tuple[Any, ...] = getattr(schedules, name, default)
-    return found
-
-
 def _resources(kind: str) -> tuple[str, ...]:
     workers = tuple(f"sm:{n}" for n in COPY_WORKERS)
     direct = () if kind == "gather" else ("epilogue",)
-    return ("copy_engine", *workers, *direct, "collective", "none")
+    return ("copy_engine", *workers, *direct, "none")
 
 
 def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
     """Combinations of the further fields of a move that mean something for it."""
-    known = {field.name for field in fields(Move)}
     axes: dict[str, tuple[Any, ...]] = {}
-    if "sum" in known and kind != "gather" and resource not in ("none", "collective"):
-        axes["sum"] = _values("SUMS", "stage", "epilogue")
-    if "shots" in known and kind == "reduce" and resource not in ("none", "collective"):
+    if resource == "none":
+        return [{}]
+    if kind != "gather":
+        axes["sum"] = SUMS
+    if kind == "reduce":
         axes["shots"] = (1, 2) if size <= SMALL_SUM else (2,)
-    if "signal" in known and resource == "epilogue" and size <= SMALL_WORDS:
-        axes["signal"] = _values("SIGNALS", "flag")
-    if "slots" in known and resource not in ("none", "collective"):
-        axes["slots"] = (1, 2) if size <= SMALL_SUM else (1,)
+    if resource == "epilogue" and size <= SMALL_WORDS:
+        axes["signal"] = SIGNALS
+    axes["slots"] = (1, 2) if size <= SMALL_SUM else (1,)
     found = [dict(zip(axes, some, strict=True)) for some in itertools.product(*axes.values())]
     # In one shot no rank owns a part of the sum.
     return [one for one in found if not (one.get("shots") == 1 and one.get("sum") == "epilogue")]

@@ -68,11 +68,9 @@ class WordMachine(KernelMachine):
         """``device.load_words``."""
         symbol = self.polled(ctx, words, dtype, tile, wait)
         sizes = self.shape(shape)
-        lo, hi, axes = self.box(symbol, self.number(start).v, step, sizes, height, width, pair)
-        self.named(symbol, flag, full(self.number(producer).v, self.lanes))
+        box = self.box(symbol, self.number(start).v, step, sizes, height, width, pair)
         self.trace.next()  # a wait that these words carry stands here
-        self.read(symbol, "generic", self.on, self.rank, lo, hi, None)
-        flow = Flow(symbol, self.on & np.all(hi > lo, axis=1), self.rank, lo, hi, axes)
+        flow = self.part(symbol, box, flag, full(self.number(producer).v, self.lanes))
         key = (*self.site, symbol, 0)
         return Data(sizes, {key: flow}, (key,), rounded=self.dtype(dtype))
 
@@ -106,17 +104,23 @@ class WordMachine(KernelMachine):
         flows: dict[Key, Flow] = {}
         for source in range(self.layout.world):
             at = np.asarray(first, dtype=np.int64) + source * np.asarray(by, dtype=np.int64)
-            lo, hi, axes = self.box(symbol, at, step, sizes, height, width, pair)
-            there = self.on & np.all(hi > lo, axis=1)
-            if np.any((lo[:, 0] != source)[there]):
-                self.hazard(f"the part of rank {source} is read where another one's lies")
+            box = self.box(symbol, at, step, sizes, height, width, pair)
             shifted = replace(word, v=np.asarray(word.v) + source * np.asarray(word_by))
-            self.named(symbol, shifted, np.full(self.lanes, source, dtype=np.int64))
-            self.read(symbol, "generic", self.on, self.rank, lo, hi, None)
-            key = (self.site[0], self.site[1] + source, symbol, 0)
-            flows[key] = Flow(symbol, there, self.rank, lo, hi, axes)
+            flow = self.part(symbol, box, shifted, np.full(self.lanes, source, dtype=np.int64))
+            if np.any((flow.lo[:, 0] != source)[flow.have]):
+                self.hazard(f"the part of rank {source} is read where another one's lies")
+            flows[self.site[0], self.site[1] + source, symbol, 0] = flow
         rounded = self.dtype(result)
         return Data(sizes, flows, single=rounded == "float32", rounded=rounded)
+
+    def part(
+        self, symbol: str, box: tuple[Ints, Ints, tuple[int, ...]], flag: Any, producer: Ints
+    ) -> Flow:
+        """One tile of words that is polled: what comes of it, named in an error record as it should be."""
+        lo, hi, axes = box
+        self.named(symbol, flag, producer)
+        self.read(symbol, "generic", self.on, self.rank, lo, hi, None)
+        return Flow(symbol, self.on & np.all(hi > lo, axis=1), self.rank, lo, hi, axes)
 
     def tagged(self, words: Any) -> tuple[str, Ints]:
         """The buffer of words that a pointer is to the first of, and whose memory it is in."""
