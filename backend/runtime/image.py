@@ -259,9 +259,12 @@ def one_worker(program: Op) -> Op:
 
 
 def without_roles(program: Op) -> Op:
-    """``launch {emitter = "gluon", roles = "turns"}`` -> ``launch``: the same stages, emitted by Triton."""
+    """``launch {emitter = "gluon", roles = "turns"}`` -> ``launch``: the same stages, emitted by Triton.
+
+    What the library multiplies stays with it.
+    """
     op = _map_blocks(program, without_roles)
-    return op.with_attrs(emitter=None, roles=None) if op.name == "launch" else op
+    return op.with_attrs(emitter=None, roles=None) if op.get("roles") is not None else op
 
 
 def has_roles(program: Op) -> bool:

@@ -15,11 +15,13 @@ from tests.collectives import Group
 from tests.sim.test_library import ARGUMENTS, WORLD, draw
 from tests.unit.test_library import cyclic_gather, library, schedule
 from tilelink.backend.emit.triton import emit
+from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import interpret, load_module, plan, write_module
 from tilelink.backend.runtime.errors import WaitTimeout
 from tilelink.backend.runtime.image import image_of
 from tilelink.ir import Op
 from tilelink.kernels import ag_gemm, gemm_ar, gemm_ar_add, gemm_rs, gemm_rs_add
+from tilelink.schedules import Move, Schedule
 
 
 @pytest.mark.parametrize("resource", ["none", "copy_engine"])
@@ -208,3 +210,22 @@ def test_copies_and_products_by_slices_go_to_the_stream_in_order(
         "acknowledge_kernel 1",
         "guard_kernel 32",
     ]
+
+
+def test_parts_that_begin_amid_sixteen_bytes_stay_with_the_library() -> None:
+    kernel = gemm_ar.build({"M": 2, "K": 16, "N": 8}, {}, 2, dtype="fp16")
+    move = Move("copy_engine", sum="epilogue", shots=2)
+    tiles = tuple((name, 16) for name in "KMN")
+    how = Schedule(tiles=tiles, workers=3, emitter="library", moves=(("C", move),))
+    launches = interpret.plan(compile_kernel(kernel, how)).find("launch")
+    assert [op.get("emitter") for op in launches] == ["library", None]
+    # Sums of whole numbers below 2048 are exact in fp16.
+    chance = torch.Generator().manual_seed(0)
+    left, right = (
+        [torch.randint(-3, 4, shape, generator=chance).half() for _ in range(2)]
+        for shape in ((2, 16), (16, 8))
+    )
+    wanted = gemm_ar.on("reference", world=2)(left, right)
+    found = gemm_ar.on("interpret", world=2, schedule=how)(left, right)
+    for one, two in zip(found, wanted, strict=True):
+        assert torch.equal(one, two)
