@@ -7,7 +7,9 @@ given memory and compiled; after that a call is a lookup and a list of driver ca
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -197,19 +199,30 @@ def run_program(
     state = state_of(group)
     state.check_usable()
     digest = hashlib.sha256(text.encode()).hexdigest()
-    key = (digest, id(state))
+    # The kernels are the module's: one whose text was edited has the same program and other kernels.
+    key = (digest, host, id(state))
     program = _programs.get(key)
     if program is None:
         image = image_of(parse_ir(text))
         given = _by_name(image, tensors)
+        facts = {"program": digest[:16], "emitted source": _source_of(host)}
         program = _programs[key] = _meet(
-            state, image.name, lambda: (image, host, {"program": digest[:16]}), given, scalars
+            state, image.name, lambda: (image, host, facts), given, scalars
         )
     given = _by_name(program.image, tensors)
     extents = program.image.extents_of({n: t.shape for n, t in given.items()})
     _check_extents(program.image, extents)
     _check_tensors(program.slots(extents), given, state.device)
     return program.call(program.allocate(given, extents), scalars, extents)
+
+
+def _source_of(host: Host) -> str:
+    """A digest of the file that an emitted module's ``host`` was read from; empty if there is none now."""
+    try:
+        source = Path(inspect.getfile(host)).read_bytes()
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256(source).hexdigest()[:16]
 
 
 class _Known:
@@ -220,7 +233,7 @@ class _Known:
 
 
 _kernels: dict[tuple[object, ...], _Known] = {}
-_programs: dict[tuple[str, int], Program] = {}
+_programs: dict[tuple[str, Host, int], Program] = {}
 _last: dict[int, int] = {}  # the handle of the stream of a device's last fused call
 _links: dict[int, Event] = {}
 

@@ -196,3 +196,24 @@ def test_an_emitted_module_takes_the_lengths_it_was_proven_for(
         assert out.shape == (rows, 64)
     with pytest.raises(BadArgument, match="is 65, the program is for 1 to 64"):
         cuda.run_program(module.TEXT, module.host, [matrix(65, 32), matrix(32, 64)], {})
+
+
+def test_an_edited_kernel_of_the_same_program_is_another_one(
+    rank: tuple[State, Driver, Launched],
+) -> None:
+    from tilelink.backend.emit.triton import emit
+    from tilelink.backend.pipeline import compile_kernel
+    from tilelink.backend.runtime import load_module, write_module
+
+    state, _, _ = rank
+    source = emit(compile_kernel(kernels.gemm_ar.build({"M": 64, "K": 32, "N": 64}, world=WORLD)))
+    edited = source.replace("def host(call):\n", "def host(call):\n    hosts.append(call)\n")
+    hosts: list[object] = []
+    modules = [load_module(write_module(text, "gemm_ar")) for text in (source, edited)]
+    modules[1].hosts = hosts  # type: ignore[attr-defined]
+    inputs = [matrix(64, 32), matrix(32, 64)]
+    for module in (*modules, *modules):
+        cuda.run_program(module.TEXT, module.host, inputs, {})
+    assert hosts  # what was recorded for the intact kernel does not stand for it
+    first, second = (f["emitted source"] for f in state.agreed if "emitted source" in f)
+    assert first != second and all((first, second))
