@@ -112,11 +112,13 @@ def queue(
     live: int | None = None,
     visit: Expr | int | None = None,
     group: int = 1,
+    interleave: bool = False,
     op: Op | None = None,
 ) -> tuple[Tile, ...]:
     """The order of a tile loop or stage: for each variable a Tile of arrays ``[rows, positions]``.
 
-    ``live``: elements of each segment that are there, the first ones. ``env`` binds row variables (RANK,
+    ``live``: elements of each segment that are there, the first ones. ``interleave``: positions take turns at
+    the segments. ``env`` binds row variables (RANK,
     outer loops) to arrays of length ``rows`` or to ints; only ``visit`` may depend on them. Raises TooLarge
     at ``op`` where there are too many.
     """
@@ -146,16 +148,17 @@ def queue(
     a = first + r % width % deep
     b = r % width // deep
 
-    n = count * per * nb
-    start = (seg[:, :, None] * length + a * tile).reshape(rows, n)
-    last = seg[:, :, None] * length + there
-    last = np.broadcast_to(last, (rows, count, per * nb)).reshape(rows, n)
+    def placed(values: Ints) -> Ints:
+        """Of every segment (axis 1) and place in it (axis 2), by position."""
+        values = np.broadcast_to(values, (rows, count, per * nb))
+        return (values.swapaxes(1, 2) if interleave else values).reshape(rows, count * per * nb)
+
+    start = placed(seg[:, :, None] * length + a * tile)
+    last = placed(seg[:, :, None] * length + there)
     found: list[Tile | None] = [None] * len(extents)
-    found[axis] = Tile(
-        start, np.minimum(start + tile, last), (seg[:, :, None] * whole + a).reshape(rows, n)
-    )
+    found[axis] = Tile(start, np.minimum(start + tile, last), placed(seg[:, :, None] * whole + a))
     for j, number in zip(reversed(others), reversed(shape), strict=True):
-        which = np.broadcast_to(b % max(1, number), (rows, count, per * nb)).reshape(rows, n)
+        which = placed(b % max(1, number))
         b = b // max(1, number)
         begin = which * tiles[j]
         found[j] = Tile(begin, np.minimum(begin + tiles[j], extents[j]), which)
@@ -199,6 +202,7 @@ def loop_tiles(op: Op, env: Env, rows: int) -> tuple[Tile, ...]:
         live=None if live is None else int(evaluate(live, env, op)),
         visit=op.get("visit"),
         group=int(evaluate(op.get("group", 1), env, op)),
+        interleave=bool(op.get("interleave")),
         op=op,
     )
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from tilelink.errors import TilelinkError
 
-ORDERS = ("auto", "row", "grouped", "arrival", "departure")
+ORDERS = ("auto", "row", "grouped", "arrival", "departure", "interleave")
 # Who makes the code of a stage: `gluon` gives warps roles, `library` runs plain matrix products as the
 # vendor's library does.
 EMITTERS = ("triton", "gluon", "library")
@@ -151,7 +151,8 @@ class Schedule:
     """How a kernel is run.
 
     ``tiles``: tile length of each extent by name. ``order``: order of the tiles; ``auto`` starts with
-    what is here for a gather and ends with the own slice for a scatter. ``group``: rows of tiles
+    what is here for a gather and ends with the own slice for a scatter, whose tiles for all peers take
+    turns where they are stored straight to them. ``group``: rows of tiles
     walked together for the L2 cache. ``workers``: persistent CTAs. ``warps``, ``stages``: of the
     Triton kernel. ``emitter``: ``triton``; ``gluon``: matrix products run as kernels whose warps have
     roles, ``warps`` then those that multiply and ``stages`` the slots of the ring that they are fed

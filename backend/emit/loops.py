@@ -23,6 +23,7 @@ class Walk:
     live: Any = None
     visit: Any = None
     group: int = 1
+    interleave: bool = False
 
     @staticmethod
     def of(op: Op) -> Walk:
@@ -36,6 +37,7 @@ class Walk:
             op.get("live"),
             op.get("visit"),
             int(op.get("group", 1)),
+            bool(op.get("interleave")),
         )
 
 
@@ -150,9 +152,15 @@ def decode(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk, q: str) -> 
     walked = walk.segment is not None
     position = scope.fresh(f"{tiles[axis].name}_segment")
     if walked and segments != "1":
-        scope.writer.let(f"{position}_i", f"{q} // {within}" if within != "1" else q)
         i = f"{position}_i"
-        inside = f"{q} % {within}" if within != "1" else "0"
+        if walk.interleave:
+            if not segments.isalnum():
+                segments = scope.writer.let(scope.fresh(f"{tiles[axis].name}_segments"), segments)
+            scope.writer.let(i, f"{q} % {segments}")
+            inside = f"{q} // {segments}"
+        else:
+            scope.writer.let(i, f"{q} // {within}" if within != "1" else q)
+            inside = f"{q} % {within}" if within != "1" else "0"
     if walked:
         shown = walk.visit if walk.visit is not None else Expr.name("i")
         outer = scope.names.get("i")

@@ -176,5 +176,5 @@ def _own(program: Op, maker: Op, reader: Op, info: Moved) -> Op:
 
     body += tuple(joined(op) for op in reader.body)
     return replace(maker, ref=Ref(f"{name}.own"), blocks=(Block(args, body),)).with_attrs(
-        segments=info.blocks, visit=info.block_of(RANK, Expr.name("i"))
+        segments=info.blocks, visit=info.block_of(RANK, Expr.name("i")), interleave=None
     )

@@ -366,10 +366,23 @@ def _segments(
         attrs["visit"] = info.block_of(RANK, Expr.name("i"))
     else:
         attrs |= _all_segments(info)
-    if not own and first.order != "own" and schedule.order in ("auto", "arrival", "departure"):
-        order = first.order if schedule.order == "auto" else schedule.order
+    order = schedule.order
+    if order == "auto":
+        order = "interleave" if _stored_to_many(info, first.order, schedule) else first.order
+    if not own and first.order != "own" and order in ("arrival", "departure", "interleave"):
         attrs["visit"] = _arrival(info) if order == "arrival" else _departure(info)
+        attrs["interleave"] = True if order == "interleave" else None
     return attrs
+
+
+def _stored_to_many(info: Moved, order: str, schedule: Schedule) -> bool:
+    """Whether tiles are stored straight to several peers: then all links are to be busy at any time.
+
+    While all ranks store to one peer each, a rank's link takes 263 GB/s, and 378 where the tiles of three peers
+    alternate (4 H200, bench/results/links_h200x4.json).
+    """
+    resource = schedule.move(info.name).resource
+    return order == "departure" and resource == "epilogue" and info.world > 2
 
 
 def _all_segments(info: Moved) -> dict[str, object]:

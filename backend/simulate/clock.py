@@ -337,7 +337,10 @@ class _Clock:
             for i, (name, extent) in enumerate(zip(names, stage["extent"], strict=False))
         }
         others = prod(count for i, count in enumerate(own.values()) if i != axis)
-        rows = min(own[names[axis]], int(stage.get("group", 1)))
+        rows = int(stage.get("group", 1))
+        if stage.get("interleave"):
+            rows *= len({t[axis].start // geometry.value(stage["segment"], env) for t in queue})
+        rows = min(own[names[axis]], rows)
         at_once = min(workers, tiles)
         across = min(others, -(-at_once // rows))
         total = 0.0

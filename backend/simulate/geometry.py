@@ -239,19 +239,26 @@ class Geometry:
         ]
         combinations = list(itertools.product(*others))
         nb = len(combinations)
-        for position in range(segments):
-            seg = position if visit is None else self.value(visit, {**env, "i": position})
+        visited = [
+            position if visit is None else self.value(visit, {**env, "i": position})
+            for position in range(segments)
+        ]
+        for q in range(segments * per * nb):
+            if op.get("interleave"):
+                r, turn = divmod(q, segments)
+            else:
+                turn, r = divmod(q, per * nb)
+            seg = visited[turn]
             base, end = seg * segment, seg * segment + live
-            for r in range(per * nb):
-                width = group * nb
-                first = r // width * group
-                rows = min(per - first, group)
-                a = first + r % width % rows
-                b = r % width // rows
-                lo = base + a * tiles[axis]
-                mine = Tile(lo, min(lo + tiles[axis], end), seg * whole + a)
-                rest = combinations[b]
-                yield (*rest[:axis], mine, *rest[axis:])
+            width = group * nb
+            first = r // width * group
+            rows = min(per - first, group)
+            a = first + r % width % rows
+            b = r % width // rows
+            lo = base + a * tiles[axis]
+            mine = Tile(lo, min(lo + tiles[axis], end), seg * whole + a)
+            rest = combinations[b]
+            yield (*rest[:axis], mine, *rest[axis:])
 
     def bounded(self, op: Op, lo: int, hi: int, factor: int = 1) -> list[tuple[Tile, ...]]:
         """The tiles of a loop between two scalars, cut at every multiple of ``segment`` if it has one."""

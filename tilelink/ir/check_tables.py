@@ -24,7 +24,8 @@ ATTRIBUTES = {
     "task_rows tasks_across delay least shots slots",
     "arrivals": "count",
     "whole": "offset bytes workspace over axis first flatten_axis part_axis",
-    "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded relay polled words",
+    "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded interleave relay "
+    "polled words",
     "text": "file kernel schedule into offsets source table",
     "texts": "after",
     "ref": "alias carried own to through counter",
