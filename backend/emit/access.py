@@ -702,9 +702,35 @@ def load_sum(scope: Scope, op: Op) -> None:
 
 def _folded_sum(scope: Scope, op: Op, step: int | Expr) -> None:
     """A ``load_sum`` whose term of this rank is a value: the primitive adds it in its place."""
+    value = op.results[0]
+    name, own = scope.names[value.name], scope.names[op.operands[0].name]
+    dtype, world = value.type.dtype, str(scope.program.world)
+    rounded = f".to({TL_DTYPE[dtype]})" if dtype != "fp32" else ""
+    if scope.arrived:
+        scope.writer.call(f"{name} = roles.add_parts(", [own, scope.arrived, "rank", world])
+        if rounded:
+            scope.writer.line(f"{name} = {name}{rounded}")
+        return
+    tail = f"){rounded}"
+    primitive = "roles.sum_parts" if scope.grid[0] else "device.tile_sum_parts"
+    scope.writer.call(f"{name} = {primitive}(", [own, *_arriving(scope, op, name, step)], tail)
+
+
+def read_parts(scope: Scope, op: Op) -> str:
+    """Ask for the parts that a ``load_sum`` behind a main loop with roles will add; the name of what comes."""
     value, ref = op.results[0], op.ref
     assert ref is not None
-    name = scope.names[value.name]
+    name = scope.define(value)
+    arrived = scope.fresh(f"{name}_arrived")
+    step = strides(scope, ref.symbol)[0]
+    scope.writer.call(f"{arrived} = roles.read_parts(", _arriving(scope, op, name, step))
+    return arrived
+
+
+def _arriving(scope: Scope, op: Op, name: str, step: int | Expr) -> list[str]:
+    """Write where the parts of a folded sum lie; what the primitives that read them are told of that."""
+    ref = op.ref
+    assert ref is not None
     found = [a for a in axes(scope, op, ref)[1:] if a is not None]
     offsets, mask = _relative(scope, name, found)
     parts = f"{name}_parts"
@@ -715,18 +741,13 @@ def _folded_sum(scope: Scope, op: Op, step: int | Expr) -> None:
         scope.writer.line(f"{parts} += {term}")
     if _aligned(scope, found, step, item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))):
         scope.writer.line(f"{parts} = tl.multiple_of({parts}, 16)")
-    dtype = value.type.dtype
-    args = [
-        scope.names[op.operands[0].name],
+    return [
         f"{parts} + {offsets}",
         scope.expr(step),
         mask or "None",
         "rank",
         str(scope.program.world),
     ]
-    tail = f").to({TL_DTYPE[dtype]})" if dtype != "fp32" else ")"
-    primitive = "roles.sum_parts" if scope.grid[0] else "device.tile_sum_parts"
-    scope.writer.call(f"{name} = {primitive}(", args, tail)
 
 
 def _corner(scope: Scope, pointer: str, found: list[Axis], token: str) -> list[str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tilelink.backend.emit import body
-from tilelink.backend.emit.scope import Scope
-from tilelink.ir import Op, Value
+from tilelink.backend.emit import access, body
+from tilelink.backend.emit.scope import Dim, Scope
+from tilelink.ir import DTYPES, Op, Value
+from tilelink.schedules.roles import GROUP_ROWS
 
 _WHOLE = frozenset({"bound", "dot", "transpose", "reshape", "sum", "max", "min"})
 # The least columns of a tile that are added up at a time: 64 bytes of a row.
@@ -19,6 +20,9 @@ COLUMNS = 32
 # With roles a thread holds twice as much of a tile: of less of it, 32 bytes of a row are a sector still. It adds
 # as much as makes 64 elements of arrived parts, 128 bytes that are under way.
 LEAST_ROLE_EACH, ROLE_COLUMNS, _ROLE_ARRIVED = 16, 16, 64
+# Bytes that a thread of a role holds of a sum and of arrived parts, those of several pieces of its tile: what its
+# registers have room for beside its own part of 128 x 128 elements; and beside that of 64 x 256.
+_ROLE_HELD, _HALVES_HELD = 384, 256
 
 
 def role_each(world: int) -> int:
@@ -55,17 +59,39 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     while rows * width > scope.each * 32 * scope.warps and width > least:
         width //= 2
         parts = [half for part in parts for half in _halves(scope, part, rows, width)]
+    tail = tail if whole.exact else _by_addresses(tail)
+    places: list[tuple[str, Dim]] = []
     for number, part in enumerate(parts):
         start = whole.start
         if number:
             start = scope.fresh(f"{variable}_part")
             scope.writer.let(start, f"{whole.start} + {number * width}")
         length = str(width) if whole.exact else f"({whole.stop} - {start})"
-        scope.dims[variable] = replace(whole, block=width, length=length, start=start)
-        scope.names[own.name] = part
-        body.ops(scope, tail if whole.exact else _by_addresses(tail))
+        places.append((part, replace(whole, block=width, length=length, start=start)))
+    ahead = _ahead(scope, own, rows, width) if len(parts) > 1 and whole.exact else 1
+    for first in range(0, len(places), ahead):
+        together = places[first : first + ahead]
+        arrived = [""] * len(together)
+        for number, (_, dim) in enumerate(together):
+            if ahead > 1:
+                scope.dims[variable] = dim
+                arrived[number] = access.read_parts(scope, tail[0])
+        for (part, dim), scope.arrived in zip(together, arrived, strict=True):
+            scope.dims[variable], scope.names[own.name] = dim, part
+            body.ops(scope, tail)
+    scope.arrived = ""
     scope.dims[variable], scope.names[own.name] = whole, name
     body.ops(scope, signals)
+
+
+def _ahead(scope: Scope, own: Value, rows: int, width: int) -> int:
+    """How many pieces of a tile a role asks for before it adds up the first; each has ``rows`` x ``width``."""
+    if not scope.grid[0]:
+        return 1
+    each = -(-rows * width // (32 * scope.warps))
+    part = each * (scope.program.world - 1) * DTYPES[own.type.dtype]
+    held = _ROLE_HELD if rows > GROUP_ROWS else _HALVES_HELD
+    return max(1, (held - 4 * each) // part)
 
 
 def _signals(op: Op) -> bool:

@@ -233,6 +233,8 @@ class Scope:
     over: dict[str, Callable[[Scope, Op], None]] = field(default_factory=dict)
     grid: tuple[str, str] = ("", "")
     as_memory: bool = False
+    # The name of the parts that the next folded sum adds, where they have been asked for.
+    arrived: str = ""
 
     def fresh(self, name: str) -> str:
         """A Python name not used in this kernel, from ``name``."""

@@ -11,10 +11,12 @@ from tilelink.backend.validate.accesses import AccessMachine
 from tilelink.backend.validate.layout import TL_NAMES, constant
 from tilelink.backend.validate.trace import FINISH, PREFIX, Signal
 from tilelink.backend.validate.values import (
+    Arrived,
     Context,
     Data,
     Flow,
     Ints,
+    Key,
     Mask,
     Name,
     Num,
@@ -431,15 +433,31 @@ class KernelMachine(AccessMachine):
         self, own: Any, parts: Any, step: Any, inside: Any, rank: Any, world: Any
     ) -> Data:
         """``device.tile_sum_parts``: the parts of all other ranks, and a tile of this one."""
+        arrived = self.arrived(parts, step, inside, rank, world)
+        return self.added(own, arrived, rank, world)
+
+    def added(self, own: Any, arrived: Any, rank: Any, world: Any) -> Data:
+        """The sum of a tile of this rank and of those of all others that have ``arrived``."""
         mine = self.data(own)
-        if not isinstance(parts, Pointer) or mine.shape != parts.shape or mine.form:
+        if not isinstance(arrived, Arrived) or mine.shape != arrived.shape or mine.form:
             self.unclear("a sum of parts of other shapes")
-        if world != self.layout.world or np.any(full(self.number(rank).v, self.lanes) != self.rank):
-            self.hazard("the sum is that of another rank, or of another number of them")
-        dtype = TL_NAMES[str(self.layout.declared[parts.symbol]["dtype"])]
+        self.among(rank, world)
+        dtype = arrived.dtype
         if dtype != "float32" and mine.rounded != dtype:
             self.hazard(f"this rank's part is not rounded to {dtype}, as the others are")
-        flows = dict(mine.flows)
+        return Data(mine.shape, {**mine.flows, **arrived.flows}, single=True)
+
+    def among(self, rank: Any, world: Any) -> None:
+        """That a sum over ranks is told which one this is, and how many there are."""
+        if world != self.layout.world or np.any(full(self.number(rank).v, self.lanes) != self.rank):
+            self.hazard("the sum is that of another rank, or of another number of them")
+
+    def arrived(self, parts: Any, step: Any, inside: Any, rank: Any, world: Any) -> Arrived:
+        """The tile at ``parts`` of every other rank's part."""
+        if not isinstance(parts, Pointer):
+            self.unclear("a sum of parts that are no addresses")
+        self.among(rank, world)
+        flows: dict[Key, Flow] = {}
         node, before = self.node or ast.Pass(), (self.on, self.all)
         for source in range(self.layout.world):
             lanes = before[0] & (self.rank != source)
@@ -458,7 +476,8 @@ class KernelMachine(AccessMachine):
             key = (self.site[0], self.site[1] + source, parts.symbol, 0)
             flows[key] = Flow(parts.symbol, lanes, self.rank, lo, hi, axes)
             self.on, self.all = before
-        return Data(mine.shape, flows, single=True)
+        dtype = TL_NAMES[str(self.layout.declared[parts.symbol]["dtype"])]
+        return Arrived(parts.shape, dtype, flows)
 
     def on_device_tile_push_data(
         self,

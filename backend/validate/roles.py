@@ -357,6 +357,10 @@ class GroupMachine(RoleMachine):
         """``roles.zeros``."""
         return Zeros(self.on_roles_full(rows, columns, 0).shape)
 
+    def width(self, columns: Any, memory: Any) -> int:
+        """The columns of an index vector: as memory is accessed any, otherwise those of a tile there is."""
+        return self.whole(columns, "a number of columns") if memory is True else self.grid(columns)
+
     def on_roles_full(self, rows: Any, columns: Any, value: Any, dtype: Any = None) -> Data:
         """``roles.full``."""
         if dtype is not None:
@@ -369,13 +373,13 @@ class GroupMachine(RoleMachine):
     def on_roles_row_index(self, rows: Any, columns: Any, memory: Any = False) -> Lattice:
         """``roles.row_index``."""
         self.fenced(memory)
-        self.grid(columns)
+        self.width(columns, memory)
         return self.on_tl_arange(0, rows)
 
     def on_roles_column_index(self, columns: Any, memory: Any = False) -> Lattice:
         """``roles.column_index``."""
         self.fenced(memory)
-        return self.on_tl_arange(0, self.grid(columns))
+        return self.on_tl_arange(0, self.width(columns, memory))
 
     def on_roles_from_memory(self, value: Any, columns: Any) -> Data:
         """``roles.from_memory``."""
@@ -474,6 +478,8 @@ class GroupMachine(RoleMachine):
     on_device_delayed_all_notify = on_device_delayed_tile_notify
     on_device_delayed_counted_all_notify = on_device_delayed_tile_notify
     on_roles_sum_parts = KernelMachine.on_device_tile_sum_parts
+    on_roles_read_parts = KernelMachine.arrived
+    on_roles_add_parts = KernelMachine.added
     on_roles_delayed_tile_notify = KernelMachine.on_device_delayed_tile_notify
     on_roles_delayed_peer_notify = KernelMachine.on_device_delayed_peer_notify
     on_roles_delayed_counted_notify = KernelMachine.on_device_delayed_counted_notify

@@ -119,6 +119,15 @@ class Data:
     rounded: str = ""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrived:
+    """A tile of the part of every other rank, not added yet: their shape, element type, and regions."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    flows: Mapping[Key, Flow]
+
+
 @dataclass(frozen=True, slots=True)
 class Name:
     """A dotted name of a module (``tl.float32``, ``device.context``), or a method of a value."""

@@ -279,6 +279,11 @@ EDITS = [
     (PEERS, r"(roles\.send\(\s*\()\w+, ", r"\1", EmittedError),
     (PEERS, r"pending_peer = m_start", "pending_peer = 256 + m_start", EmittedError),
     (PEERS, r"room\.index\(role\)", "room.index(1 - role)", EmittedHazard),
+    # What has arrived of one piece of a tile is not added to another piece, nor as that of another rank.
+    (FOLDED, r"C_sum_arrived_2, rank, 4", "C_sum_arrived, rank, 4", EmittedError),
+    (FOLDED, r"C_sum_arrived, rank, 4", "C_sum_arrived, rank + 1, 4", EmittedError),
+    (FOLDED, r"C_sum_arrived, rank, 4", "C_sum_arrived, rank, 3", EmittedError),
+    (FOLDED, r"roles\.read_parts\(C_sum_parts", "roles.read_parts(8 + C_sum_parts", EmittedError),
 ]  # fmt: skip
 
 
@@ -428,9 +433,9 @@ def test_stores_to_peers_leave_through_tma_and_no_barrier_is_another_groups(case
         assert not last or drained
 
 
-@pytest.mark.parametrize(("world", "loads"), [(2, 8), (4, 6)])
+@pytest.mark.parametrize(("world", "loads"), [(2, 8), (4, 18), (8, 9)])
 def test_arrived_parts_are_loaded_together_16_bytes_a_thread(world: int, loads: int) -> None:
-    """As many as a piece of a tile has stand in front of the first use of one."""
+    """As many as registers hold, of one piece of a tile or of several, stand in front of the first use of one."""
     kernel = gemm_rs.build({"M": 1024, "N": 512, "K": 192}, {}, world)
     schedule = Schedule(
         tiles=(("K", 64), ("M", 128), ("N", 128)),

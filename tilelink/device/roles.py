@@ -218,34 +218,47 @@ def _arrived(parts, number: gl.constexpr, step, inside, rank):
 
 
 @gluon.jit
+def read_parts(parts, step, inside, rank, world: gl.constexpr):
+    """A tile of the parts of all other ranks, in rank order: loads that are all under way at once.
+
+    ``parts``: pointers to the tile of rank 0's part; that of rank r lies r times ``step`` elements further.
+    ``inside``: their mask, or None. :func:`add_parts` adds them up, then or after more of them were asked for.
+    """
+    arrived = ()
+    for number in tl.static_range(world - 1):
+        one = _arrived(parts, number, step, inside, rank)
+        arrived = arrived + (one,)  # type: ignore[assignment]  # noqa: RUF005
+    return arrived
+
+
+@gluon.jit
+def add_parts(own, arrived, rank, world: gl.constexpr):
+    """The sum of a tile over all ranks, fp32, in rank order: ``own``, this rank's, and what has ``arrived``.
+
+    They have one element type. What is not needed takes no registers: so a role sums larger pieces of a tile.
+    """
+    # Minus zero is what changes no first term.
+    total = gl.full(own.shape, -0.0, gl.float32, own.type.layout)
+    for number in tl.static_range(world - 1):
+        if rank == number:
+            total += own.to(gl.float32)
+        total += arrived[number].to(gl.float32)
+    if rank == world - 1:
+        total += own.to(gl.float32)
+    return total
+
+
+@gluon.jit
 def sum_parts(own, parts, step, inside, rank, world: gl.constexpr):
     """The sum of a tile over all ranks, fp32: ``device.tile_sum_parts`` for a role of four warps.
 
-    Of up to four ranks it reads the parts of the others alone, all under way at once: what is not needed takes
-    no registers, so that a role sums larger pieces of a tile. Of more ranks there are enough of them.
+    The parts of more than four ranks do not fit the registers at once beside 64 rows of 256 columns, and those
+    of more than eight beside nothing that a role has.
     """
-    if world > 4:
+    if world > 8 or (world > 4 and own.shape[0] <= 64):
         return tile_sum_parts(own, parts, step, inside, rank, world)
     else:
-        # Minus zero is what changes no first term.
-        total = gl.full(own.shape, -0.0, gl.float32, own.type.layout)
-        if world > 1:
-            first = _arrived(parts, 0, step, inside, rank)
-            second = first
-            third = first
-            if world > 2:
-                second = _arrived(parts, 1, step, inside, rank)
-            if world > 3:
-                third = _arrived(parts, 2, step, inside, rank)
-            for number in tl.static_range(world - 1):
-                if rank == number:
-                    total += own.to(gl.float32)
-                total += first.to(gl.float32)
-                first = second
-                second = third
-        if rank == world - 1:
-            total += own.to(gl.float32)
-        return total
+        return add_parts(own, read_parts(parts, step, inside, rank, world), rank, world)
 
 
 @gluon.jit
