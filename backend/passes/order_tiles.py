@@ -30,7 +30,7 @@ from tilelink.schedules import Schedule
 ELEMENTWISE_TILE = 8192
 # Elements of a tile that is only copied: the longer a load, the less its latency counts.
 COPIED_TILE = 2 * ELEMENTWISE_TILE
-# Bytes of words, without their epochs and over all ranks, that one thread polls for a tile of a sum.
+# Bytes of data in words, over all ranks, that one thread polls for a tile of a sum.
 POLLED = 256
 # Elements of the smallest tile of a sum: 16 bytes of 16-bit elements for each of 128 threads.
 LEAST_SUM = 1024
@@ -473,7 +473,7 @@ def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
     )
     attrs: dict[str, object] = {}
     info = moved(program, name)
-    if schedule.move(name).signal == "word" and len(tiles) == 2:
+    if schedule.move(name).signal != "flag" and len(tiles) == 2:
         most = POLLED * 32 * schedule.warps // (info.world * DTYPES[tensor["dtype"]])
         tiles = (max(1, min(tiles[0], most // tiles[1])), tiles[1])
     if tensor["move"] == "scatter":

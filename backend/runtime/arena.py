@@ -24,8 +24,8 @@ class Arena:
     """``size`` bytes on every rank of a group, mapped by all of them.
 
     ``views[r]`` is the arena of rank r as a uint8 tensor of this process; ``peers`` the int64 table of
-    their addresses on the GPU. Control words, flags, counters and words that signal themselves are zero, on every
-    rank, once :meth:`CudaState.allocate` returns.
+    their addresses on the GPU. Control words, flags and counters are zero, and words that signal themselves of
+    no call, on every rank, once :meth:`CudaState.allocate` returns.
     """
 
     def __init__(self, rank: int, world: int, device: torch.device, size: int, name: str) -> None:
@@ -47,10 +47,15 @@ class Arena:
             ]
             self.addresses = [view.data_ptr() for view in self.views]
             self.memory[: layout.DATA].zero_()
-            # No word is of a call yet. Beside slots this is data like any other.
-            self.memory[layout.WORDS :].zero_()
+            clear_words(self.memory)
         self.peers = torch.tensor(self.addresses, dtype=torch.int64, device=device)
         torch.cuda.synchronize(device)
+
+
+def clear_words(memory: torch.Tensor) -> None:
+    """Leaves no word of a call in an arena, ``memory`` (uint8). Beside slots this is data like any other."""
+    memory[layout.WORDS : layout.SENTINELS].zero_()
+    memory[layout.SENTINELS :].fill_(layout.EMPTY & 0xFF)
 
 
 def _meeting(name: str, store: Any, rank: int, world: int) -> Any:

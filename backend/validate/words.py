@@ -17,7 +17,9 @@ from tilelink.backend.validate.kernel import KernelMachine
 from tilelink.backend.validate.layout import TL_NAMES
 from tilelink.backend.validate.trace import Poll
 from tilelink.backend.validate.values import Data, Flow, Ints, Key, Name, Pointer, full
-from tilelink.ir.layout import PAYLOAD, WORD_BYTES
+from tilelink.ir.layout import ENCODINGS, PAYLOAD
+
+VECTOR = 16  # bytes of words that are stored and loaded at once where a call says so
 
 
 class WordMachine(KernelMachine):
@@ -32,20 +34,25 @@ class WordMachine(KernelMachine):
         step: Any,
         height: Any,
         width: Any,
-        pair: Any,
+        vector: Any,
     ) -> None:
         """``device.store_words``."""
         symbol, home = self.tagged(words)
-        shift = epoch.of.v if isinstance(epoch, Name) and epoch.path == "epoch" else None
-        if shift is None or np.any(full(shift, self.lanes)[self.on]):
-            self.hazard("words are stored with another number than the epoch of the call")
+        if self.layout.declared[symbol]["words"] == "epoch":
+            shift = epoch.of.v if isinstance(epoch, Name) and epoch.path == "epoch" else None
+            if shift is None or np.any(full(shift, self.lanes)[self.on]):
+                self.hazard("words are stored with another number than the epoch of the call")
+        elif epoch is not None:
+            self.unclear("words of four bytes that are stored with a number")
         tile = self.data(value)
         dtype = TL_NAMES[str(self.layout.declared[symbol]["dtype"])]
         if tile.rounded != dtype and (tile.rounded or dtype != "float32"):
             self.hazard(f"the tile is not converted to {dtype}, which the words of @{symbol} hold")
         if tile.form or len(tile.shape) != 2:
             self.unclear("a store of words that is no tile of two axes")
-        lo, hi, axes = self.box(symbol, self.number(start).v, step, tile.shape, height, width, pair)
+        lo, hi, axes = self.box(
+            symbol, self.number(start).v, step, tile.shape, height, width, vector
+        )
         self.write(symbol, "generic", self.on, home, lo, hi, tile.flows, axes)
         self.trace.next()  # a notify that these words carry stands here
 
@@ -59,16 +66,17 @@ class WordMachine(KernelMachine):
         dtype: Any,
         height: Any,
         width: Any,
-        pair: Any,
+        vector: Any,
         flag: Any,
         producer: Any,
         tile: Any,
         wait: Any,
+        empty: Any,
     ) -> Data:
         """``device.load_words``."""
-        symbol = self.polled(ctx, words, dtype, tile, wait)
+        symbol = self.polled(ctx, words, dtype, tile, wait, empty)
         sizes = self.shape(shape)
-        box = self.box(symbol, self.number(start).v, step, sizes, height, width, pair)
+        box = self.box(symbol, self.number(start).v, step, sizes, height, width, vector)
         self.trace.next()  # a wait that these words carry stands here
         flow = self.part(symbol, box, flag, full(self.number(producer).v, self.lanes))
         key = (*self.site, symbol, 0)
@@ -84,7 +92,7 @@ class WordMachine(KernelMachine):
         dtype: Any,
         height: Any,
         width: Any,
-        pair: Any,
+        vector: Any,
         parts: Any,
         apart: Any,
         result: Any,
@@ -92,9 +100,10 @@ class WordMachine(KernelMachine):
         flag_step: Any,
         tile: Any,
         wait: Any,
+        empty: Any,
     ) -> Data:
         """``device.sum_words``: parts of all ranks in rank order."""
-        symbol = self.polled(ctx, words, dtype, tile, wait)
+        symbol = self.polled(ctx, words, dtype, tile, wait, empty)
         sizes = self.shape(shape)
         if parts != self.layout.world:
             self.hazard(f"a sum of {parts} parts of {self.layout.world} ranks")
@@ -104,7 +113,7 @@ class WordMachine(KernelMachine):
         flows: dict[Key, Flow] = {}
         for source in range(self.layout.world):
             at = np.asarray(first, dtype=np.int64) + source * np.asarray(by, dtype=np.int64)
-            box = self.box(symbol, at, step, sizes, height, width, pair)
+            box = self.box(symbol, at, step, sizes, height, width, vector)
             shifted = replace(word, v=np.asarray(word.v) + source * np.asarray(word_by))
             flow = self.part(symbol, box, shifted, np.full(self.lanes, source, dtype=np.int64))
             if np.any((flow.lo[:, 0] != source)[flow.have]):
@@ -127,12 +136,13 @@ class WordMachine(KernelMachine):
         plain = isinstance(words, Pointer) and not words.shape and not words.tokens
         if not plain or not self.layout.declared[words.symbol].get("words"):
             self.unclear("a pointer to something that is no buffer of words")
-        if words.unit != WORD_BYTES or np.any(full(words.base, self.lanes)[self.on]):
+        unit = ENCODINGS[self.layout.declared[words.symbol]["words"]].bytes
+        if words.unit != unit or np.any(full(words.base, self.lanes)[self.on]):
             self.unclear("a pointer to words that is not to the first")
         return words.symbol, full(words.home, self.lanes)
 
-    def polled(self, ctx: Any, words: Any, dtype: Any, tile: Any, wait: Any) -> str:
-        """The buffer that a load polls; what it gives an error record is checked too."""
+    def polled(self, ctx: Any, words: Any, dtype: Any, tile: Any, wait: Any, empty: Any) -> str:
+        """The buffer that a load polls; whether it empties it, and what an error record gets, is checked too."""
         self.context(ctx)
         self.number(tile)
         symbol, home = self.tagged(words)
@@ -142,6 +152,11 @@ class WordMachine(KernelMachine):
             self.hazard(f"@{symbol} holds {self.layout.declared[symbol]['dtype']}")
         if not isinstance(wait, int):
             self.unclear("the number of a wait that is not constant")
+        empties = self.layout.declared[symbol]["words"] == "sentinel"
+        if empty is not empties:
+            self.hazard(
+                f"words of @{symbol} are {'not ' * empties}emptied where they are read, as its loads do"
+            )
         self.wait_names.append(wait)
         return symbol
 
@@ -165,10 +180,10 @@ class WordMachine(KernelMachine):
         shape: tuple[int, ...],
         height: Any,
         width: Any,
-        pair: Any,
+        vector: Any,
     ) -> tuple[Ints, Ints, tuple[int, ...]]:
         """The elements of a tile of words, in all lanes: whole words, or whole pairs of them."""
-        if pair not in (True, False) or len(shape) != 2:
+        if vector not in (True, False) or len(shape) != 2:
             self.unclear("words of another form")
         item, on = self.layout.item[symbol], self.on
         (first, by) = self.subset(on, start, self.number(step).v)
@@ -179,10 +194,13 @@ class WordMachine(KernelMachine):
                 (some,) = self.subset(on, self.number(limit).v)
                 whole = np.clip(some, 0, whole)
             extents.append(whole)
-        unit = PAYLOAD * (2 if pair else 1)
+        words = ENCODINGS[self.layout.declared[symbol]["words"]].bytes
+        unit = PAYLOAD * (VECTOR // words if vector else 1)
         ends = (first * item % unit, extents[1] * item % unit, (extents[0] > 1) * by * item % unit)
         if any(np.any(e[(extents[0] > 0) & (extents[1] > 0)]) for e in ends):
-            self.hazard(f"rows of this tile are not of whole {'pairs of ' if pair else ''}words")
+            self.hazard(
+                f"rows of this tile are not of whole {'vectors of ' if vector else ''}words"
+            )
         steps = [by, np.ones_like(by)]
         lo, hi, axes = self.layout.box(symbol, first * item, item, extents, steps)
         live = [a for a in axes if a >= 0]

@@ -452,11 +452,12 @@ def receive(arena, peers, out, rows: tl.int32, limit: tl.int64, PAIR: tl.constex
     at = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
     words = device.pointer(arena, layout_words, tl.int64)
     total = device.sum_words(
-        ctx, words, 0, 8, (4, 8), tl.float16, rows, 4, PAIR, 2, 32, tl.float32, 1024, 128, 7, 3
+        ctx, words, 0, 8, (4, 8), tl.float16, rows, 4, PAIR, 2, 32, tl.float32, 1024, 128, 7, 3,
+        False,
     )
     tl.store(out + at, total)
     second = device.load_words(
-        ctx, words, 32, 8, (4, 8), tl.float16, rows, 4, PAIR, 1024, 1, 7, 3
+        ctx, words, 32, 8, (4, 8), tl.float16, rows, 4, PAIR, 1024, 1, 7, 3, False
     )
     tl.store(out + 32 + at, second.to(tl.float32))
 
@@ -495,7 +496,7 @@ def call(arena, peers):
 
 # Twice in so many calls, once for each slot, all words are marked with an epoch that is far away.
 arena = arenas[0]
-words = arena.view(torch.int64)[layout.WORDS // 8 :].view(2, -1)
+words = arena.view(torch.int64)[layout.WORDS // 8 : layout.SENTINELS // 8].view(2, -1)
 half = layout.WORD_AGE // 2
 arena[layout.EPOCH] = arena[layout.ARRIVED] = half - 2
 words.fill_(5)

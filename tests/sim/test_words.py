@@ -34,7 +34,7 @@ program @pair {{bytes = {layout.SLOT_ARENA}, slots = 2, world = 2}} do {{
   tensor @A {{dims = [N, N], dtype = "fp32", move = "local", role = "in"}}
   tensor @C {{dims = [N, N], dtype = "fp32", move = "local", role = "out"}}
   tensor @E {{dims = [N, N], dtype = "fp32", move = "local", role = "out"}}
-  buffer @B {{dims = [N, N], dtype = "fp32", offset = {layout.WORDS}, space = "symmetric", words = true}}
+  buffer @B {{dims = [N, N], dtype = "fp32", offset = {layout.WORDS}, space = "symmetric", words = "epoch"}}
   buffer @D {{dims = [N, N], dtype = "fp32", offset = {layout.DATA}, space = "symmetric"}}
   flag @B.ready {{carried = @B, dims = [WORLD], offset = 4096}}
   head {{folded = true}} do {{
@@ -155,7 +155,7 @@ def test_words_release_nothing_but_themselves() -> None:
     )
     # Where the flag is raised, it is a release of all that comes before.
     plain = text.replace(f"offset = {layout.WORDS}", "offset = 1048576")
-    plain = plain.replace(", words = true", "").replace("carried = @B, ", "")
+    plain = plain.replace(', words = "epoch"', "").replace("carried = @B, ", "")
     verify(pair(text=plain))
     assert explore(pair(text=plain), 3).bad is None
     program = pair(text=text)
@@ -198,7 +198,7 @@ def test_a_word_is_written_once_and_read_where_it_is_written() -> None:
     [
         (f"offset = {layout.WORDS}", f"offset = {layout.DATA}"),
         (f"offset = {layout.WORDS}", f"offset = {layout.WORDS + layout.SLOT_WORDS - 1024}"),
-        (', words = true', ""),
+        (', words = "epoch"', ""),
         ('dtype = "fp32", offset', 'dtype = "int32", offset'),
         ("carried = @B, ", ""),
         ("load @B[%i, %j]", "load @B[%i, %j] {via = \"tma\"}"),

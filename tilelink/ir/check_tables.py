@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from tilelink.errors import TilelinkError
 from tilelink.ir.expr import Expr
+from tilelink.ir.layout import ENCODINGS
 from tilelink.ir.node import DECLARATIONS, Op, Ref
 from tilelink.ir.types import DTYPES
 
@@ -24,7 +25,7 @@ ATTRIBUTES = {
     "task_rows tasks_across delay least shots slots",
     "arrivals": "count",
     "whole": "offset bytes workspace over axis first flatten_axis part_axis",
-    "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded relay polled words",
+    "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded relay empty",
     "text": "file kernel schedule into offsets source table",
     "texts": "after",
     "ref": "alias carried own to through counter",
@@ -47,6 +48,8 @@ CHOICES = {
     "via": ("tma",),
     "emitter": ("gluon", "library"),
     "roles": ("turns", "halves"),
+    "words": tuple(ENCODINGS),
+    "polled": tuple(ENCODINGS),
 }
 SPOKEN = {
     "exprs": "a list of expressions, `[M, 64]`",
