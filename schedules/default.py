@@ -16,8 +16,11 @@ EPILOGUE_BYTES = {"reduce": 1 << 20, "scatter": 24 << 20}
 # Bytes of a sum over all ranks of which one shot is the faster way: 256 KB at 8 ranks, 1 MB at 2. One shot
 # sends every contribution to every rank, two shots send less and take one more trip over the link.
 ONE_SHOT_BYTES = 2 << 20
-# Largest reduce that travels as words: twice the bytes, for a flag less on every way.
-WORD_BYTES = 1 << 20
+# Largest sums that travel as words: those of the number of the call are twice the bytes, but nothing has to be put
+# back. Where a sum is not read once, and sentinels cannot announce it, a reduce travels so up to a larger size.
+WORD_BYTES = 128 << 10
+REREAD_WORD_BYTES = 1 << 20
+SENTINEL_BYTES = 8 << 20
 WORD_RANKS = 8  # at most: a thread polls its places of all of them at once
 # Tasks that are about enough for all SMs of a GPU: below, tiles are cut smaller.
 TASKS = 100
@@ -32,8 +35,8 @@ def default_schedule(kernel: Op) -> Schedule:
     Moved tensors travel by copy engine, which costs the computation nothing. A small sum is stored
     straight into its ranks, since the fixed cost of a copy would show: a reduce of at most 1 MiB (of 24
     MiB in two shots), a scatter of at most 24 MiB. Where a product has too few tiles for the SMs, they are
-    made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots; a
-    reduce of at most 1 MiB travels as words that signal themselves.
+    made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots; sums of
+    at most 8 MiB travel as words that signal themselves.
     Where the tiles of a product are more than there are workers, and parts are whole tiles, a reduce in two shots
     is summed in the epilogue of its own tiles, which are computed while the parts of the others arrive; but not
     many tiles, of which each would add parts for longer than it multiplies.
@@ -182,12 +185,12 @@ def _fits_slots(kernel: Op, extents: dict[str, int], moves: dict[str, Move]) -> 
 
 
 def _signal(kernel: Op, name: str, extents: dict[str, int], move: Move) -> str:
-    """``word`` for a small reduce that is stored and read by tiles of its two axes, in whole words."""
+    """``sentinel`` for a small sum that is stored and read by tiles of its two axes, in whole words, and ``word``
+    for the smallest."""
     tensor = next(op for op in kernel.find("tensor") if op.symbol == name)
     dims = [d if isinstance(d, int) else int(d.evaluate(extents)) for d in tensor["dims"]]
-    small = tensor["move"] == "reduce" and _bytes(tensor, extents) <= WORD_BYTES
-    world = int(kernel["world"])
-    if not small or len(dims) != 2 or move.resource != "epilogue" or world > WORD_RANKS:
+    size, world = _bytes(tensor, extents), int(kernel["world"])
+    if tensor["move"] == "gather" or size > SENTINEL_BYTES or len(dims) != 2 or move.resource != "epilogue" or world > WORD_RANKS:
         return "flag"
     unit = world * PAYLOAD // DTYPES[tensor["dtype"]]
     used = [op for op in kernel.walk() if op.ref is not None and op.symbol == name]
@@ -197,7 +200,21 @@ def _signal(kernel: Op, name: str, extents: dict[str, int], move: Move) -> str:
             plain = [isinstance(i, Value) and i.type.is_tile for i in op.ref.index]
             if plain != [True, True]:
                 return "flag"
-    return "word" if dims[1] % max(1, unit) == 0 else "flag"
+    if dims[1] % max(1, unit):
+        return "flag"
+    if _read_once(kernel, name):
+        return "word" if size <= WORD_BYTES else "sentinel"
+    return "word" if tensor["move"] == "reduce" and size <= REREAD_WORD_BYTES else "flag"
+
+
+def _read_once(kernel: Op, name: str) -> bool:
+    """Whether every element of the sum of ``name`` is read once: by the compiler, or by one nest's own tiles."""
+    loads = [op for op in kernel.walk() if op.name == "load" and op.symbol == name]
+    if not loads:
+        return True
+    nests = [op for op in kernel.body if op.blocks and loads[0] in op.body]
+    index = loads[0].ref.index if loads[0].ref is not None else ()
+    return len(loads) == 1 and len(nests) == 1 and set(index) == set(nests[0].args)
 
 
 def product_extents(kernel: Op) -> tuple[set[str], set[str], set[str]]:

@@ -230,6 +230,9 @@ class Scope:
     polled: dict[str, Op] = field(
         default_factory=dict
     )  # buffers of words: the wait in front of their load
+    emptied: list[list[str]] = field(
+        default_factory=list
+    )  # words that were read and are to be empty
     # Of a kernel whose warps have roles: ops that are written otherwise, the stage's rows and columns,
     # and whether tiles lie as memory is accessed, no longer as products leave them.
     over: dict[str, Callable[[Scope, Op], None]] = field(default_factory=dict)

@@ -66,9 +66,10 @@ def load(scope: Scope, op: Op) -> None:
     assert isinstance(producer, Expr)
     name = scope.define(value)
     where, dtype, shape = _common(scope, op, value)
-    args = ["ctx", where, *_place(scope, op, ref, shape, dtype)]
+    place = _place(scope, op, ref, shape, dtype)
+    _note_empty(scope, op, [where, *place, "1", "0"])
+    args = ["ctx", where, *place]
     args += [_flag(scope, op, index), scope.expr(producer), scope.tile, str(ident)]
-    args.append(str(bool(op.get("empty"))))
     tail = "" if dtype == TL_DTYPE[value.type.dtype] else f".to({TL_DTYPE[value.type.dtype]})"
     scope.writer.call(f"{name} = device.load_words(", args, f"){tail}")
 
@@ -84,15 +85,25 @@ def load_sum(scope: Scope, op: Op) -> None:
     where, dtype, shape = _common(scope, op, value)
     apart = scope.expr(access.strides(scope, ref.symbol)[0])
     flag_step = scope.expr(access.strides(scope, scope.polled[ref.symbol].symbol)[0])
-    args = [
-        "ctx",
-        where,
-        *_place(scope, op, Ref(ref.symbol, (Expr.const(0), *ref.index[1:])), shape, dtype),
-    ]
-    args += [str(scope.program.world), apart, TL_DTYPE[value.type.dtype]]
+    first = Ref(ref.symbol, (Expr.const(0), *ref.index[1:]))
+    place = [*_place(scope, op, first, shape, dtype), str(scope.program.world), apart]
+    _note_empty(scope, op, [where, *place])
+    args = ["ctx", where, *place, TL_DTYPE[value.type.dtype]]
     args += [_flag(scope, op, (Expr.const(0), *index[1:])), flag_step, scope.tile, str(ident)]
-    args.append(str(bool(op.get("empty"))))
     scope.writer.call(f"{name} = device.sum_words(", args)
+
+
+def _note_empty(scope: Scope, op: Op, args: list[str]) -> None:
+    """Have the words that a load empties emptied at the end of its block, behind what others wait for."""
+    if op.get("empty"):
+        scope.emptied.append(args)
+
+
+def empty(scope: Scope, first: int) -> None:
+    """The words that loads of a block have read, from number ``first`` on."""
+    for args in scope.emptied[first:]:
+        scope.writer.call("device.empty_words(", args)
+    del scope.emptied[first:]
 
 
 def _wait_of(scope: Scope, op: Op) -> tuple[tuple[Index, ...], int]:

@@ -6,7 +6,7 @@ notifies. :func:`stand_ins` puts them where the module's own loads and stores ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from tilelink.backend.expand_rows import Access, Expansion, Sync
 from tilelink.backend.validate.kernel import KernelMachine
 from tilelink.backend.validate.layout import TL_NAMES
-from tilelink.backend.validate.trace import Poll
+from tilelink.backend.validate.trace import Poll, Trace
 from tilelink.backend.validate.values import Data, Flow, Ints, Key, Name, Pointer, full
 from tilelink.ir.layout import ENCODINGS, PAYLOAD
 
@@ -24,6 +24,12 @@ VECTOR = 16  # bytes of words that are stored and loaded at once where a call sa
 
 class WordMachine(KernelMachine):
     """A kernel that may store and poll words; see :mod:`kernel`."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.full: list[
+            tuple[object, ...]
+        ] = []  # what was read and says by itself that it is there
 
     def on_device_store_words(
         self,
@@ -71,10 +77,9 @@ class WordMachine(KernelMachine):
         producer: Any,
         tile: Any,
         wait: Any,
-        empty: Any,
     ) -> Data:
         """``device.load_words``."""
-        symbol = self.polled(ctx, words, dtype, tile, wait, empty)
+        symbol = self.polled(ctx, words, dtype, tile, wait)
         sizes = self.shape(shape)
         box = self.box(symbol, self.number(start).v, step, sizes, height, width, vector)
         self.trace.next()  # a wait that these words carry stands here
@@ -100,10 +105,9 @@ class WordMachine(KernelMachine):
         flag_step: Any,
         tile: Any,
         wait: Any,
-        empty: Any,
     ) -> Data:
         """``device.sum_words``: parts of all ranks in rank order."""
-        symbol = self.polled(ctx, words, dtype, tile, wait, empty)
+        symbol = self.polled(ctx, words, dtype, tile, wait)
         sizes = self.shape(shape)
         if parts != self.layout.world:
             self.hazard(f"a sum of {parts} parts of {self.layout.world} ranks")
@@ -127,9 +131,56 @@ class WordMachine(KernelMachine):
     ) -> Flow:
         """One tile of words that is polled: what comes of it, named in an error record as it should be."""
         lo, hi, axes = box
+        if self.layout.declared[symbol]["words"] == "sentinel":
+            self.full.append(self.held(symbol, lo, hi))
         self.named(symbol, flag, producer)
         self.read(symbol, "generic", self.on, self.rank, lo, hi, None)
         return Flow(symbol, self.on & np.all(hi > lo, axis=1), self.rank, lo, hi, axes)
+
+    def on_device_empty_words(
+        self,
+        words: Any,
+        start: Any,
+        step: Any,
+        shape: Any,
+        dtype: Any,
+        height: Any,
+        width: Any,
+        vector: Any,
+        parts: Any,
+        apart: Any,
+    ) -> None:
+        """``device.empty_words``: of what loads of the same task have read, each once."""
+        symbol, home = self.tagged(words)
+        if self.layout.declared[symbol]["words"] != "sentinel":
+            self.hazard(f"words of @{symbol} hold epochs, which nothing empties")
+        if np.any((home != self.rank)[self.on]):
+            self.hazard("words in memory of a peer are emptied")
+        if self.dtype(dtype) != TL_NAMES[str(self.layout.declared[symbol]["dtype"])]:
+            self.hazard(f"@{symbol} holds {self.layout.declared[symbol]['dtype']}")
+        if not isinstance(parts, int):
+            self.unclear("a number of parts that is not constant")
+        sizes, first = self.shape(shape), self.number(start).v
+        by = self.number(apart).v
+        for part in range(parts):
+            at = np.asarray(first, dtype=np.int64) + part * np.asarray(by, dtype=np.int64)
+            lo, hi, _ = self.box(symbol, at, step, sizes, height, width, vector)
+            held = self.held(symbol, lo, hi)
+            if held not in self.full:
+                self.hazard(f"words of @{symbol} are emptied that this task has not read before")
+            self.full.remove(held)
+
+    def held(self, symbol: str, lo: Ints, hi: Ints) -> tuple[object, ...]:
+        """What a task has read and not emptied: the task in each lane, and the box."""
+        rows = (self.on, self.segment[self.on], lo[self.on], hi[self.on])
+        return (symbol, self.stage, *(row.tobytes() for row in rows))
+
+    def start(self, arguments: Mapping[str, Any]) -> Trace:
+        """As :meth:`AccessMachine.start`; what sentinels announced is empty again when the kernel ends."""
+        trace = super().start(arguments)
+        if self.full:
+            self.hazard(f"words of @{self.full[0][0]} are read and not emptied")
+        return trace
 
     def tagged(self, words: Any) -> tuple[str, Ints]:
         """The buffer of words that a pointer is to the first of, and whose memory it is in."""
@@ -141,8 +192,8 @@ class WordMachine(KernelMachine):
             self.unclear("a pointer to words that is not to the first")
         return words.symbol, full(words.home, self.lanes)
 
-    def polled(self, ctx: Any, words: Any, dtype: Any, tile: Any, wait: Any, empty: Any) -> str:
-        """The buffer that a load polls; whether it empties it, and what an error record gets, is checked too."""
+    def polled(self, ctx: Any, words: Any, dtype: Any, tile: Any, wait: Any) -> str:
+        """The buffer that a load polls; what it gives an error record is checked too."""
         self.context(ctx)
         self.number(tile)
         symbol, home = self.tagged(words)
@@ -152,11 +203,6 @@ class WordMachine(KernelMachine):
             self.hazard(f"@{symbol} holds {self.layout.declared[symbol]['dtype']}")
         if not isinstance(wait, int):
             self.unclear("the number of a wait that is not constant")
-        empties = self.layout.declared[symbol]["words"] == "sentinel"
-        if empty is not empties:
-            self.hazard(
-                f"words of @{symbol} are {'not ' * empties}emptied where they are read, as its loads do"
-            )
         self.wait_names.append(wait)
         return symbol
 

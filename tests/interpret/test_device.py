@@ -452,12 +452,11 @@ def receive(arena, peers, out, rows: tl.int32, limit: tl.int64, PAIR: tl.constex
     at = tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)[None, :]
     words = device.pointer(arena, layout_words, tl.int64)
     total = device.sum_words(
-        ctx, words, 0, 8, (4, 8), tl.float16, rows, 4, PAIR, 2, 32, tl.float32, 1024, 128, 7, 3,
-        False,
+        ctx, words, 0, 8, (4, 8), tl.float16, rows, 4, PAIR, 2, 32, tl.float32, 1024, 128, 7, 3
     )
     tl.store(out + at, total)
     second = device.load_words(
-        ctx, words, 32, 8, (4, 8), tl.float16, rows, 4, PAIR, 1024, 1, 7, 3, False
+        ctx, words, 32, 8, (4, 8), tl.float16, rows, 4, PAIR, 1024, 1, 7, 3
     )
     tl.store(out + 32 + at, second.to(tl.float32))
 

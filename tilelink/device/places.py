@@ -36,6 +36,10 @@ if triton.knobs.runtime.interpret:
             tl.store(pointer + number, word, mask=inside)
 
     @triton.jit
+    def at_once(words: tl.constexpr, most: tl.constexpr):
+        return most
+
+    @triton.jit
     def together(address, parts: tl.constexpr):
         return parts
 
@@ -167,6 +171,15 @@ else:
         for extent in address.shape:
             count *= int(core._unwrap_if_constexpr(extent))
         return max(1, count // (32 * int(semantic.builder.options.num_warps)))
+
+    @core.builtin
+    def at_once(words: Any, most: Any, _semantic: Any = None) -> Any:
+        # Words of a place, of a tile of ``words``: as many as fit it, but every thread has a place if it can.
+        width = core._unwrap_if_constexpr(most)
+        threads = 32 * int(_semantic.builder.options.num_warps)
+        while width > 1 and core._unwrap_if_constexpr(words) < width * threads:
+            width //= 2
+        return tl.constexpr(width)
 
     @core.builtin
     def together(address: Any, parts: Any, _semantic: Any = None) -> Any:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilelink.device.places import EMPTY, agreed, look_places, put_places, together
+from tilelink.device.places import EMPTY, agreed, at_once, look_places, put_places, together
 from tilelink.device.signal import overdue
 from tilelink.ir import layout
 
@@ -90,6 +90,12 @@ def _joined(pieces, shape: tl.constexpr, dtype: tl.constexpr):
     return tl.reshape(joined[0], shape)
 
 
+@triton.constexpr_function
+def _most(tagged, vector):
+    # Words that lie in sixteen bytes, where rows are of whole ones.
+    return (2 if tagged else 4) if vector else 1
+
+
 @triton.jit
 def _places(
     words,
@@ -133,13 +139,13 @@ def store_words(words, epoch, value, start, step, height, width, vector: tl.cons
     shape: tl.constexpr = value.shape
     size: tl.constexpr = value.dtype.primitive_bitwidth // 8
     tagged: tl.constexpr = words.dtype.element_ty.primitive_bitwidth == 64
-    held: tl.constexpr = (2 if tagged else 4) if vector else 1
+    count: tl.constexpr = shape[1] * size // 4
+    held: tl.constexpr = at_once(shape[0] * count, _most(tagged, vector))
     address, rows, columns = _places(words, start, step, shape, size, tagged, held)
     data = _payload(value, shape[0], shape[1])
     if not tagged:
         data = tl.where(data == EMPTY, QUIET, data)
     inside = _inside(rows, columns, height, width)
-    count: tl.constexpr = shape[1] * size // 4
     if held == 4:
         even, odd = _halves(data, shape[0], count)
         first, third = _halves(even, shape[0], count // 2)
@@ -171,15 +177,14 @@ def _gathered(
     producer,
     tile,
     wait,
-    empty: tl.constexpr,
 ):
     size: tl.constexpr = dtype.primitive_bitwidth // 8
     tagged: tl.constexpr = words.dtype.element_ty.primitive_bitwidth == 64
-    held: tl.constexpr = (2 if tagged else 4) if vector else 1
+    held: tl.constexpr = at_once(shape[0] * shape[1] * size // 4, _most(tagged, vector))
     between: tl.constexpr = (2 * size if tagged else size) * apart
     address, rows, columns = _places(words, start, step, shape, size, tagged, held)
     inside = _inside(rows, columns, height, width)
-    at_once: tl.constexpr = together(address, parts)
+    some: tl.constexpr = together(address, parts)
     polls = tl.cast(0, tl.int32)
     started = tl.cast(0, tl.int64)
     was_here = tl.cast(0, tl.int32)
@@ -190,14 +195,14 @@ def _gathered(
     while spinning:
         missing = tl.cast(0, tl.int32)
         added = ()
-        for begin in tl.static_range(0, parts, at_once):
+        for begin in tl.static_range(0, parts, some):
             data = look_places(
                 address,
                 ctx.epoch,
                 inside,
                 between,
                 begin,
-                at_once if begin + at_once < parts else parts - begin,
+                some if begin + some < parts else parts - begin,
                 held,
                 tagged,
             )
@@ -227,11 +232,6 @@ def _gathered(
                 wait,
             )
         polls += 1
-    if empty:
-        # All threads of the CTA have read all of the tile by now.
-        blank = (tl.full(address.shape, EMPTY, tl.int32),) * held
-        for part in tl.static_range(parts):
-            put_places(address, blank, ctx.epoch, inside, False, part * between)
     return _joined(pieces, shape, result)
 
 
@@ -250,18 +250,17 @@ def load_words(
     producer,
     tile,
     wait,
-    empty: tl.constexpr,
 ):
     """Acquire and load a tile of words: until each of them is there.
 
     Returns a tile of ``shape`` and ``dtype``, zero where it is not there. The wait is bounded as one for a flag
     is: ``flag``, a word number of the arena, stands for the tile in the error record, ``producer`` is the rank
-    that stores it; ``tile`` and ``wait`` go there too. ``empty``: EMPTY is put back into every word that was
-    read, which words that hold an epoch cannot have. The others are those of :func:`store_words`.
+    that stores it; ``tile`` and ``wait`` go there too. All threads have read all of it when
+    it returns. The others are those of :func:`store_words`.
     """
     return _gathered(
         ctx, words, start, step, shape, dtype, height, width, vector, 1, 0, False, dtype,
-        flag, 0, producer, tile, wait, empty,
+        flag, 0, producer, tile, wait,
     )  # fmt: skip
 
 
@@ -283,7 +282,6 @@ def sum_words(
     flag_step,
     tile,
     wait,
-    empty: tl.constexpr,
 ):
     """Acquire and add tiles of words of all ranks: in rank order, in fp32, rounded once to ``result``.
 
@@ -293,5 +291,33 @@ def sum_words(
     """
     return _gathered(
         ctx, words, start, step, shape, dtype, height, width, vector, parts, apart, True, result,
-        flag, flag_step, ctx.rank, tile, wait, empty,
+        flag, flag_step, ctx.rank, tile, wait,
     )  # fmt: skip
+
+
+@triton.jit
+def empty_words(
+    words,
+    start,
+    step,
+    shape: tl.constexpr,
+    dtype: tl.constexpr,
+    height,
+    width,
+    vector: tl.constexpr,
+    parts: tl.constexpr,
+    apart: tl.constexpr,
+):
+    """Put EMPTY back into the words of a tile, or of ``parts`` tiles ``apart`` elements apart, that were read.
+
+    Of this rank's words of four bytes, behind the :func:`load_words` or :func:`sum_words` with the same arguments
+    and before this call of the kernel ends. Nobody waits for it in this call, so it may stand behind what
+    others wait for.
+    """
+    size: tl.constexpr = dtype.primitive_bitwidth // 8
+    held: tl.constexpr = at_once(shape[0] * shape[1] * size // 4, _most(False, vector))
+    address, rows, columns = _places(words, start, step, shape, size, False, held)
+    inside = _inside(rows, columns, height, width)
+    blank = (tl.full(address.shape, EMPTY, tl.int32),) * held
+    for part in tl.static_range(parts):
+        put_places(address, blank, 0, inside, False, part * size * apart)
