@@ -190,7 +190,13 @@ def _signal(kernel: Op, name: str, extents: dict[str, int], move: Move) -> str:
     tensor = next(op for op in kernel.find("tensor") if op.symbol == name)
     dims = [d if isinstance(d, int) else int(d.evaluate(extents)) for d in tensor["dims"]]
     size, world = _bytes(tensor, extents), int(kernel["world"])
-    if tensor["move"] == "gather" or size > SENTINEL_BYTES or len(dims) != 2 or move.resource != "epilogue" or world > WORD_RANKS:
+    if (
+        tensor["move"] == "gather"
+        or size > SENTINEL_BYTES
+        or len(dims) != 2
+        or move.resource != "epilogue"
+        or world > WORD_RANKS
+    ):
         return "flag"
     unit = world * PAYLOAD // DTYPES[tensor["dtype"]]
     used = [op for op in kernel.walk() if op.ref is not None and op.symbol == name]

@@ -78,7 +78,10 @@ def order_tiles(program: Op) -> Op:
         ]
     for name, tensor in tensors_of(program).items():
         if tensor["move"] in ("scatter", "reduce") and tensor["role"] != "temp":
-            stages.append(_copied(program, schedule, _sum_stage(program, schedule, name)))
+            stage = _sum_stage(program, schedule, name)
+            if tensor["move"] == "scatter" and schedule.move(name).signal != "flag":
+                stage = stage.with_attrs(tile=_spread(program, schedule, stage))
+            stages.append(_copied(program, schedule, stage))
     launch = make(
         "launch",
         ref=Ref(program.symbol),
@@ -408,8 +411,8 @@ def _relay_stage(program: Op, schedule: Schedule, name: str) -> Op:
 def _spread(program: Op, schedule: Schedule, stage: Op) -> tuple[int, ...]:
     """Tiles of a stage that sums this rank's part, with fewer rows where workers would have none.
 
-    A worker that stores to peers waits for round trips over the link: the more of them share the part, the
-    sooner it is there.
+    A worker that stores to peers waits for round trips over the link, and one that polls has so many places under
+    way: the more of them share the part, the sooner it is there.
     """
     names = environment(program)
     tiles = list(stage["tile"])
