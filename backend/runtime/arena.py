@@ -17,6 +17,7 @@ from tilelink.backend.runtime.errors import DriverError, Unavailable
 from tilelink.backend.runtime.groups import standing_for, store_of
 from tilelink.backend.runtime.image import Image
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
+from tilelink.backend.runtime.views import clear_words
 from tilelink.ir import layout
 
 
@@ -47,15 +48,9 @@ class Arena:
             ]
             self.addresses = [view.data_ptr() for view in self.views]
             self.memory[: layout.DATA].zero_()
-            clear_words(self.memory)
+        clear_words(self.views[rank])
         self.peers = torch.tensor(self.addresses, dtype=torch.int64, device=device)
         torch.cuda.synchronize(device)
-
-
-def clear_words(memory: torch.Tensor) -> None:
-    """Leaves no word of a call in an arena, ``memory`` (uint8). Beside slots this is data like any other."""
-    memory[layout.WORDS : layout.SENTINELS].zero_()
-    memory[layout.SENTINELS :].fill_(layout.EMPTY & 0xFF)
 
 
 def _meeting(name: str, store: Any, rank: int, world: int) -> Any:
