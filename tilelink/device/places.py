@@ -237,3 +237,10 @@ else:
             pack=1,
             _semantic=_semantic,
         )
+
+
+@triton.jit
+def empty_places(address, inside, width: tl.constexpr, offset: tl.constexpr):
+    """Store EMPTY in places of ``width`` words, ``offset`` bytes behind their addresses."""
+    blank = (tl.full(address.shape, EMPTY, tl.int32),) * width
+    put_places(address, blank, 0, inside, False, offset)

@@ -21,7 +21,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilelink.device.places import EMPTY, agreed, at_once, look_places, put_places, together
+from tilelink.device.places import (
+    EMPTY,
+    agreed,
+    at_once,
+    empty_places,
+    look_places,
+    put_places,
+    together,
+)
 from tilelink.device.signal import overdue
 from tilelink.ir import layout
 
@@ -318,6 +326,5 @@ def empty_words(
     held: tl.constexpr = at_once(shape[0] * shape[1] * size // 4, _most(False, vector))
     address, rows, columns = _places(words, start, step, shape, size, False, held)
     inside = _inside(rows, columns, height, width)
-    blank = (tl.full(address.shape, EMPTY, tl.int32),) * held
     for part in tl.static_range(parts):
-        put_places(address, blank, 0, inside, False, part * size * apart)
+        empty_places(address, inside, held, part * size * apart)
