@@ -259,7 +259,9 @@ class Walker:
             size = prod(self.geometry.shape(value, self.env)) * DTYPES[value.type.dtype] * copies
             if op.name == "load_sum" and op.operands:
                 return Cost(sums=size, elementwise=size / 2)
-            return Cost(bytes=size, elementwise=size / 2 if op.name == "load_sum" else 0.0)
+            # What a load empties it stores, too.
+            touched = size * (2 if op.get("empty") else 1)
+            return Cost(bytes=touched, elementwise=size / 2 if op.name == "load_sum" else 0.0)
         if op.name == "dot":
             a, b = (self._whole_shape(v) for v in op.operands[:2])
             dtype = op.operands[0].type.dtype
