@@ -86,16 +86,14 @@ def _added(
 def _joined(pieces, shape: tl.constexpr, dtype: tl.constexpr):
     # A place of a row holds an element of every piece, word by word, in a word half by half. Of n pieces the
     # ones n / 2 apart are joined first, so that the last to be joined are neighbours.
-    joined = ()
-    for piece in tl.static_range(len(pieces)):
-        joined = joined + (pieces[piece].to(dtype),)  # type: ignore[assignment]  # noqa: RUF005
     for _ in tl.static_range(3):
-        if len(joined) > 1:
+        if len(pieces) > 1:
             pairs = ()
-            for piece in tl.static_range(len(joined) // 2):
-                pairs = pairs + (tl.join(joined[piece], joined[piece + len(joined) // 2]),)  # type: ignore[assignment]  # noqa: RUF005
-            joined = pairs
-    return tl.reshape(joined[0], shape)
+            for piece in tl.static_range(len(pieces) // 2):
+                other = pieces[piece + len(pieces) // 2].to(dtype)
+                pairs = pairs + (tl.join(pieces[piece].to(dtype), other),)  # type: ignore[assignment]  # noqa: RUF005
+            pieces = pairs
+    return tl.reshape(pieces[0].to(dtype), shape)
 
 
 @triton.constexpr_function
