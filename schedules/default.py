@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
 from tilelink.ir import DTYPES, Op, Value
-from tilelink.ir.layout import DATA, PAYLOAD, SLOT_BYTES
+from tilelink.ir.layout import DATA, PAYLOAD, SLOT_BYTES, SLOT_SENTINELS
 from tilelink.schedules.schedule import Move, Schedule
 
 # Largest sums whose stores go straight to the peers (bench/results/mlp_h200x4.json): GEMM + reduce-scatter of
@@ -67,6 +68,9 @@ def default_schedule(kernel: Op) -> Schedule:
             name: replace(move, slots=2, signal=_signal(kernel, name, extents, move))
             for name, move in moves.items()
         }
+        signalling = [name for name, move in moves.items() if move.signal == "sentinel"]
+        if _landing(kernel, extents, signalling) > SLOT_SENTINELS:
+            moves = {name: replace(move, signal="flag") for name, move in moves.items()}
     chosen = small or Schedule(tiles=tuple(sorted(tiles.items())))
     if len(moves) == 1 and _sums_own(kernel, extents, chosen):
         moves = {name: replace(move, sum="epilogue", signal="flag") for name, move in moves.items()}
@@ -173,15 +177,19 @@ def _fits_slots(kernel: Op, extents: dict[str, int], moves: dict[str, Move]) -> 
     dynamic = any(op.get("dynamic") for op in kernel.find("extent"))
     if not moves or dynamic or int(kernel["world"]) == 1:
         return False
+    if not all(move.by_workers for move in moves.values()):
+        return False
+    return _landing(kernel, extents, tuple(moves)) <= SLOT_BYTES - DATA
+
+
+def _landing(kernel: Op, extents: dict[str, int], names: Sequence[str]) -> int:
+    """Bytes that what moves lands in, at most: a scatter once, a reduce in two shots twice, in one on each rank."""
     total = 0
-    for name, move in moves.items():
-        tensor = next(op for op in kernel.find("tensor") if op.symbol == name)
-        if not move.by_workers:
-            return False
-        # A scatter lands once; a reduce of more than 2 MiB over all ranks twice, of less on each rank.
-        size = _bytes(tensor, extents)
-        total += size if tensor["move"] == "scatter" else max(2 * size, 2 << 20)
-    return total <= SLOT_BYTES - DATA
+    for tensor in kernel.find("tensor"):
+        if tensor.symbol in names:
+            size = _bytes(tensor, extents)
+            total += max(2 * size, ONE_SHOT_BYTES) if tensor["move"] == "reduce" else size
+    return total
 
 
 def _signal(kernel: Op, name: str, extents: dict[str, int], move: Move) -> str:

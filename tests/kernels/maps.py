@@ -148,3 +148,16 @@ def ar_both(A: Any, B: Any, C: Any, D: Any) -> None:
         C[m, n] = tk.silu(P[m, n].to(tk.float32))
     for m, n in tk.tiles(M, N):
         D[m, n] = P[m, n].to(tk.float32) + 1.0
+
+
+@tilelink.kernel("reduce C[M, N] sum\nreduce D[M, N] sum", example=EXAMPLE)
+def ar_two(A: Any, B: Any, C: Any, D: Any) -> None:
+    """Two sums of one product."""
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        C[m, n] = acc
+        D[m, n] = tk.silu(acc)

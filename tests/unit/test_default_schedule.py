@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.kernels.maps import ar_both
+from tests.kernels.maps import ar_both, ar_two
 from tilelink import kernels
 from tilelink.backend.pipeline import run_passes
 from tilelink.schedules import Schedule, ScheduleError, default_schedule
@@ -52,6 +52,15 @@ def test_sums_that_are_read_twice_are_announced_by_words_or_flags() -> None:
         by_sentinels = replace(schedule.move("P"), signal="sentinel", slots=2, sum="stage")
         with pytest.raises(ScheduleError, match="its sum is read 2 times"):
             run_passes(op, replace(schedule, moves=(("P", by_sentinels),)))
+
+
+def test_sums_that_do_not_fit_the_area_of_words_together_are_announced_by_flags() -> None:
+    for m, signal in ((128, "sentinel"), (320, "flag")):
+        op = ar_two.build({"M": m, "K": 3584, "N": 8192}, world=4)
+        schedule = default_schedule(op)
+        assert {move.signal for _, move in schedule.moves} == {signal}
+        assert {move.slots for _, move in schedule.moves} == {2}
+        run_passes(op, schedule)
 
 
 def test_a_tile_does_not_reach_past_the_block_of_a_rank() -> None:
