@@ -183,7 +183,7 @@ def _fits_slots(kernel: Op, extents: dict[str, int], moves: dict[str, Move]) -> 
 
 
 def _landing(kernel: Op, extents: dict[str, int], names: Sequence[str]) -> int:
-    """Bytes that what moves lands in, at most: a scatter once, a reduce in two shots twice, in one on each rank."""
+    """Bytes that what moves lands in, at most: a scatter once, a reduce twice, or in one shot on each rank."""
     total = 0
     for tensor in kernel.find("tensor"):
         if tensor.symbol in names:
