@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from tilelink.errors import TilelinkError
 from tilelink.ir import DTYPES, Expr, Op
-from tilelink.ir.layout import PAYLOAD, WORD_BYTES
+from tilelink.ir.layout import ENCODINGS, PAYLOAD
 from tilelink.ir.limits import check_rows
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -93,11 +93,12 @@ def dims_of(declaration: Op, env: Env) -> tuple[int, ...]:
 def bytes_of(declaration: Op, env: Env) -> int:
     """The size in bytes of a tensor's shard, a buffer, a flag or a counter array on one rank.
 
-    Half of a buffer of words is epochs.
+    Half of a buffer of words that hold epochs is epochs.
     """
     item = 4 if declaration.name in ("flag", "counter") else DTYPES[declaration["dtype"]]
     size = int(np.prod(dims_of(declaration, env), dtype=np.int64)) * item
-    return -(-size // PAYLOAD) * WORD_BYTES if declaration.get("words") else size
+    words = declaration.get("words")
+    return -(-size // PAYLOAD) * ENCODINGS[words].bytes if words else size
 
 
 def queue(

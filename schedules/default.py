@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
 from tilelink.ir import DTYPES, Op, Value
-from tilelink.ir.layout import DATA, PAYLOAD, SLOT_BYTES
+from tilelink.ir.layout import DATA, PAYLOAD, SLOT_BYTES, SLOT_SENTINELS
 from tilelink.schedules.schedule import Move, Schedule
 
 # Largest sums whose stores go straight to the peers (bench/results/mlp_h200x4.json): GEMM + reduce-scatter of
@@ -16,8 +17,11 @@ EPILOGUE_BYTES = {"reduce": 1 << 20, "scatter": 24 << 20}
 # Bytes of a sum over all ranks of which one shot is the faster way: 256 KB at 8 ranks, 1 MB at 2. One shot
 # sends every contribution to every rank, two shots send less and take one more trip over the link.
 ONE_SHOT_BYTES = 2 << 20
-# Largest reduce that travels as words: twice the bytes, for a flag less on every way.
-WORD_BYTES = 1 << 20
+# Largest sums that travel as words: those of the number of the call are twice the bytes, but nothing has to be put
+# back. Where a sum is not read once, and sentinels cannot announce it, a reduce travels so up to a larger size.
+WORD_BYTES = 128 << 10
+REREAD_WORD_BYTES = 1 << 20
+SENTINEL_BYTES = 8 << 20
 WORD_RANKS = 8  # at most: a thread polls its places of all of them at once
 # Tasks that are about enough for all SMs of a GPU: below, tiles are cut smaller.
 TASKS = 100
@@ -32,8 +36,8 @@ def default_schedule(kernel: Op) -> Schedule:
     Moved tensors travel by copy engine, which costs the computation nothing. A small sum is stored
     straight into its ranks, since the fixed cost of a copy would show: a reduce of at most 1 MiB (of 24
     MiB in two shots), a scatter of at most 24 MiB. Where a product has too few tiles for the SMs, they are
-    made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots; a
-    reduce of at most 1 MiB travels as words that signal themselves.
+    made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots; sums of
+    at most 8 MiB travel as words that signal themselves.
     Where the tiles of a product are more than there are workers, and parts are whole tiles, a reduce in two shots
     is summed in the epilogue of its own tiles, which are computed while the parts of the others arrive; but not
     many tiles, of which each would add parts for longer than it multiplies.
@@ -64,6 +68,9 @@ def default_schedule(kernel: Op) -> Schedule:
             name: replace(move, slots=2, signal=_signal(kernel, name, extents, move))
             for name, move in moves.items()
         }
+        signalling = [name for name, move in moves.items() if move.signal == "sentinel"]
+        if _landing(kernel, extents, signalling) > SLOT_SENTINELS:
+            moves = {name: replace(move, signal="flag") for name, move in moves.items()}
     chosen = small or Schedule(tiles=tuple(sorted(tiles.items())))
     if len(moves) == 1 and _sums_own(kernel, extents, chosen):
         moves = {name: replace(move, sum="epilogue", signal="flag") for name, move in moves.items()}
@@ -170,24 +177,34 @@ def _fits_slots(kernel: Op, extents: dict[str, int], moves: dict[str, Move]) -> 
     dynamic = any(op.get("dynamic") for op in kernel.find("extent"))
     if not moves or dynamic or int(kernel["world"]) == 1:
         return False
+    if not all(move.by_workers for move in moves.values()):
+        return False
+    return _landing(kernel, extents, tuple(moves)) <= SLOT_BYTES - DATA
+
+
+def _landing(kernel: Op, extents: dict[str, int], names: Sequence[str]) -> int:
+    """Bytes that what moves lands in, at most: a scatter once, a reduce twice, or in one shot on each rank."""
     total = 0
-    for name, move in moves.items():
-        tensor = next(op for op in kernel.find("tensor") if op.symbol == name)
-        if not move.by_workers:
-            return False
-        # A scatter lands once; a reduce of more than 2 MiB over all ranks twice, of less on each rank.
-        size = _bytes(tensor, extents)
-        total += size if tensor["move"] == "scatter" else max(2 * size, 2 << 20)
-    return total <= SLOT_BYTES - DATA
+    for tensor in kernel.find("tensor"):
+        if tensor.symbol in names:
+            size = _bytes(tensor, extents)
+            total += max(2 * size, ONE_SHOT_BYTES) if tensor["move"] == "reduce" else size
+    return total
 
 
 def _signal(kernel: Op, name: str, extents: dict[str, int], move: Move) -> str:
-    """``word`` for a small reduce that is stored and read by tiles of its two axes, in whole words."""
+    """``sentinel`` for a small sum that is stored and read by tiles of its two axes, in whole words, and ``word``
+    for the smallest."""
     tensor = next(op for op in kernel.find("tensor") if op.symbol == name)
     dims = [d if isinstance(d, int) else int(d.evaluate(extents)) for d in tensor["dims"]]
-    small = tensor["move"] == "reduce" and _bytes(tensor, extents) <= WORD_BYTES
-    world = int(kernel["world"])
-    if not small or len(dims) != 2 or move.resource != "epilogue" or world > WORD_RANKS:
+    size, world = _bytes(tensor, extents), int(kernel["world"])
+    if (
+        tensor["move"] == "gather"
+        or size > SENTINEL_BYTES
+        or len(dims) != 2
+        or move.resource != "epilogue"
+        or world > WORD_RANKS
+    ):
         return "flag"
     unit = world * PAYLOAD // DTYPES[tensor["dtype"]]
     used = [op for op in kernel.walk() if op.ref is not None and op.symbol == name]
@@ -197,7 +214,21 @@ def _signal(kernel: Op, name: str, extents: dict[str, int], move: Move) -> str:
             plain = [isinstance(i, Value) and i.type.is_tile for i in op.ref.index]
             if plain != [True, True]:
                 return "flag"
-    return "word" if dims[1] % max(1, unit) == 0 else "flag"
+    if dims[1] % max(1, unit):
+        return "flag"
+    if _read_once(kernel, name):
+        return "word" if size <= WORD_BYTES else "sentinel"
+    return "word" if tensor["move"] == "reduce" and size <= REREAD_WORD_BYTES else "flag"
+
+
+def _read_once(kernel: Op, name: str) -> bool:
+    """Whether every element of the sum of ``name`` is read once: by the compiler, or by one nest's own tiles."""
+    loads = [op for op in kernel.walk() if op.name == "load" and op.symbol == name]
+    if not loads:
+        return True
+    nests = [op for op in kernel.body if op.blocks and loads[0] in op.body]
+    index = loads[0].ref.index if loads[0].ref is not None else ()
+    return len(loads) == 1 and len(nests) == 1 and set(index) == set(nests[0].args)
 
 
 def product_extents(kernel: Op) -> tuple[set[str], set[str], set[str]]:

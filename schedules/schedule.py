@@ -19,8 +19,9 @@ MAX_SPLIT = 16
 MAX_WORKERS = 2**13
 MAX_STREAMS = 4
 SUMS = ("stage", "epilogue")
-# How what is stored on a peer says that it is there: by a flag behind it, or each word of it by itself.
-SIGNALS = ("flag", "word")
+# How what is stored on a peer says that it is there: by a flag behind it, or each word of it by itself, which
+# holds the number of the call too, or is no sentinel any more.
+SIGNALS = ("flag", "word", "sentinel")
 _RESOURCE = re.compile(r"copy_engine|epilogue|none|sm:[1-9]\d{0,4}")
 
 
@@ -51,8 +52,10 @@ class Move:
     while one signals or waits, another copies; each has its channels where their number divides, else its
     peers. ``signal``: how contributions and sums say that they have arrived. ``flag``: by a flag that is raised
     behind them; ``word``: every four bytes travel in a word of eight that holds the number of the call too, and
-    the reader polls the data. Twice the bytes, and no more than a flight over the link: for small sums, in two
-    slots, stored by the ``epilogue`` and added in a ``stage``.
+    the reader polls the data: twice the bytes, and no more than a flight over the link; ``sentinel``: every four
+    bytes land on a pattern that no data has, which the reader polls until it is gone and then puts back: the
+    bytes once, and a local store more. Both are for small sums, in two slots, stored by the ``epilogue`` and
+    added in a ``stage``; what is summed by sentinels is read once.
     """
 
     resource: str = "copy_engine"
@@ -120,7 +123,7 @@ class Move:
                 raise ScheduleError(
                     field="signal",
                     detail=f"words, but {field} is `{getattr(self, field)}`",
-                    help=f"words need {field} `{needed}`; or use the signal `flag`",
+                    help=f"`{self.signal}` needs {field} `{needed}`; or use the signal `flag`",
                 )
 
     def by(self, resource: str) -> Move:
@@ -151,8 +154,7 @@ class Schedule:
     """How a kernel is run.
 
     ``tiles``: tile length of each extent by name. ``order``: order of the tiles; ``auto`` starts with
-    what is here for a gather and ends with the own slice for a scatter, whose tiles for all peers take
-    turns where they are stored straight to them. ``group``: rows of tiles
+    what is here for a gather and ends with the own slice for a scatter. ``group``: rows of tiles
     walked together for the L2 cache. ``workers``: persistent CTAs. ``warps``, ``stages``: of the
     Triton kernel. ``emitter``: ``triton``; ``gluon``: matrix products run as kernels whose warps have
     roles, ``warps`` then those that multiply and ``stages`` the slots of the ring that they are fed

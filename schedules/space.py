@@ -44,8 +44,9 @@ CHANNELS = (None, 1, 2, 4, 8)
 SMALLEST_TILE = 16 * 32
 # Bytes of a sum from which on one shot, or a second set of slots, costs more than it can gain.
 SMALL_SUM = 32 << 20
-# The same of a sum as words that signal themselves, which are twice as many bytes.
-SMALL_WORDS = 4 << 20
+# The same of a sum as words that signal themselves: with the number of the call, which is twice as many bytes, and
+# without.
+SMALL_WORDS = {"flag": 1 << 62, "word": 4 << 20, "sentinel": 8 << 20}
 
 
 class Space:
@@ -175,8 +176,8 @@ def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
         axes["sum"] = SUMS
     if kind == "reduce":
         axes["shots"] = (1, 2) if size <= SMALL_SUM else (2,)
-    if resource == "epilogue" and size <= SMALL_WORDS:
-        axes["signal"] = SIGNALS
+    if resource == "epilogue":
+        axes["signal"] = tuple(s for s in SIGNALS if size <= SMALL_WORDS[s])
     axes["slots"] = (1, 2) if size <= SMALL_SUM else (1,)
     found = [dict(zip(axes, some, strict=True)) for some in itertools.product(*axes.values())]
     # In one shot no rank owns a part of the sum.

@@ -50,9 +50,11 @@ _SYNC = frozenset({"wait", "notify", "transfer"})
 
 def ops(scope: Scope, body: tuple[Op, ...]) -> None:
     """The ops of one block."""
+    emptied = len(scope.emptied)
     for op in body:
         handler = scope.over.get(op.name) or _OPS.get(op.name, _elementwise)
         handler(scope, op)
+    words.empty(scope, emptied)
 
 
 def assign(scope: Scope, op: Op, text: str, dirty: frozenset[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from tilelink.backend.emit.text import Writer, identifier, render
 from tilelink.errors import Span, TilelinkError
 from tilelink.ir import DTYPES, Expr, Op, Type, Value
-from tilelink.ir.layout import SLOT_BYTES, SLOT_WORDS, WORD
+from tilelink.ir.layout import ENCODINGS, SLOT_BYTES, WORD
 
 TL_DTYPE = {
     "bf16": "tl.bfloat16",
@@ -102,12 +102,14 @@ class Program:
     def offset(self, decl: Op) -> str:
         """The text of the byte at which a symmetric buffer begins in an arena."""
         text = str(decl["offset"])
-        step = SLOT_WORDS if decl.get("words") else SLOT_BYTES
+        words = decl.get("words")
+        step = ENCODINGS[words].slot if words else SLOT_BYTES
         return f"{text} + slot * {step}" if self.folded else text
 
     def cell(self, decl: Op) -> str:
-        """The element type by which a tensor or buffer is addressed: words of eight bytes are integers."""
-        return "tl.int64" if decl.get("words") else TL_DTYPE[decl["dtype"]]
+        """The element type by which a tensor or buffer is addressed: words that signal themselves are integers."""
+        words = decl.get("words")
+        return f"tl.int{8 * ENCODINGS[words].bytes}" if words else TL_DTYPE[decl["dtype"]]
 
     def carried(self, op: Op) -> bool:
         """Whether a wait or notify is of a flag that words carry: loads of the words wait themselves."""
@@ -228,6 +230,9 @@ class Scope:
     polled: dict[str, Op] = field(
         default_factory=dict
     )  # buffers of words: the wait in front of their load
+    emptied: list[list[str]] = field(
+        default_factory=list
+    )  # words that were read and are to be empty
     # Of a kernel whose warps have roles: ops that are written otherwise, the stage's rows and columns,
     # and whether tiles lie as memory is accessed, no longer as products leave them.
     over: dict[str, Callable[[Scope, Op], None]] = field(default_factory=dict)

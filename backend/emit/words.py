@@ -1,5 +1,7 @@
 """Loads and stores of buffers whose words signal themselves: a load polls all that it reads.
 
+The pointer's type says to the primitives how words say that they are there.
+
 Waits and notifies of the flags that such words carry make no code. A load takes from the wait in front of it what
 an error record says of it.
 """
@@ -11,7 +13,10 @@ from tilelink.backend.emit.scope import TL_DTYPE, Scope, item_bytes, refuse
 from tilelink.backend.passes.common import stages_of
 from tilelink.backend.passes.order_memory import divisor, starts_of
 from tilelink.ir import At, Expr, Index, Op, Range, Ref, Value
-from tilelink.ir.layout import PAYLOAD
+from tilelink.ir.layout import ENCODINGS, PAYLOAD
+
+# Bytes of words that are read and written at once where rows begin and end at multiples of them.
+VECTOR = 16
 
 
 def holds(scope: Scope, op: Op) -> bool:
@@ -43,8 +48,9 @@ def store(scope: Scope, op: Op) -> None:
     text = scope.names[value.name]
     if decl["dtype"] != value.type.dtype:
         text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
-    start, step, height, width, pair = _tile(scope, op, ref)
-    args = [name, "ctx.epoch", text, start, step, height, width, str(pair)]
+    start, step, height, width, vector = _tile(scope, op, ref)
+    epoch = "ctx.epoch" if decl["words"] == "epoch" else "None"
+    args = [name, epoch, text, start, step, height, width, str(vector)]
     scope.writer.call("device.store_words(", args)
 
 
@@ -60,7 +66,9 @@ def load(scope: Scope, op: Op) -> None:
     assert isinstance(producer, Expr)
     name = scope.define(value)
     where, dtype, shape = _common(scope, op, value)
-    args = ["ctx", where, *_place(scope, op, ref, shape, dtype)]
+    place = _place(scope, op, ref, shape, dtype)
+    _note_empty(scope, op, [where, *place, "1", "0"])
+    args = ["ctx", where, *place]
     args += [_flag(scope, op, index), scope.expr(producer), scope.tile, str(ident)]
     tail = "" if dtype == TL_DTYPE[value.type.dtype] else f".to({TL_DTYPE[value.type.dtype]})"
     scope.writer.call(f"{name} = device.load_words(", args, f"){tail}")
@@ -77,14 +85,25 @@ def load_sum(scope: Scope, op: Op) -> None:
     where, dtype, shape = _common(scope, op, value)
     apart = scope.expr(access.strides(scope, ref.symbol)[0])
     flag_step = scope.expr(access.strides(scope, scope.polled[ref.symbol].symbol)[0])
-    args = [
-        "ctx",
-        where,
-        *_place(scope, op, Ref(ref.symbol, (Expr.const(0), *ref.index[1:])), shape, dtype),
-    ]
-    args += [str(scope.program.world), apart, TL_DTYPE[value.type.dtype]]
+    first = Ref(ref.symbol, (Expr.const(0), *ref.index[1:]))
+    place = [*_place(scope, op, first, shape, dtype), str(scope.program.world), apart]
+    _note_empty(scope, op, [where, *place])
+    args = ["ctx", where, *place, TL_DTYPE[value.type.dtype]]
     args += [_flag(scope, op, (Expr.const(0), *index[1:])), flag_step, scope.tile, str(ident)]
     scope.writer.call(f"{name} = device.sum_words(", args)
+
+
+def _note_empty(scope: Scope, op: Op, args: list[str]) -> None:
+    """Have the words that a load empties emptied at the end of its block, behind what others wait for."""
+    if op.get("empty"):
+        scope.emptied.append(args)
+
+
+def empty(scope: Scope, first: int) -> None:
+    """The words that loads of a block have read, from number ``first`` on."""
+    for args in scope.emptied[first:]:
+        scope.writer.call("device.empty_words(", args)
+    del scope.emptied[first:]
 
 
 def _wait_of(scope: Scope, op: Op) -> tuple[tuple[Index, ...], int]:
@@ -112,12 +131,13 @@ def _common(scope: Scope, op: Op, value: Value) -> tuple[str, str, tuple[int, ..
 
 
 def _place(scope: Scope, op: Op, ref: Ref, shape: tuple[int, ...], dtype: str) -> list[str]:
-    start, step, height, width, pair = _tile(scope, op, ref)
-    return [start, step, f"({shape[0]}, {shape[1]})", dtype, height, width, str(pair)]
+    start, step, height, width, vector = _tile(scope, op, ref)
+    return [start, step, f"({shape[0]}, {shape[1]})", dtype, height, width, str(vector)]
 
 
 def _tile(scope: Scope, op: Op, ref: Ref) -> tuple[str, str, str, str, bool]:
-    """First element, elements from row to row, rows and columns that are there, and whether in pairs of words."""
+    """First element, elements from row to row, rows and columns that are there, and whether in whole
+    vectors of words."""
     found = [a for a in access.axes(scope, op, ref) if a is not None]
     live = [a for a in found if a.dim is not None]
     inner = found[-1]
@@ -126,7 +146,9 @@ def _tile(scope: Scope, op: Op, ref: Ref) -> tuple[str, str, str, str, bool]:
     terms = [access.times(a.start, scope.expr(a.stride, 5)) for a in found]
     start = " + ".join(t for t in terms if t != "0") or "0"
     limits = ["None" if a.dim is None or a.dim.exact else a.dim.length for a in live]
-    unit = 2 * PAYLOAD // item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))
+    decl = scope.program.symbols[ref.symbol]
+    payload = VECTOR // ENCODINGS[decl["words"]].bytes * PAYLOAD
+    unit = payload // item_bytes(str(decl["dtype"]))
     return start, scope.expr(live[0].stride), limits[0], limits[1], _even(scope, ref, inner, unit)
 
 

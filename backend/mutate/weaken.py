@@ -17,7 +17,8 @@ from tilelink.backend.mutate.sites import (
     with_attr,
     with_index,
 )
-from tilelink.ir import Expr, Op, Range, Ref, make
+from tilelink.ir import Expr, Op, Range, Ref, Value, make
+from tilelink.ir.layout import ENCODINGS
 
 
 def drop(program: Op) -> Iterator[Mutant]:
@@ -147,7 +148,7 @@ def one_slot(program: Op) -> Iterator[Mutant]:
 
 
 def unpolled(program: Op) -> Iterator[Mutant]:
-    """``buffer {words = true}`` -> without it, under flags that its words carry; such a flag -> carried by another
+    """``buffer {words = "…"}`` -> without it, under flags that its words carry; such a flag -> carried by another
     buffer's words, or raised."""
     tagged = [op.symbol for op in program.find("buffer") if op.get("words")]
     for site in sites(program, "buffer"):
@@ -163,6 +164,24 @@ def unpolled(program: Op) -> Iterator[Mutant]:
         if carried is not None:
             op = with_attr(site.op, "carried", None)
             yield mutant(program, site, "unpolled", "raised beside the words", op)
+
+
+def emptying(program: Op) -> Iterator[Mutant]:
+    """``load {empty = true}`` -> without it, or behind another that empties the same words; buffers of words that
+    hold epochs -> words that hold a sentinel, which no load puts back."""
+    for site in sites(program, "load", "load_sum"):
+        if site.op.get("empty"):
+            left = with_attr(site.op, "empty", None)
+            yield mutant(program, site, "emptying", "what was read stays there", left)
+            results = tuple(Value(f"{v.name}.before", v.type) for v in site.op.results)
+            before = replace(site.op, results=results)
+            yield mutant(program, site, "emptying", "emptied before it is read", before, site.op)
+    old, new = ENCODINGS["epoch"], ENCODINGS["sentinel"]
+    for site in sites(program, "buffer"):
+        if site.op.get("words") == "epoch":
+            place = (int(site.op["offset"]) - old.area) * new.bytes // old.bytes
+            op = site.op.with_attrs(words="sentinel", offset=new.area + place)
+            yield mutant(program, site, "emptying", "words that nobody empties", op)
 
 
 def missing_ack(program: Op) -> Iterator[Mutant]:

@@ -37,6 +37,8 @@ FINE_CHANNELS = 8
 # Tiles of a source up to which each has a channel of its own where it is stored straight to the peers: a
 # signal that nothing has to count is the shorter way.
 FINE_TILES = 256
+# How words say that they are there, by the signal of a move.
+ENCODING = {"word": "epoch", "sentinel": "sentinel"}
 
 
 def choose_channels(program: Op) -> Op:
@@ -143,8 +145,10 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
                 )
         tile, rows = _input_channels(program, tensor, info, move)
     else:
-        if move.signal == "word":
+        if move.signal in ENCODING:
             _check_words(program, tensor, info)
+        if move.signal == "sentinel":
+            _check_emptied(program, tensor)
         program = _count_tasks(program, name)
         info = moved(program, name)
         tile, rows = _output_channels(program, tensor, info, move)
@@ -156,7 +160,7 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             resource=move.resource,
             comm_tile=tile,
             channel_rows=rows,
-            polled=move.signal == "word" or None,
+            polled=ENCODING.get(move.signal),
             in_place=info.kind == "gather" and move.resource != "none" and _in_place(program, info),
         ),
     )
@@ -184,6 +188,29 @@ def _check_words(program: Op, tensor: Op, info: Moved) -> None:
             field=f"moves.{info.name}.signal",
             detail=f"`{info.name}` as words, but {wrong}",
             help="use the signal `flag`",
+        )
+
+
+def _check_emptied(program: Op, tensor: Op) -> None:
+    """ScheduleError unless every element of the sum of ``tensor`` is read once: that load empties its word."""
+    loads = [
+        (stage, load)
+        for stage in stages_of(program)
+        for load in accesses(stage, tensor.symbol, "load")
+        if not load.get("relay")
+    ]
+    wrong = f"its sum is read {len(loads)} times"
+    if len(loads) == 1:
+        ((stage, load),) = loads
+        assert load.ref is not None
+        once = load in stage.body and set(load.ref.index) == set(stage.args)
+        wrong = "" if once else "its sum is read by several tiles of the outer loops, or in a loop"
+    if wrong:
+        raise ScheduleError(
+            tensor.span,
+            field=f"moves.{tensor.symbol}.signal",
+            detail=f"`{tensor.symbol}` by sentinels, but {wrong}",
+            help="use the signal `word` or `flag`",
         )
 
 

@@ -109,7 +109,7 @@ def _part_axis(program: Op, schedule: Schedule, tensor: Op) -> int | None:
     fits: list[tuple[int, bool]] = []
     for axis, (dim, length) in enumerate(zip(tensor["dims"], dims, strict=True)):
         cut = {_cut(program, nest, tensor.symbol, axis) for nest in nests}
-        inner = axis == len(dims) - 1 and schedule.move(tensor.symbol).signal == "word"
+        inner = axis == len(dims) - 1 and schedule.move(tensor.symbol).signal != "flag"
         if inner and length // world * DTYPES[tensor["dtype"]] % PAYLOAD:
             continue  # parts of rows that are of no whole words
         if length % world or (cut != {None} and cut != {length // world}):

@@ -103,7 +103,8 @@ class Moved:
     two ``shots``: then each rank sums one part, and the parts go round. ``channel_rows``: local
     elements of one channel; ``tile``: of one communication tile. ``task_rows``: elements along the moved axis
     that one task stores, ``tasks_across``: tasks beside each other over all other axes. ``dynamic``: the moved
-    extent, where only its capacity is known. ``words``: what peers write says itself that it is there.
+    extent, where only its capacity is known. ``words``: the encoding in which what peers write says itself that it
+    is there; "" where flags do.
     """
 
     name: str
@@ -121,7 +122,7 @@ class Moved:
     tasks_across: int = 1
     dynamic: str | None = None
     shots: int = 1
-    words: bool = False
+    words: str = ""
 
     @property
     def live(self) -> Expr | int:
@@ -274,7 +275,7 @@ def moved(program: Op, name: str) -> Moved:
         tasks_across=int(op.get("tasks_across", 1)),
         dynamic=_dynamic_along(program, op, axis),
         shots=shots,
-        words=bool(op.get("polled")),
+        words=op.get("polled", ""),
     )
 
 

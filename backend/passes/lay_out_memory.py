@@ -22,13 +22,14 @@ def lay_out_memory(program: Op) -> Op:
 
     The program's ``bytes`` attribute is the arena that it needs, ``workspace`` the local memory beside
     it: what no peer writes lies apart, so that the next program's pushes cannot reach it. Places in an
-    arena of slots are those of even calls. Buffers of words take twice their size, in an area of their own.
+    arena of slots are those of even calls. Buffers of words lie in areas of their own, one an encoding; of words
+    that hold epochs they take twice their size.
     Invariant: places do not overlap and each kind stays in its area.
     """
     env = environment(program)
     used = _used(program)
     flags, counters, data, workspace = arena.FLAGS, arena.COUNTERS, arena.DATA, 0
-    words = arena.WORDS
+    words = {kind: encoding.area for kind, encoding in arena.ENCODINGS.items()}
     ops: list[Op] = []
     for op in program.body:
         if op.name == "tensor" and op["role"] == "temp":
@@ -50,9 +51,10 @@ def lay_out_memory(program: Op) -> Op:
                     workspace + _round(size, arena.ALIGN),
                 )
             elif op.name == "buffer" and op.get("words"):
-                op, words = (
-                    op.with_attrs(offset=words),
-                    words + _round(size, arena.ALIGN),
+                kind = op["words"]
+                op, words[kind] = (
+                    op.with_attrs(offset=words[kind]),
+                    words[kind] + _round(size, arena.ALIGN),
                 )
             elif op.name == "buffer":
                 op, data = op.with_attrs(offset=data), data + _round(size, arena.ALIGN)
@@ -69,14 +71,15 @@ def lay_out_memory(program: Op) -> Op:
                 f"{arena.SLOT_BYTES - arena.DATA}",
                 help="use `slots = 1` in the schedule",
             )
-        if words > arena.WORDS + arena.SLOT_WORDS:
-            raise UnsupportedProgram(
-                detail=f"{words - arena.WORDS} bytes of words do not fit a slot of {arena.SLOT_WORDS}",
-                help='use `signal = "flag"` in the schedule, or two shots',
-            )
         data += arena.SLOT_BYTES
-        if words > arena.WORDS:
-            data = words + arena.SLOT_WORDS
+        for kind, (_, area, slot) in arena.ENCODINGS.items():
+            if words[kind] > area + slot:
+                raise UnsupportedProgram(
+                    detail=f"{words[kind] - area} bytes of words do not fit a slot of {slot}",
+                    help='use `signal = "flag"` in the schedule, or two shots',
+                )
+            if words[kind] > area:
+                data = words[kind] + slot
     return program.with_ops(tuple(ops)).with_attrs(bytes=data, workspace=workspace or None)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from tilelink.backend.expand import environment, evaluate
+from tilelink.backend.passes.common import tasks_of_stage
 from tilelink.ir import DTYPES, All, At, Expr, Index, Op, Range, Ref, Value
 from tilelink.ir.node import DECLARATIONS
 
@@ -70,8 +71,8 @@ def can_flatten(program: Op, stage: Op) -> bool:
     """Whether ``stage`` asks for the flattened form and has the shape for it.
 
     Its body: constants, one tile loop that carries values and multiplies, then the epilogue; no waits,
-    and notifies of local counters alone, in the epilogue. Stores of words are not: they are for small sums, of
-    which a worker has a tile or two, and leave at once.
+    and one notify at most, in the epilogue. Where words carry it, a worker must have several tiles: of one, the
+    loop has nothing to gain.
     """
     if main_loop(program, stage) is None:
         return False
@@ -79,10 +80,16 @@ def can_flatten(program: Op, stage: Op) -> bool:
     if any(op.name in ("wait", "transfer") or op.get("own") is not None for op in inside):
         return False
     signals = [op for op in inside if op.name == "notify"]
-    if any(_carried(program, op) for op in signals):
+    if any(_carried(program, op) for op in signals) and not _several(program, stage):
         return False
     kept = all(op in stage.body and op.get("if") is None for op in signals)
     return kept and len(signals) <= 1
+
+
+def _several(program: Op, stage: Op) -> bool:
+    """Whether some worker has more than one task of ``stage``. A program with words has one launch."""
+    tasks = tasks_of_stage(program, stage)
+    return not isinstance(tasks, int) or tasks > int(program.find("launch")[0]["workers"])
 
 
 def main_loop(program: Op, stage: Op) -> Op | None:

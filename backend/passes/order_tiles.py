@@ -30,7 +30,7 @@ from tilelink.schedules import Schedule
 ELEMENTWISE_TILE = 8192
 # Elements of a tile that is only copied: the longer a load, the less its latency counts.
 COPIED_TILE = 2 * ELEMENTWISE_TILE
-# Bytes of words, without their epochs and over all ranks, that one thread polls for a tile of a sum.
+# Bytes of data in words, over all ranks, that one thread polls for a tile of a sum.
 POLLED = 256
 # Elements of the smallest tile of a sum: 16 bytes of 16-bit elements for each of 128 threads.
 LEAST_SUM = 1024
@@ -78,7 +78,10 @@ def order_tiles(program: Op) -> Op:
         ]
     for name, tensor in tensors_of(program).items():
         if tensor["move"] in ("scatter", "reduce") and tensor["role"] != "temp":
-            stages.append(_copied(program, schedule, _sum_stage(program, schedule, name)))
+            stage = _sum_stage(program, schedule, name)
+            if tensor["move"] == "scatter" and schedule.move(name).signal != "flag":
+                stage = stage.with_attrs(tile=_spread(program, schedule, stage))
+            stages.append(_copied(program, schedule, stage))
     launch = make(
         "launch",
         ref=Ref(program.symbol),
@@ -366,23 +369,11 @@ def _segments(
         attrs["visit"] = info.block_of(RANK, Expr.name("i"))
     else:
         attrs |= _all_segments(info)
-    order = schedule.order
-    if order == "auto":
-        order = "interleave" if _stored_to_many(info, first.order, schedule) else first.order
+    order = first.order if schedule.order == "auto" else schedule.order
     if not own and first.order != "own" and order in ("arrival", "departure", "interleave"):
         attrs["visit"] = _arrival(info) if order == "arrival" else _departure(info)
         attrs["interleave"] = True if order == "interleave" else None
     return attrs
-
-
-def _stored_to_many(info: Moved, order: str, schedule: Schedule) -> bool:
-    """Whether tiles are stored straight to several peers: then all links are to be busy at any time.
-
-    While all ranks store to one peer each, a rank's link takes 263 GB/s, and 378 where the tiles of three peers
-    alternate (4 H200, bench/results/links_h200x4.json).
-    """
-    resource = schedule.move(info.name).resource
-    return order == "departure" and resource == "epilogue" and info.world > 2
 
 
 def _all_segments(info: Moved) -> dict[str, object]:
@@ -421,8 +412,8 @@ def _relay_stage(program: Op, schedule: Schedule, name: str) -> Op:
 def _spread(program: Op, schedule: Schedule, stage: Op) -> tuple[int, ...]:
     """Tiles of a stage that sums this rank's part, with fewer rows where workers would have none.
 
-    A worker that stores to peers waits for round trips over the link: the more of them share the part, the
-    sooner it is there.
+    A worker that stores to peers waits for round trips over the link, and one that polls has so many places under
+    way: the more of them share the part, the sooner it is there.
     """
     names = environment(program)
     tiles = list(stage["tile"])
@@ -486,7 +477,7 @@ def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
     )
     attrs: dict[str, object] = {}
     info = moved(program, name)
-    if schedule.move(name).signal == "word" and len(tiles) == 2:
+    if schedule.move(name).signal != "flag" and len(tiles) == 2:
         most = POLLED * 32 * schedule.warps // (info.world * DTYPES[tensor["dtype"]])
         tiles = (max(1, min(tiles[0], most // tiles[1])), tiles[1])
     if tensor["move"] == "scatter":

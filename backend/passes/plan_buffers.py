@@ -37,10 +37,10 @@ def plan_buffers(program: Op) -> Op:
 
     Shards lie one behind the other in rank order in a landing buffer. The sums of a reduce in two shots
     land in a buffer of their own, where every later read finds them. What peers write is a buffer of words where
-    these signal themselves. Where rows are dynamic, buffers have
-    those of the capacity, except for what a collective of the library fills or empties, while the user's tensors
-    hold live rows alone: a segment of theirs begins where the live rows of the one before end. Invariant: no
-    access names a tensor at an index that this rank does not hold.
+    these signal themselves; what says so by a sentinel is emptied by the load that reads it. Where rows are
+    dynamic, buffers have those of the capacity, except for what a collective of the library fills or empties,
+    while the user's tensors hold live rows alone: a segment of theirs begins where the live rows of the one
+    before end. Invariant: no access names a tensor at an index that this rank does not hold.
     """
     buffers: list[Op] = []
     for name, tensor in tensors_of(program).items():
@@ -73,7 +73,7 @@ def _buffers(program: Op, tensor: Op, info: Moved) -> list[Op]:
     def buffer(suffix: str, dims: tuple[object, ...], space: str, alias: str = "") -> Op:
         return make(
             "buffer",
-            words=(info.words and space == "symmetric") or None,
+            words=(space == "symmetric" and info.words) or None,
             ref=Ref(f"{info.name}.{suffix}"),
             dims=dims,
             dtype=tensor["dtype"],
@@ -220,6 +220,8 @@ def _gathered(op: Op, info: Moved, cut: frozenset[Value]) -> Op:
 def _sum(op: Op, info: Moved) -> Op:
     assert op.ref is not None
     index = op.ref.index
+    if info.words == "sentinel":
+        op = op.with_attrs(empty=True)
     if info.shots == 2 and not op.get("relay"):
         return replace(op, ref=Ref(f"{info.name}.all", index))
     op = op.with_attrs(relay=None)

@@ -17,6 +17,7 @@ from tilelink.backend.runtime.errors import DriverError, Unavailable
 from tilelink.backend.runtime.groups import standing_for, store_of
 from tilelink.backend.runtime.image import Image
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
+from tilelink.backend.runtime.views import clear_words
 from tilelink.ir import layout
 
 
@@ -24,8 +25,8 @@ class Arena:
     """``size`` bytes on every rank of a group, mapped by all of them.
 
     ``views[r]`` is the arena of rank r as a uint8 tensor of this process; ``peers`` the int64 table of
-    their addresses on the GPU. Control words, flags, counters and words that signal themselves are zero, on every
-    rank, once :meth:`CudaState.allocate` returns.
+    their addresses on the GPU. Control words, flags and counters are zero, and words that signal themselves of
+    no call, on every rank, once :meth:`CudaState.allocate` returns.
     """
 
     def __init__(self, rank: int, world: int, device: torch.device, size: int, name: str) -> None:
@@ -47,8 +48,7 @@ class Arena:
             ]
             self.addresses = [view.data_ptr() for view in self.views]
             self.memory[: layout.DATA].zero_()
-            # No word is of a call yet. Beside slots this is data like any other.
-            self.memory[layout.WORDS :].zero_()
+        clear_words(self.views[rank])
         self.peers = torch.tensor(self.addresses, dtype=torch.int64, device=device)
         torch.cuda.synchronize(device)
 

@@ -22,13 +22,15 @@ class Slot:
     role: str = ""
     local: bool = False  # in this rank's workspace, not in the arena
     alias: str = ""  # the tensor or buffer whose memory it is; then it has no place of its own
-    tagged: bool = False  # its data lies in words that hold an epoch too
+    encoding: str = ""  # of words that signal themselves
 
     @property
     def bytes(self) -> int:
         """Its size."""
         size = math.prod(self.dims) * DTYPES[self.dtype]
-        return -(-size // layout.PAYLOAD) * layout.WORD_BYTES if self.tagged else size
+        if not self.encoding:
+            return size
+        return -(-size // layout.PAYLOAD) * layout.ENCODINGS[self.encoding].bytes
 
     @property
     def word(self) -> int:
@@ -128,19 +130,20 @@ class Image:
         return layout.SLOT_ARENA if self.slots == 2 else need
 
     @property
-    def places(self) -> tuple[tuple[int, int, bool], ...]:
-        """The bytes [first, last) of the arena that buffers lie in, of all slots, and whether they are words."""
-        found: list[tuple[int, int, bool]] = []
+    def places(self) -> tuple[tuple[int, int, str], ...]:
+        """The bytes [first, last) of the arena that buffers lie in, of all slots, and their encoding."""
+        found: list[tuple[int, int, str]] = []
         for slot in self.buffers.values():
             if slot.local or slot.alias:
                 continue
-            step = layout.SLOT_WORDS if slot.tagged else layout.SLOT_BYTES
-            area = layout.WORDS if slot.tagged else 0
+            area, step = 0, layout.SLOT_BYTES
+            if slot.encoding:
+                _, area, step = layout.ENCODINGS[slot.encoding]
             if self.slots == 2 and slot.offset + slot.bytes > area + step:
                 raise ValueError(f"@{slot.name} does not end in its slot of {step} bytes")
             for number in range(self.slots):
                 first = slot.offset + number * step
-                found.append((first, first + slot.bytes, slot.tagged))
+                found.append((first, first + slot.bytes, slot.encoding))
         return tuple(found)
 
     @property
@@ -195,7 +198,7 @@ def image_of(program: Op) -> Image:
                 int(op["offset"]) if op.get("alias") is None else 0,
                 local=op.get("space") == "local",
                 alias=op["alias"].symbol if op.get("alias") is not None else "",
-                tagged=bool(op.get("words")),
+                encoding=op.get("words", ""),
             )
             for op in program.find(kind)
         }
@@ -298,7 +301,7 @@ def widen(program: Op, narrow: str = "bf16", wide: str = "fp32") -> Op:
             attrs["dtype"] = wide
         if op.name == "buffer" and op.get("alias") is None:
             start = 0 if op.get("space") == "local" else layout.DATA
-            start = layout.WORDS if op.get("words") else start
+            start = layout.ENCODINGS[op["words"]].area if op.get("words") else start
             attrs["offset"] = start + (int(op["offset"]) - start) * ratio
         return replace(
             op,

@@ -22,6 +22,7 @@ from tilelink.backend.runtime import load_module, watch, write_module
 from tilelink.backend.runtime.groups import standing_for, store_of
 from tilelink.backend.runtime.image import Image, image_of, shared_bytes
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
+from tilelink.backend.runtime.views import clear_words
 from tilelink.backend.runtime.worker import Call, Shared, prepare_interpreter
 from tilelink.ir import Op, layout
 
@@ -35,6 +36,7 @@ class LocalArena:
         os.ftruncate(fd, shared_bytes(world, size))
         self.size = size
         self.shared = Shared(fd, rank, world, size)
+        clear_words(self.shared.arenas[rank])
         os.close(fd)
 
 

@@ -297,7 +297,7 @@ class Recorder(Views):
     ) -> None:
         """A persistent kernel of ``workers`` CTAs on the main stream."""
         self._join_main(after)
-        words = any(buffer.tagged for buffer in self.image.buffers.values())
+        words = any(buffer.encoding for buffer in self.image.buffers.values())
         options = compile_options(num_warps, num_stages, words)
         launch = compile_launch(kernel, workers, args, **options)
         self.plan.launches.append(launch)

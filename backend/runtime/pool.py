@@ -96,13 +96,13 @@ class Pool:
         self.words[2 * self.world * self.stride // layout.WORD :] = 0
 
     def poison(self, image: Image, epoch: int) -> None:
-        """Fills the buffers of a program with NaN, those of words with an epoch that is not met behind ``epoch``;
-        no rank may be running."""
+        """Fills the buffers of a program with NaN, which empties words that hold nothing else, and words that hold
+        epochs with one that is not met behind ``epoch``; no rank may be running."""
         far = np.array(epoch + (1 << 31) & 0xFFFFFFFF, dtype=np.uint32).view(np.int32)
         for rank in range(self.world):
-            for first, last, words in image.places:
+            for first, last, encoding in image.places:
                 place = slice(first // layout.WORD, -(-last // layout.WORD))
-                self.arena(rank)[place] = far if words else -1
+                self.arena(rank)[place] = far if encoding == "epoch" else layout.EMPTY
 
     def start_epoch(self, epoch: int) -> None:
         """Sets the epoch that the last call is taken to have had, with all flags; no rank may be running."""

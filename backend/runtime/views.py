@@ -179,3 +179,9 @@ def _descriptor(view: torch.Tensor, block: list[int], emitter: str) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(view, block)
+
+
+def clear_words(memory: torch.Tensor) -> None:
+    """Leaves no word of a call in an arena, ``memory`` (uint8). Beside slots this is data like any other."""
+    memory[layout.WORDS : layout.SENTINELS].zero_()
+    memory[layout.SENTINELS :].fill_(layout.EMPTY & 0xFF)

@@ -96,6 +96,10 @@ class Task:
         return f"rank {self.rank} {name}{worker}{text} (call {self.call})"
 
 
+# What is stored where words are emptied.
+EMPTIED = object()
+
+
 @dataclass(slots=True, eq=False)
 class Flight:
     """Words of one store on their way to ``rank``."""
@@ -222,6 +226,9 @@ class Machine:
     def land(self, task: Task, rank: int, region: Region, value: Any, uid: int) -> None:
         """A store reaches memory."""
         memory = self.memories[rank]
+        if value is EMPTIED:
+            self._empty(memory, region, task.call)
+            return
         if self.values:
             place = self.geometry.slot(region.symbol, task.call)
             target = memory.tensor(self.geometry.decls[region.symbol], place)
@@ -234,6 +241,15 @@ class Machine:
         if self.versions is not None and region.row >= 0:
             place = self.geometry.slot(region.symbol, task.call)
             self.versions.written(memory, place, region.mask, uid, task.call)
+
+    def _empty(self, memory: Memory, region: Region, call: int) -> None:
+        """The sentinel is back in words that were read."""
+        decl, place = self.geometry.decls[region.symbol], self.geometry.slot(region.symbol, call)
+        memory.words(decl, place)[0][region.mask] = 0
+        if self.values:
+            memory.tensor(decl, place)[region.key] = float("nan")
+        if self.versions is not None and region.row >= 0:
+            self.versions.emptied(memory, place, region.mask)
 
     def touch_down(self, flight: Flight) -> None:
         """Some words reach memory, and whoever polls them goes on."""
@@ -262,10 +278,14 @@ class Machine:
         if blocked.polled:
             decl = self.geometry.decls[blocked.symbol]
             epochs, _ = self.memories[rank].words(decl, blocked.place)
+            # A sentinel that is gone says nothing of the call that wrote there.
+            any_call = decl.op["words"] == "sentinel"
             return [
                 number
                 for number, (region, _) in enumerate(blocked.polled)
-                if (epochs[region.mask] != blocked.need).any()
+                if (
+                    epochs[region.mask] == 0 if any_call else epochs[region.mask] != blocked.need
+                ).any()
             ]
         if not blocked.elements:
             return []
@@ -416,7 +436,7 @@ class Runner:
                 machine.stale = error
 
     def _poll(self, ins: Load) -> Steps:
-        """Until each word that is read is of this call. Then whoever wrote one has begun the call there."""
+        """Until each word that is read is there. Then whoever wrote one has begun the call there."""
         task, machine, symbol = self.task, self.machine, ins.op.symbol
         place = self.geometry.slot(symbol, task.call)
         several = ins.op.name == "load_sum"
@@ -440,8 +460,25 @@ class Runner:
     def _load(self, ins: Load) -> None:
         for number, part in enumerate(ins.parts):
             self.see(ins, number, part)
-        if not self.machine.values:
-            return
+        if self.machine.values:
+            self._take(ins)
+        for part in ins.parts if ins.empty else ():
+            self._empty(ins, part)
+
+    def _empty(self, ins: Load, region: Region) -> None:
+        """Put the sentinel back into words that were read; it may stay in the store buffer until a release."""
+        task, machine = self.task, self.machine
+        if region.row >= 0:
+            access = Access(ins.op, True, task, ins.place)
+            place = self.geometry.slot(region.symbol, task.call)
+            self.memory.trackers[place].write(region.row, access, task.view, polled=task.call)
+        if machine.late():
+            task.pending.append((task.rank, region, EMPTIED, -1))
+        else:
+            machine.land(task, task.rank, region, EMPTIED, -1)
+
+    def _take(self, ins: Load) -> None:
+        """The value of a load."""
         op, result = ins.op, ins.op.results[0]
         dtype = TORCH_DTYPES[result.type.dtype]
         if op.name == "load_sum":
@@ -457,7 +494,8 @@ class Runner:
         check_shape(op, op.symbol, tuple(found.shape), ins.shape)
         found = found.to(dtype)
         # A later store must not change what this load has seen.
-        self._set(result, found.clone() if ins.parts[0].symbol in self._written else found)
+        changes = ins.empty or ins.parts[0].symbol in self._written
+        self._set(result, found.clone() if changes else found)
 
     def _store(self, ins: Store) -> None:
         value = self.values[ins.value] if self.machine.values else None

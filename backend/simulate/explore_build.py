@@ -186,29 +186,65 @@ class Builder:
 
     def _meet_words(self) -> None:
         """A load of words waits for every store of this call that it reads something of, and for ever for words
-        that none stores."""
+        that none stores, or that another load has emptied.
+
+        Where a sentinel alone says that words are there, it does not wait for those that an earlier call left. Its
+        rank's calls come one after the other, so which words those are is the same in every interleaving.
+        """
         by_place: dict[tuple[int, int, str], list[tuple[Box, Node]]] = {}
         for call, node in self.stored:
             for rank, symbol, box, _ in node.accesses:
                 by_place.setdefault((call, rank, symbol), []).append((box, node))
-        for call, poll in self.polls:
-            found: dict[int, None] = {}
-            assert poll.op is not None
-            place = self.geometry.slot(self.geometry.home(poll.op.symbol), call)
-            for rank, symbol, box, kind in poll.accesses:
-                if symbol != place or kind != READ:
-                    continue
-                left = np.ones([hi - lo for lo, hi in box], dtype=bool)
-                for other, node in by_place.get((call, rank, symbol), ()):
-                    if meets(box, other):
-                        left[tuple(
-                            slice(max(a, c) - a, min(b, d) - a)
-                            for (a, b), (c, d) in zip(box, other, strict=True)
-                        )] = False  # fmt: skip
+        held: dict[tuple[int, str], np.ndarray[Any, np.dtype[np.bool_]]] = {}
+        for now in range(self.calls):
+            taken: list[tuple[int, str, Box]] = []
+            for call, poll in self.polls:
+                if call == now:
+                    self._meet(poll, call, by_place, held, taken)
+            for (call, rank, symbol), stores in by_place.items():
+                if call == now and (rank, symbol) in held:
+                    for box, _ in stores:
+                        held[rank, symbol][_slices(box)] = True
+            for rank, symbol, box in taken:
+                held[rank, symbol][_slices(box)] = False
+
+    def _meet(
+        self,
+        poll: Node,
+        call: int,
+        by_place: dict[tuple[int, int, str], list[tuple[Box, Node]]],
+        held: dict[tuple[int, str], np.ndarray[Any, np.dtype[np.bool_]]],
+        taken: list[tuple[int, str, Box]],
+    ) -> None:
+        """What one load waits for; ``held``: words of earlier calls, ``taken``: what this call has emptied."""
+        assert poll.op is not None
+        found: dict[int, None] = {}
+        decl = self.geometry.decls[self.geometry.home(poll.op.symbol)]
+        place = self.geometry.slot(decl.name, call)
+        for rank, symbol, box, kind in poll.accesses:
+            if symbol != place or kind != READ:
+                continue
+            left = np.ones([hi - lo for lo, hi in box], dtype=bool)
+            if decl.op["words"] == "sentinel":
+                before = held.setdefault((rank, symbol), np.zeros(decl.shape, dtype=bool))
+                left &= ~before[_slices(box)]
+            missing = left.copy()
+            for other, node in by_place.get((call, rank, symbol), ()):
+                if meets(box, other):
+                    inside = tuple(
+                        slice(max(a, c) - a, min(b, d) - a)
+                        for (a, b), (c, d) in zip(box, other, strict=True)
+                    )
+                    missing[inside] = False
+                    if left[inside].any():
                         found[node.elements[0]] = None
-                if left.any():
-                    found[self.element(PSEUDO, "words that nobody stores")] = None
-            poll.elements = tuple(found)
+            if missing.any() or any(
+                (r, s) == (rank, symbol) and meets(box, b) for r, s, b in taken
+            ):
+                found[self.element(PSEUDO, "words that nobody stores")] = None
+            if poll.op.get("empty"):
+                taken.append((rank, symbol, box))
+        poll.elements = tuple(found)
 
     def _user(self, rank: int) -> None:
         """The user writes inputs, calls, and reads outputs when all agents of the call have ended."""
@@ -540,6 +576,8 @@ class Builder:
         if op.name == "load":
             ref = own if when is not None and self._value(when, at) else op.ref
             self._touch(at, at.rank, ref, kind)
+            if op.get("empty"):
+                self._touch(at, at.rank, ref, WRITE)
             return
         for source in range(self.geometry.world):
             if own is not None and source == at.rank:
@@ -547,6 +585,8 @@ class Builder:
             elif not op.operands or source != at.rank:
                 part = Ref(op.ref.symbol, (Expr.const(source), *op.ref.index[1:]))
                 self._touch(at, at.rank, part, READ)
+                if op.get("empty"):
+                    self._touch(at, at.rank, part, WRITE)
 
     def _peer(self, at: _Place, op: Op) -> int:
         peer = op.get("peer")
@@ -694,6 +734,10 @@ class Builder:
             most = None if asked is None else asked + slack.get(symbols[word], 0)
             found.append((word, most))
         return found
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(lo, hi) for lo, hi in box)
 
 
 def _after_head(geometry: Geometry) -> set[str]:

@@ -104,15 +104,25 @@ class Tracker:
             stamps[view.component] = mine
 
     def write(
-        self, row: int, access: Access, view: View, stamp: tuple[int, int] | None = None
+        self,
+        row: int,
+        access: Access,
+        view: View,
+        stamp: tuple[int, int] | None = None,
+        polled: int = -1,
     ) -> None:
         """Record a write, by component and clock ``stamp`` where it is not the agent's own; RaceError
-        if an earlier access is not ordered before it."""
+        if an earlier access is not ordered before it.
+
+        ``polled``: as for a read, of words that are emptied.
+        """
         if not self._armed:
             return
         reads, writes = self._reads, self._writes
         for other in self._table.meets[row]:
             earlier = writes.get(other)
+            if earlier and polled >= 0:
+                earlier = {c: at for c, at in earlier.items() if at[1].by.call != polled}
             if earlier:
                 self._check(earlier, access, view)
             earlier = reads.get(other)
@@ -205,7 +215,7 @@ class Memory:
         self.scalars: dict[str, Any] = {}
         self.tensors: dict[str, torch.Tensor] = {}
         self.versions: dict[str, NDArray[np.int64]] = {}
-        # Of buffers of words: the epoch of each word, and the rank that wrote it.
+        # Of buffers of words: the epoch in which each word was written, 0 of an empty one, and by which rank.
         self.epochs: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def words(self, decl: Decl, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -96,7 +96,7 @@ class Load:
     """A read of this rank's memory; ``parts`` has one region, or one a source rank for ``load_sum``.
 
     ``own``: the value that is the part of this rank, whose region is left out then; "" where there is none.
-    ``words``: it polls words that signal themselves.
+    ``words``: it polls words that signal themselves; ``empty``: and empties them.
     """
 
     op: Op
@@ -107,6 +107,7 @@ class Load:
     tma: bool
     own: str = ""
     words: bool = False
+    empty: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -504,7 +505,8 @@ class Tracer:
         tma = op.get("via") == "tma"
         mine = op.operands[0].name if op.operands else ""
         words = self._is_words(op.ref)
-        return Load(op, self.place, self._uid(op), parts, shape, tma, mine, words)
+        empty = bool(op.get("empty"))
+        return Load(op, self.place, self._uid(op), parts, shape, tma, mine, words, empty)
 
     def _is_words(self, ref: Ref) -> bool:
         return bool(self.geometry.decls[ref.symbol].op.get("words"))

@@ -48,6 +48,10 @@ class Versions:
         """A write has reached memory, in the slot called ``place``."""
         memory.versions[place][mask] = (uid << CALLS) + call
 
+    def emptied(self, memory: Memory, place: str, mask: Any) -> None:
+        """Words have been emptied, in the slot called ``place``: what was there is nobody's any more."""
+        memory.versions[place][mask] = UNWRITTEN
+
     def read(
         self,
         memory: Memory,

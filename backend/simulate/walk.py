@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args, keep_scalar
 from tilelink.ir import DTYPES, Op, Ref, Value
+from tilelink.ir.layout import ENCODINGS, PAYLOAD
 from tilelink.ir.limits import check_rows
 
 Element: TypeAlias = tuple[int, ...]
@@ -208,8 +209,9 @@ class Walker:
             _, box = self.geometry.region(ref, self.env, self.values)
         except KeyError:  # an index that only values know
             return prod(decl.shape) * DTYPES[decl.dtype]
-        # Half of a word that signals itself is the epoch.
-        size = DTYPES[decl.dtype] * (2 if decl.op.get("words") else 1)
+        # A word that signals itself may be longer than its data.
+        words = decl.op.get("words")
+        size = DTYPES[decl.dtype] * (ENCODINGS[words].bytes // PAYLOAD if words else 1)
         return prod(hi - lo for lo, hi in box) * size
 
     def cost(self, op: Op) -> Cost:
@@ -257,7 +259,9 @@ class Walker:
             size = prod(self.geometry.shape(value, self.env)) * DTYPES[value.type.dtype] * copies
             if op.name == "load_sum" and op.operands:
                 return Cost(sums=size, elementwise=size / 2)
-            return Cost(bytes=size, elementwise=size / 2 if op.name == "load_sum" else 0.0)
+            # What a load empties it stores, too.
+            touched = size * (2 if op.get("empty") else 1)
+            return Cost(bytes=touched, elementwise=size / 2 if op.name == "load_sum" else 0.0)
         if op.name == "dot":
             a, b = (self._whole_shape(v) for v in op.operands[:2])
             dtype = op.operands[0].type.dtype

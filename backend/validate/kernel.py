@@ -24,7 +24,7 @@ from tilelink.backend.validate.values import (
     Special,
     full,
 )
-from tilelink.ir.layout import COUNTERS, WORD, WORD_BYTES
+from tilelink.ir.layout import COUNTERS, ENCODINGS, WORD
 
 
 class KernelMachine(AccessMachine):
@@ -147,8 +147,9 @@ class KernelMachine(AccessMachine):
         if place is None or place % 16:
             self.unclear("an offset in the arena that is not a constant multiple of 16")
         symbol, byte = self.layout.buffer(place, self.dtype(dtype))
-        words = bool(self.layout.declared[symbol].get("words"))
-        return Pointer(symbol, home, byte, WORD_BYTES if words else self.layout.item[symbol])
+        words = self.layout.declared[symbol].get("words")
+        unit = ENCODINGS[words].bytes if words else self.layout.item[symbol]
+        return Pointer(symbol, home, byte, unit)
 
     def context(self, ctx: Any) -> None:
         """Refuses anything but the context."""

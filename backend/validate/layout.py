@@ -9,7 +9,7 @@ import numpy as np
 from tilelink.backend.expand import bytes_of, dims_of, environment
 from tilelink.backend.validate.values import Ints
 from tilelink.ir import DTYPES, Op
-from tilelink.ir.layout import SLOT_BYTES, SLOT_FLAGS, SLOT_WORDS, WORD
+from tilelink.ir.layout import ENCODINGS, SLOT_BYTES, SLOT_FLAGS, WORD
 
 TL_NAMES = {
     "bf16": "bfloat16",
@@ -82,7 +82,8 @@ class Layout:
             return place
         if op.name == "flag":
             return place + self.SLOT * SLOT_FLAGS
-        return place + self.SLOT * (SLOT_WORDS if op.get("words") else SLOT_BYTES)
+        words = op.get("words")
+        return place + self.SLOT * (ENCODINGS[words].slot if words else SLOT_BYTES)
 
     @property
     def counter_words(self) -> tuple[int, int]:
@@ -124,8 +125,9 @@ class Layout:
             size = bytes_of(op, self.env)
             if first <= offset < first + size:
                 if op.get("words"):
-                    if dtype != "int64":
-                        raise Misfit(f"@{name} is of words of 64 bits")
+                    bits = 8 * ENCODINGS[op["words"]].bytes
+                    if dtype != f"int{bits}":
+                        raise Misfit(f"@{name} is of words of {bits} bits")
                 elif TL_NAMES[str(op["dtype"])] != dtype:
                     raise Misfit(f"@{name} holds {op['dtype']}, not {dtype}")
                 return name, offset - first

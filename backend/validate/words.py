@@ -6,7 +6,7 @@ notifies. :func:`stand_ins` puts them where the module's own loads and stores ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +15,21 @@ import numpy as np
 from tilelink.backend.expand_rows import Access, Expansion, Sync
 from tilelink.backend.validate.kernel import KernelMachine
 from tilelink.backend.validate.layout import TL_NAMES
-from tilelink.backend.validate.trace import Poll
+from tilelink.backend.validate.trace import Poll, Trace
 from tilelink.backend.validate.values import Data, Flow, Ints, Key, Name, Pointer, full
-from tilelink.ir.layout import PAYLOAD, WORD_BYTES
+from tilelink.ir.layout import ENCODINGS, PAYLOAD
+
+VECTOR = 16  # bytes of words that are stored and loaded at once where a call says so
 
 
 class WordMachine(KernelMachine):
     """A kernel that may store and poll words; see :mod:`kernel`."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.full: list[
+            tuple[object, ...]
+        ] = []  # what was read and says by itself that it is there
 
     def on_device_store_words(
         self,
@@ -32,20 +40,25 @@ class WordMachine(KernelMachine):
         step: Any,
         height: Any,
         width: Any,
-        pair: Any,
+        vector: Any,
     ) -> None:
         """``device.store_words``."""
         symbol, home = self.tagged(words)
-        shift = epoch.of.v if isinstance(epoch, Name) and epoch.path == "epoch" else None
-        if shift is None or np.any(full(shift, self.lanes)[self.on]):
-            self.hazard("words are stored with another number than the epoch of the call")
+        if self.layout.declared[symbol]["words"] == "epoch":
+            shift = epoch.of.v if isinstance(epoch, Name) and epoch.path == "epoch" else None
+            if shift is None or np.any(full(shift, self.lanes)[self.on]):
+                self.hazard("words are stored with another number than the epoch of the call")
+        elif epoch is not None:
+            self.unclear("words of four bytes that are stored with a number")
         tile = self.data(value)
         dtype = TL_NAMES[str(self.layout.declared[symbol]["dtype"])]
         if tile.rounded != dtype and (tile.rounded or dtype != "float32"):
             self.hazard(f"the tile is not converted to {dtype}, which the words of @{symbol} hold")
         if tile.form or len(tile.shape) != 2:
             self.unclear("a store of words that is no tile of two axes")
-        lo, hi, axes = self.box(symbol, self.number(start).v, step, tile.shape, height, width, pair)
+        lo, hi, axes = self.box(
+            symbol, self.number(start).v, step, tile.shape, height, width, vector
+        )
         self.write(symbol, "generic", self.on, home, lo, hi, tile.flows, axes)
         self.trace.next()  # a notify that these words carry stands here
 
@@ -59,7 +72,7 @@ class WordMachine(KernelMachine):
         dtype: Any,
         height: Any,
         width: Any,
-        pair: Any,
+        vector: Any,
         flag: Any,
         producer: Any,
         tile: Any,
@@ -68,7 +81,7 @@ class WordMachine(KernelMachine):
         """``device.load_words``."""
         symbol = self.polled(ctx, words, dtype, tile, wait)
         sizes = self.shape(shape)
-        box = self.box(symbol, self.number(start).v, step, sizes, height, width, pair)
+        box = self.box(symbol, self.number(start).v, step, sizes, height, width, vector)
         self.trace.next()  # a wait that these words carry stands here
         flow = self.part(symbol, box, flag, full(self.number(producer).v, self.lanes))
         key = (*self.site, symbol, 0)
@@ -84,7 +97,7 @@ class WordMachine(KernelMachine):
         dtype: Any,
         height: Any,
         width: Any,
-        pair: Any,
+        vector: Any,
         parts: Any,
         apart: Any,
         result: Any,
@@ -104,7 +117,7 @@ class WordMachine(KernelMachine):
         flows: dict[Key, Flow] = {}
         for source in range(self.layout.world):
             at = np.asarray(first, dtype=np.int64) + source * np.asarray(by, dtype=np.int64)
-            box = self.box(symbol, at, step, sizes, height, width, pair)
+            box = self.box(symbol, at, step, sizes, height, width, vector)
             shifted = replace(word, v=np.asarray(word.v) + source * np.asarray(word_by))
             flow = self.part(symbol, box, shifted, np.full(self.lanes, source, dtype=np.int64))
             if np.any((flow.lo[:, 0] != source)[flow.have]):
@@ -118,16 +131,64 @@ class WordMachine(KernelMachine):
     ) -> Flow:
         """One tile of words that is polled: what comes of it, named in an error record as it should be."""
         lo, hi, axes = box
+        if self.layout.declared[symbol]["words"] == "sentinel":
+            self.full.append(self.held(symbol, lo, hi))
         self.named(symbol, flag, producer)
         self.read(symbol, "generic", self.on, self.rank, lo, hi, None)
         return Flow(symbol, self.on & np.all(hi > lo, axis=1), self.rank, lo, hi, axes)
+
+    def on_device_empty_words(
+        self,
+        words: Any,
+        start: Any,
+        step: Any,
+        shape: Any,
+        dtype: Any,
+        height: Any,
+        width: Any,
+        vector: Any,
+        parts: Any,
+        apart: Any,
+    ) -> None:
+        """``device.empty_words``: of what loads of the same task have read, each once."""
+        symbol, home = self.tagged(words)
+        if self.layout.declared[symbol]["words"] != "sentinel":
+            self.hazard(f"words of @{symbol} hold epochs, which nothing empties")
+        if np.any((home != self.rank)[self.on]):
+            self.hazard("words in memory of a peer are emptied")
+        if self.dtype(dtype) != TL_NAMES[str(self.layout.declared[symbol]["dtype"])]:
+            self.hazard(f"@{symbol} holds {self.layout.declared[symbol]['dtype']}")
+        if not isinstance(parts, int):
+            self.unclear("a number of parts that is not constant")
+        sizes, first = self.shape(shape), self.number(start).v
+        by = self.number(apart).v
+        for part in range(parts):
+            at = np.asarray(first, dtype=np.int64) + part * np.asarray(by, dtype=np.int64)
+            lo, hi, _ = self.box(symbol, at, step, sizes, height, width, vector)
+            held = self.held(symbol, lo, hi)
+            if held not in self.full:
+                self.hazard(f"words of @{symbol} are emptied that this task has not read before")
+            self.full.remove(held)
+
+    def held(self, symbol: str, lo: Ints, hi: Ints) -> tuple[object, ...]:
+        """What a task has read and not emptied: the task in each lane, and the box."""
+        rows = (self.on, self.segment[self.on], lo[self.on], hi[self.on])
+        return (symbol, self.stage, *(row.tobytes() for row in rows))
+
+    def start(self, arguments: Mapping[str, Any]) -> Trace:
+        """As :meth:`AccessMachine.start`; what sentinels announced is empty again when the kernel ends."""
+        trace = super().start(arguments)
+        if self.full:
+            self.hazard(f"words of @{self.full[0][0]} are read and not emptied")
+        return trace
 
     def tagged(self, words: Any) -> tuple[str, Ints]:
         """The buffer of words that a pointer is to the first of, and whose memory it is in."""
         plain = isinstance(words, Pointer) and not words.shape and not words.tokens
         if not plain or not self.layout.declared[words.symbol].get("words"):
             self.unclear("a pointer to something that is no buffer of words")
-        if words.unit != WORD_BYTES or np.any(full(words.base, self.lanes)[self.on]):
+        unit = ENCODINGS[self.layout.declared[words.symbol]["words"]].bytes
+        if words.unit != unit or np.any(full(words.base, self.lanes)[self.on]):
             self.unclear("a pointer to words that is not to the first")
         return words.symbol, full(words.home, self.lanes)
 
@@ -165,10 +226,10 @@ class WordMachine(KernelMachine):
         shape: tuple[int, ...],
         height: Any,
         width: Any,
-        pair: Any,
+        vector: Any,
     ) -> tuple[Ints, Ints, tuple[int, ...]]:
         """The elements of a tile of words, in all lanes: whole words, or whole pairs of them."""
-        if pair not in (True, False) or len(shape) != 2:
+        if vector not in (True, False) or len(shape) != 2:
             self.unclear("words of another form")
         item, on = self.layout.item[symbol], self.on
         (first, by) = self.subset(on, start, self.number(step).v)
@@ -179,10 +240,13 @@ class WordMachine(KernelMachine):
                 (some,) = self.subset(on, self.number(limit).v)
                 whole = np.clip(some, 0, whole)
             extents.append(whole)
-        unit = PAYLOAD * (2 if pair else 1)
+        words = ENCODINGS[self.layout.declared[symbol]["words"]].bytes
+        unit = PAYLOAD * (VECTOR // words if vector else 1)
         ends = (first * item % unit, extents[1] * item % unit, (extents[0] > 1) * by * item % unit)
         if any(np.any(e[(extents[0] > 0) & (extents[1] > 0)]) for e in ends):
-            self.hazard(f"rows of this tile are not of whole {'pairs of ' if pair else ''}words")
+            self.hazard(
+                f"rows of this tile are not of whole {'vectors of ' if vector else ''}words"
+            )
         steps = [by, np.ones_like(by)]
         lo, hi, axes = self.layout.box(symbol, first * item, item, extents, steps)
         live = [a for a in axes if a >= 0]

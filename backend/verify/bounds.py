@@ -17,15 +17,14 @@ from tilelink.ir.layout import (
     COUNTER_BYTES,
     COUNTERS,
     DATA,
+    ENCODINGS,
     FLAG_BYTES,
     FLAGS,
     MAX_WORLD,
     PAYLOAD,
     SLOT_BYTES,
     SLOT_FLAGS,
-    SLOT_WORDS,
     WORD,
-    WORDS,
 )
 
 TMA_BYTES = 16  # the boxes of a descriptor begin at a multiple of it in a row
@@ -144,6 +143,13 @@ def _whole_words(out: Expansion, access: Access) -> None:
     if not declared.get("words"):
         return
     size = DTYPES[declared["dtype"]]
+    length = out.dims[access.symbol][-1] * size
+    if length % PAYLOAD:
+        raise BoundsError(
+            declared.span,
+            symbol=access.symbol,
+            detail=f"its rows, {length} bytes each, are not whole words",
+        )
     ends = np.column_stack((access.lo[:, -1], access.hi[:, -1])) * size
     bad = np.flatnonzero((ends % PAYLOAD).any(axis=1))
     if len(bad):
@@ -232,8 +238,9 @@ def _areas(out: Expansion) -> None:
         elif op.name == "counter":
             areas = [(COUNTERS, COUNTERS + COUNTER_BYTES)]
         elif op.get("words"):
-            # Nothing but words, lest other data be taken for an epoch.
-            areas = [(WORDS, WORDS + SLOT_WORDS)]
+            # Nothing but words of this encoding, lest other data be taken for an epoch, or for data that is there.
+            _, area, slot = ENCODINGS[op["words"]]
+            areas = [(area, area + slot)]
         else:
             shared = (DATA, SLOT_BYTES if slots else 1 << 62)
             areas = [(0, 1 << 62) if op.get("space") == "local" else shared]
@@ -254,7 +261,8 @@ def _areas(out: Expansion) -> None:
         room = out.program.get("workspace" if local else "bytes")
         if slots and not local and room is not None:
             # That of odd calls lies behind.
-            room = int(room) - (SLOT_WORDS if op.get("words") else SLOT_BYTES)
+            words = op.get("words")
+            room = int(room) - (ENCODINGS[words].slot if words else SLOT_BYTES)
         if op.name == "buffer" and room is not None and end > int(room):
             raise BoundsError(
                 op.span,

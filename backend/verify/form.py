@@ -13,7 +13,7 @@ from tilelink.backend.passes.bind_emitter import Unfit, split_product
 from tilelink.backend.product import NotAProduct, product_of
 from tilelink.backend.verify.errors import UndecidedError
 from tilelink.ir import All, At, Broadcast, Expr, Op, Range, Ref, Value, parse_ir
-from tilelink.ir.layout import ACK, WORD
+from tilelink.ir.layout import ACK, ENCODINGS, WORD
 from tilelink.ir.node import DECLARATIONS
 
 AGENTS = ("head", "stream", "launch", "collective")
@@ -31,7 +31,7 @@ WORDS = {
     "queue": ("static", "dynamic"),
     "space": ("symmetric", "local"),
 }
-SWITCHES = ("barrier", "proxy", "drain", "wide", "cleared", "folded")
+SWITCHES = ("barrier", "proxy", "drain", "wide", "cleared", "folded", "empty")
 Dim: TypeAlias = "str | int | None"  # a tile's length by its name, a number, or unknown
 
 
@@ -324,9 +324,15 @@ _IDLE = ("order", "scope", "barrier", "compare", "epoch", "through", "delay", "d
 def _check_words(program: Op) -> None:
     """Words that signal themselves lie where two slots alternate; loads and stores of tiles alone touch them."""
     declared = {op.symbol: op for op in program.body if op.name in DECLARATIONS}
-    tagged = {name for name, op in declared.items() if op.name == "buffer" and op.get("words")}
+    tagged = {
+        name: op["words"]
+        for name, op in declared.items()
+        if op.name == "buffer" and op.get("words")
+    }
     for name in sorted(tagged):
         buffer = declared[name]
+        if tagged[name] not in ENCODINGS:
+            _fail(buffer, f"`words = {tagged[name]}` means nothing")
         if program.get("slots") != 2 or buffer.get("space") != "symmetric":
             _fail(buffer, "words are of a symmetric buffer in a program with `slots = 2`")
         if buffer["dtype"] not in ("bf16", "fp16", "fp32"):
@@ -346,6 +352,10 @@ def _check_words(program: Op) -> None:
                 if agent.name != "launch" or agent.get("emitter") is not None:
                     _fail(op, "words are polled by kernels of the emitter `triton`")
             refs = [r for r in (op.ref, *(v for _, v in op.attrs)) if isinstance(r, Ref)]
+            if op.get("empty") and (op.ref is None or tagged.get(op.symbol) != "sentinel"):
+                _fail(
+                    op, "`empty` puts a sentinel back, which only words hold that have nothing else"
+                )
             if not any(r.symbol in tagged for r in refs):
                 continue
             plain = op.name == "store" or (op.name in ("load", "load_sum") and not op.operands)

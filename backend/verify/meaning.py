@@ -29,8 +29,8 @@ from tilelink.ir import TILE, All, At, Block, Expr, Op, Ref, Type, Value, make, 
 CONTRIBUTED = ("scatter", "reduce")
 # Attributes that say how and when, never what; other rules hold them against the program.
 FREE = {
-    "load": {"own", "when", "via", "wide"},
-    "load_sum": {"own", "wide"},
+    "load": {"empty", "own", "when", "via", "wide"},
+    "load_sum": {"empty", "own", "wide"},
     "store": {"peer", "via", "wide", "final"},
     "for_tiles": {"tile", "segment", "segments", "visit", "part", "part_axis", "part_of", "extent"},
     "for_range": {"lo", "hi"},

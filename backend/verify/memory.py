@@ -260,16 +260,22 @@ def _meets(order: Order, codes: Ints, call: int) -> npt.NDArray[np.bool_]:
 
 
 def across(order: Order, meeting: Meeting, calls: int = 1) -> tuple[int, int] | None:
-    """Two rows in conflict, the first of one call, the second ``calls`` later, in no order; else None."""
+    """Two rows in conflict, the first of one call, the second ``calls`` later, in no order; else None.
+
+    A read that empties what it reads is a write too.
+    """
     seq = np.zeros(0, dtype=np.int64)
     rows = Rows(order, meeting.node, meeting.task, seq, meeting.tma, meeting.write)
     writes, reads = meeting.write_row, meeting.read_row
+    empties = np.array([bool(a.op.get("empty")) for a in meeting.accesses])
+    emptied = reads[empties[meeting.source[reads]]]
     for first, second in (
         (reads[meeting.pair_read], writes[meeting.pair_write]),
         (writes[meeting.pair_write], reads[meeting.pair_read]),
         (writes[meeting.both_first], writes[meeting.both_second]),
         (writes[meeting.both_second], writes[meeting.both_first]),
         (writes, writes),
+        (emptied, emptied),
     ):
         bad = np.flatnonzero(~holds(order, rows.codes(first, second), call=calls))
         if len(bad):

@@ -1,7 +1,10 @@
 """cover, of words that signal themselves: a load waits for all that it reads, and a wait stands for its load.
 
-Every word holds the call that wrote it, and a load polls all words that it reads. So what it reads is what this
-call wrote there, provided that one store did. Waits and notifies of the flags that such words carry are not
+A load polls all words that it reads. Where each holds the epoch of the call that wrote it, what it reads is what
+this call wrote there, provided that one store did. Where words say by a sentinel that nothing is there yet, every
+word that a call writes must be empty before, and the same load that reads it, of the same call, empties it: a word
+that is not there when it is read would be one of two calls before, one that is read twice would be waited for in
+vain. Waits and notifies of the flags that such words carry are not
 performed: the other rules read them as if they were, which holds if each of them stands for polls and stores
 that are there. What passing such a wait tells is little, since nothing is released: that the rank that stored
 the words has begun the call, and so that all that it did in the calls before has landed.
@@ -14,7 +17,13 @@ import numpy as np
 from tilelink.backend.expand import Ints
 from tilelink.backend.expand_rows import Expansion, Sync
 from tilelink.backend.verify.cover import where
-from tilelink.backend.verify.errors import CoverError, MatchError, RaceError, UndecidedError
+from tilelink.backend.verify.errors import (
+    CoverError,
+    MatchError,
+    RaceError,
+    ReuseError,
+    UndecidedError,
+)
 from tilelink.backend.verify.match import guarded
 from tilelink.backend.verify.memory import Meeting
 from tilelink.backend.verify.order import Order, carrier, carries
@@ -39,14 +48,52 @@ def check_polls(out: Expansion, order: Order, meeting: Meeting) -> None:
             notes=(
                 where(out, meeting, b),
                 where(out, meeting, a),
-                "a word is written once in a call: its reader waits for no more than its epoch",
+                "a word is written once in a call: its reader waits for no more than one store",
             ),
         )
+    if out.declarations[meeting.symbol]["words"] == "sentinel":
+        _emptied(out, meeting)
     seen = _polled(order, meeting)
     others = _others(out)
     for sync in out.syncs:
         if sync.wait and carrier(out, sync.symbol) == meeting.symbol:
             _stands_for_polls(out, order, sync, seen, others)
+
+
+def _emptied(out: Expansion, meeting: Meeting) -> None:
+    """Every word that is written is read by one load, which empties it."""
+    cells = meeting.read_cell
+    twice = np.flatnonzero(cells[1:] == cells[:-1])
+    if len(twice):
+        first, second = (int(meeting.read_row[int(twice[0]) + n]) for n in (0, 1))
+        raise RaceError(
+            meeting.access(second)[0].op.span,
+            symbol=meeting.symbol,
+            notes=(
+                where(out, meeting, second),
+                where(out, meeting, first),
+                "a word that says by a sentinel that it is there is read once: whoever reads it first empties it",
+            ),
+        )
+    leaves = np.array([not a.op.get("empty") for a in meeting.accesses])
+    left = np.flatnonzero(leaves[meeting.source[meeting.read_row]])
+    if len(left):
+        row = int(meeting.read_row[left[0]])
+        detail = "it reads words and leaves them there: two calls later they are taken for new ones"
+        raise ReuseError(
+            meeting.access(row)[0].op.span,
+            symbol=meeting.symbol,
+            notes=(where(out, meeting, row), detail),
+        )
+    unread = np.flatnonzero(~np.isin(meeting.write_cell, cells))
+    if len(unread):
+        row = int(meeting.write_row[unread[0]])
+        detail = "nobody reads it, so nobody empties it: two calls later it is taken for new data"
+        raise ReuseError(
+            meeting.access(row)[0].op.span,
+            symbol=meeting.symbol,
+            notes=(where(out, meeting, row), detail),
+        )
 
 
 def _polled(order: Order, meeting: Meeting) -> dict[tuple[int, int], int]:

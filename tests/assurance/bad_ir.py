@@ -267,6 +267,18 @@ CASES: tuple[Case, ...] = (
     fused("flag offset not a word", "offset = 512", "offset = 513", "offset"),
     fused("flag offset far out", "offset = 512", "offset = 99999999999999", "ack"),
     fused("buffer space unknown", 'space = "symmetric"', 'space = "moon"', "space"),
+    fused(
+        "words of no encoding",
+        'space = "symmetric"',
+        'space = "symmetric", words = "moon"',
+        "words",
+    ),
+    fused(
+        "words without an encoding",
+        'space = "symmetric"',
+        'space = "symmetric", words = true',
+        "words",
+    ),
     fused("buffer with an odd offset", "offset = 262144", "offset = 262145", "offset"),
     fused("wait on a tensor", WAIT_ACK, "wait @A[0..WORLD, 0]", "@A"),
     fused("wait with too many indices", WAIT_ACK, "wait @ack[0, 0]", "@ack"),

@@ -114,6 +114,15 @@ CASES: tuple[Case, ...] = (
     schedule("two streams by workers", move(resource="sm:4", streams=2), "streams", "sm:4"),
     schedule("a signal nobody hears", move(signal="bell"), "signal", "bell"),
     schedule("words by copy engine", move(signal="word"), "signal", "copy_engine"),
+    schedule(
+        "sentinels by workers", move(resource="sm:4", slots=2, signal="sentinel"), "signal", "sm:4"
+    ),
+    schedule(
+        "sentinels in an epilogue",
+        move(resource="epilogue", slots=2, signal="sentinel", sum="epilogue"),
+        "signal",
+        "sum",
+    ),
     schedule("words in one slot", move(resource="epilogue", signal="word"), "signal", "slots"),
     schedule("a move's shots text", move(shots="two"), "shots", "'two'"),
     schedule("a move's shots 2.0", move(shots=2.0), "shots", "2.0"),

@@ -46,6 +46,7 @@ CASES = (
     ("ag_gemm", 2, "sm:1"),
     ("gemm_rs", 2, "copy_engine"),
     ("gemm_ar", 3, "epilogue words"),
+    ("gemm_ar", 3, "epilogue sentinels"),
     ("gemm_ar", 3, "epilogue slots"),
 )
 M, K, N = 48, 16, 16
@@ -94,7 +95,7 @@ def case_of(kernel: str, world: int, resource: str) -> Case:
     resource, _, slots = resource.partition(" ")
     schedule = default_schedule(op).with_resource(resource)
     if slots:
-        signal = "word" if slots == "words" else "flag"
+        signal = {"words": "word", "sentinels": "sentinel"}.get(slots, "flag")
         moves = tuple(
             (name, replace(move, shots=2, slots=2, signal=signal)) for name, move in schedule.moves
         )

@@ -45,7 +45,7 @@ def break_rank(shared: Any, fault: str, rank: int, at: int, amount: float) -> Ca
 
     rmw, notify, wait = InterpreterBuilder.create_atomic_rmw, worker.Call.notify, device._wait
     words: Any = primitives
-    put, overdue = words._put, words.overdue
+    put, overdue = words.put_places, words.overdue
     page = 2 * shared.world * shared.stride
     count, lock = 0, threading.Lock()
 
@@ -118,7 +118,7 @@ def break_rank(shared: Any, fault: str, rank: int, at: int, amount: float) -> Ca
             stamp(WAITED + 8 * shared.rank, polled)
         return found
 
-    words._put, words.overdue = put_words, look_and_see
+    words.put_places, words.overdue = put_words, look_and_see
     InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
     worker.Call.notify = raise_flag  # type: ignore[method-assign]
     device._wait = wait_and_see
@@ -127,7 +127,7 @@ def break_rank(shared: Any, fault: str, rank: int, at: int, amount: float) -> Ca
     def undo() -> None:
         stamp(LEFT + 8 * shared.rank, time.monotonic())
         device._wait = wait
-        words._put, words.overdue = put, overdue
+        words.put_places, words.overdue = put, overdue
         InterpreterBuilder.create_atomic_rmw = rmw
         worker.Call.notify = notify  # type: ignore[method-assign]
 

@@ -18,6 +18,7 @@ from tilelink.backend.pipeline import run_passes
 from tilelink.cli.inputs import random_inputs
 from tilelink.ir import Op
 from tilelink.schedules import Schedule
+from tilelink.schedules.schedule import SIGNALS
 
 CALLS = 2
 ADD = ("bias", "residual")
@@ -65,7 +66,7 @@ class Sample:
         parts += ["slots"] if self.slots == 2 else []
         parts += [f"q{self.streams}"] if self.streams > 1 else []
         parts += [f"k{self.split}"] if self.split > 1 else []
-        parts += ["words"] if self.signal == "word" else []
+        parts += [f"{self.signal}s"] if self.signal != "flag" else []
         parts += ["flat" if self.flatten else "nested", self.dtype]
         return ".".join([*parts, *([self.emitter] if self.emitter != "triton" else [])])
 
@@ -133,10 +134,10 @@ def samples() -> list[Sample]:
             ):
                 found.append(replace(plain, tiles=2, split=2))
             if resource == "epilogue":
-                found.append(replace(plain, tiles=2, slots=2, signal="word"))
+                found += [replace(plain, tiles=2, slots=2, signal=s) for s in ("word", "sentinel")]
             if resource == "epilogue" and not by_rank:
                 two = replace(plain, tiles=2, columns=2, shots=2, slots=2)
-                found += [two, replace(two, signal="word")]
+                found += [replace(two, signal=s) for s in SIGNALS]
                 folded = f"{resource}-folded"
                 found.append(replace(plain, resource=folded, tiles=4, shots=2, slots=2))
     return found

@@ -89,7 +89,7 @@ def worker(name: str, pointers: bool) -> None:
     from tests.gpu.integers import Problem
     from tilelink.backend.runtime import load_module, write_module
     from tilelink.backend.runtime.image import image_of
-    from tilelink.backend.runtime.views import Views
+    from tilelink.backend.runtime.views import Views, clear_words
     from tilelink.device import head_kernel
 
     # Every poll of a wait takes a place in GSan's buffer of clocks.
@@ -128,6 +128,7 @@ def worker(name: str, pointers: bool) -> None:
         image = image_of(program)
         arena = symmetric_memory.empty(image.arena_bytes, dtype=torch.uint8, device="cuda")
         arena.zero_()
+        clear_words(arena)
         handle = symmetric_memory.rendezvous(arena, group)
         views = [
             arena if r == rank else handle.get_buffer(r, (image.arena_bytes,), torch.uint8, 0)

@@ -232,10 +232,10 @@ def with_jitter(source: str, one_in: int = 4, most_ns: int = 4000) -> str:
         "from tilelink import device\nfrom tests.gpu.integers import jitter\n",
     ).splitlines():
         indent = line[: len(line) - len(line.lstrip())]
-        if line.lstrip().startswith("if device.finish_arrive(ctx):"):
+        if line.lstrip().startswith(("if device.finish_arrive(ctx):", "if device.end_call(ctx")):
             lines.append(f"{indent}jitter(ctx, 1 << 20, {one_in}, {most_ns})")
         lines.append(line)
-        if line.startswith("    ctx = device.context("):
+        if line.startswith(("    ctx = device.context(", "    ctx = device.begin_call(")):
             lines.append(f"    jitter(ctx, 1 << 21, {one_in}, {most_ns})")
         elif line.lstrip().startswith("for q in tl.range(") and line.endswith(":"):
             lines.append(f"{indent}    jitter(ctx, q, {one_in}, {most_ns})")

@@ -110,7 +110,7 @@ def cases(only: str = "") -> list[Case]:
         others = [r for r in RESOURCES[1:] if (kernel, r) != ("ag_gemm", "epilogue")]
         if kernel == "gemm_rs":
             others += ["copy_engine-folded", "sm:16-folded", "epilogue-folded", "epilogue-slots"]
-            others += ["epilogue-slots-words"]
+            others += ["epilogue-slots-words", "epilogue-slots-sentinels"]
         if kernel == "ag_gemm":
             others += ["sm:16-slots", "copy_engine-streams"]
         if kernel == "gemm_ar":
@@ -119,6 +119,7 @@ def cases(only: str = "") -> list[Case]:
             others += ["copy_engine-two-folded", "sm:16-two-folded", "epilogue-two-folded"]
             others += ["epilogue-two-folded-slots"]
             others += ["epilogue-two-slots-words", "epilogue-one-slots-words"]
+            others += ["epilogue-two-slots-sentinels", "epilogue-one-slots-sentinels"]
         found += [
             Case(kernel, *shape, resource=r)
             for r in others
@@ -152,7 +153,8 @@ def schedule_for(case: Case, world: int) -> Any:
         {"M": case.M, "K": case.K, "N": case.N}, world=world, dtype=case.dtype
     )
     # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots;
-    # `-streams`: two streams; `-words`: data that signals itself; `-split`: sums in four parts.
+    # `-streams`: two streams; `-words`, `-sentinels`: data that signals itself, by an epoch beside it or alone;
+    # `-split`: sums in four parts.
     resource, *words = case.resource.split("-")
     changes: dict[str, Any] = {}
     if words:
@@ -162,6 +164,7 @@ def schedule_for(case: Case, world: int) -> Any:
     if words:
         changes["slots"] = 2 if "slots" in words else 1
         changes["signal"] = "word" if "words" in words else "flag"
+        changes["signal"] = "sentinel" if "sentinels" in words else changes["signal"]
     if "streams" in words:
         changes["streams"] = 2
     schedule = default_schedule(op).with_resource(resource)

@@ -22,7 +22,7 @@ from tilelink.schedules import Move, Schedule
 
 EXTENTS = {"M": 48, "K": 16, "N": 48}
 # Kernel, resource, shots, slots, signal. The second comes from the other ranks than the first at the same
-# places, and so do the words of the last three.
+# places, and so do the words of the last six, three of each encoding.
 PROGRAMS = (
     ("gemm_ar", "epilogue", 1, 2, "flag"),
     ("gemm_rs", "epilogue", None, 2, "flag"),
@@ -31,8 +31,11 @@ PROGRAMS = (
     ("gemm_ar", "epilogue", 1, 2, "word"),
     ("gemm_rs", "epilogue", None, 2, "word"),
     ("gemm_ar", "epilogue", 2, 2, "word"),
+    ("gemm_ar", "epilogue", 1, 2, "sentinel"),
+    ("gemm_rs", "epilogue", None, 2, "sentinel"),
+    ("gemm_ar", "epilogue", 2, 2, "sentinel"),
 )
-CALLS = 32
+CALLS = 48
 
 
 def inputs(call: int, world: int) -> list[dict[str, torch.Tensor]]:

@@ -495,7 +495,7 @@ def call(arena, peers):
 
 # Twice in so many calls, once for each slot, all words are marked with an epoch that is far away.
 arena = arenas[0]
-words = arena.view(torch.int64)[layout.WORDS // 8 :].view(2, -1)
+words = arena.view(torch.int64)[layout.WORDS // 8 : layout.SENTINELS // 8].view(2, -1)
 half = layout.WORD_AGE // 2
 arena[layout.EPOCH] = arena[layout.ARRIVED] = half - 2
 words.fill_(5)
@@ -506,5 +506,74 @@ for epoch in range(half - 1, half + 3):
     assert marked == [epoch == half, epoch == half + 1], (epoch, marked)
     kept = [bool((w == 5).all()) for w in words]
     assert kept == [epoch < half, epoch < half + 1], (epoch, kept)
+""",
+    )
+
+
+def test_words_without_an_epoch_are_empty_before_and_after(tmp_path: Path) -> None:
+    """Data of any bits arrives, NaN as NaN, and what was read is EMPTY again, and nothing else."""
+    interpreted(
+        tmp_path,
+        """
+arenas = [torch.zeros(layout.SLOT_ARENA // 4, dtype=torch.int32) for _ in range(2)]
+for a in arenas:
+    a[layout.SENTINELS // 4 :] = layout.EMPTY
+peers = torch.tensor([a.data_ptr() for a in arenas])
+
+@triton.jit
+def send(arena, peers, rank, value, columns: tl.int32, VECTOR: tl.constexpr):
+    at = tl.arange(0, 4)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    words = device.peer_pointer(peers, 1, sentinels, tl.int32)
+    device.store_words(words, None, tl.load(value + at), rank * 64, 16, 3, columns, VECTOR)
+
+@triton.jit
+def receive(arena, peers, out, columns: tl.int32, limit: tl.int64, VECTOR: tl.constexpr, PARTS: tl.constexpr):
+    ctx = device.context(arena, peers, 1, 2, limit, limit)
+    at = tl.arange(0, 4)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    words = device.pointer(arena, sentinels, tl.int32)
+    if PARTS == 1:
+        found = device.load_words(
+            ctx, words, 64, 16, (4, 16), tl.float16, 3, columns, VECTOR, 1024, 1, 7, 3
+        )
+        tl.store(out + at, found.to(tl.float32))
+        device.empty_words(words, 64, 16, (4, 16), tl.float16, 3, columns, VECTOR, 1, 0)
+    else:
+        total = device.sum_words(
+            ctx, words, 0, 16, (4, 16), tl.float16, 3, columns, VECTOR, 2, 64, tl.float32, 1024, 128, 7, 3
+        )
+        tl.store(out + at, total)
+        device.empty_words(words, 0, 16, (4, 16), tl.float16, 3, columns, VECTOR, 2, 64)
+
+sentinels = tl.constexpr(layout.SENTINELS)
+held = arenas[1][layout.SENTINELS // 4 :]
+for vector, columns in ((True, 8), (False, 6)):
+    for parts in (2, 1):
+        values = [torch.randint(-9, 9, (4, 16)).half() for _ in range(2)]
+        # The bits of EMPTY, half of them, and a NaN of another kind; and a sum of infinities.
+        values[1].view(torch.int16)[0, :6] = torch.tensor([-1, -1, -1, 0, 0, -1], dtype=torch.int16)
+        values[1][1, 0] = float("nan")
+        values[0][2, 1], values[1][2, 1] = float("inf"), float("-inf")
+        for rank in range(2):
+            send[(1,)](arenas[rank], peers, rank, values[rank], columns, vector)
+        assert (held[:64].view(2, 4, 8)[:, :3, : columns // 2] != layout.EMPTY).all()
+        assert (held[:64].view(2, 4, 8)[:, 3] == layout.EMPTY).all()
+        out = torch.full((4, 16), 7.0)
+        receive[(1,)](arenas[1], peers, out, columns, 10**6, vector, parts)
+        want = (values[0].float() + values[1].float()) if parts == 2 else values[1].float()
+        place = (slice(0, 3), slice(0, columns))
+        assert torch.equal(out[place].nan_to_num(5e5), want[place].nan_to_num(5e5))
+        left = held[:64].view(2, 4, 8).clone()
+        if parts == 1:
+            # The other part is still there: only what was read was emptied.
+            assert (left[0, :3, : columns // 2] != layout.EMPTY).all()
+            held[:32] = layout.EMPTY
+        assert (held == layout.EMPTY).all() and not arenas[1][layout.ABORT]
+# What is not there is waited for no longer than the limit, and the record names its part.
+send[(1,)](arenas[0], peers, 0, values[0], 8, True)
+arenas[1][layout.EPOCH] = arenas[1][layout.ARRIVED] = 1
+receive[(1,)](arenas[1], peers, out, 8, 10**6, True, 2)
+record = arenas[1][layout.RECORD : layout.RECORD + 9].tolist()
+assert record[0] == 1 and record[3] == 7 and record[4] == 1024 + 128, record
+assert record[7] == 1 and record[8] == 3, record
 """,
     )

@@ -30,6 +30,9 @@ ROOT = Path(__file__).parents[2]
         ("gemm_ar", "C", "epilogue", 1, "word", "fp32"),
         ("gemm_ar", "C", "epilogue", 2, "word", "fp16"),
         ("gemm_rs", "C", "epilogue", None, "word", "fp16"),
+        ("gemm_ar", "C", "epilogue", 1, "sentinel", "fp32"),
+        ("gemm_ar", "C", "epilogue", 2, "sentinel", "fp16"),
+        ("gemm_rs", "C", "epilogue", None, "sentinel", "fp16"),
     ],
 )
 def test_calls_in_a_row_are_right(
@@ -37,7 +40,7 @@ def test_calls_in_a_row_are_right(
 ) -> None:
     world, m, k = 4, 64, 16
     # Rows of 44 elements: tiles that end within a block, at a pair of words.
-    n = 44 if signal == "word" else 32
+    n = 32 if signal == "flag" else 44
     op = getattr(kernels, kernel).build({"M": m, "K": k, "N": n}, world=world, dtype=dtype)
     move = Move(resource=resource, shots=shots, slots=2, signal=signal)
     tiles = tuple((name, 16) for name in "KMN")
@@ -61,6 +64,27 @@ def test_calls_in_a_row_are_right(
             right = list(total.chunk(world)) if kernel == "gemm_rs" else [total] * world
         for got, want in zip(ranks, right, strict=True):
             assert torch.equal(got["C"].float(), want)
+
+
+@pytest.mark.parametrize("signal", ("word", "sentinel"))
+@pytest.mark.parametrize(("world", "m", "n"), ((2, 13, 52), (4, 7, 72), (8, 21, 32)))
+@pytest.mark.parametrize("shots", (1, 2))
+def test_rows_that_fill_no_tile(signal: str, world: int, m: int, n: int, shots: int) -> None:
+    """Words that are not written may not be polled, nor be emptied by another task."""
+    op = kernels.gemm_ar.build({"M": m, "K": 16, "N": n}, world=world, dtype="fp16")
+    move = Move(resource="epilogue", shots=shots, slots=2, signal=signal)
+    tiles = (("K", 16), ("M", 16), ("N", 32))
+    program = compile_kernel(op, Schedule(tiles=tiles, workers=3, moves=(("C", move),)))
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randint(-3, 4, shape, generator=generator).half()
+
+    calls = [[{"A": draw(m, 16), "B": draw(16, n)} for _ in range(world)] for _ in range(5)]
+    outputs = interpret.run_calls(program, calls, timeout=120.0)
+    for inputs, ranks in zip(calls, outputs, strict=True):
+        want = torch.stack([i["A"].float() @ i["B"].float() for i in inputs]).sum(0)
+        assert all(torch.equal(got["C"].float(), want) for got in ranks)
 
 
 def test_a_call_is_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +118,7 @@ def test_programs_in_turn_on_the_arenas_of_a_group(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(said)[-3000:]
 
 
-@pytest.mark.parametrize("form", ("slots", "words"))
+@pytest.mark.parametrize("form", ("slots", "words", "sentinels"))
 def test_faults_are_named_and_an_epoch_that_is_overwritten_meanwhile_heals(form: str) -> None:
     resources = [resource for _, _, resource in faults_interpreted.CASES]
     number = resources.index(f"epilogue {form}")

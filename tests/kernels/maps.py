@@ -131,3 +131,33 @@ def ar_norm(A: Any, B: Any, R: Any, C: Any) -> None:
         x = P[m, :].to(tk.float32) + R[m, :].to(tk.float32)
         mean = tk.sum(x * x, axis=1, keepdims=True) / N
         C[m, :] = x * tk.rsqrt(mean + 1e-6)
+
+
+@tilelink.kernel("reduce P[M, N] sum", example=EXAMPLE)
+def ar_both(A: Any, B: Any, C: Any, D: Any) -> None:
+    """GEMM + all-reduce, whose sum is read by two loop nests."""
+    M, K = A.shape
+    N = B.shape[1]
+    P = tk.empty([M, N], A.dtype)
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        P[m, n] = acc
+    for m, n in tk.tiles(M, N):
+        C[m, n] = tk.silu(P[m, n].to(tk.float32))
+    for m, n in tk.tiles(M, N):
+        D[m, n] = P[m, n].to(tk.float32) + 1.0
+
+
+@tilelink.kernel("reduce C[M, N] sum\nreduce D[M, N] sum", example=EXAMPLE)
+def ar_two(A: Any, B: Any, C: Any, D: Any) -> None:
+    """Two sums of one product."""
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        C[m, n] = acc
+        D[m, n] = tk.silu(acc)

@@ -34,7 +34,7 @@ program @pair {{bytes = {layout.SLOT_ARENA}, slots = 2, world = 2}} do {{
   tensor @A {{dims = [N, N], dtype = "fp32", move = "local", role = "in"}}
   tensor @C {{dims = [N, N], dtype = "fp32", move = "local", role = "out"}}
   tensor @E {{dims = [N, N], dtype = "fp32", move = "local", role = "out"}}
-  buffer @B {{dims = [N, N], dtype = "fp32", offset = {layout.WORDS}, space = "symmetric", words = true}}
+  buffer @B {{dims = [N, N], dtype = "fp32", offset = {layout.WORDS}, space = "symmetric", words = "epoch"}}
   buffer @D {{dims = [N, N], dtype = "fp32", offset = {layout.DATA}, space = "symmetric"}}
   flag @B.ready {{carried = @B, dims = [WORLD], offset = 4096}}
   head {{folded = true}} do {{
@@ -96,8 +96,9 @@ def test_words_give_the_bits_of_the_reference(data: st.DataObject) -> None:
     kernel = data.draw(st.sampled_from(sorted(TENSOR)))
     shots = data.draw(st.sampled_from((1, 2)))
     channels = data.draw(st.sampled_from((None, 1, 2)))
+    signal = data.draw(st.sampled_from(("word", "sentinel")))
     m, n = data.draw(st.integers(1, 40)), 2 * world * data.draw(st.integers(1, 20))
-    chosen = words(kernel, shots=shots, channels=channels)
+    chosen = words(kernel, shots=shots, channels=channels, signal=signal)
     agrees(kernel, "simulate", world, m, n, chosen)
 
 
@@ -105,11 +106,14 @@ def test_words_give_the_bits_of_the_reference(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", ("bf16", "fp16", "fp32"))
 @pytest.mark.parametrize(("m", "n"), ((16, 64), (128, 24), (3, 40), (32, 8)))
 @pytest.mark.parametrize("shots", (1, 2))
-def test_emitted_words_are_the_program(kernel: str, dtype: str, m: int, n: int, shots: int) -> None:
+@pytest.mark.parametrize("signal", ("word", "sentinel"))
+def test_emitted_words_are_the_program(
+    kernel: str, dtype: str, m: int, n: int, shots: int, signal: str
+) -> None:
     m = m + (-m) % 4 if kernel == "gemm_rs" else m
     name = TENSOR.get(kernel, "C")
     op = getattr(kernels, kernel).build({"M": m, "K": 24, "N": n}, world=4, dtype=dtype)
-    move = Move(resource="epilogue", slots=2, signal="word", shots=shots)
+    move = Move(resource="epilogue", slots=2, signal=signal, shots=shots)
     tiles = tuple((extent, 16) for extent in "KMN")
     program = compile_kernel(op, Schedule(tiles=tiles, workers=5, moves=((name, move),)))
     text = emit(program)
@@ -118,9 +122,10 @@ def test_emitted_words_are_the_program(kernel: str, dtype: str, m: int, n: int, 
     assert found.signals == found.report.waits + found.report.notifies > 0
 
 
-def test_every_interleaving_of_three_calls_is_right() -> None:
+@pytest.mark.parametrize("signal", ("word", "sentinel"))
+def test_every_interleaving_of_three_calls_is_right(signal: str) -> None:
     for shots in (1, 2):
-        found = explore(compiled(shots=shots), 3)
+        found = explore(compiled(shots=shots, signal=signal), 3)
         assert found.complete and found.bad is None, found
 
 
@@ -155,7 +160,7 @@ def test_words_release_nothing_but_themselves() -> None:
     )
     # Where the flag is raised, it is a release of all that comes before.
     plain = text.replace(f"offset = {layout.WORDS}", "offset = 1048576")
-    plain = plain.replace(", words = true", "").replace("carried = @B, ", "")
+    plain = plain.replace(', words = "epoch"', "").replace("carried = @B, ", "")
     verify(pair(text=plain))
     assert explore(pair(text=plain), 3).bad is None
     program = pair(text=text)
@@ -198,7 +203,7 @@ def test_a_word_is_written_once_and_read_where_it_is_written() -> None:
     [
         (f"offset = {layout.WORDS}", f"offset = {layout.DATA}"),
         (f"offset = {layout.WORDS}", f"offset = {layout.WORDS + layout.SLOT_WORDS - 1024}"),
-        (', words = true', ""),
+        (', words = "epoch"', ""),
         ('dtype = "fp32", offset', 'dtype = "int32", offset'),
         ("carried = @B, ", ""),
         ("load @B[%i, %j]", "load @B[%i, %j] {via = \"tma\"}"),
@@ -266,9 +271,10 @@ def test_nothing_is_counted() -> None:
 
 
 @pytest.mark.parametrize("shots", (1, 2))
-def test_mutants_are_refused_and_found(shots: int) -> None:
+@pytest.mark.parametrize("signal", ("word", "sentinel"))
+def test_mutants_are_refused_and_found(shots: int, signal: str) -> None:
     op = kernels.gemm_ar.build({"M": 16, "K": 8, "N": 16}, world=2)
-    program = compile_kernel(op, words("gemm_ar", 8, workers=2, shots=shots))
+    program = compile_kernel(op, words("gemm_ar", 8, workers=2, shots=shots, signal=signal))
     calls = [random_inputs(op, seed) for seed in range(3)]
     inputs = [[{k: v.round() for k, v in rank.items()} for rank in call] for call in calls]
     found = Trial(inputs, [reference(op, given) for given in inputs], op)
@@ -277,7 +283,7 @@ def test_mutants_are_refused_and_found(shots: int) -> None:
         verdict = judge(mutant, found)
         assert not verdict.survivors, (mutant.name, mutant.description, verdict)
         names.add(mutant.name)
-    assert "unpolled" in names
+    assert {"unpolled", "emptying"} <= names
 
 
 EDITS = (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from tests.kernels.maps import ar_both, ar_two
 from tilelink import kernels
 from tilelink.backend.pipeline import run_passes
-from tilelink.schedules import Schedule, default_schedule
+from tilelink.schedules import Schedule, ScheduleError, default_schedule
 
 
 def chosen(kernel: str, m: int, k: int, n: int, world: int = 8, dtype: str = "bf16") -> Schedule:
@@ -31,14 +34,33 @@ def test_small_products_have_tiles_for_all_sms(m: int, world: int) -> None:
 
 def test_small_reduces_travel_as_words() -> None:
     for world in (2, 4, 8):
-        for m in (1, 16, 64):
-            assert chosen("gemm_ar", m, 3584, 8192, world).move("C").signal == "word"
-            assert chosen("gemm_ar_add", m, 3584, 8192, world).move("P").signal == "word"
-    # Twice the bytes of a larger one take longer than its flags.
-    assert chosen("gemm_ar", 256, 3584, 8192).move("C").signal == "flag"
+        for m, signal in ((1, "word"), (8, "word"), (16, "sentinel"), (256, "sentinel")):
+            assert chosen("gemm_ar", m, 3584, 8192, world).move("C").signal == signal
+            assert chosen("gemm_ar_add", m, 3584, 8192, world).move("P").signal == signal
+        assert chosen("gemm_rs", 128, 3584, 8192, world).move("C").signal == "sentinel"
+    assert chosen("gemm_rs", 1024, 3584, 8192).move("C").signal == "flag"
     assert chosen("gemm_ar", 16, 3584, 8192, 16).move("C").signal == "flag"
     assert chosen("gemm_ar", 16, 3584, 8184).move("C").signal == "flag"  # half a word a rank
-    assert chosen("gemm_rs", 64, 3584, 8192).move("C").signal == "flag"
+
+
+def test_sums_that_are_read_twice_are_announced_by_words_or_flags() -> None:
+    for m, signal in ((1, "word"), (32, "word"), (256, "flag")):
+        op = ar_both.build({"M": m, "K": 3584, "N": 8192}, world=4)
+        schedule = default_schedule(op)
+        assert schedule.move("P").signal == signal
+        run_passes(op, schedule)
+        by_sentinels = replace(schedule.move("P"), signal="sentinel", slots=2, sum="stage")
+        with pytest.raises(ScheduleError, match="its sum is read 2 times"):
+            run_passes(op, replace(schedule, moves=(("P", by_sentinels),)))
+
+
+def test_sums_that_do_not_fit_the_area_of_words_together_are_announced_by_flags() -> None:
+    for m, signal in ((128, "sentinel"), (320, "flag")):
+        op = ar_two.build({"M": m, "K": 3584, "N": 8192}, world=4)
+        schedule = default_schedule(op)
+        assert {move.signal for _, move in schedule.moves} == {signal}
+        assert {move.slots for _, move in schedule.moves} == {2}
+        run_passes(op, schedule)
 
 
 def test_a_tile_does_not_reach_past_the_block_of_a_rank() -> None:

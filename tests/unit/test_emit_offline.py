@@ -92,12 +92,13 @@ def test_weights_stored_n_by_k_compile_clean() -> None:
 
 
 @pytest.mark.parametrize(("m", "world", "shots"), ((1, 2, 1), (16, 4, 1), (64, 8, 2)))
+@pytest.mark.parametrize("signal", ("word", "sentinel"))
 def test_words_are_sixteen_bytes_a_thread_and_nothing_fences(
-    m: int, world: int, shots: int
+    m: int, world: int, shots: int, signal: str
 ) -> None:
     op = kernels.gemm_ar.build({"M": m, "K": 3584, "N": 8192}, world=world)
     tiles = (("K", 128), ("M", max(16, m)), ("N", 64))
-    move = Move(resource="epilogue", shots=shots, slots=2, signal="word")
+    move = Move(resource="epilogue", shots=shots, slots=2, signal=signal)
     schedule = Schedule(tiles=tiles, warps=4, stages=6, moves=(("C", move),))
     kernel = compiled(compile_kernel(op, schedule))
     assert lint(kernel) == [] and kernel.spills == 0

@@ -23,12 +23,13 @@ SAMPLES = (
     Sample("gemm_ar", "C", "none", 2, 3),
     Sample("gemm_ar", "C", "sm:1", 2, 2, columns=2, shots=2, slots=2),
     Sample("gemm_ar", "C", "epilogue", 2, 2, columns=2, shots=2, slots=2, signal="word"),
+    Sample("gemm_rs", "C", "epilogue", 2, 2, slots=2, signal="sentinel"),
 )
 
 
 def named(sample: Sample) -> str:
     slots = "-slots" if sample.slots == 2 else ""
-    return f"{sample.kernel}-{sample.resource}{slots}{'-words' if sample.signal == 'word' else ''}"
+    return f"{sample.kernel}-{sample.resource}{slots}-{sample.signal}"
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=named)

@@ -12,6 +12,7 @@ from tilelink.ir import Op
 from tilelink.kernels import ag_gemm, ag_gemm_swiglu, gemm_ar, gemm_rs
 from tilelink.schedules import EMITTERS, Schedule, default_schedule
 from tilelink.schedules.machine import Machine
+from tilelink.schedules.schedule import SIGNALS
 from tilelink.schedules.space import (
     SHARED_BYTES,
     Space,
@@ -151,7 +152,7 @@ def test_small_sums_may_travel_as_words() -> None:
 
     for kernel in (gemm_ar, gemm_rs):
         small = signals(build(kernel, 64, 3584, 8192))
-        assert ("epilogue", 2, "word") in small and ("epilogue", 2, "flag") in small
-        assert {(r, s) for r, s, signal in small if signal == "word"} == {("epilogue", 2)}
+        assert {signal for *move, signal in small if move == ["epilogue", 2]} == set(SIGNALS)
+        assert {(r, s) for r, s, signal in small if signal != "flag"} == {("epilogue", 2)}
         large = signals(build(kernel, 1024, 3584, 8192))
         assert {signal for _, _, signal in large} == {"flag"}

@@ -5,7 +5,7 @@ Every function may be called from any ``@triton.jit`` kernel. The names are thos
 ``consumer_tile_wait``), between peers (``peer_tile_notify``, ``peer_tile_wait``), between all ranks
 (``rank_notify``, ``rank_wait``; ``all_tile_notify`` and ``peer_tiles_wait`` for one tile), data
 movement (``tile_push_data``, ``tile_pull_data``, ``rank_copy_data``), and data that is its own signal
-(``store_words``, ``load_words``, ``sum_words``). Where control words lie in an
+(``store_words``, ``load_words``, ``sum_words``, ``empty_words``). Where control words lie in an
 arena says :mod:`tilelink.ir.layout`.
 """
 
@@ -52,7 +52,7 @@ from tilelink.device.signal import (
     rank_notify,
     rank_wait,
 )
-from tilelink.device.words import load_words, store_words, sum_words
+from tilelink.device.words import empty_words, load_words, store_words, sum_words
 
 __all__ = [
     "Context",
@@ -69,6 +69,7 @@ __all__ = [
     "delayed_peer_notify",
     "delayed_tile_notify",
     "drain_tma_stores",
+    "empty_words",
     "end_call",
     "erf",
     "finish_arrive",

@@ -1,176 +1,39 @@
 """Words: data that is its own signal.
 
-Every four bytes of a tile travel in an aligned word of eight, whose other half is the epoch of the call. Such
-a word is read and written whole, so a reader polls the data itself until each word that it wants has the epoch
-of its call. Nothing is released and no flag is raised: a store and its flight are all that lies between two
-ranks (the idea of NCCL's protocol LL).
+Every four bytes of a tile travel as an aligned word, which is read and written whole, so a reader polls the data
+itself until each word that it wants is there. Nothing is released and no flag is raised: a store and its flight
+are all that lies between two ranks. The type of a pointer to words says which of two encodings they have:
 
-A buffer of words lies in memory that nothing but words is ever written to; see :mod:`tilelink.ir.layout`.
-Element e of it, of s bytes, is in word e * s // 4. Between two calls that use the same place of it the reader
-must have said that it is done: with two slots, which alternate with the epoch, data of the call between says so.
+int64: a word is eight bytes, four of data and the epoch of the call that stored it, and is there when that is this
+call (the idea of NCCL's protocol LL). Whoever stores it again must know that its reader is done.
+
+int32: a word is the data alone, and is there when it is not EMPTY (the idea of the Lamport all-reduce of
+TensorRT-LLM). Its one reader puts EMPTY back; whoever stores it again must know that this is done. Data of the
+very bits of EMPTY, a NaN that no arithmetic makes, is stored as another NaN.
+
+With two slots, which alternate with the epoch, data of the call between says that the reader is done. A buffer of
+words lies in memory that nothing but words of its encoding is ever written to; see :mod:`tilelink.ir.layout`.
+Element e of it, of s bytes, is in word e * s // 4.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-from triton.language import core
 
+from tilelink.device.places import (
+    EMPTY,
+    agreed,
+    at_once,
+    empty_places,
+    look_places,
+    put_places,
+    together,
+)
 from tilelink.device.signal import overdue
+from tilelink.ir import layout
 
-# Polls of a thread before the CTA looks at the clock and at the abort word: about 1 ms.
-_POLLS = 2048
-# Bytes of words that a thread has under way at once, at most: 4 registers hold 16 of them.
-_AHEAD = 256
-# Places of a thread whose data it holds at once, over all parts.
-_HELD = 16
-
-if triton.knobs.runtime.interpret:
-
-    @triton.jit
-    def _put(address, data, epoch, inside, pair: tl.constexpr):
-        tag = tl.cast(epoch, tl.int64) << 32
-        pointer = address.to(tl.pointer_type(tl.int64), bitcast=True)
-        for number in tl.static_range(2 if pair else 1):
-            word = (data[number].to(tl.int64) & 0xFFFFFFFF) | tag
-            tl.store(pointer + number, word, mask=inside)
-
-    @triton.jit
-    def _together(address, parts: tl.constexpr):
-        return parts
-
-    @triton.jit
-    def _look(
-        address,
-        epoch,
-        inside,
-        step: tl.constexpr,
-        first: tl.constexpr,
-        parts: tl.constexpr,
-        pair: tl.constexpr,
-    ):
-        missing = (inside & False).to(tl.int32)
-        found = ()
-        for part in tl.static_range(first, first + parts):
-            pointer = (address + part * step).to(tl.pointer_type(tl.int64), bitcast=True)
-            for number in tl.static_range(2 if pair else 1):
-                word = tl.load(pointer + number, mask=inside, other=0, volatile=True)
-                fresh = (word >> 32).to(tl.int32) == epoch
-                missing |= tl.where(inside & (fresh == 0), 1 << part, 0)
-                found = found + (word.to(tl.int32),)  # type: ignore[assignment]  # noqa: RUF005
-        return found + (missing,)  # noqa: RUF005
-
-else:
-
-    @core.builtin
-    def _put(
-        address: Any, data: Any, epoch: Any, inside: Any, pair: Any, _semantic: Any = None
-    ) -> Any:
-        # Sixteen bytes a store are two words, each of which is whole.
-        lines = ["{ .reg .pred p; .reg .b64 a, b; setp.ne.s32 p, $2, 0;"]
-        if core._unwrap_if_constexpr(pair):
-            lines.append("mov.b64 a, {$4, $3}; mov.b64 b, {$5, $3};")
-            lines.append("@p st.relaxed.sys.global.v2.b64 [$1], {a, b};")
-        else:
-            lines.append("mov.b64 a, {$4, $3}; @p st.relaxed.sys.global.b64 [$1], a;")
-        words = list(data)
-        core.inline_asm_elementwise(
-            " ".join([*lines, "mov.b32 $0, 0; }"]),
-            ",".join(["=r", "l", "r", "r", *["r"] * len(words)]),
-            [address, inside.to(tl.int32, _semantic=_semantic), epoch, *words],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-            _semantic=_semantic,
-        )
-
-    def _poll(step: int, first: int, parts: int, width: int, pack: int) -> str:
-        """The assembly of a poll of ``pack`` places, ``width`` words each, of ``parts`` parts from ``first`` on.
-
-        Parts are ``step`` bytes apart.
-        Results: the words' data, part by part, then a bit for each part of which a word is missing. Arguments:
-        the addresses, whether they count, the epoch.
-        """
-        words = parts * width
-        address, inside, epoch = ((words + 1 + n) * pack for n in range(3))
-        one = "ld.relaxed.sys.global.b64" if width == 1 else "ld.relaxed.sys.global.v2.b64"
-        names = [[f"w{i}_{n}" for n in range(words)] for i in range(pack)]
-        lines = [
-            f".reg .pred q, p<{pack}>; .reg .b32 n, m, t, u, e<{parts}>;",
-            ".reg .b64 " + ", ".join(name for row in names for name in row) + ";",
-            "mov.u32 n, 0;",
-        ]
-        for i, row in enumerate(names):
-            lines.append(f"setp.ne.s32 p{i}, ${inside + i}, 0;")
-            lines += [f"mov.b64 {name}, {{0, ${epoch}}};" for name in row]
-        lines.append("POLL:")
-        for part in range(parts):
-            for i, row in enumerate(names):
-                into = (
-                    row[part * width] if width == 1 else f"{{{row[part * 2]}, {row[part * 2 + 1]}}}"
-                )
-                lines.append(f"@p{i} {one} {into}, [${address + i} + {(first + part) * step}];")
-        lines.append("mov.u32 m, 0;")
-        for part in range(parts):
-            lines.append(f"mov.u32 e{part}, 0;")
-            for row in names:
-                for name in row[part * width : (part + 1) * width]:
-                    lines.append(f"mov.b64 {{t, u}}, {name}; xor.b32 u, u, ${epoch};")
-                    lines.append(f"or.b32 e{part}, e{part}, u;")
-            lines.append(f"or.b32 m, m, e{part};")
-        lines.append("setp.eq.u32 q, m, 0; @q bra SEEN;")
-        lines.append(f"add.u32 n, n, 1; setp.lt.u32 q, n, {_POLLS}; @q bra POLL;")
-        lines.append("SEEN: mov.u32 m, 0;")
-        for part in range(parts):
-            lines.append(f"setp.ne.u32 q, e{part}, 0; selp.u32 t, {1 << (first + part)}, 0, q;")
-            lines.append("or.b32 m, m, t;")
-        for i, row in enumerate(names):
-            for n, name in enumerate(row):
-                lines.append(f"mov.b64 {{${n * pack + i}, u}}, {name};")
-            lines.append(f"mov.u32 ${words * pack + i}, m;")
-        return "{ " + "\n".join(lines) + " }"
-
-    def _each(address: Any, semantic: Any) -> int:
-        """How many elements of a tile a thread has."""
-        count = 1
-        for extent in address.shape:
-            count *= int(core._unwrap_if_constexpr(extent))
-        return max(1, count // (32 * int(semantic.builder.options.num_warps)))
-
-    @core.builtin
-    def _together(address: Any, parts: Any, _semantic: Any = None) -> Any:
-        # As many parts of a tile as fit the registers.
-        fitting = max(1, _HELD // _each(address, _semantic))
-        return tl.constexpr(min(core._unwrap_if_constexpr(parts), fitting))
-
-    @core.builtin
-    def _look(
-        address: Any,
-        epoch: Any,
-        inside: Any,
-        step: Any,
-        first: Any,
-        parts: Any,
-        pair: Any,
-        _semantic: Any = None,
-    ) -> Any:
-        step, first, parts, pair = map(core._unwrap_if_constexpr, (step, first, parts, pair))
-        width = 2 if pair else 1
-        pack = min(_each(address, _semantic), max(1, _AHEAD // (8 * parts * width)))
-        pack = 1 << (pack.bit_length() - 1)
-        words = parts * width
-        outputs, inputs = ["=&r"] * ((words + 1) * pack), ["l"] * pack + ["r"] * (2 * pack)
-        return core.inline_asm_elementwise(
-            _poll(step, first, parts, width, pack),
-            ",".join(outputs + inputs),
-            [address, inside.to(tl.int32, _semantic=_semantic), epoch],
-            dtype=[tl.int32] * (words + 1),
-            is_pure=False,
-            pack=pack,
-            _semantic=_semantic,
-        )
+QUIET = tl.constexpr(layout.QUIET)
 
 
 @triton.jit
@@ -221,26 +84,41 @@ def _added(
 
 @triton.jit
 def _joined(pieces, shape: tl.constexpr, dtype: tl.constexpr):
-    # Every piece holds each fourth (second) element of a row: word by word, in a word half by half.
-    count: tl.constexpr = len(pieces)
-    if count == 4:
-        first = tl.join(pieces[0].to(dtype), pieces[2].to(dtype))
-        second = tl.join(pieces[1].to(dtype), pieces[3].to(dtype))
-        return tl.reshape(tl.join(first, second), shape)
-    elif count == 2:
-        return tl.reshape(tl.join(pieces[0].to(dtype), pieces[1].to(dtype)), shape)
-    else:
-        return pieces[0].to(dtype)
+    # A place of a row holds an element of every piece, word by word, in a word half by half. Of n pieces the
+    # ones n / 2 apart are joined first, so that the last to be joined are neighbours.
+    for _ in tl.static_range(3):
+        if len(pieces) > 1:
+            pairs = ()
+            for piece in tl.static_range(len(pieces) // 2):
+                other = pieces[piece + len(pieces) // 2].to(dtype)
+                pairs = pairs + (tl.join(pieces[piece].to(dtype), other),)  # type: ignore[assignment]  # noqa: RUF005
+            pieces = pairs
+    return tl.reshape(pieces[0].to(dtype), shape)
+
+
+@triton.constexpr_function
+def _most(tagged, vector):
+    # Words that lie in sixteen bytes, where rows are of whole ones.
+    return (2 if tagged else 4) if vector else 1
 
 
 @triton.jit
-def _places(words, start, step, shape: tl.constexpr, size: tl.constexpr, pair: tl.constexpr):
-    # Addresses of the tile's places, of one word or of two: int64 (rows, places), and the column of each.
-    each: tl.constexpr = (8 if pair else 4) // size
+def _places(
+    words,
+    start,
+    step,
+    shape: tl.constexpr,
+    size: tl.constexpr,
+    tagged: tl.constexpr,
+    width: tl.constexpr,
+):
+    # Addresses of the tile's places, of ``width`` words each: int64 (rows, places), and the column of each.
+    each: tl.constexpr = 4 * width // size
+    bytes: tl.constexpr = 2 * size if tagged else size
     rows = tl.arange(0, shape[0])[:, None]
     columns = tl.arange(0, shape[1] // each)[None, :] * each
-    first = words.to(tl.int64, bitcast=True) + tl.cast(start, tl.int64) * (2 * size)
-    return first + (rows * step + columns) * (2 * size), rows, columns
+    first = words.to(tl.int64, bitcast=True) + tl.cast(start, tl.int64) * bytes
+    return first + (rows * step + columns) * bytes, rows, columns
 
 
 @triton.jit
@@ -254,24 +132,35 @@ def _inside(rows, columns, height, width):
 
 
 @triton.jit
-def store_words(words, epoch, value, start, step, height, width, pair: tl.constexpr):
-    """Store a tile as words of call ``epoch``.
+def store_words(words, epoch, value, start, step, height, width, vector: tl.constexpr):
+    """Store a tile as words, of call ``epoch`` where they hold one, else None.
 
-    ``words``: an int64 pointer to the first word of the buffer, on any rank. ``value``: a tile of two axes, of
-    16 or 32 bits an element. ``start``: the element of the buffer that is its first, ``step`` elements from one
-    row to the next. ``height`` and ``width``: of its rows and columns, only the first so many are there; None:
-    all. ``pair``: rows begin and end at whole pairs of words, so that sixteen bytes are stored at a time; else
-    at whole words. Nothing else is to be done for the reader.
+    ``words``: a pointer to the first word of the buffer, on any rank, int64 if words hold an epoch and int32 if
+    they are there when they are not EMPTY. ``value``: a tile of two axes, of 16 or 32 bits an element. ``start``:
+    the element of the buffer that is its first, ``step`` elements from one row to the next. ``height`` and
+    ``width``: of its rows and columns, only the first so many are there; None: all. ``vector``: rows begin and
+    end at whole sixteen bytes of words, so that as many are stored at a time; else at whole words. Nothing else
+    is to be done for the reader.
     """
     shape: tl.constexpr = value.shape
     size: tl.constexpr = value.dtype.primitive_bitwidth // 8
-    address, rows, columns = _places(words, start, step, shape, size, pair)
+    tagged: tl.constexpr = words.dtype.element_ty.primitive_bitwidth == 64
+    count: tl.constexpr = shape[1] * size // 4
+    held: tl.constexpr = at_once(shape[0] * count, _most(tagged, vector))
+    address, rows, columns = _places(words, start, step, shape, size, tagged, held)
     data = _payload(value, shape[0], shape[1])
+    if not tagged:
+        data = tl.where(data == EMPTY, QUIET, data)
     inside = _inside(rows, columns, height, width)
-    if pair:
-        _put(address, _halves(data, shape[0], shape[1] * size // 4), epoch, inside, pair)
+    if held == 4:
+        even, odd = _halves(data, shape[0], count)
+        first, third = _halves(even, shape[0], count // 2)
+        second, fourth = _halves(odd, shape[0], count // 2)
+        put_places(address, (first, second, third, fourth), epoch, inside, tagged)
+    elif held == 2:
+        put_places(address, _halves(data, shape[0], count), epoch, inside, tagged)
     else:
-        _put(address, (data,), epoch, inside, pair)
+        put_places(address, (data,), epoch, inside, tagged)
 
 
 @triton.jit
@@ -284,7 +173,7 @@ def _gathered(
     dtype: tl.constexpr,
     height,
     width,
-    pair: tl.constexpr,
+    vector: tl.constexpr,
     parts: tl.constexpr,
     apart: tl.constexpr,
     single: tl.constexpr,
@@ -296,10 +185,12 @@ def _gathered(
     wait,
 ):
     size: tl.constexpr = dtype.primitive_bitwidth // 8
-    address, rows, columns = _places(words, start, step, shape, size, pair)
+    tagged: tl.constexpr = words.dtype.element_ty.primitive_bitwidth == 64
+    held: tl.constexpr = at_once(shape[0] * shape[1] * size // 4, _most(tagged, vector))
+    between: tl.constexpr = (2 * size if tagged else size) * apart
+    address, rows, columns = _places(words, start, step, shape, size, tagged, held)
     inside = _inside(rows, columns, height, width)
-    held: tl.constexpr = 2 if pair else 1
-    together: tl.constexpr = _together(address, parts)
+    some: tl.constexpr = together(address, parts)
     polls = tl.cast(0, tl.int32)
     started = tl.cast(0, tl.int64)
     was_here = tl.cast(0, tl.int32)
@@ -310,18 +201,20 @@ def _gathered(
     while spinning:
         missing = tl.cast(0, tl.int32)
         added = ()
-        for begin in tl.static_range(0, parts, together):
-            data = _look(
+        for begin in tl.static_range(0, parts, some):
+            data = look_places(
                 address,
                 ctx.epoch,
                 inside,
-                2 * size * apart,
+                between,
                 begin,
-                together if begin + together < parts else parts - begin,
-                pair,
+                some if begin + some < parts else parts - begin,
+                held,
+                tagged,
             )
             missing |= tl.max(data[len(data) - 1])
             added = _added(added, data, held, 4 // size, dtype, single)
+        missing = agreed(missing, parts)
         spinning = missing != 0
         # Put together behind the loop: what it carries keeps its place in the registers.
         pieces = added
@@ -358,20 +251,21 @@ def load_words(
     dtype: tl.constexpr,
     height,
     width,
-    pair: tl.constexpr,
+    vector: tl.constexpr,
     flag,
     producer,
     tile,
     wait,
 ):
-    """Acquire and load a tile of words: until each of them is of this call.
+    """Acquire and load a tile of words: until each of them is there.
 
     Returns a tile of ``shape`` and ``dtype``, zero where it is not there. The wait is bounded as one for a flag
     is: ``flag``, a word number of the arena, stands for the tile in the error record, ``producer`` is the rank
-    that stores it; ``tile`` and ``wait`` go there too. The others are those of :func:`store_words`.
+    that stores it; ``tile`` and ``wait`` go there too. All threads have read all of it when
+    it returns. The others are those of :func:`store_words`.
     """
     return _gathered(
-        ctx, words, start, step, shape, dtype, height, width, pair, 1, 0, False, dtype,
+        ctx, words, start, step, shape, dtype, height, width, vector, 1, 0, False, dtype,
         flag, 0, producer, tile, wait,
     )  # fmt: skip
 
@@ -386,7 +280,7 @@ def sum_words(
     dtype: tl.constexpr,
     height,
     width,
-    pair: tl.constexpr,
+    vector: tl.constexpr,
     parts: tl.constexpr,
     apart: tl.constexpr,
     result: tl.constexpr,
@@ -402,6 +296,33 @@ def sum_words(
     :func:`load_words`.
     """
     return _gathered(
-        ctx, words, start, step, shape, dtype, height, width, pair, parts, apart, True, result,
+        ctx, words, start, step, shape, dtype, height, width, vector, parts, apart, True, result,
         flag, flag_step, ctx.rank, tile, wait,
     )  # fmt: skip
+
+
+@triton.jit
+def empty_words(
+    words,
+    start,
+    step,
+    shape: tl.constexpr,
+    dtype: tl.constexpr,
+    height,
+    width,
+    vector: tl.constexpr,
+    parts: tl.constexpr,
+    apart: tl.constexpr,
+):
+    """Put EMPTY back into the words of a tile, or of ``parts`` tiles ``apart`` elements apart, that were read.
+
+    Of this rank's words of four bytes, behind the :func:`load_words` or :func:`sum_words` with the same arguments
+    and before this call of the kernel ends. Nobody waits for it in this call, so it may stand behind what
+    others wait for.
+    """
+    size: tl.constexpr = dtype.primitive_bitwidth // 8
+    held: tl.constexpr = at_once(shape[0] * shape[1] * size // 4, _most(False, vector))
+    address, rows, columns = _places(words, start, step, shape, size, False, held)
+    inside = _inside(rows, columns, height, width)
+    for part in tl.static_range(parts):
+        empty_places(address, inside, held, part * size * apart)

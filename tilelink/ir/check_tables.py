@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from tilelink.errors import TilelinkError
 from tilelink.ir.expr import Expr
+from tilelink.ir.layout import ENCODINGS
 from tilelink.ir.node import DECLARATIONS, Op, Ref
 from tilelink.ir.types import DTYPES
 
@@ -25,7 +26,7 @@ ATTRIBUTES = {
     "arrivals": "count",
     "whole": "offset bytes workspace over axis first flatten_axis part_axis",
     "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded interleave relay "
-    "polled words",
+    "empty",
     "text": "file kernel schedule into offsets source table",
     "texts": "after",
     "ref": "alias carried own to through counter",
@@ -48,6 +49,8 @@ CHOICES = {
     "via": ("tma",),
     "emitter": ("gluon", "library"),
     "roles": ("turns", "halves"),
+    "words": tuple(ENCODINGS),
+    "polled": tuple(ENCODINGS),
 }
 SPOKEN = {
     "exprs": "a list of expressions, `[M, 64]`",

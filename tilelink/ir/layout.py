@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 WORD: Final = 4
 
@@ -30,18 +30,39 @@ FLAG_BYTES: Final = 124 * 1024
 # Of a program with two slots: how far the flags and the buffers of odd calls lie behind those of even ones.
 SLOT_FLAGS: Final = FLAG_BYTES // 2
 SLOT_BYTES: Final = 32 << 20
-# Words that signal themselves lie behind both slots, in a slot each: WORD_BYTES that hold PAYLOAD bytes of data
-# and the epoch of the call that wrote them. Nothing else is ever written there, so no data of any program is
-# taken for an epoch. They are zero at first; the epoch of the first call is 1.
+# Words that signal themselves lie behind both slots, those of each encoding in an area of their own, in a slot for
+# each parity. PAYLOAD bytes of data lie in a word.
+PAYLOAD: Final = 4
+# Words of eight bytes: the data and the epoch of the call that wrote it. Nothing else is ever written there, so
+# no data of any program is taken for an epoch. They are zero at first; the epoch of the first call is 1.
 WORDS: Final = 2 * SLOT_BYTES
 SLOT_WORDS: Final = 16 << 20
-WORD_BYTES: Final = 8
-PAYLOAD: Final = 4
 # Epochs come again after 2^32 calls. Once in WORD_AGE calls all words of a slot are marked with an epoch that is
 # 2^31 calls away, so that none that was left there long ago is ever met again.
 WORD_AGE: Final = 1 << 30
-SLOT_ARENA: Final = WORDS + 2 * SLOT_WORDS  # bytes of an arena of slots
+# Words of four bytes, the data alone: EMPTY until it is there, and again once it was read. All are EMPTY at
+# first. EMPTY is a NaN, or two, that no arithmetic makes; data of these bits travels as another one, QUIET.
+SENTINELS: Final = WORDS + 2 * SLOT_WORDS
+SLOT_SENTINELS: Final = 16 << 20
+EMPTY: Final = -1  # as an int32
+QUIET: Final = 0x7FFF7FFF  # NaN as one fp32, and each half as fp16 and as bf16
+SLOT_ARENA: Final = SENTINELS + 2 * SLOT_SENTINELS  # bytes of an arena of slots
 COUNTERS: Final = 128 * 1024  # byte offset of the counter area
 COUNTER_BYTES: Final = 128 * 1024
 DATA: Final = 256 * 1024  # byte offset of buffers
 ALIGN: Final = 1024  # alignment of each buffer
+
+
+class Encoding(NamedTuple):
+    """How words that signal themselves hold their data: ``bytes`` each, in the ``slot`` bytes from ``area`` on."""
+
+    bytes: int
+    area: int
+    slot: int
+
+
+# By what says that a word is there: the epoch beside its data, or that its data is not the sentinel.
+ENCODINGS: Final = {
+    "epoch": Encoding(8, WORDS, SLOT_WORDS),
+    "sentinel": Encoding(4, SENTINELS, SLOT_SENTINELS),
+}
