@@ -152,7 +152,7 @@ def wide_grid() -> Iterator[Sample]:
     choices = itertools.product(
         (2, 3, 4),
         (None, 1, 3),
-        ("auto", "row", "grouped", "arrival", "departure"),
+        ("auto", "row", "grouped", "arrival", "departure", "interleave"),
         ((3, 1), (7, 2)),
     )
     for number, (world, channels, order, (workers, group)) in enumerate(choices):
