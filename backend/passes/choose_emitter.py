@@ -123,7 +123,8 @@ def _met(program: Op, schedule: Schedule, stage: Op) -> Iterator[Moved]:
         if not any(any(accesses(stage, name, kind)) for kind in ("load", "store")):
             continue
         resource = "none" if tensor["move"] == "shard" else schedule.move(name).resource
-        if resource not in APART:
+        copied = tensor["move"] == "gather" and resource.startswith("sm:")
+        if resource not in APART and not copied:
             raise ScheduleError(
                 tensor.span,
                 field=f"moves.{name}.resource",

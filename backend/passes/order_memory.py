@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import environment, evaluate
 from tilelink.ir import DTYPES, All, At, Expr, Index, Op, Range, Ref, Value
 from tilelink.ir.node import DECLARATIONS
@@ -189,6 +190,7 @@ def _stage(
     signals = any(op.name == "notify" and not _carried(program, op) for op in stage.walk())
     # A stage that sums in its epilogue is written with nested loops, and tells all ranks.
     sums = any(op.name == "load_sum" and op.operands for op in stage.walk())
+    sends = sums or bool(copies_of(stage))
     static = stage.get("queue", "static") == "static"
     tells = sums and static and all(_tells(op) for op in stage.body if _signals(op))
     held = signals and (can_flatten(program, stage) or (tells and not roles))
@@ -207,7 +209,7 @@ def _stage(
         if short and op.name == "store":
             return op
         local = op.get("peer") is None
-        direct = not signals or roles if local else sums and not roles
+        direct = not signals or roles if local else sends and not roles
         if op.name == "store" and (held or direct):
             assert op.ref is not None
             if _boxed(program, op.ref, blocks, starts, store=True, peer=not local):
@@ -219,7 +221,7 @@ def _stage(
 
     stage = rewrite(stage, mark)
     stores = [op for op in stage.walk() if op.name == "store" and op.get("via") == "tma"]
-    return (rewrite(stage, drain) if (roles or sums) and stores else stage), held
+    return (rewrite(stage, drain) if (roles or sends) and stores else stage), held
 
 
 def _signals(op: Op) -> bool:
