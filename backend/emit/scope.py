@@ -105,6 +105,10 @@ class Program:
         step = SLOT_WORDS if decl.get("words") else SLOT_BYTES
         return f"{text} + slot * {step}" if self.folded else text
 
+    def slotted(self, symbol: str) -> bool:
+        """Whether a symbol lies in two slots, of which a call uses one."""
+        return self.folded and self.symbols[symbol].get("space") == "symmetric"
+
     def cell(self, decl: Op) -> str:
         """The element type by which a tensor or buffer is addressed: words of eight bytes are integers."""
         return "tl.int64" if decl.get("words") else TL_DTYPE[decl["dtype"]]

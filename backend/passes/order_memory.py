@@ -190,16 +190,28 @@ def _stage(
     signals = any(op.name == "notify" and not _carried(program, op) for op in stage.walk())
     # A stage that sums in its epilogue is written with nested loops, and tells all ranks.
     sums = any(op.name == "load_sum" and op.operands for op in stage.walk())
-    sends = sums or bool(copies_of(stage))
+    copied = bool(copies_of(stage))
+    sends = sums or copied
     static = stage.get("queue", "static") == "static"
     tells = sums and static and all(_tells(op) for op in stage.body if _signals(op))
     held = signals and (can_flatten(program, stage) or (tells and not roles))
     blocks, starts = _blocks(program, stage), starts_of(program, stage)
     short = any(op.get("words") for op in program.find("buffer"))
 
+    multiplies = any(op.name == "dot" for op in stage.walk())
+
+    def plain(op: Op) -> bool:
+        # In two slots lie small sums as well, on whose way every fence and every wait for TMA counts: what goes
+        # through it there is what is copied or multiplied.
+        slots = program.get("slots") is not None
+        twice = slots and program.declared(op.symbol).get("space") == "symmetric"
+        return twice and not (copied or (multiplies and op.name == "load"))
+
     def mark(op: Op) -> Op:
         if op.name == "notify" and held:
             return op.with_attrs(delay=1, drain=True)
+        if op.name in ("load", "store") and plain(op):
+            return op
         if op.name == "load" and op.results[0].name not in through_registers:
             sides = [r for r in (op.ref, op.get("own")) if r is not None]
             if all(_boxed(program, side, blocks, starts) for side in sides):
@@ -317,8 +329,8 @@ def _boxed(
     A box that begins inside of 16 bytes of a row is an illegal instruction on sm_90.
     """
     declared = program.declared(ref.symbol)
-    if program.get("slots") is not None and declared.get("space") == "symmetric":
-        return False  # a descriptor has one place
+    if declared.get("words"):
+        return False
     dims = declared["dims"]
     index: tuple[Index, ...] = ref.index or tuple(All() for _ in dims)
     if peer and len(index) == 3:

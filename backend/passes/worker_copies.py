@@ -24,7 +24,7 @@ from tilelink.ir import (
 from tilelink.schedules import ScheduleError
 
 # Bytes of a box: a worker has it in flight at once, and holds it in registers while it leaves.
-BOX_BYTES = 32 * 1024
+BOX_BYTES = 16 * 1024
 BOX_COLUMNS = 256
 # Bytes of the columns of a box below which memory is not read in whole lines.
 LEAST_COLUMNS = 32

@@ -109,10 +109,7 @@ class Dataflow:
             return self.reduced(access, source)
         start, from_rank = self.taken(source, access)
         if access.op.name == "store":
-            # A task loads its tile once, and stores it into several ranks.
-            by = np.argsort(source.task, kind="stable")
-            at = by[np.searchsorted(source.task[by], access.task)]
-            start, from_rank = start[at], from_rank[at]
+            start, from_rank = self.handed(source, access, start, from_rank)
         if access.origin is not None:
             from_rank = np.where(from_rank == ANY, ANY, access.origin)
         few = source.lo.shape[1]
@@ -123,6 +120,20 @@ class Dataflow:
                 known = start[:, other] != ANY
                 shift[:, axis] = np.where(known, start[:, other] - access.lo[:, axis], ANY)
         return from_rank, shift
+
+    def handed(
+        self, source: Access, access: Access, start: Ints, rank: Ints
+    ) -> tuple[Ints, Ints]:
+        """What a task has loaded, ``start`` and ``rank`` by rows of ``source``, by rows of its stores of it.
+
+        It loads its tile once, and stores it into several ranks, maybe part by part: both name the places of a
+        tile by the same variables.
+        """
+        by = np.argsort(source.task, kind="stable")
+        at = by[np.searchsorted(source.task[by], access.task)]
+        drop = access.want.shape[1] - source.want.shape[1]
+        inside = access.want[:, drop:] - source.want[at]
+        return np.where(start[at] == ANY, ANY, start[at] + inside), rank[at]
 
     def source(self, access: Access) -> Access | None:
         made_by = self.copied.get(id(access.op), access.op)
