@@ -15,7 +15,7 @@ def copies_of(stage: Op) -> dict[int, Op]:
     rank into those of their owners.
     """
     ops = list(stage.walk())[1:]
-    if any(op.name not in _COPYING or op.results and op.name != "load" for op in ops):
+    if any(op.name not in _COPYING or (op.results and op.name != "load") for op in ops):
         return {}
     loads = {op.results[0].name: op for op in ops if op.name == "load"}
     found: dict[int, Op] = {}

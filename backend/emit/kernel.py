@@ -134,9 +134,7 @@ def parameters_of(scope: Scope) -> tuple[Parameter, ...]:
             )
             for (s, block, p), n in scope.descriptors.items()
             for text, slot in (
-                zip(slots_of(n), (0, 1), strict=True)
-                if scope.program.slotted(s)
-                else ((n, None),)
+                zip(slots_of(n), (0, 1), strict=True) if scope.program.slotted(s) else ((n, None),)
             )
         ),
     ]

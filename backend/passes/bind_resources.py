@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tilelink.backend.copying import copies_of
 from tilelink.backend.passes.common import (
     MOVED,
     RANK,
@@ -30,6 +31,9 @@ from tilelink.ir import (
     make,
     minimum,
 )
+
+# Warps of a kernel that copies alone: it waits, and one thread of it issues the copies.
+COPY_WARPS = 4
 
 
 def bind_resources(program: Op) -> Op:
@@ -195,8 +199,10 @@ def _by_workers(program: Op, info: Moved) -> Op:
 
     Where kernels that multiply are not ours, or their warps have roles, it is a launch of its own before them.
     """
-    stage, workers = copying_stage(program, info), schedule_of(program).move(info.name).sm_workers
-    if info.kind == "gather" and schedule_of(program).emitter != "triton":
+    schedule = schedule_of(program)
+    alone = info.kind == "gather" and schedule.emitter != "triton"
+    stage, workers = copying_stage(program, info, alone), schedule.move(info.name).sm_workers
+    if alone:
         return _ahead(program, info, stage.with_attrs(workers=None), workers)
     ops: list[Op] = []
     counters: list[Op] = []
@@ -210,7 +216,7 @@ def _by_workers(program: Op, info: Moved) -> Op:
 
 def _ahead(program: Op, info: Moved, stage: Op, workers: int) -> Op:
     """A launch of the copies of a gathered tensor, in front of the first that reads it."""
-    schedule = schedule_of(program)
+    schedule, boxes = schedule_of(program), bool(copies_of(stage))
     ops: list[Op] = []
     done = False
     for op in program.body:
@@ -220,8 +226,9 @@ def _ahead(program: Op, info: Moved, stage: Op, workers: int) -> Op:
                 "launch",
                 ref=Ref(f"{info.name}.copy"),
                 after=after or None,
-                stages=schedule.stages,
-                warps=schedule.warps,
+                emitter="gluon" if boxes else None,
+                stages=1 if boxes else schedule.stages,
+                warps=COPY_WARPS if boxes else schedule.warps,
                 workers=workers,
                 blocks=(Block((), (stage,)),),
                 span=stage.span,

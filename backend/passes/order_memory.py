@@ -214,7 +214,7 @@ def _stage(
             return op
         if op.name == "load" and op.results[0].name not in through_registers:
             sides = [r for r in (op.ref, op.get("own")) if r is not None]
-            if all(_boxed(program, side, blocks, starts) for side in sides):
+            if all(_boxed(program, side, blocks, starts, pieces=copied) for side in sides):
                 return op.with_attrs(via="tma")
         # Stores to a peer are worth it only where their release is held back, or behind a product. What is
         # small enough for words is not worth waiting for the end of TMA.
@@ -224,7 +224,7 @@ def _stage(
         direct = not signals or roles if local else sends and not roles
         if op.name == "store" and (held or direct):
             assert op.ref is not None
-            if _boxed(program, op.ref, blocks, starts, store=True, peer=not local):
+            if _boxed(program, op.ref, blocks, starts, store=True, peer=not local, pieces=copied):
                 return op.with_attrs(via="tma")
         return op
 
@@ -322,10 +322,12 @@ def _boxed(
     starts: Mapping[str, int],
     store: bool = False,
     peer: bool = False,
+    pieces: bool = False,
 ) -> bool:
     """Whether a region is a box of two axes that a TMA descriptor can have, wherever its tiles begin.
 
     ``peer``: in memory of a peer, there maybe behind an axis of ranks, of which it is the part of this one.
+    ``pieces``: it may be several such boxes side by side.
     A box that begins inside of 16 bytes of a row is an illegal instruction on sm_90.
     """
     declared = program.declared(ref.symbol)
@@ -371,6 +373,8 @@ def _boxed(
     rows, columns = lengths
     if store and rows is not None and columns is not None and columns >= 256 and rows >= 64:
         columns //= 2  # a wide tile leaves in two halves
+    if pieces and columns is not None:
+        columns = math.gcd(columns, _TMA_BLOCK)
     if columns is not None and columns * size < _TMA_BYTES:
         return False
     return all(n is None or n <= _TMA_BLOCK for n in (rows, columns))

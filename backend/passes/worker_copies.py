@@ -26,14 +26,19 @@ from tilelink.schedules import ScheduleError
 # Bytes of a box: a worker has it in flight at once, and holds it in registers while it leaves.
 BOX_BYTES = 16 * 1024
 BOX_COLUMNS = 256
+# Bytes of a tile of boxes that a worker has in flight at once by way of shared memory.
+TILE_BYTES = 128 * 1024
 # Bytes of the columns of a box below which memory is not read in whole lines.
 LEAST_COLUMNS = 32
 
 
-def copying_stage(program: Op, info: Moved) -> Op:
-    """The stage of ``@A.push``: tasks of the first N workers, which copy and signal."""
+def copying_stage(program: Op, info: Moved, alone: bool = False) -> Op:
+    """The stage of ``@A.push``: tasks of the first N workers, which copy and signal.
+
+    ``alone``: it is a launch of its own, whose tiles of boxes need not fit registers.
+    """
     if schedule_of(program).move(info.name).copies == "boxes":
-        return _boxes(program, info)
+        return _boxes(program, info, alone)
     return _rows(program, info)
 
 
@@ -84,7 +89,7 @@ def _rows(program: Op, info: Moved) -> Op:
     return _stage(program, info, (ranks, rows) if info.spread else (rows, ranks), body)
 
 
-def _boxes(program: Op, info: Moved) -> Op:
+def _boxes(program: Op, info: Moved, alone: bool) -> Op:
     """Boxes of rows and columns, which TMA can copy: a task loads one, and stores it into all peers.
 
     ::
@@ -112,6 +117,8 @@ def _boxes(program: Op, info: Moved) -> Op:
     most = min(BOX_COLUMNS, max(1, BOX_BYTES // (info.tile * size)))
     columns = box_length(lengths[across], most)
     rows = info.tile
+    if alone:
+        columns = _widened(program, info, lengths[across], columns, rows * size)
     if min(rows if info.axis else columns, 1 << 20) * size < LEAST_COLUMNS:
         detail = f"a box of {rows} x {columns} has rows of fewer than {LEAST_COLUMNS} bytes"
         raise _unfit(program, info, detail)
@@ -153,6 +160,19 @@ def _boxes(program: Op, info: Moved) -> Op:
     body = [] if info.kind == "gather" else [_finished(program, info, peer, channel)]
     body += [load, _loop(step, WORLD - (0 if here else 1), store), _loop(last, WORLD, told)]
     return _stage(program, info, (moved_rows, across_rows), body)
+
+
+def _widened(program: Op, info: Moved, length: int, columns: int, bytes_of: int) -> int:
+    """Columns of a tile of several boxes, as long as all workers still have one; ``bytes_of`` a column."""
+    workers = schedule_of(program).move(info.name).sm_workers
+    tall = -(-info.shard // info.tile)
+    while (
+        length % (2 * columns) == 0
+        and 2 * columns * bytes_of <= TILE_BYTES
+        and tall * (length // (2 * columns)) >= workers
+    ):
+        columns *= 2
+    return columns
 
 
 def _names(values: list[Value]) -> tuple[str, ...]:

@@ -121,9 +121,7 @@ class Dataflow:
                 shift[:, axis] = np.where(known, start[:, other] - access.lo[:, axis], ANY)
         return from_rank, shift
 
-    def handed(
-        self, source: Access, access: Access, start: Ints, rank: Ints
-    ) -> tuple[Ints, Ints]:
+    def handed(self, source: Access, access: Access, start: Ints, rank: Ints) -> tuple[Ints, Ints]:
         """What a task has loaded, ``start`` and ``rank`` by rows of ``source``, by rows of its stores of it.
 
         It loads its tile once, and stores it into several ranks, maybe part by part: both name the places of a
