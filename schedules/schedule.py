@@ -55,11 +55,11 @@ class Move:
     peers. ``signal``: how contributions and sums say that they have arrived. ``flag``: by a flag that is raised
     behind them; ``word``: every four bytes travel in a word of eight that holds the number of the call too, and
     the reader polls the data. Twice the bytes, and no more than a flight over the link: for small sums, in two
-    slots, stored by the ``epilogue`` and added in a ``stage``. ``copies``: what the workers of ``sm:N`` copy at a
-    time: ``rows``, by loads and stores, to one peer after the other; ``boxes`` of rows and columns, by TMA where
-    that can have them, loaded once and stored into every peer. ``spans``: the tiles that read a gathered tensor are as
-    long as ``tiles`` says, though they span the shards of several ranks: they wait for all of them, and this rank's
-    rows are copied too. Else tiles end with each shard, and wait for that alone.
+    slots, stored by the ``epilogue`` and added in a ``stage``. ``copies``: what the workers of ``sm:N`` copy
+    at a time: ``rows``, by loads and stores, to one peer after the other; ``boxes`` of rows and columns, by TMA
+    where that can have them, loaded once and stored into every peer. ``spans``: the tiles that read a gathered
+    tensor are as long as ``tiles`` says, though they span the shards of several ranks: they wait for all of
+    them, and this rank's rows are copied too. Else tiles end with each shard, and wait for that alone.
     """
 
     resource: str = "copy_engine"

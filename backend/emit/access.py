@@ -444,7 +444,10 @@ def target(scope: Scope, op: Op) -> tuple[str, str] | None:
 
 
 def corner(scope: Scope, op: Op, ref: Ref) -> tuple[str, str] | None:
-    """Where a whole tile begins that a TMA descriptor can have, here or in this rank's slice at a peer, else None."""
+    """Where a whole tile begins that a TMA descriptor can have, here or in this rank's slice at a peer.
+
+    None of any other access.
+    """
     found = axes(scope, op, ref)[-2:]
     shape = scope.program.shape(ref.symbol)
     inner = scope.program.constant(shape[-1])

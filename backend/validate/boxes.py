@@ -1,7 +1,7 @@
 """An emitted kernel that copies by way of shared memory: which boxes land in it, and where they go from there.
 
-It is held to what :mod:`tilelink.device.boxes` asks of its callers: a tile is not loaded over one that may still be
-on its way out, and what is sent is the tile that was loaded last, once it has landed.
+It is held to what :mod:`tilelink.device.boxes` asks of its callers: a tile is not loaded over one that may still
+be on its way out, and what is sent is the tile that was loaded last, once it has landed.
 """
 
 from __future__ import annotations

@@ -87,8 +87,9 @@ class KernelMachine(AccessMachine):
     def on_device_of_slot(self, slot: Any, even: Any, odd: Any) -> Descriptor:
         """``device.of_slot``: of two descriptors that differ in their slot, that of the call."""
         called = isinstance(slot, Num) and not np.any(np.asarray(slot.v) != self.layout.SLOT)
-        pair = isinstance(even, Descriptor) and isinstance(odd, Descriptor)
-        if not called or not pair or (even.slot, odd.slot) != (0, 1):
+        if not isinstance(even, Descriptor) or not isinstance(odd, Descriptor):
+            self.unclear("a choice among what is no descriptor")
+        if not called or (even.slot, odd.slot) != (0, 1):
             self.hazard("the descriptor is not chosen by the slot of the call")
         if replace(even, slot=None) != replace(odd, slot=None):
             self.hazard("descriptors of different places are taken for the two slots of one")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,9 +21,9 @@ from tilelink.schedules import Move, Schedule, ScheduleError
 TENSOR = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
 
 
-def schedule(kernel: str, size: int = 16, emitter: str = "triton", **move: object) -> Schedule:
+def schedule(kernel: str, size: int = 16, emitter: str = "triton", **move: Any) -> Schedule:
     """Tiles of ``size``, and a move by two workers that copy boxes."""
-    made = Move(**{"resource": "sm:2", "copies": "boxes", **move})  # type: ignore[arg-type]
+    made = Move(**{"resource": "sm:2", "copies": "boxes", **move})
     tiles = tuple((name, size) for name in "KMN")
     return Schedule(tiles=tiles, workers=5, emitter=emitter, moves=((TENSOR[kernel], made),))
 
@@ -40,7 +42,7 @@ def test_boxes_give_the_bits_of_the_reference(backend: str, data: st.DataObject)
     kernel = data.draw(st.sampled_from(sorted(TENSOR)))
     gathers = kernel == "ag_gemm"
     emitter = data.draw(st.sampled_from(("triton", "library"))) if gathers else "triton"
-    move: dict[str, object] = {
+    move: dict[str, Any] = {
         "channels": data.draw(st.sampled_from((None, 1, 2, 3))),
         "tile": data.draw(st.sampled_from((None, 4, 16))),
         "slots": data.draw(st.sampled_from((1, 2))) if emitter == "triton" else 1,
@@ -64,7 +66,7 @@ def test_tiles_that_span_shards_give_the_bits_of_the_reference(data: st.DataObje
     resource = data.draw(st.sampled_from(("copy_engine", "sm:2")))
     m, n = world * data.draw(st.integers(1, 24)), data.draw(st.integers(1, 40))
     a, b = whole_numbers(world, m // world, 24, n)
-    move: dict[str, object] = {"resource": resource, "copies": "rows", "spans": True}
+    move: dict[str, Any] = {"resource": resource, "copies": "rows", "spans": True}
     chosen = schedule("ag_gemm", data.draw(st.sampled_from((8, 32))), **move)
     got = kernels.ag_gemm.on("simulate", world=world, schedule=chosen)(a, b)
     for mine, right in zip(got, kernels.ag_gemm.on("reference", world=world)(a, b), strict=True):
@@ -148,7 +150,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("kernel", "move", "field", "said"), REFUSED)
 def test_what_has_no_boxes_or_spans_nothing_is_refused_at_its_field(
-    kernel: str, move: dict[str, object], field: str, said: str
+    kernel: str, move: dict[str, Any], field: str, said: str
 ) -> None:
     extents = {"M": 64, "K": 8 if field == "copies" else 32, "N": 32}
     op = getattr(kernels, kernel).build(extents, world=4)
@@ -160,6 +162,7 @@ def test_what_has_no_boxes_or_spans_nothing_is_refused_at_its_field(
 
 def test_rows_known_at_run_time_span_nothing_and_have_no_boxes() -> None:
     op = kernels.ag_gemm.build({"M": 64, "K": 32, "N": 32}, world=4, dynamic=("M",))
-    for move in ({"copies": "rows", "spans": True}, {}):
+    moves: list[dict[str, Any]] = [{"copies": "rows", "spans": True}, {}]
+    for move in moves:
         with pytest.raises(ScheduleError, match="run time"):
             run_passes(op, schedule("ag_gemm", **move))

@@ -46,8 +46,8 @@ def load(descriptor, row, column, room, landing):
 def send(descriptors, number, row, column, room, landing, turn):
     """Store the tile in ``room`` at (``row``, ``column``) of ``descriptors[number]``, each box when it has landed.
 
-    ``turn`` counts the tiles of this worker from 0. Every descriptor, a parameter of the kernel, is named where it is
-    used: a choice among them beforehand would keep all of them in registers.
+    ``turn`` counts the tiles of this worker from 0. Every descriptor, a parameter of the kernel, is named where
+    it is used: a choice among them beforehand would keep all of them in registers.
     """
     count: gl.constexpr = room.shape[0]
     width: gl.constexpr = room.shape[2]
