@@ -131,6 +131,13 @@ def _met(program: Op, schedule: Schedule, stage: Op) -> Iterator[Moved]:
                 detail=f"`{resource}` needs a kernel of our own, and the library's multiplies",
                 help=f"use {' or '.join(APART)} with the emitter `library`",
             )
+        if tensor["move"] != "shard" and schedule.move(name).slots != 1:
+            raise ScheduleError(
+                tensor.span,
+                field=f"moves.{name}.slots",
+                detail="a call in two slots is one kernel of our own",
+                help="use 1 slot with the emitter `library`",
+            )
         yield replace(moved(program, name), resource=resource)
 
 

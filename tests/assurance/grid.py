@@ -141,7 +141,10 @@ def samples() -> list[Sample]:
                 boxes = replace(plain, tiles=2, dtype="fp32", copies="boxes")
                 found += [boxes, replace(boxes, slots=2)]
                 if kernel == "ag_gemm":
-                    found += [replace(boxes, spans=True), replace(boxes, spans=True, emitter="library")]
+                    found += [
+                        replace(boxes, spans=True),
+                        replace(boxes, spans=True, emitter="library"),
+                    ]
             if kernel == "ag_gemm" and resource == "copy_engine":
                 found.append(replace(plain, tiles=2, spans=True))
             if resource == "epilogue":

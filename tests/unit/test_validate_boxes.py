@@ -75,7 +75,7 @@ EDITS = [
     (GLUON, r"counted_all_tile_notify\(([^)]*)\)", r"counted_all_tile_notify(\1, others=True)", EmittedDiffers),
     (GLUON, r'call.buffer\("A.all", peer=1\)', 'call.buffer("A.all", peer=2)', EmittedDiffers),
     (GLUON, r"room = boxes", "other = boxes", Unclear),
-    (SLOTS, r"(slot, A_all_64x128_at1)_even, A_all_64x128_at1_odd", r"\1_odd, A_all_64x128_at1_even", EmittedHazard),
+    (SLOTS, r"(A_all_64x128_at1)_even, A_all_64x128_at1_odd", r"\1_odd, A_all_64x128_at1_even", EmittedHazard),
     (SLOTS, r"(slot, A_all_64x128_at1_even, A_all_64x128_at)1_odd", r"\g<1>2_odd", EmittedHazard),
     (SLOTS, r"of_slot\(slot, A_all_64x128_at1", "of_slot(0, A_all_64x128_at1", EmittedHazard),
     (SLOTS, r"A_all_to = A_all_64x128_at1\n", "A_all_to = A_all_64x128_at1_even\n", EmittedHazard),
