@@ -135,7 +135,7 @@ def _met(program: Op, schedule: Schedule, stage: Op) -> Iterator[Moved]:
             raise ScheduleError(
                 tensor.span,
                 field=f"moves.{name}.slots",
-                detail="a call in two slots is one kernel of our own",
+                detail="2 slots, where a call is one kernel, and the library has its own",
                 help="use 1 slot with the emitter `library`",
             )
         yield replace(moved(program, name), resource=resource)
