@@ -46,6 +46,7 @@ class Boxes:
                 scope.tokens.append("token")
             body.ops(scope, stage.body)
             writer.line("turn += 1")
+        scope.tile = "0"
 
     def _box(self, op: Op, shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
         """The box of a descriptor for a tile of ``shape``, as many of which make the tile."""

@@ -215,13 +215,21 @@ def _by_workers(program: Op, info: Moved) -> Op:
 
 
 def _ahead(program: Op, info: Moved, stage: Op, workers: int) -> Op:
-    """A launch of the copies of a gathered tensor, in front of the first that reads it."""
+    """A launch of the copies of a gathered tensor, in front of the first that reads it.
+
+    What every task of the library's waits for first, the copying kernel waits for when it has told all: between two
+    kernels of the library's own, a wait would be a third.
+    """
     schedule, boxes = schedule_of(program), bool(copies_of(stage))
     ops: list[Op] = []
     done = False
     for op in program.body:
         if op.name == "launch" and not done and any(accesses(op, f"{info.name}.all", "load")):
             done, after = True, tuple(op.get("after", ()))
+            waits: tuple[Op, ...] = ()
+            if op.get("emitter") == "library":
+                op, waits = _without_waits(op, info)
+            told = [make("finish", blocks=(Block((), waits),))] if waits else []
             copies = make(
                 "launch",
                 ref=Ref(f"{info.name}.copy"),
@@ -230,13 +238,25 @@ def _ahead(program: Op, info: Moved, stage: Op, workers: int) -> Op:
                 stages=1 if boxes else schedule.stages,
                 warps=COPY_WARPS if boxes else schedule.warps,
                 workers=workers,
-                blocks=(Block((), (stage,)),),
+                blocks=(Block((), (stage, *told)),),
                 span=stage.span,
             )
             ops.append(copies)
             op = op.with_attrs(after=(*after, copies.symbol))
         ops.append(op)
     return program.with_ops(tuple(ops))
+
+
+def _without_waits(launch: Op, info: Moved) -> tuple[Op, tuple[Op, ...]]:
+    """``launch`` without the waits for all of a gathered tensor, and these waits."""
+
+    def whole(op: Op) -> bool:
+        everything = (Range(Expr.const(0), WORLD), Range(Expr.const(0), Expr.const(info.channels)))
+        return op.name == "wait" and op.ref == Ref(f"{info.name}.ready", everything)
+
+    waits = tuple(dict.fromkeys(op for stage in launch.body for op in stage.body if whole(op)))
+    kept = (s.with_ops(tuple(op for op in s.body if not whole(op))) for s in launch.body)
+    return launch.with_ops(tuple(kept)), waits
 
 
 def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op]]:

@@ -135,7 +135,8 @@ class _Checker:
         In a stage of another form the text would not say what comes before what.
         """
         gluon, roles = launch.get("emitter") == "gluon", launch.get("roles") is not None
-        copying = launch.body and all(copies_of(child) for child in launch.body)
+        stages = [child for child in launch.body if child.name == "stage"]
+        copying = bool(stages) and all(copies_of(child) for child in stages)
         if roles > gluon or (gluon and not roles and not copying):
             detail = (
                 "roles are for the emitter `gluon`, which without them has kernels that copy alone"

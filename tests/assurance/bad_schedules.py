@@ -73,7 +73,9 @@ CASES: tuple[Case, ...] = (
     ),
     schedule("gluon of four warps", {"emitter": "gluon", "warps": 4}, "warps", "Gluon", "triton"),
     schedule("gluon of low tiles", {"emitter": "gluon", "tiles": {"M": 32}}, "32 x 128", "triton"),
-    schedule("gluon in two slots", {"emitter": "gluon", **move(resource="sm:4", slots=2)}, "triton"),
+    schedule(
+        "gluon in two slots", {"emitter": "gluon", **move(resource="sm:4", slots=2)}, "triton"
+    ),
     schedule("split 0", {"split": 0}, "split", "0"),
     schedule("split text", {"split": "2"}, "split", "'2'"),
     schedule("split huge", {"split": 32}, "split", "32 parts"),
