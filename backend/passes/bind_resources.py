@@ -217,8 +217,8 @@ def _by_workers(program: Op, info: Moved) -> Op:
 def _ahead(program: Op, info: Moved, stage: Op, workers: int) -> Op:
     """A launch of the copies of a gathered tensor, in front of the first that reads it.
 
-    What every task of the library's waits for first, the copying kernel waits for when it has told all: between two
-    kernels of the library's own, a wait would be a third.
+    What every task of the library's waits for first, the copying kernel waits for when it has told all: in front
+    of the library's, a wait would be one kernel more.
     """
     schedule, boxes = schedule_of(program), bool(copies_of(stage))
     ops: list[Op] = []
