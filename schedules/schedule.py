@@ -22,6 +22,9 @@ SUMS = ("stage", "epilogue")
 # How what is stored on a peer says that it is there: by a flag behind it, or each word of it by itself, which
 # holds the number of the call too, or is no sentinel any more.
 SIGNALS = ("flag", "word", "sentinel")
+# How workers of `sm:N` copy: whole rows by loads and stores, to one peer after the other, or boxes by TMA, which
+# are loaded once and stored into every peer.
+COPIES = ("rows", "boxes")
 _RESOURCE = re.compile(r"copy_engine|epilogue|none|sm:[1-9]\d{0,4}")
 
 
@@ -55,7 +58,11 @@ class Move:
     the reader polls the data: twice the bytes, and no more than a flight over the link; ``sentinel``: every four
     bytes land on a pattern that no data has, which the reader polls until it is gone and then puts back: the
     bytes once, and a local store more. Both are for small sums, in two slots, stored by the ``epilogue`` and
-    added in a ``stage``; what is summed by sentinels is read once.
+    added in a ``stage``; what is summed by sentinels is read once. ``copies``: what the workers
+    of ``sm:N`` copy at a time: ``rows``, by loads and stores, to one peer after the other; ``boxes`` of rows and
+    columns, by TMA where that can have them, loaded once and stored into every peer. ``spans``: the tiles that
+    read a gathered tensor are as long as ``tiles`` says, though they span the shards of several ranks: they wait
+    for all of them, and this rank's rows are copied too. Else tiles end with each shard, and wait for that alone.
     """
 
     resource: str = "copy_engine"
@@ -66,6 +73,8 @@ class Move:
     slots: int = 1
     streams: int = 1
     signal: str = "flag"
+    copies: str = "rows"
+    spans: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.resource, str) or not _RESOURCE.fullmatch(self.resource):
@@ -110,6 +119,22 @@ class Move:
             )
 
         self._check_signal()
+        if self.copies not in COPIES:
+            raise ScheduleError(
+                field="copies", detail=f"`{self.copies}`", help="use one of " + ", ".join(COPIES)
+            )
+        if self.copies != "rows" and not self.sm_workers:
+            raise ScheduleError(
+                field="copies",
+                detail=f"{self.copies}, but `{self.resource}` has no workers that copy",
+                help="use sm:N, or the copies `rows`",
+            )
+        if not isinstance(self.spans, bool):
+            raise ScheduleError(
+                field="spans",
+                detail=f"{self.spans!r} is not true or false",
+                help="use true or false",
+            )
 
     def _check_signal(self) -> None:
         if self.signal not in SIGNALS:
@@ -128,7 +153,9 @@ class Move:
 
     def by(self, resource: str) -> Move:
         """This move by another resource, without what only the old one has."""
-        plain = replace(self, slots=1, streams=1, signal="flag", resource=resource)
+        plain = replace(self, slots=1, streams=1, signal="flag", copies="rows", resource=resource)
+        if plain.sm_workers:
+            plain = replace(plain, copies=self.copies)
         if plain.by_workers:
             plain = replace(plain, slots=self.slots)
         elif resource == "copy_engine":

@@ -18,6 +18,7 @@ from tilelink.schedules.default import default_schedule, product_extents
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.roles import PRODUCT_WARPS, TURNS, roles_of, room_bytes
 from tilelink.schedules.schedule import (
+    COPIES,
     EMITTERS,
     SIGNALS,
     SUMS,
@@ -38,12 +39,15 @@ STAGES = (4, 3, 5, 6, 2)
 RING_STAGES = (6, 5, 4, 3)  # of a loader with a warp of its own: the deeper its ring, the better
 GROUPS = (8, 4, 16)
 SPLITS = (1, 2, 4, 8)
-COPY_WORKERS = (4, 8, 16, 32)
+COPY_WORKERS = (4, 8, 16, 32, 64)
 CHANNELS = (None, 1, 2, 4, 8)
 # Elements of a product's tile from which on a tile is worth its fixed costs.
 SMALLEST_TILE = 16 * 32
 # Bytes of a sum from which on one shot, or a second set of slots, costs more than it can gain.
 SMALL_SUM = 32 << 20
+# Bytes of a gathered tensor up to which tiles may span its shards: of more, there is enough to compute with each
+# shard while the next is on its way.
+SMALL_GATHER = 16 << 20
 # The same of a sum as words that signal themselves: with the number of the call, which is twice as many bytes, and
 # without.
 SMALL_WORDS = {"flag": 1 << 62, "word": 4 << 20, "sentinel": 8 << 20}
@@ -98,7 +102,27 @@ class Space:
         if self.kernel["world"] == 1:
             return [schedule]
         made = (_made(schedule, moves=tuple(sorted(some))) for some in itertools.product(*options))
-        return [s for s in made if s is not None and legal(self.product, s)]
+        return [s for s in made if s is not None and legal(self.product, s) and self._walks(s)]
+
+    def _walks(self, schedule: Schedule) -> bool:
+        """Whether tiles are as long as the schedule says, no shard is spanned for nothing, and what roles
+        multiply is not copied by workers of the same kernel.
+        """
+        if self.product is None:
+            return True
+        rows, tallest = self.product.names[0], self.product.extent[0]
+        world, tall = int(self.kernel["world"]), dict(schedule.tiles).get(rows[0], 0)
+        for tensor in self.kernel.find("tensor"):
+            move = schedule.move(tensor.symbol)
+            if schedule.emitter == "gluon" and move.sm_workers and tensor["move"] != "gather":
+                return False
+            if tensor["move"] != "gather" or schedule.emitter == "library":
+                continue
+            over = str(tensor["dims"][tensor["over"]]) in rows
+            cut = tall in _fitting(ROW_TILES, max(1, tallest // world))
+            if over and move.spans == cut and schedule.tiles != self.base.tiles:
+                return False
+        return True
 
     def schedules(self) -> Iterator[Schedule]:
         """The whole space, computations outermost."""
@@ -109,7 +133,7 @@ class Space:
         """Tile lengths of the product's extents; others keep their default."""
         rows, columns, depth = product.names
         tallest, widest, deepest = product.extent
-        if _moved_rows(self.kernel, rows, ("gather", "shard")):
+        if _moved_rows(self.kernel, rows, ("gather", "shard")) and not self._spanned():
             tallest = max(1, tallest // int(self.kernel["world"]))
         sizes = (
             _fitting(ROW_TILES, tallest),
@@ -122,12 +146,17 @@ class Space:
             new = dict.fromkeys(rows, m) | dict.fromkeys(columns, n) | dict.fromkeys(depth, k)
             yield tuple(sorted({**dict(self.base.tiles), **new}.items()))
 
+    def _spanned(self) -> bool:
+        """Whether tiles may span shards: all that cuts them is small gathered tensors."""
+        moved = [t for t in self.kernel.find("tensor") if t["move"] in ("gather", "shard")]
+        return all(t["move"] == "gather" and self.bytes_of(t) <= SMALL_GATHER for t in moved)
+
     def _extras(self, emitter: str, tiles: tuple[tuple[str, int], ...]) -> Iterator[dict[str, Any]]:
         """The fields beside tiles, warps and stages: group and split."""
         assert self.product is not None
         rows = self.product.names[0]
         tallest = self.product.extent[0]
-        if _moved_rows(self.kernel, rows):
+        if _moved_rows(self.kernel, rows, ("scatter", "shard")):
             tallest = max(1, tallest // int(self.kernel["world"]))
         splits: tuple[int, ...] = SPLITS if emitter == "triton" else (1,)
         if dict(tiles)[rows[0]] not in _fitting(ROW_TILES, tallest):
@@ -174,6 +203,10 @@ def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
         return [{}]
     if kind != "gather":
         axes["sum"] = SUMS
+    elif size <= SMALL_GATHER:
+        axes["spans"] = (False, True)
+    if resource.startswith("sm:"):
+        axes["copies"] = COPIES
     if kind == "reduce":
         axes["shots"] = (1, 2) if size <= SMALL_SUM else (2,)
     if resource == "epilogue":
@@ -282,7 +315,7 @@ def _has_roles(product: Product, schedule: Schedule) -> bool:
     roles = roles_of(m, n, product.dots)
     if roles is None or schedule.warps != PRODUCT_WARPS or size != DTYPES["bf16"]:
         return False
-    if any(move.sm_workers or move.slots != 1 for _, move in schedule.moves):
+    if any(move.slots != 1 for _, move in schedule.moves):
         return False
     ring = schedule.stages * (m * k + product.dots * k * n) * size
     return ring + room_bytes(m, roles, size) <= SHARED_BYTES - SHARED_RESERVE

@@ -443,6 +443,25 @@ def target(scope: Scope, op: Op) -> tuple[str, str] | None:
     return pair[0].start, pair[1].start
 
 
+def corner(scope: Scope, op: Op, ref: Ref) -> tuple[str, str] | None:
+    """Where a whole tile begins that a TMA descriptor can have, here or in this rank's slice at a peer.
+
+    None of any other access.
+    """
+    found = axes(scope, op, ref)[-2:]
+    shape = scope.program.shape(ref.symbol)
+    inner = scope.program.constant(shape[-1])
+    size = item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))
+    if len(shape) == 3 and ref.index[0] != Expr.name("RANK"):
+        return None
+    whole = all(a is not None and a.dim is not None and a.dim.exact and not a.vector for a in found)
+    if not whole or len(found) != 2 or inner is None or inner * size % 16:
+        return None
+    rows, cols = found
+    assert rows is not None and cols is not None
+    return _plus(rows.start, _token(scope, ref.symbol) if op.name == "load" else ""), cols.start
+
+
 def scatter(scope: Scope, op: Op, text: str) -> None:
     """``store`` of the tile ``text`` by addresses, masked where the tile may be short."""
     ref = op.ref

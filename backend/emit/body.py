@@ -389,7 +389,7 @@ def _transfer(scope: Scope, op: Op) -> None:
 
 
 def tells_everyone(scope: Scope, op: Op) -> bool:
-    """Whether a loop over all ranks only notifies them, which one call does for all."""
+    """Whether a loop over all ranks only notifies them, or all but this one, which one call does for all."""
     notify = op.body[0] if len(op.body) == 1 else None
     if notify is None or notify.name != "notify" or notify.ref is None or op.results:
         return False
@@ -398,13 +398,21 @@ def tells_everyone(scope: Scope, op: Op) -> bool:
     own = program.symbols[notify.symbol].name == "flag" and str(notify.get("peer")) == d
     free = all(isinstance(i, Expr) and d not in i.names for i in notify.ref.index)
     count, through = Expr.of(notify.get("count", 1)), notify.get("through")
-    if not (whole and own and free) or d in count.names or notify.get("if") is not None:
+    guard = notify.get("if")
+    if not (whole and own and free) or d in count.names:
+        return False
+    if guard is not None and not _but_this_rank(guard, d):
         return False
     if through is not None:
         first, *rest = through.index
         if str(first) != d or any(not isinstance(i, Expr) or d in i.names for i in rest):
             return False
     return not notify.get("delay") and (program.constant(count) == 1 or through is not None)
+
+
+def _but_this_rank(guard: Expr | int, variable: str) -> bool:
+    """Whether a condition is that ``variable`` is another rank than this one."""
+    return str(guard) in (f"{variable} != RANK", f"RANK != {variable}")
 
 
 def tell_everyone(scope: Scope, op: Op) -> None:
@@ -414,13 +422,14 @@ def tell_everyone(scope: Scope, op: Op) -> None:
     plain_notify(program, notify)
     args = ["ctx", word(scope, notify, notify.symbol, element(notify, notify.ref.index))]
     count, through = notify.get("count", 1), notify.get("through")
+    others = ["others=True"] if notify.get("if") is not None else []
     if program.constant(count) == 1:
-        scope.writer.call("device.all_tile_notify(", args)
+        scope.writer.call("device.all_tile_notify(", [*args, *others])
         return
     first = (Expr.const(0), *through.index[1:])
     counter = word(scope, notify, through.symbol, element(notify, first))
     step = scope.expr(access.strides(scope, through.symbol)[0])
-    args += [counter, step, scope.expr(count)]
+    args += [counter, step, scope.expr(count), *others]
     scope.writer.call("device.counted_all_tile_notify(", args)
 
 

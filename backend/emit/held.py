@@ -28,7 +28,7 @@ class Held:
         if everyone is not None:
             (notify,) = everyone.body
             at_once = everyone.with_ops((notify.with_attrs(delay=None),))
-            if not body.tells_everyone(scope, at_once):
+            if not body.tells_everyone(scope, at_once) or notify.get("if") is not None:
                 raise refuse(
                     everyone, "a loop of notifies that are held back and do not tell all ranks"
                 )

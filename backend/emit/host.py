@@ -101,7 +101,8 @@ class Host:
                 peer = "" if parameter.peer is None else str(parameter.peer)
                 axes = len(self.program.shape(parameter.symbol))
                 mine = peer and axes > len(parameter.block)
-                whole = self.whole(parameter.symbol, peer) + ("[rank]" if mine else "")
+                whole = self.whole(parameter.symbol, peer, parameter.slot)
+                whole += "[rank]" if mine else ""
                 block = ", ".join(map(str, parameter.block))
                 other = ', "gluon"' if kernel.emitter == "gluon" else ""
                 made = f"call.descriptor({whole}, ({block}){other})"
@@ -122,11 +123,12 @@ class Host:
         ]
         writer.call("call.launch(", tail)
 
-    def whole(self, symbol: str, peer: str = "") -> str:
-        """The torch view of a tensor, or of a buffer here or on a peer."""
+    def whole(self, symbol: str, peer: str = "", slot: int | None = None) -> str:
+        """The torch view of a tensor, or of a buffer here or on a peer, in one of two slots."""
         if self.program.symbols[symbol].name == "tensor":
             return f'call.tensor("{symbol}")'
-        return f'call.buffer("{symbol}"{f", peer={peer}" if peer else ""})'
+        where = (f", peer={peer}" if peer else "") + ("" if slot is None else f", slot={slot}")
+        return f'call.buffer("{symbol}"{where})'
 
     def view(self, op: Op, ref: Ref) -> str:
         """The torch view of a region of this rank."""

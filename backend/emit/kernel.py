@@ -20,7 +20,8 @@ class Parameter:
 
     ``kind`` is ``pointer``, ``descriptor``, ``extent``, ``scalar``, or ``context`` for those that
     every kernel ends with; ``block`` is a descriptor's. With ``peer`` it is of a buffer of that peer,
-    of the slice there that is this rank's where the buffer has one axis more than the block.
+    of the slice there that is this rank's where the buffer has one axis more than the block. ``slot``: of a
+    buffer that lies in two slots, of which the kernel chooses that of its call.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Parameter:
     symbol: str
     block: tuple[int, ...] = ()
     peer: int | None = None
+    slot: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,10 @@ def heading(scope: Scope, decorator: str, name: str, parameters: tuple[Parameter
         decl = program.symbols[symbol]
         text = f"device.pointer(arena, {program.offset(decl)}, {program.cell(decl)})"
         head.line(f"{pointer} = {text}")
+    for (symbol, _, _), name in scope.descriptors.items():
+        if program.slotted(symbol):
+            even, odd = slots_of(name)
+            head.line(f"{name} = device.of_slot(slot, {even}, {odd})")
     return head
 
 
@@ -111,14 +117,25 @@ def declare(scope: Scope, parameter: Parameter) -> str:
     return parameter.name
 
 
+def slots_of(name: str) -> tuple[str, str]:
+    """The parameters among which a kernel chooses the descriptor ``name`` by the slot of its call."""
+    return f"{name}_even", f"{name}_odd"
+
+
 def parameters_of(scope: Scope) -> tuple[Parameter, ...]:
     """The parameters of a kernel in their order: memory, extents, scalars, context."""
     order = {symbol: number for number, symbol in enumerate(scope.program.symbols)}
     found = [
         *(((order[s], 0, (), -1), Parameter(n, "pointer", s)) for s, n in scope.pointers.items()),
         *(
-            ((order[s], 1, block, -1 if p is None else p), Parameter(n, "descriptor", s, block, p))
+            (
+                (order[s], 1, block, -1 if p is None else p),
+                Parameter(text, "descriptor", s, block, p, slot),
+            )
             for (s, block, p), n in scope.descriptors.items()
+            for text, slot in (
+                zip(slots_of(n), (0, 1), strict=True) if scope.program.slotted(s) else ((n, None),)
+            )
         ),
     ]
     data = [p for _, p in sorted(found, key=lambda item: item[0])]

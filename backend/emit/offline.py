@@ -187,7 +187,7 @@ def _read(out: Path, kernel: Kernel, launch: Op) -> Compiled:
         int(usage.get("STACK", 0)) + int(usage.get("LOCAL", 0)),
         _dot_rows(launch),
         any(op.name == "wait" for op in launch.walk()),
-        roles=kernel.emitter == "gluon",
+        roles=launch.get("roles") is not None,
     )
 
 

@@ -106,6 +106,10 @@ class Program:
         step = ENCODINGS[words].slot if words else SLOT_BYTES
         return f"{text} + slot * {step}" if self.folded else text
 
+    def slotted(self, symbol: str) -> bool:
+        """Whether a symbol lies in two slots, of which a call uses one."""
+        return self.folded and self.symbols[symbol].get("space") == "symmetric"
+
     def cell(self, decl: Op) -> str:
         """The element type by which a tensor or buffer is addressed: words that signal themselves are integers."""
         words = decl.get("words")

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from importlib import metadata
 
+from tilelink.backend.emit.boxes import emit_boxes
 from tilelink.backend.emit.gluon import emit_roles
 from tilelink.backend.emit.host import Host
 from tilelink.backend.emit.kernel import Kernel, emit_kernel, kernel_name
@@ -13,10 +14,12 @@ from tilelink.backend.emit.scope import Program
 from tilelink.backend.passes.order_memory import streamed
 from tilelink.ir import Op, print_ir
 
-_GLUON = """from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
-"""
+# Imports of kernels of Gluon, and what in their text needs them.
+_GLUON = (
+    ("from triton.experimental import gluon", "gluon."),
+    ("from triton.experimental.gluon import language as gl", "gl."),
+    ("from triton.experimental.gluon.language.nvidia import hopper", "hopper."),
+)
 _FOOT = '''
 
 def run(*tensors, group=None):
@@ -45,10 +48,20 @@ def emit(program: Op) -> str:
     if kernels:
         plain = any(kernel.emitter != "gluon" for _, kernel in kernels)
         parts.append(("import triton\n" if plain else "") + "import triton.language as tl\n")
-        parts[-1] += _GLUON if gluon else ""
+        parts[-1] += (
+            "".join(
+                f"{line}\n" for line, used in _GLUON if any(used in k.source for _, k in kernels)
+            )
+            if gluon
+            else ""
+        )
     imports = ["from tilelink import device\n"] if uses_device else []
     imports.append("from tilelink.backend import runtime\n")
-    imports += ["from tilelink.device import roles\n"] if gluon else []
+    imports += [
+        f"from tilelink.device import {module}\n"
+        for module in ("boxes", "roles")
+        if any(f"{module}." in kernel.source for _, kernel in kernels if kernel.emitter == "gluon")
+    ]
     parts[-1] += "".join(imports)
     parts.append(f'TEXT = r"""\n{text}"""\n')
     sections = "\n".join(parts)
@@ -73,7 +86,9 @@ def kernels_of(program: Op) -> list[tuple[int, Kernel]]:
 
 
 def _emitter(launch: Op) -> Callable[[Program, Op, str, frozenset[str]], Kernel]:
-    return emit_roles if launch.get("emitter") == "gluon" else emit_kernel
+    if launch.get("emitter") != "gluon":
+        return emit_kernel
+    return emit_boxes if launch.get("roles") is None else emit_roles
 
 
 def program_hash(text: str) -> str:

@@ -167,7 +167,7 @@ def bind_emitter(program: Op) -> Op:
     ops: list[Op] = []
     late: list[Op] = []  # launches that stand behind the streams that they wait for
     for op in program.body:
-        if op.name == "launch":
+        if op.name == "launch" and op.get("emitter") is None:
             ops, late = [*ops, *late], []
             first, *late = _split(op)
             ops.append(first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tilelink.backend.copying import copies_of
 from tilelink.backend.passes.common import (
     MOVED,
     RANK,
@@ -15,11 +16,10 @@ from tilelink.backend.passes.common import (
     schedule_of,
     tensors_of,
 )
+from tilelink.backend.passes.worker_copies import copying_stage
 from tilelink.ir import (
     INDEX,
-    TILE,
     All,
-    At,
     Block,
     Expr,
     Index,
@@ -31,6 +31,9 @@ from tilelink.ir import (
     make,
     minimum,
 )
+
+# Warps of a kernel that copies alone: it waits, and one thread of it issues the copies.
+COPY_WARPS = 4
 
 
 def bind_resources(program: Op) -> Op:
@@ -192,57 +195,68 @@ def _copies(
 
 
 def _by_workers(program: Op, info: Moved) -> Op:
-    """A stage of transfers run by the first N workers, which then join the rest."""
-    move = schedule_of(program).move(info.name)
-    step, tile = Value(f"{info.name}.s", INDEX), Value(f"{info.name}.t", TILE)
-    skip = 0 if info.kind == "gather" and not info.in_place else 1
-    peer = (RANK + Expr.name(step.name) + skip) % WORLD
-    start = Expr.name(f"{tile.name}.start")
-    span = program.declared(info.name).span
-    channel = info.channel_of(start)
-    body: list[Op] = []
-    if info.kind == "gather":
-        source = Ref(info.name, _index(program, info, tile))
-        target = Ref(f"{info.name}.all", _index(program, info, At(tile, RANK * info.shard + start)))
-    else:
-        index = (peer, channel) if info.spread else (channel,)
-        count = info.tasks_of(channel)
-        body.append(make("wait", ref=Ref(f"{info.name}.done", index), count=count, span=span))
-        base = peer * info.shard + start if info.spread else start
-        moved_tile: Index = At(tile, base) if info.spread else tile
-        source = Ref(f"{info.name}.partial", _index(program, info, moved_tile))
-        target = Ref(f"{info.name}.parts", (RANK, *_index(program, info, tile)))
-    body.append(make("transfer", ref=source, to=target, peer=peer, span=span))
-    arrivals = info.tiles_of(channel)
-    body.append(
-        make(
-            "notify",
-            ref=Ref(f"{info.name}.ready", (RANK, channel)),
-            peer=peer,
-            count=None if arrivals == 1 else arrivals,
-            through=None if arrivals == 1 else Ref(f"{info.name}.arrived", (peer, channel)),
-            span=span,
-        )
-    )
-    ranks, rows = (WORLD - skip, step), (Expr.of(info.live), tile)
-    order = (ranks, rows) if info.spread else (rows, ranks)
-    stage = make(
-        "stage",
-        ref=Ref(f"{info.name}.push"),
-        extent=tuple(extent for extent, _ in order),
-        tile=tuple(info.tile if value is tile else 1 for _, value in order),
-        workers=(0, move.sm_workers),
-        blocks=(Block(tuple(value for _, value in order), tuple(body)),),
-        span=span,
-    )
+    """A stage of copies run by the first N workers, which then join the rest.
+
+    Where kernels that multiply are not ours, or their warps have roles, it is a launch of its own before them.
+    """
+    schedule = schedule_of(program)
+    alone = info.kind == "gather" and schedule.emitter != "triton"
+    stage, workers = copying_stage(program, info, alone), schedule.move(info.name).sm_workers
+    if alone:
+        return _ahead(program, info, stage.with_attrs(workers=None), workers)
     ops: list[Op] = []
     counters: list[Op] = []
     for op in program.body:
         if op.name == "launch":
-            op, new = _join(op, info, stage, move.sm_workers)
+            op, new = _join(op, info, stage, workers)
             counters += new
         ops.append(op)
     return add_declarations(program.with_ops(tuple(ops)), *counters)
+
+
+def _ahead(program: Op, info: Moved, stage: Op, workers: int) -> Op:
+    """A launch of the copies of a gathered tensor, in front of the first that reads it.
+
+    What every task of the library's waits for first, the copying kernel waits for when it has told all: in front
+    of the library's, a wait would be one kernel more.
+    """
+    schedule, boxes = schedule_of(program), bool(copies_of(stage))
+    ops: list[Op] = []
+    done = False
+    for op in program.body:
+        if op.name == "launch" and not done and any(accesses(op, f"{info.name}.all", "load")):
+            done, after = True, tuple(op.get("after", ()))
+            waits: tuple[Op, ...] = ()
+            if op.get("emitter") == "library":
+                op, waits = _without_waits(op, info)
+            told = [make("finish", blocks=(Block((), waits),))] if waits else []
+            copies = make(
+                "launch",
+                ref=Ref(f"{info.name}.copy"),
+                after=after or None,
+                emitter="gluon" if boxes else None,
+                stages=1 if boxes else schedule.stages,
+                warps=COPY_WARPS if boxes else schedule.warps,
+                workers=workers,
+                blocks=(Block((), (stage, *told)),),
+                span=stage.span,
+            )
+            ops.append(copies)
+            op = op.with_attrs(after=(*after, copies.symbol))
+        ops.append(op)
+    return program.with_ops(tuple(ops))
+
+
+def _without_waits(launch: Op, info: Moved) -> tuple[Op, tuple[Op, ...]]:
+    """``launch`` without the waits for all of a gathered tensor, and these waits."""
+
+    def whole(op: Op) -> bool:
+        everything = (Range(Expr.const(0), WORLD), Range(Expr.const(0), Expr.const(info.channels)))
+        return op.name == "wait" and op.ref == Ref(f"{info.name}.ready", everything)
+
+    waits = tuple(dict.fromkeys(op for stage in launch.body for op in stage.body if whole(op)))
+    kept = (s.with_ops(tuple(op for op in s.body if not whole(op))) for s in launch.body)
+    return launch.with_ops(tuple(kept)), waits
 
 
 def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op]]:

@@ -32,6 +32,8 @@ COPY_BYTES = 8 << 20
 # Such copies of a rank in all: each is three nodes of the call's graph, of which the host launches one in about
 # 2.5 microseconds (bench/results/grid_h200x4.json), and the engine rests for as long as 3 MB take at each.
 MOST_COPIES = 8
+# Rows of a box that a worker copies at once, at most; its columns make BOX_BYTES of it.
+BOX_ROWS = 64
 # Channels of one source where stores or workers signal as they go.
 FINE_CHANNELS = 8
 # Tiles of a source up to which each has a channel of its own where it is stored straight to the peers: a
@@ -282,16 +284,30 @@ def _input_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[i
         asked = info.shard
         if move.channels is not None:
             asked = -(-info.shard // move.channels)
+        elif move.copies == "boxes":
+            asked = BOX_ROWS
         elif move.sm_workers:
             asked = max(1, SM_TILE_BYTES // _row_bytes(program, tensor, info))
     tile = min(asked, info.shard)
+    if move.copies == "boxes":
+        tile = box_length(info.shard, min(asked, BOX_ROWS))
     count = -(-info.shard // tile)
     per = _per_channel(program, tensor, count)
     if move.channels is not None:
         per = -(-count // move.channels)
+    elif move.spans:
+        per = count  # whoever waits for one waits for all
     elif per is None:
         per = -(-count // FINE_CHANNELS) if move.sm_workers else 1
     return tile, min(tile * per, info.shard)
+
+
+def box_length(length: int, most: int) -> int:
+    """The largest power of two that divides ``length`` and is ``most`` at most: boxes of it leave no rest."""
+    found = 1
+    while 2 * found <= most and length % (2 * found) == 0:
+        found *= 2
+    return found
 
 
 def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[int, int]:
@@ -322,7 +338,9 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
         wanted = -(-asked * (per or 1) // unit) * unit
     channel_rows = min(wanted, info.shard)
     tile = channel_rows
-    if move.sm_workers:
+    if move.copies == "boxes":
+        tile = box_length(channel_rows, BOX_ROWS)
+    elif move.sm_workers:
         tile = max(1, min(channel_rows, SM_TILE_BYTES // _row_bytes(program, tensor, info)))
         # Along an inner axis a copy is of rows: its columns are as many in every copy.
         whole = info.shard if info.axis else 0

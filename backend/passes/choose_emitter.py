@@ -123,12 +123,20 @@ def _met(program: Op, schedule: Schedule, stage: Op) -> Iterator[Moved]:
         if not any(any(accesses(stage, name, kind)) for kind in ("load", "store")):
             continue
         resource = "none" if tensor["move"] == "shard" else schedule.move(name).resource
-        if resource not in APART:
+        copied = tensor["move"] == "gather" and resource.startswith("sm:")
+        if resource not in APART and not copied:
             raise ScheduleError(
                 tensor.span,
                 field=f"moves.{name}.resource",
                 detail=f"`{resource}` needs a kernel of our own, and the library's multiplies",
                 help=f"use {' or '.join(APART)} with the emitter `library`",
+            )
+        if tensor["move"] != "shard" and schedule.move(name).slots != 1:
+            raise ScheduleError(
+                tensor.span,
+                field=f"moves.{name}.slots",
+                detail="2 slots, where a call is one kernel, and the library has its own",
+                help="use 1 slot with the emitter `library`",
             )
         yield replace(moved(program, name), resource=resource)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import environment, evaluate
 from tilelink.backend.passes.common import tasks_of_stage
 from tilelink.ir import DTYPES, All, At, Expr, Index, Op, Range, Ref, Value
@@ -196,28 +197,41 @@ def _stage(
     signals = any(op.name == "notify" and not _carried(program, op) for op in stage.walk())
     # A stage that sums in its epilogue is written with nested loops, and tells all ranks.
     sums = any(op.name == "load_sum" and op.operands for op in stage.walk())
+    copied = bool(copies_of(stage))
+    sends = sums or copied
     static = stage.get("queue", "static") == "static"
     tells = sums and static and all(_tells(op) for op in stage.body if _signals(op))
     held = signals and (can_flatten(program, stage) or (tells and not roles))
     blocks, starts = _blocks(program, stage), starts_of(program, stage)
     short = any(op.get("words") for op in program.find("buffer"))
 
+    multiplies = any(op.name == "dot" for op in stage.walk())
+
+    def plain(op: Op) -> bool:
+        # In two slots lie small sums as well, on whose way every fence and every wait for TMA counts: what goes
+        # through it there is what is copied or multiplied.
+        slots = program.get("slots") is not None
+        twice = slots and program.declared(op.symbol).get("space") == "symmetric"
+        return twice and not (copied or (multiplies and op.name == "load"))
+
     def mark(op: Op) -> Op:
         if op.name == "notify" and held:
             return op.with_attrs(delay=1, drain=True)
+        if op.name in ("load", "store") and plain(op):
+            return op
         if op.name == "load" and op.results[0].name not in through_registers:
             sides = [r for r in (op.ref, op.get("own")) if r is not None]
-            if all(_boxed(program, side, blocks, starts) for side in sides):
+            if all(_boxed(program, side, blocks, starts, pieces=copied) for side in sides):
                 return op.with_attrs(via="tma")
         # Stores to a peer are worth it only where their release is held back, or behind a product. What is
         # small enough for words is not worth waiting for the end of TMA.
         if short and op.name == "store":
             return op
         local = op.get("peer") is None
-        direct = not signals or roles if local else sums and not roles
+        direct = not signals or roles if local else sends and not roles
         if op.name == "store" and (held or direct):
             assert op.ref is not None
-            if _boxed(program, op.ref, blocks, starts, store=True, peer=not local):
+            if _boxed(program, op.ref, blocks, starts, store=True, peer=not local, pieces=copied):
                 return op.with_attrs(via="tma")
         return op
 
@@ -226,7 +240,7 @@ def _stage(
 
     stage = rewrite(stage, mark)
     stores = [op for op in stage.walk() if op.name == "store" and op.get("via") == "tma"]
-    return (rewrite(stage, drain) if (roles or sums) and stores else stage), held
+    return (rewrite(stage, drain) if (roles or sends) and stores else stage), held
 
 
 def _signals(op: Op) -> bool:
@@ -315,15 +329,17 @@ def _boxed(
     starts: Mapping[str, int],
     store: bool = False,
     peer: bool = False,
+    pieces: bool = False,
 ) -> bool:
     """Whether a region is a box of two axes that a TMA descriptor can have, wherever its tiles begin.
 
     ``peer``: in memory of a peer, there maybe behind an axis of ranks, of which it is the part of this one.
+    ``pieces``: it may be several such boxes side by side.
     A box that begins inside of 16 bytes of a row is an illegal instruction on sm_90.
     """
     declared = program.declared(ref.symbol)
-    if program.get("slots") is not None and declared.get("space") == "symmetric":
-        return False  # a descriptor has one place
+    if declared.get("words"):
+        return False
     dims = declared["dims"]
     index: tuple[Index, ...] = ref.index or tuple(All() for _ in dims)
     if peer and len(index) == 3:
@@ -364,6 +380,8 @@ def _boxed(
     rows, columns = lengths
     if store and rows is not None and columns is not None and columns >= 256 and rows >= 64:
         columns //= 2  # a wide tile leaves in two halves
+    if pieces and columns is not None:
+        columns = math.gcd(columns, _TMA_BLOCK)
     if columns is not None and columns * size < _TMA_BYTES:
         return False
     return all(n is None or n <= _TMA_BLOCK for n in (rows, columns))

@@ -24,7 +24,7 @@ from tilelink.backend.passes.common import (
 )
 from tilelink.frontend.owners import uniform_block
 from tilelink.ir import DTYPES, TILE, All, Block, Expr, Op, Ref, Type, Value, make
-from tilelink.schedules import Schedule
+from tilelink.schedules import Schedule, ScheduleError
 
 # Elements of a tile that a stage without a matrix product keeps in registers.
 ELEMENTWISE_TILE = 8192
@@ -235,7 +235,7 @@ def _tile_inner(program: Op, schedule: Schedule, op: Op) -> Op:
         walked = [
             m
             for m, axis in _moved_accesses(program, op, list(op.args[:1]))
-            if m.kind in ("gather", "shard")
+            if m.kind in ("gather", "shard") and not _spans(program, schedule, m)
         ]
         if walked:
             owner = min(walked, key=lambda m: m.block)
@@ -300,6 +300,29 @@ def apart(schedule: Schedule, name: str) -> bool:
     return schedule.move(name).resource == "none"
 
 
+def _spans(program: Op, schedule: Schedule, info: Moved) -> bool:
+    """Whether tiles that read a gathered tensor may be of rows of several ranks; ScheduleError where none can."""
+    if info.kind == "shard" or not schedule.move(info.name).spans:
+        return False
+    detail = ""
+    if info.kind != "gather":
+        detail = f"`{info.name}` is no gather: its tiles are stored, each at the rank that owns it"
+    elif info.block != info.shard:
+        detail = f"the shards of `{info.name}` do not lie one behind the other"
+    elif info.dynamic is not None:
+        detail = (
+            f"the rows of `{info.name}` are known at run time only, and lie apart in every shard"
+        )
+    if detail:
+        raise ScheduleError(
+            program.declared(info.name).span,
+            field=f"moves.{info.name}.spans",
+            detail=detail,
+            help="use false",
+        )
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class _Demand:
     axis: int
@@ -330,6 +353,8 @@ def _segments(
         stored = any(True for _ in accesses(probe, info.name, "store"))
         read = any(True for _ in accesses(probe, info.name, "load"))
         order = "arrival" if info.kind == "gather" else "departure"
+        if _spans(program, schedule, info):
+            continue
         if info.kind == "shard" or (info.kind == "scatter" and read and not stored):
             order = "own"
         if info.dynamic is not None and order != "own" and apart(schedule, info.name):

@@ -267,12 +267,13 @@ def without_roles(program: Op) -> Op:
     What the library multiplies stays with it.
     """
     op = _map_blocks(program, without_roles)
-    return op.with_attrs(emitter=None, roles=None) if op.get("roles") is not None else op
+    gluon = op.name == "launch" and op.get("emitter") == "gluon"
+    return op.with_attrs(emitter=None, roles=None) if gluon else op
 
 
 def has_roles(program: Op) -> bool:
-    """Whether some launch of ``program`` is a kernel whose warps have roles."""
-    return any(op.get("roles") is not None for op in program.find("launch"))
+    """Whether some launch of ``program`` is a kernel of Gluon, which has no interpreter."""
+    return any(op.get("emitter") == "gluon" for op in program.find("launch"))
 
 
 def widen(program: Op, narrow: str = "bf16", wide: str = "fp32") -> Op:

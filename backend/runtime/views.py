@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Views:
         self._arenas = arenas
         self.workspace: torch.Tensor | None = None
         self._named = {"launch": 0, "collective": 0}
-        self._buffers: dict[tuple[str, int | None], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, int | None, int], torch.Tensor] = {}
         self._descriptors: dict[tuple[object, ...], Any] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -74,22 +75,26 @@ class Views:
         self._named[kind] = number + 1
         return (self.image.launches if kind == "launch" else self.image.collectives)[number]
 
-    def buffer(self, name: str, peer: int | None = None) -> torch.Tensor:
-        """The buffer ``name`` of this rank, or in the arena of ``peer``: its dims and dtype."""
+    def buffer(self, name: str, peer: int | None = None, slot: int = 0) -> torch.Tensor:
+        """The buffer ``name`` of this rank, or in the arena of ``peer``: its dims and dtype.
+
+        ``slot``: that of calls of an even epoch, 0, or of an odd one, 1, of a buffer that lies in two.
+        """
         alias = self.image.buffers[name].alias
         if alias and peer is None:
             return self.tensor(alias) if alias in self.image.tensors else self.buffer(alias)
-        found = self._buffers.get((name, peer))
+        found = self._buffers.get((name, peer, slot))
         if found is None:
-            slot = self.image.buffer_at(name, self.extents)
-            if slot.local and (peer is not None or self.workspace is None):
+            place = self.image.buffer_at(name, self.extents)
+            if place.local and (peer is not None or self.workspace is None):
                 raise ValueError(f"no workspace holds @{name} of rank {peer}")
             where = (
-                self.workspace if slot.local else self._arenas[self.rank if peer is None else peer]
+                self.workspace if place.local else self._arenas[self.rank if peer is None else peer]
             )
             assert where is not None
-            found = view_of(where, slot)
-            self._buffers[name, peer] = found
+            if slot:
+                place = replace(place, offset=place.offset + slot * layout.SLOT_BYTES)
+            found = self._buffers[name, peer, slot] = view_of(where, place)
         return found
 
     def descriptor(

@@ -278,6 +278,8 @@ class AccessMachine(TileCalls):
     def block(self, value: Descriptor, at: Any, on: Mask) -> tuple[Ints, Ints]:
         """The box of a TMA access, cut off at the end of the tensor as the hardware does."""
         dims = self.layout.dims[value.symbol]
+        if value.slot is not None:
+            self.hazard(f"an access to @{value.symbol} in a slot that need not be the call's")
         if value.peer is not None:
             dims = dims[len(dims) - len(value.block) :]
         if not isinstance(at, tuple) or len(at) != len(value.block) or len(at) != len(dims):

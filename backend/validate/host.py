@@ -29,6 +29,7 @@ class View:
     hi: Ints
     axes: tuple[int, ...]
     whole: bool
+    slot: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -232,7 +233,7 @@ class HostMachine(Machine):
             bad = (lo[:, axis] < 0) | (hi[:, axis] > extent) | (lo[:, axis] > hi[:, axis])
             if np.any(bad & self.on):
                 self.hazard(f"an index outside of @{value.symbol}")
-        return View(value.symbol, value.home, lo, hi, tuple(left), False)
+        return View(value.symbol, value.home, lo, hi, tuple(left), False, value.slot)
 
     # call -------------------------------------------------------------------------------------
 
@@ -240,9 +241,15 @@ class HostMachine(Machine):
         """``call.tensor``."""
         return self.view(name, "tensor")
 
-    def on_buffer(self, name: Any, peer: Any = None) -> View:
-        """``call.buffer``."""
-        return self.view(name, "buffer", peer)
+    def on_buffer(self, name: Any, peer: Any = None, slot: Any = None) -> View:
+        """``call.buffer``: of a buffer that lies in two slots, the part in one of them."""
+        view = self.view(name, "buffer", peer)
+        twice = self.layout.program.get("slots") is not None
+        twice &= self.layout.declared[name].get("space") == "symmetric"
+        if slot not in ((0, 1) if twice else (None,)) or isinstance(slot, bool):
+            self.hazard(f"the buffer @{name} has {'two slots' if twice else 'one place'}")
+        view.slot = slot
+        return view
 
     def on_scalar(self, name: Any) -> Special:
         """``call.scalar``."""
@@ -266,16 +273,16 @@ class HostMachine(Machine):
             self.unclear("a block that is not constant")
         dims = np.array(self.layout.dims[view.symbol])
         if view.whole and not np.any(view.home != self.rank):
-            return Descriptor(view.symbol, block, None, emitter)
+            return Descriptor(view.symbol, block, None, emitter, view.slot)
         if view.whole and len(block) == len(dims) and constant(view.home) is not None:
-            return Descriptor(view.symbol, block, constant(view.home), emitter)
+            return Descriptor(view.symbol, block, constant(view.home), emitter, view.slot)
         mine = len(view.axes) == len(dims) - 1 and not np.any(view.lo[:, 0] != self.rank)
         mine &= not np.any(view.hi[:, 0] != self.rank + 1) and not np.any(view.lo[:, 1:])
         peer = constant(view.home)
         mine &= len(block) == len(dims) - 1
         if not mine or np.any(view.hi[:, 1:] != dims[1:]) or peer is None:
             self.unclear("a descriptor of neither a whole tensor nor this rank's slice of it")
-        return Descriptor(view.symbol, block, peer, emitter)
+        return Descriptor(view.symbol, block, peer, emitter, view.slot)
 
     def on_head(self, ack_wait: Any = True) -> None:
         """``call.head``."""

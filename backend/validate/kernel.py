@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from tilelink.backend.validate.values import (
     Arrived,
     Context,
     Data,
+    Descriptor,
     Flow,
     Ints,
     Key,
@@ -82,6 +85,17 @@ class KernelMachine(AccessMachine):
         """``device.slot``."""
         self.context(ctx)
         return Num(self.layout.SLOT)
+
+    def on_device_of_slot(self, slot: Any, even: Any, odd: Any) -> Descriptor:
+        """``device.of_slot``: of two descriptors that differ in their slot, that of the call."""
+        called = isinstance(slot, Num) and not np.any(np.asarray(slot.v) != self.layout.SLOT)
+        if not isinstance(even, Descriptor) or not isinstance(odd, Descriptor):
+            self.unclear("a choice among what is no descriptor")
+        if not called or (even.slot, odd.slot) != (0, 1):
+            self.hazard("the descriptor is not chosen by the slot of the call")
+        if replace(even, slot=None) != replace(odd, slot=None):
+            self.hazard("descriptors of different places are taken for the two slots of one")
+        return replace(even, slot=None)
 
     def on_device_spoil(self, ctx: Any, host: Any, out: Any, size: Any) -> None:
         """``device.spoil``: after an abort, by the last worker, all of an output."""
@@ -414,21 +428,35 @@ class KernelMachine(AccessMachine):
         mine = self.binary(ast.Add, self.number(word), Num(self.rank), self.node or ast.Pass())
         self.on_device_all_tile_notify(ctx, mine)
 
-    def on_device_all_tile_notify(self, ctx: Any, word: Any) -> None:
+    def on_device_all_tile_notify(self, ctx: Any, word: Any, others: Any = False) -> None:
         """``device.all_tile_notify``: one notify a peer."""
         self.context(ctx)
+        self.each_peer(others, lambda peer: self.flagged(word, Num(peer)))
+
+    def each_peer(self, others: Any, tell: Callable[[int], None]) -> None:
+        """``tell`` every rank, or with ``others`` every rank but the one that runs."""
+        if not isinstance(others, bool):
+            self.unclear("which ranks are told")
+        before = self.on, self.all
         for peer in range(self.layout.world):
-            self.flagged(word, Num(peer))
+            lanes = before[0] & (self.rank != peer) if others else before[0]
+            if lanes.any():
+                self.on, self.all = lanes, bool(lanes.all())
+                tell(peer)
+        self.on, self.all = before
 
     def on_device_counted_all_tile_notify(
-        self, ctx: Any, word: Any, through: Any, step: Any, count: Any
+        self, ctx: Any, word: Any, through: Any, step: Any, count: Any, others: Any = False
     ) -> None:
         """``device.counted_all_tile_notify``: one notify a peer, each counted by a counter of its own."""
         node = self.node or ast.Pass()
-        for peer in range(self.layout.world):
+
+        def tell(peer: int) -> None:
             shift = self.arithmetic(ast.Mult, self.number(step), Num(peer), node)
             at = self.arithmetic(ast.Add, self.number(through), shift, node)
             self.on_device_counted_tile_notify(ctx, word, Num(peer), at, count)
+
+        self.each_peer(others, tell)
 
     def on_device_tile_sum_parts(
         self, own: Any, parts: Any, step: Any, inside: Any, rank: Any, world: Any

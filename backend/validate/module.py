@@ -15,6 +15,7 @@ _IMPORTS = frozenset(
         "import triton.language as tl",
         "from tilelink import device",
         "from tilelink.backend import runtime",
+        "from tilelink.device import boxes",
         "from tilelink.device import roles",
         "from triton.experimental import gluon",
         "from triton.experimental.gluon import language as gl",

@@ -11,6 +11,7 @@ import numpy as np
 from tilelink.backend.expand_rows import Access, Phase, Sync
 from tilelink.backend.expand_walk import expand
 from tilelink.backend.product import product_of
+from tilelink.backend.validate.boxes import BoxMachine
 from tilelink.backend.validate.demand import flows
 from tilelink.backend.validate.errors import EmittedDiffers, EmittedHazard, Unclear
 from tilelink.backend.validate.host import Agent, HostMachine, View
@@ -207,7 +208,7 @@ class Validator:
             if agent.emitter != op.get("emitter", ""):
                 self.differs(agent.node, f"`{name}` is a launch of the emitter `{agent.emitter}`")
             if agent.kind == "launch" and agent.emitter != LIBRARY:
-                groups = GROUPS if agent.emitter == GLUON else 1
+                groups = GROUPS if op.get("roles") is not None else 1
                 warps = agent.warps * groups
                 for label, have, key, default in (
                     ("workers", agent.workers, "workers", 1),
@@ -295,10 +296,12 @@ class Validator:
         gluon = agent.kernel in self.module.gluon
         shared = (self.module.source, function, self.layout, agent.workers, streamed)
         launched = None
-        if gluon:
-            launched = machine = LaunchMachine(*shared, self.module.roles)
+        if gluon and self.op(agent).get("roles") is None:
+            machine: KernelMachine = BoxMachine(*shared)
+        elif gluon:
+            machine = launched = LaunchMachine(*shared, self.module.roles)
         else:
-            machine = WordMachine(*shared, reverse)  # type: ignore[assignment]
+            machine = WordMachine(*shared, reverse)
         names = [a.arg for a in function.args.args]
         if len(names) != len(agent.arguments):
             self.differs(

@@ -69,13 +69,15 @@ class Descriptor:
 
     With ``peer``: in the memory of that peer, of all of it or, where the block has an axis less, of the slice
     that belongs to this rank by the first axis.
-    ``emitter``: of which kernels it can be an argument.
+    ``emitter``: of which kernels it can be an argument. ``slot``: in which of two slots it lies; a kernel can
+    use it when it has chosen by the slot of its call.
     """
 
     symbol: str
     block: tuple[int, ...]
     peer: int | None = None
     emitter: str = "triton"
+    slot: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

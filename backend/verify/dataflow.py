@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import Ints
 from tilelink.backend.expand_rows import Access, Expansion
 from tilelink.backend.verify.cover import where
@@ -42,12 +43,19 @@ class Dataflow:
         self.contents: dict[str, Content] = {}
         self.resolved: dict[str, tuple[Ints, Ints]] = {}
         self.summed = summed_symbols(out)
+        # Loads whose tiles stages that copy store as they are, by the store's identity.
+        self.copied = {
+            store: load for phase in out.phases for store, load in copies_of(phase.op).items()
+        }
 
     def check(self) -> None:
         """Raise DataflowError for the first access, in program order, of wrong data."""
         for symbol in self.meetings:
             self.content(symbol)  # also what nothing reads must have been moved rightly
+        moved = {id(load) for load in self.copied.values()}
         for access in self.out.accesses:
+            if id(access.op) in moved:
+                continue  # it claims nothing: what it finds is followed to where it is stored
             if not access.write and access.op.name in ("load", "load_sum"):
                 self.read(access)
             elif access.write and access.op.name == "store":
@@ -91,7 +99,7 @@ class Dataflow:
         rank = np.full(n, ANY)
         if not access.write:
             return rank, shift
-        if access.op.name == "store":
+        if access.op.name == "store" and id(access.op) not in self.copied:
             return access.rank, self.coordinates(access) - access.lo
         source = self.source(access)
         if source is None:
@@ -100,6 +108,8 @@ class Dataflow:
         if access.op.name == "collective" and access.origin is None:
             return self.reduced(access, source)
         start, from_rank = self.taken(source, access)
+        if access.op.name == "store":
+            start, from_rank = self.handed(source, access, start, from_rank)
         if access.origin is not None:
             from_rank = np.where(from_rank == ANY, ANY, access.origin)
         few = source.lo.shape[1]
@@ -111,8 +121,21 @@ class Dataflow:
                 shift[:, axis] = np.where(known, start[:, other] - access.lo[:, axis], ANY)
         return from_rank, shift
 
+    def handed(self, source: Access, access: Access, start: Ints, rank: Ints) -> tuple[Ints, Ints]:
+        """What a task has loaded, ``start`` and ``rank`` by rows of ``source``, by rows of its stores of it.
+
+        It loads its tile once, and stores it into several ranks, maybe part by part: both name the places of a
+        tile by the same variables.
+        """
+        by = np.argsort(source.task, kind="stable")
+        at = by[np.searchsorted(source.task[by], access.task)]
+        drop = access.want.shape[1] - source.want.shape[1]
+        inside = access.want[:, drop:] - source.want[at]
+        return np.where(start[at] == ANY, ANY, start[at] + inside), rank[at]
+
     def source(self, access: Access) -> Access | None:
-        same = (a for a in self.out.accesses if not a.write and a.op is access.op)
+        made_by = self.copied.get(id(access.op), access.op)
+        same = (a for a in self.out.accesses if not a.write and a.op is made_by)
         return next((a for a in same if access.pair < 0 or a.pair == access.pair), None)
 
     def taken(self, source: Access, access: Access) -> tuple[Ints, Ints]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import environment, evaluate, tile_sizes
 from tilelink.backend.passes.bind_emitter import Unfit, split_product
 from tilelink.backend.product import NotAProduct, product_of
@@ -134,8 +135,13 @@ class _Checker:
         In a stage of another form the text would not say what comes before what.
         """
         gluon, roles = launch.get("emitter") == "gluon", launch.get("roles") is not None
-        if gluon != roles:
-            _fail(launch, "roles are for the emitter `gluon`, which has no kernel without them")
+        stages = [child for child in launch.body if child.name == "stage"]
+        copying = bool(stages) and all(copies_of(child) for child in stages)
+        if roles > gluon or (gluon and not roles and not copying):
+            detail = (
+                "roles are for the emitter `gluon`, which without them has kernels that copy alone"
+            )
+            _fail(launch, detail)
         for child in launch.body if roles else ():
             if child.name != "stage":
                 continue

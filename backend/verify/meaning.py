@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import Tile, environment, evaluate, loop_tiles, owner_order
 from tilelink.backend.expand_rows import Expansion, Phase
 from tilelink.backend.verify.dataflow import summed_symbols
@@ -133,11 +134,11 @@ class _Meaning:
             self.fail(self.out.program, f"no stage is the kernel's loop {self.loop_text(missing)}")
 
     def computing(self) -> list[Phase]:
-        """The stages that load or store; no other part of an agent does."""
+        """The stages that load or store, and do more than copy; no other part of an agent does."""
         found: list[Phase] = []
         for phase in self.out.phases:
             accesses = [op for op in phase.op.walk() if op.name in ("load", "load_sum", "store")]
-            if phase.kind == "stage" and accesses:
+            if phase.kind == "stage" and accesses and not copies_of(phase.op):
                 found.append(phase)
             elif phase.kind == "stage":
                 self.moves_only(phase.op)
@@ -192,7 +193,7 @@ class _Meaning:
     # Stages -----------------------------------------------------------------------------------
 
     def moves_only(self, stage: Op) -> None:
-        """A stage of transfers computes nothing that anything could rest on."""
+        """A stage of transfers or copies computes nothing: what it puts where, *dataflow* follows."""
         for op in stage.walk():
             if op.name == "collective":
                 self.fail(op, "it cannot stand in a stage")

@@ -56,6 +56,8 @@ class Sample:
     streams: int = 1
     split: int = 1
     signal: str = "flag"
+    copies: str = "rows"
+    spans: bool = False
 
     @property
     def name(self) -> str:
@@ -67,6 +69,8 @@ class Sample:
         parts += [f"q{self.streams}"] if self.streams > 1 else []
         parts += [f"k{self.split}"] if self.split > 1 else []
         parts += [f"{self.signal}s"] if self.signal != "flag" else []
+        parts += [self.copies] if self.copies != "rows" else []
+        parts += ["spans"] if self.spans else []
         parts += ["flat" if self.flatten else "nested", self.dtype]
         return ".".join([*parts, *([self.emitter] if self.emitter != "triton" else [])])
 
@@ -81,7 +85,7 @@ class Sample:
         """The fused program, not proven."""
         plain = move_of(self.resource, self.channels)
         move = replace(plain, shots=self.shots, slots=self.slots, streams=self.streams)
-        move = replace(move, signal=self.signal)
+        move = replace(move, signal=self.signal, copies=self.copies, spans=self.spans)
         moves = ((self.tensor, move),)
         tiles = tuple((name, self.tile) for name in "KMN")
         schedule = Schedule(
@@ -133,6 +137,17 @@ def samples() -> list[Sample]:
                 "gemm_ar",
             ):
                 found.append(replace(plain, tiles=2, split=2))
+            if resource == "sm:1" and kernel in ("ag_gemm", "gemm_rs", "gemm_ar"):
+                # Rows of a box are 32 bytes at least.
+                boxes = replace(plain, tiles=2, dtype="fp32", copies="boxes")
+                found += [boxes, replace(boxes, slots=2)]
+                if kernel == "ag_gemm":
+                    found += [
+                        replace(boxes, spans=True),
+                        replace(boxes, spans=True, emitter="library"),
+                    ]
+            if kernel == "ag_gemm" and resource == "copy_engine":
+                found.append(replace(plain, tiles=2, spans=True))
             if resource == "epilogue":
                 found += [replace(plain, tiles=2, slots=2, signal=s) for s in ("word", "sentinel")]
             if resource == "epilogue" and not by_rank:

@@ -113,6 +113,7 @@ def cases(only: str = "") -> list[Case]:
             others += ["epilogue-slots-words", "epilogue-slots-sentinels"]
         if kernel == "ag_gemm":
             others += ["sm:16-slots", "copy_engine-streams"]
+            others += ["sm:16-spans", "copy_engine-spans"]
         if kernel == "gemm_ar":
             others += ["copy_engine-two", "sm:16-two", "sm:16-two-slots", "epilogue-two"]
             others += ["epilogue-two-slots", "epilogue-one-slots"]
@@ -134,6 +135,24 @@ def cases(only: str = "") -> list[Case]:
         found += [Case(kernel, *shape, resource=f"{first}-split") for shape in shapes[:4]]
         found += [Case(kernel, *shapes[0], dtype=d) for d in ("fp16", "fp32")]
         found += [Case(kernel, *shape, resource="none", emitter="library") for shape in shapes]
+        # Boxes need rows of whole boxes: shapes whose shards and rows are even.
+        boxed = [s for s in shapes if all(n % 256 == 0 for n in s)]
+        boxes = ["sm:16-boxes", "sm:16-boxes-slots"]
+        if kernel == "ag_gemm":
+            boxes += ["sm:16-boxes-spans", "sm:32-boxes-spans-slots"]
+            found += [
+                Case(kernel, *s, f"sm:32-boxes{'-spans' * spans}", emitter=emitter)
+                for emitter in ("library", "gluon")
+                for spans in (False, True)
+                for s in boxed
+                if emitter == "library" or s[0] >= 1024
+            ]
+        found += [
+            Case(kernel, *s, resource=r)
+            for r in boxes
+            for s in boxed
+            if not r.endswith("slots") or s[0] * max(s[1:]) <= 1 << 22
+        ]
         beside = ["copy_engine", *(["copy_engine-folded"] if kernel == "gemm_rs" else [])]
         found += [Case(kernel, *s, r, emitter="library") for r in beside for s in shapes[:4]]
         found += [Case(kernel, *shapes[2], "none", dtype, "library") for dtype in ("fp16", "fp32")]
@@ -154,7 +173,7 @@ def schedule_for(case: Case, world: int) -> Any:
     )
     # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots;
     # `-streams`: two streams; `-words`, `-sentinels`: data that signals itself, by an epoch beside it or alone;
-    # `-split`: sums in four parts.
+    # `-split`: sums in four parts; `-boxes`: workers copy boxes; `-spans`: tiles span shards.
     resource, *words = case.resource.split("-")
     changes: dict[str, Any] = {}
     if words:
@@ -167,6 +186,8 @@ def schedule_for(case: Case, world: int) -> Any:
         changes["signal"] = "sentinel" if "sentinels" in words else changes["signal"]
     if "streams" in words:
         changes["streams"] = 2
+    changes["copies"] = "boxes" if "boxes" in words else "rows"
+    changes["spans"] = "spans" in words
     schedule = default_schedule(op).with_resource(resource)
     schedule = replace(schedule, emitter=case.emitter, split=4 if "split" in words else 1)
     if case.emitter == "gluon":

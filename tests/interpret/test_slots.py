@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
         ("gemm_ar", "C", "sm:1", 2, "flag", "fp32"),
         ("gemm_rs", "C", "epilogue", None, "flag", "fp32"),
         ("ag_gemm", "A", "sm:2", None, "flag", "fp32"),
+        ("ag_gemm", "A", "sm:2-boxes", None, "flag", "fp32"),
+        ("gemm_rs", "C", "sm:2-boxes", None, "flag", "fp32"),
         ("gemm_ar", "C", "epilogue", 1, "word", "fp32"),
         ("gemm_ar", "C", "epilogue", 2, "word", "fp16"),
         ("gemm_rs", "C", "epilogue", None, "word", "fp16"),
@@ -42,7 +44,8 @@ def test_calls_in_a_row_are_right(
     # Rows of 44 elements: tiles that end within a block, at a pair of words.
     n = 32 if signal == "flag" else 44
     op = getattr(kernels, kernel).build({"M": m, "K": k, "N": n}, world=world, dtype=dtype)
-    move = Move(resource=resource, shots=shots, slots=2, signal=signal)
+    resource, _, copies = resource.partition("-")
+    move = Move(resource, shots=shots, slots=2, signal=signal, copies=copies or "rows")
     tiles = tuple((name, 16) for name in "KMN")
     program = compile_kernel(op, Schedule(tiles=tiles, workers=5, moves=((tensor, move),)))
     generator = torch.Generator().manual_seed(0)

@@ -24,6 +24,7 @@ LAYERS = (
         "tilelink.backend.expand",
         "tilelink.backend.expand_rows",
         "tilelink.backend.expand_walk",
+        "tilelink.backend.copying",
         "tilelink.backend.product",
         "tilelink.backend.reference",
         "tilelink.backend.reference_moves",

@@ -212,7 +212,7 @@ def test_what_is_no_plain_product_is_refused_at_its_op(
     assert said in str(caught.value) and caught.value.span is not None
 
 
-@pytest.mark.parametrize(("kernel", "resource"), [(ag_gemm, "sm:2"), (gemm_rs, "epilogue")])
+@pytest.mark.parametrize(("kernel", "resource"), [(gemm_rs, "sm:2"), (gemm_rs, "epilogue")])
 def test_what_needs_a_kernel_of_ours_is_refused(kernel: Any, resource: str) -> None:
     op = kernel.build(EXTENTS, world=2)
     with pytest.raises(ScheduleError, match="needs a kernel of our own"):

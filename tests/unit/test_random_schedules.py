@@ -17,7 +17,7 @@ from tilelink.backend.verify import verify
 from tilelink.errors import InternalError, Source, TilelinkError
 from tilelink.ir import parse_ir, print_ir
 from tilelink.schedules import Move, Schedule
-from tilelink.schedules.schedule import EMITTERS, ORDERS, SIGNALS, SUMS
+from tilelink.schedules.schedule import COPIES, EMITTERS, ORDERS, SIGNALS, SUMS
 
 MOVED = {
     "ag_gemm": "A",
@@ -42,6 +42,8 @@ def schedules(draw: Any, tensor: str | None) -> Schedule:
         shots=draw(st.sampled_from((None, 1, 2))),
         slots=draw(st.sampled_from((1, 2))) if resource[0] in "se" else 1,
         streams=draw(st.sampled_from((1, 1, 2, 3))) if resource == "copy_engine" else 1,
+        copies=draw(st.sampled_from(COPIES)) if resource[:2] == "sm" else "rows",
+        spans=draw(st.sampled_from((False, False, True))),
     )
     if (move.resource, move.slots, move.sum) == ("epilogue", 2, "stage"):
         move = replace(move, signal=draw(st.sampled_from(SIGNALS)))

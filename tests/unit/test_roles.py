@@ -112,7 +112,7 @@ REFUSED = [
     ({"warps": 4}, "warps"),
     ({"tiles": (("K", 64), ("M", 32), ("N", 128))}, "32 x 128"),
     ({"tiles": (("K", 64), ("M", 256), ("N", 256))}, "256 x 256"),
-    ({"moves": (("A", Move(resource="sm:4")),)}, "workers that copy"),
+    ({"moves": (("A", Move(resource="sm:4", slots=2)),)}, "begins and ends a call"),
 ]
 
 
@@ -123,6 +123,14 @@ def test_what_roles_cannot_run_is_refused_by_name(change: dict[str, object], say
     with pytest.raises(ScheduleError, match=re.escape(says)) as refused:
         run_passes(kernel, replace(schedule, **change))  # type: ignore[arg-type]
     assert "triton" in str(refused.value)
+
+
+def test_roles_have_no_workers_that_copy_what_they_store() -> None:
+    kernel = gemm_rs.build({"M": 1024, "N": 512, "K": 128}, {}, WORLD)
+    tiles = (("K", 64), ("M", 128), ("N", 128))
+    schedule = Schedule(tiles=tiles, emitter="gluon", moves=(("C", Move(resource="sm:4")),))
+    with pytest.raises(ScheduleError, match="workers that copy"):
+        run_passes(kernel, schedule)
 
 
 @tilelink.kernel("reduce P[M, N] sum")

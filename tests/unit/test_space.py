@@ -99,10 +99,30 @@ def test_fp32_takes_smaller_tiles() -> None:
     assert not legal(product, default_schedule(wide).with_tiles(M=128, N=256, K=128))
 
 
-def test_tiles_hold_no_more_than_the_rows_of_one_rank() -> None:
+def test_tiles_hold_no_more_than_the_rows_of_one_rank_but_where_they_span_shards() -> None:
     op = build(ag_gemm, 128, 1024, 1024)
-    rows = {dict(s.tiles)["M"] for s in Space(op, H200).computations() if s.emitter == "triton"}
-    assert rows == {16}
+    space = Space(op, H200)
+    made = [s for s in space.computations() if s.emitter == "triton"]
+    tall = {dict(s.tiles)["M"]: s for s in made}
+    assert sorted(tall) == [16, 32, 64, 128]
+    for rows, schedule in tall.items():
+        spans = {s.move("A").spans for s in space.moves(schedule) if s.tiles != space.base.tiles}
+        assert spans <= {rows > 16}
+    # Of a large tensor each shard is enough to compute with.
+    large = Space(build(ag_gemm, 2048, 8192, 1024), H200).computations()
+    assert {dict(s.tiles)["M"] for s in large if s.emitter == "triton"} == {16, 32, 64, 128, 256}
+    assert not any(
+        m.spans
+        for s in Space(build(ag_gemm, 8192, 8192, 1024), H200).moves(large[0])
+        for _, m in s.moves
+    )
+
+
+def test_workers_copy_beside_roles_what_is_gathered_alone() -> None:
+    for kernel, copied in ((ag_gemm, True), (gemm_rs, False)):
+        space = Space(build(kernel, 8192, 4096, 4096), H200)
+        one = next(s for s in space.computations() if s.emitter == "gluon")
+        assert any(m.sm_workers for s in space.moves(one) for _, m in s.moves) == copied
     # An all-reduce is not cut at ranks.
     op = build(gemm_ar, 128, 1024, 1024)
     assert {dict(s.tiles)["M"] for s in Space(op, H200).computations()} >= {16, 128}

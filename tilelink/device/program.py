@@ -188,6 +188,15 @@ def slot(ctx):
 
 
 @triton.jit
+def of_slot(slot, even, odd):
+    """The tensor descriptor of a call's ``slot``: that of calls of an even epoch, or of an odd one."""
+    chosen = even
+    if slot != 0:
+        chosen = odd
+    return chosen
+
+
+@triton.jit
 def end_call(ctx, first, last):
     """Leave the last stage. The last CTA to do so clears the counter words [``first``, ``last``) and stores
     the epoch: the next call finds everything as :func:`begin_call` wants it. True for that CTA."""

@@ -345,21 +345,24 @@ def _words(peers, world, word):
 
 
 @triton.jit
-def all_tile_notify(ctx, word):
-    """Release: flag ``word`` of every rank becomes this call's epoch, after every thread's stores."""
+def all_tile_notify(ctx, word, others: tl.constexpr = False):
+    """Release: flag ``word`` of every rank becomes this call's epoch, after every thread's stores.
+
+    ``others``: of every rank but this one.
+    """
     tl.debug_barrier()
-    _tell_all(ctx, word)
+    _tell_all(ctx, word, others)
 
 
 @triton.jit
-def counted_all_tile_notify(ctx, word, through, step, count):
+def counted_all_tile_notify(ctx, word, through, step, count, others: tl.constexpr = False):
     """Release: as :func:`all_tile_notify`, by the ``count``-th caller of this call.
 
     The local counters ``through``, ``through + step``, … count for one rank each. Whoever counts last
     also releases what the others stored.
     """
     tl.debug_barrier()
-    _tell_all_counted(ctx, word, through, step, count)
+    _tell_all_counted(ctx, word, through, step, count, others)
 
 
 @triton.jit
@@ -368,7 +371,7 @@ def delayed_all_notify(ctx, pending):
     :func:`delayed_peer_notify`."""
     if pending >= 0:
         word = _stored(pending)
-        _tell_all(ctx, word)
+        _tell_all(ctx, word, False)
 
 
 @triton.jit
@@ -377,23 +380,27 @@ def delayed_counted_all_notify(ctx, pending, through, count, step):
     :func:`delayed_peer_notify`."""
     if pending >= 0:
         word = _stored(pending)
-        _tell_all_counted(ctx, word, through, step, count)
+        _tell_all_counted(ctx, word, through, step, count, False)
 
 
 @triton.jit
-def _tell_all(ctx, word):
+def _tell_all(ctx, word, others: tl.constexpr):
     flags, inside = _words(ctx.peers, ctx.world, word)
+    if others:
+        inside = inside & (axis(MAX_WORLD) != ctx.rank)
     value = inside.to(tl.int32) * 0 + ctx.epoch
     tl.atomic_xchg(flags, value, mask=inside, sem="release", scope="sys")
 
 
 @triton.jit
-def _tell_all_counted(ctx, word, through, step, count):
+def _tell_all_counted(ctx, word, through, step, count, others: tl.constexpr):
     ranks = axis(MAX_WORLD)
     one = ranks * 0 + 1
     counters = ctx.arena + through + ranks * step
-    before = tl.atomic_add(counters, one, mask=ranks < ctx.world, sem="acq_rel", scope="sys")
     flags, inside = _words(ctx.peers, ctx.world, word)
+    if others:
+        inside = inside & (ranks != ctx.rank)
+    before = tl.atomic_add(counters, one, mask=inside, sem="acq_rel", scope="sys")
     value = inside.to(tl.int32) * 0 + ctx.epoch
     last = inside & (before == count - 1)
     tl.atomic_xchg(flags, value, mask=last, sem="release", scope="sys")
