@@ -26,8 +26,9 @@ def prepare() -> None:
 
 
 def without_folder(argument: str) -> str:
-    """An argument as it is, an absolute path without the folders of this machine."""
-    return os.path.basename(argument) if os.path.isabs(argument) else argument
+    """An argument as it is, absolute paths (several by comma) without the folders of this machine."""
+    parts = argument.split(",")
+    return ",".join(os.path.basename(part) if os.path.isabs(part) else part for part in parts)
 
 
 def describe(world: int) -> dict[str, Any]:

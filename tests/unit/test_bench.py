@@ -346,7 +346,12 @@ def test_watchdog_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("given", "recorded"),
-    [("--out", "--out"), ("bench/run.py", "bench/run.py"), ("/a/b/run.json", "run.json")],
+    [
+        ("--out", "--out"),
+        ("bench/run.py", "bench/run.py"),
+        ("/a/b/run.json", "run.json"),
+        ("tuned,/a/b/run.json,c/d.json,/e.json", "tuned,run.json,c/d.json,e.json"),
+    ],
 )
 def test_record_names_no_folder_of_the_machine(given: str, recorded: str) -> None:
     assert environment.without_folder(given) == recorded
