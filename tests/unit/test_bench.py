@@ -379,10 +379,20 @@ def test_a_trace_can_fail() -> None:
 
 def test_host_time_is_judged_by_calls_that_repeat() -> None:
     calls: list[int] = []
-    times = host_cost.measure(calls.append, lambda: calls.append(-1), batches=2)
-    assert len(times) == 2 * host_cost.BATCH and calls.count(-1) == 2
+    ways = {"one": calls.append, "other": lambda number: calls.append(number + 1000)}
+    times = host_cost.measure(ways, lambda: calls.append(-1), batches=2)
+    batch = host_cost.BATCH
+    assert [len(each) for each in times.values()] == [2 * batch, 2 * batch]
+    # A batch of each in turn, behind a wait for the device.
+    assert calls[: batch + 2] == [-1, *range(batch), -1] and calls[batch + 2] == 1000
+    assert calls[-2] == 1000 + 2 * batch - 1 and calls.count(-1) == 5
     assert host_cost.figures([3.0, 1.0, 2.0, 50.0, 2.0])["median_us"] == 2.0
     quick, slow = {"median_us": 30.0}, {"median_us": 90.0}
     record = {"same": quick, "allocated": quick, "rotated": quick, "fresh": slow}
     assert host_cost.within(record)
     assert not host_cost.within({**record, "rotated": slow})
+    # The library's schedule is as good as PyTorch's own two calls.
+    both = {**record, "schedule": "library", "rotated": {"median_us": 93.0}, "in_turn": slow}
+    assert host_cost.within(both)
+    assert not host_cost.within({**both, "rotated": {"median_us": 96.0}})
+    assert not host_cost.within({**both, "schedule": "none"})
