@@ -20,6 +20,18 @@ from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
 from tilelink.ir import layout
 
 
+LOOK = 0.02  # seconds until an event counts as behind work that runs: of a stream with none it completes at once
+
+
+class NoArena:
+    """What stands for an arena in a program that reads and writes nothing of one: no memory, no addresses."""
+
+    def __init__(self, world: int, device: torch.device) -> None:
+        self.views = [torch.empty(0, dtype=torch.uint8, device=device)] * world
+        self.addresses = [0] * world
+        self.peers = torch.empty(0, dtype=torch.int64, device=device)
+
+
 class Arena:
     """``size`` bytes on every rank of a group, mapped by all of them.
 
@@ -91,6 +103,10 @@ class CudaState(GroupState):
         # Not a query of the stream: the user may capture it meanwhile.
         self._done = driver().event()
         self._called = False
+        # The stream of the last call, in a list of its own, where no event stands behind that call; the list of
+        # the call that one was put behind since.
+        self._unmarked: list[int] | None = None
+        self._marked: list[int] | None = None
         self._meeting: Any = None
         self._spare: torch.cuda.Stream | None = None
         self.collectives = False
@@ -138,14 +154,36 @@ class CudaState(GroupState):
         return self._spare
 
     def note_call(self, image: Image, stream: int) -> None:
-        """Remembers that a call was enqueued on the stream of this handle, which is not being captured."""
-        driver().record(self._done.handle, stream)
+        """Remembers that a call was enqueued on the stream of this handle, which is not being captured.
+
+        While no program of the group signals anything, the watchdog looks at calls only where a rank is
+        dead: then :meth:`idle` puts an event behind the last one.
+        """
+        if self.arenas or not image.apart:
+            driver().record(self._done.handle, stream)
+            self._unmarked = None
+        else:
+            self._unmarked = [stream]
         self.collectives = bool(image.collectives) and self.world > 1
         self._called = True
 
     def idle(self) -> bool:
         """Whether the last call that the host knows of has ended."""
-        return not self._called or driver().completed(self._done.handle)
+        if not self._called:
+            return True
+        calls, last = driver(), self._unmarked
+        if last is not None and last is not self._marked:
+            (stream,) = last
+            if calls.capturing(stream):
+                return False
+            calls.record(self._done.handle, stream)
+            self._marked = last
+            deadline = time.monotonic() + LOOK
+            while not calls.completed(self._done.handle):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(2e-4)
+        return calls.completed(self._done.handle)
 
     def control(self, arena: Arena, rank: int) -> list[int]:
         """The first words of an arena, by copy engine: kernels may hold every SM."""

@@ -18,7 +18,7 @@ import triton
 
 from tilelink import knobs
 from tilelink.backend.runtime import load_module, write_module
-from tilelink.backend.runtime.arena import Arena, CudaState, state_of
+from tilelink.backend.runtime.arena import Arena, CudaState, NoArena, state_of
 from tilelink.backend.runtime.choose import compile_chosen
 from tilelink.backend.runtime.driver import Event, driver
 from tilelink.backend.runtime.errors import BadArgument, NotPrepared, TooManyWorkers
@@ -37,9 +37,9 @@ Host = Callable[[Any], None]
 
 
 class Program:
-    """A program bound to a process group and an arena, compiled on every rank."""
+    """A program bound to a process group, compiled on every rank; and to an arena, if it needs one."""
 
-    def __init__(self, state: CudaState, image: Image, host: Host, arena: Arena) -> None:
+    def __init__(self, state: CudaState, image: Image, host: Host, arena: Arena | NoArena) -> None:
         self.state, self.image, self.host, self.arena = state, image, host, arena
         self.number = state.number_of(image)
         self.workspace = state.workspace_for(image.workspace_bytes)
@@ -340,7 +340,11 @@ def _meet(
     state.agree(name, {**facts, "versions": versions}, error)
     if error is not None:
         raise error
-    arena = state.arena_for(image.arena_bytes, image.slots)
+    arena: Arena | NoArena
+    if image.apart:
+        arena = NoArena(state.world, state.device)
+    else:
+        arena = state.arena_for(image.arena_bytes, image.slots)
     try:
         program = Program(state, image, host, arena)
         numbers = {n: scalars[n] for n in image.scalars}

@@ -65,6 +65,8 @@ class Driver:
         self._wait_event.argtypes = (c_void_p, c_void_p, c_uint)
         self._query = lib.cuEventQuery
         self._query.argtypes = (c_void_p,)
+        self._capturing = lib.cuStreamIsCapturing
+        self._capturing.argtypes = (c_void_p, ctypes.POINTER(c_int))
         self._launch_graph = lib.cuGraphLaunch
         self._launch_graph.argtypes = (c_void_p, c_void_p)
         lib.cuEventCreate.argtypes = (ctypes.POINTER(c_void_p), c_uint)
@@ -125,6 +127,14 @@ class Driver:
         if code not in (0, _NOT_READY):
             self._fail("cuEventQuery", code)
         return bool(code == 0)
+
+    def capturing(self, stream: int) -> bool:
+        """Whether the stream is being captured into a graph."""
+        status = c_int()
+        code = self._capturing(stream, ctypes.byref(status))
+        if code:
+            self._fail("cuStreamIsCapturing", code)
+        return status.value != 0
 
     def capture(self, stream: int, enqueue: Callable[[int], None]) -> Graph:
         """What ``enqueue(stream)`` enqueues, as a graph that can be launched; nothing of it runs.

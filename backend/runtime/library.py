@@ -11,14 +11,58 @@ import torch.distributed as dist
 Fetch = Callable[[], torch.Tensor]
 Collective = Callable[[torch.Tensor, torch.Tensor], None]
 
-# By the dtype of the operands: a switch of `torch.backends.cuda.matmul`, values that leave sums in fp32, and
-# the one to set where it has another. TF32 rounds operands of fp32; reduced precision rounds parts of a sum.
-_SWITCHES: dict[torch.dtype, tuple[tuple[str, tuple[object, ...], object], ...]] = {
-    torch.float32: (("fp32_precision", ("ieee", "none"), "ieee"),),
-    torch.bfloat16: (("allow_bf16_reduced_precision_reduction", (False,), False),),
+_C: Any = torch._C
+
+
+class Switch:
+    """Something that PyTorch may do in products: ``read()``, ``write(value)``, and whether a value is exact.
+
+    ``exact(value)`` is what to write instead of ``value``, or None where sums are in fp32 as it is. These are
+    the functions behind the attributes of `torch.backends.cuda.matmul`, which take longer than the product
+    takes to enqueue, and lose part of a value that is a pair.
+    """
+
+    __slots__ = ("exact", "read", "write")
+
+    def __init__(
+        self,
+        read: Callable[[], Any],
+        write: Callable[[Any], object],
+        exact: Callable[[Any], Any],
+    ) -> None:
+        self.read, self.write, self.exact = read, write, exact
+
+
+def _reduction(dtype: str) -> Switch:
+    """Whether parts of a sum are added in ``dtype``: a flag, with another one of split depths beside it or not."""
+    read = getattr(_C, f"_get_cublas_allow_{dtype}_reduced_precision_reduction")
+    write = getattr(_C, f"_set_cublas_allow_{dtype}_reduced_precision_reduction")
+
+    def exact(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return (False, *value[1:]) if value[0] else None
+        return False if value else None
+
+    return Switch(read, lambda v: write(*v) if isinstance(v, tuple) else write(v), exact)
+
+
+# By the dtype of the operands. TF32 rounds operands of fp32; the others round parts of a sum.
+_SWITCHES: dict[torch.dtype, tuple[Switch, ...]] = {
+    torch.float32: (
+        Switch(
+            lambda: torch.backends.cuda.matmul.fp32_precision,
+            lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value),
+            lambda value: None if value in ("ieee", "none") else "ieee",
+        ),
+    ),
+    torch.bfloat16: (_reduction("bf16"),),
     torch.float16: (
-        ("allow_fp16_reduced_precision_reduction", (False,), False),
-        ("allow_fp16_accumulation", (False,), False),
+        _reduction("fp16"),
+        Switch(
+            _C._get_cublas_allow_fp16_accumulation,
+            _C._set_cublas_allow_fp16_accumulation,
+            lambda value: False if value else None,
+        ),
     ),
 }
 
@@ -32,13 +76,13 @@ def matmul(
     gradient is kept. Sums are in fp32 and the result is rounded once, whatever the process allows PyTorch
     to do elsewhere: its switches are put back.
     """
-    switches: Any = torch.backends.cuda.matmul
-    changed: list[tuple[str, object]] = []
-    for name, fine, exact in _SWITCHES.get(a.dtype, ()):
-        value = getattr(switches, name)
-        if value not in fine:
-            changed.append((name, value))
-            setattr(switches, name, exact)
+    changed: list[tuple[Switch, Any]] = []
+    for switch in _SWITCHES.get(a.dtype, ()):
+        value = switch.read()
+        exact = switch.exact(value)
+        if exact is not None:
+            changed.append((switch, value))
+            switch.write(exact)
     # PyTorch writes into no tensor that is given while it records gradients. Not `torch.no_grad`, which
     # takes microseconds.
     recording = torch.is_grad_enabled()
@@ -50,8 +94,8 @@ def matmul(
             torch.addmm(bias, a, b, out=out)
     finally:
         torch._C._set_grad_enabled(recording)
-        for name, value in changed:
-            setattr(switches, name, value)
+        for switch, value in changed:
+            switch.write(value)
 
 
 def collective_of(op: str, group: Any, device: torch.device) -> Collective:

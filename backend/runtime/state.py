@@ -175,11 +175,15 @@ class GroupState(ABC):
         if self.world == 1 or self._given_up:
             return
         now = time.monotonic()
+        self._dead = lost = self.lost()
+        if not lost and not self.arenas:
+            # Nothing of this group's programs signals, so nobody can have been told to stop.
+            return
         busy = not self.idle()
         self._pending = (self._pending or now) if busy else None
-        self._dead = lost = self.lost()
         if not lost and (self._pending is None or now - self._pending < 1.0):
             return
+        stopped = bool(lost)
         for arena in self.arenas:
             words = self.control(arena, self.rank)
             if words[layout.ABORT] == 0:
@@ -188,8 +192,9 @@ class GroupState(ABC):
                 missing = [r for r in lost if _before(words[layout.ARRIVED + r], begun)]
                 if missing:
                     self.set_abort(arena, self.rank, layout.LOST + missing[0])
-            if (words[layout.ABORT] or lost) and busy and self._stopped is None:
-                self._stopped = now
+            stopped = stopped or bool(words[layout.ABORT])
+        if stopped and busy and self._stopped is None:
+            self._stopped = now
         if lost and busy:
             self.stop_collectives()
 
