@@ -19,7 +19,6 @@ from tilelink.backend.runtime.image import Image
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
 from tilelink.ir import layout
 
-
 LOOK = 0.02  # seconds until an event counts as behind work that runs: of a stream with none it completes at once
 
 

@@ -340,10 +340,8 @@ def _meet(
     state.agree(name, {**facts, "versions": versions}, error)
     if error is not None:
         raise error
-    arena: Arena | NoArena
-    if image.apart:
-        arena = NoArena(state.world, state.device)
-    else:
+    arena: Arena | NoArena = NoArena(state.world, state.device)
+    if not image.apart:
         arena = state.arena_for(image.arena_bytes, image.slots)
     try:
         program = Program(state, image, host, arena)

@@ -143,6 +143,7 @@ class Plan:
         self.tensors: Mapping[str, torch.Tensor] = {}
         # A command, or a list of them where events may still be asked for.
         self._commands: list[Command | list[Command]] = []
+        self._flat: tuple[Command, ...] = ()
         self.launches: list[Launch] = []
         # Whether all that it enqueues can be captured into a graph of its own, and whether by PyTorch alone.
         self.capturable = True
@@ -165,7 +166,8 @@ class Plan:
         flat: list[Command] = []
         for command in self._commands:
             flat.extend(command if isinstance(command, list) else (command,))
-        self._commands = list(flat)
+        self._flat = tuple(flat)
+        self._commands = []
 
     def enqueue(self, stream: int, tensors: Mapping[str, torch.Tensor] = NO_TENSORS) -> None:
         """Enqueues everything; ``stream`` is the handle of the main stream, which is current.
@@ -173,8 +175,8 @@ class Plan:
         ``tensors``: those of this call, where the library is called with some of them.
         """
         self.tensors = tensors
-        for command in self._commands:
-            command(stream)  # type: ignore[operator]
+        for command in self._flat:
+            command(stream)
         self.tensors = NO_TENSORS
 
     def run(
@@ -191,8 +193,11 @@ class Plan:
         if graph is not None:
             graph(stream)
             return
+        if not self.capturable:
+            self.enqueue(stream, tensors)
+            return
         self._uses += 1
-        if self._uses == HOT and self.capturable and graphs():
+        if self._uses == HOT and graphs():
             try:
                 self._graph = graph = self._capture(spare(), tensors)
             except (DriverError, RuntimeError) as problem:

@@ -20,22 +20,22 @@ from tilelink.frontend.arguments import check_tensor
 from tilelink.frontend.bind import match_arguments
 
 KINDS = 4096  # kinds of calls remembered a site
+NO_NUMBERS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Route:
     """Calls of one kind: their program, and where each of its tensors and scalars comes from."""
 
-    __slots__ = ("extents", "numbers", "program", "state", "tensors")
+    __slots__ = ("extents", "numbers", "program", "tensors", "whole")
 
     def __init__(
         self,
-        state: CudaState,
         program: Program,
         extents: Mapping[str, int],
         names: tuple[str, ...],
         given: Mapping[str, Any],
     ) -> None:
-        self.state, self.program, self.extents = state, program, extents
+        self.program, self.extents = program, extents
         place = {name: number for number, name in enumerate(names)}
         # What is not contiguous is copied; outputs that are left out are not among them.
         self.tensors = [
@@ -43,6 +43,10 @@ class Route:
             for name in program.image.tensors
             if given.get(name) is not None
         ]
+        # Whether that is all that the program works on, as it is.
+        self.whole = all(dense for *_, dense in self.tensors) and len(self.tensors) == len(
+            program.image.tensors
+        )
         # An argument that is left out has its default, always.
         self.numbers = [
             (name, place.get(name), given[name] if name not in place else None)
@@ -57,16 +61,22 @@ class Route:
                 )
 
     def __call__(self, values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-        given = {
-            name: values[number] if dense else values[number].contiguous()
-            for name, number, dense in self.tensors
-        }
-        scalars: dict[str, Any] = {
-            name: default if number is None else values[number]
-            for name, number, default in self.numbers
-        }
         program, extents = self.program, self.extents
-        return program.call(program.allocate(given, extents), scalars, extents)
+        if self.whole:
+            tensors = {name: values[number] for name, number, _ in self.tensors}
+        else:
+            given = {
+                name: values[number] if dense else values[number].contiguous()
+                for name, number, dense in self.tensors
+            }
+            tensors = program.allocate(given, extents)
+        scalars: Mapping[str, Any] = NO_NUMBERS
+        if self.numbers:
+            scalars = {
+                name: default if number is None else values[number]
+                for name, number, default in self.numbers
+            }
+        return program.call(tensors, scalars, extents)
 
 
 class Site:
@@ -103,7 +113,7 @@ class Site:
         key = self._key(state, len(args), tuple(kwargs), values)
         route = self._routes.get(key) if key is not None else None
         if route is None:
-            route = self._meet(state, args, kwargs)
+            route = self._meet(args, kwargs)
             if key is not None:
                 if len(self._routes) >= KINDS:
                     self._routes.clear()
@@ -134,7 +144,7 @@ class Site:
                 return None
         return tuple(facts)
 
-    def _meet(self, state: CudaState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Route:
+    def _meet(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Route:
         """Checks the arguments of a kind of call that is new, and finds its program; collective."""
         kernel, signature = self.kernel, self.kernel.signature
         try:
@@ -153,4 +163,4 @@ class Site:
         )
         self._met.add(id(program))
         names = (*self._positional[: len(args)], *kwargs)
-        return Route(state, program, extents, names, given)
+        return Route(program, extents, names, given)
