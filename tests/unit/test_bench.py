@@ -18,6 +18,7 @@ from bench import (
     graph_check,
     host_cost,
     measure,
+    performance,
     report,
     run,
     stats,
@@ -255,7 +256,7 @@ def test_page_shows_losses_failures_and_graph_checks(tmp_path: Path) -> None:
         "cases": [case_result(*FULL).to_json(), slow.to_json()],
     }
     graphs = {"kind": "graph_check", **header(), "cases": [graph_record()]}
-    text = report.page([("a.json", bench), ("b.json", graphs)])
+    text = performance.page([("a.json", bench), ("b.json", graphs)])
     assert "1 of 2 slower than in turn" in text
     assert "| 0.50 |" in text and "| 1.25 |" in text
     assert "tilelink epilogue: wrong result" in text
