@@ -380,7 +380,10 @@ def test_a_trace_can_fail() -> None:
 
 def test_host_time_is_judged_by_calls_that_repeat() -> None:
     calls: list[int] = []
-    ways = {"one": calls.append, "other": lambda number: calls.append(number + 1000)}
+    ways: host_cost.Ways = {
+        "one": calls.append,
+        "other": lambda number: calls.append(number + 1000),
+    }
     times = host_cost.measure(ways, lambda: calls.append(-1), batches=2)
     batch = host_cost.BATCH
     assert [len(each) for each in times.values()] == [2 * batch, 2 * batch]
