@@ -15,7 +15,6 @@ from tilelink.backend.runtime import watch
 from tilelink.backend.runtime.driver import driver
 from tilelink.backend.runtime.errors import DriverError, Unavailable
 from tilelink.backend.runtime.groups import standing_for, store_of
-from tilelink.backend.runtime.image import Image
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
 from tilelink.ir import layout
 
@@ -24,6 +23,8 @@ LOOK = 0.02  # seconds until an event counts as behind work that runs: of a stre
 
 class NoArena:
     """What stands for an arena in a program that reads and writes nothing of one: no memory, no addresses."""
+
+    size = 0
 
     def __init__(self, world: int, device: torch.device) -> None:
         self.views = [torch.empty(0, dtype=torch.uint8, device=device)] * world
@@ -93,6 +94,7 @@ class CudaState(GroupState):
         self._pinned = torch.zeros(words, dtype=torch.int32, pin_memory=True)
         self.host_address = self._pinned.data_ptr()
         self._record = watch.HostRecord(self.host_address, words)
+        self._pinned_words = self._record.words
         # For copies beside kernels that leave no SM free: what is written, and where words are read to.
         self._values = torch.arange(layout.LOST + layout.MAX_WORLD, dtype=torch.int32).pin_memory()
         self._words = torch.zeros(CONTROL_WORDS, dtype=torch.int32, pin_memory=True)
@@ -112,6 +114,11 @@ class CudaState(GroupState):
         super().__init__(
             group, group.rank() if group is not None else 0, world, store_of(group, world)
         )
+
+    def check_usable(self) -> None:
+        """As the base class; no call of Python more where all is well."""
+        if self._pinned_words[0] or self._given_up or self._dead:
+            super().check_usable()
 
     @property
     def host(self) -> watch.HostRecord:
@@ -152,18 +159,19 @@ class CudaState(GroupState):
             self._spare = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         return self._spare
 
-    def note_call(self, image: Image, stream: int) -> None:
+    def note_call(self, apart: bool, collectives: bool, stream: int) -> None:
         """Remembers that a call was enqueued on the stream of this handle, which is not being captured.
 
-        While no program of the group signals anything, the watchdog looks at calls only where a rank is
-        dead: then :meth:`idle` puts an event behind the last one.
+        ``apart``: see :attr:`Image.apart`; ``collectives``: whether it waits for other ranks in the library's.
+        While no program of the group signals anything, the watchdog looks at calls only where a rank is dead:
+        then :meth:`idle` puts an event behind the last one.
         """
-        if self.arenas or not image.apart:
+        if apart and not self.arenas:
+            self._unmarked = [stream]
+        else:
             driver().record(self._done.handle, stream)
             self._unmarked = None
-        else:
-            self._unmarked = [stream]
-        self.collectives = bool(image.collectives) and self.world > 1
+        self.collectives = collectives
         self._called = True
 
     def idle(self) -> bool:
@@ -237,13 +245,16 @@ def state_of(group: Any) -> CudaState:
 
     Where the ranks have agreed on a new generation with the same members, it is that one's.
     """
-    if not _states and not torch.cuda.is_available():
-        raise Unavailable(backend="cuda", reason="PyTorch sees no CUDA device")
-    if group is None and dist.is_available() and dist.is_initialized():
+    if group is None and dist.is_available():
         group = dist.group.WORLD
     group = standing_for(group)
+    if _states:
+        # CUDA is up, and PyTorch's own function would ask for that first.
+        found = _states.get((group, torch._C._cuda_getDevice()))
+        if found is not None:
+            return found
+    elif not torch.cuda.is_available():
+        raise Unavailable(backend="cuda", reason="PyTorch sees no CUDA device")
     device = torch.cuda.current_device()
-    found = _states.get((group, device))
-    if found is None:
-        found = _states[group, device] = CudaState(group, torch.device("cuda", device))
-    return found
+    made = _states[group, device] = CudaState(group, torch.device("cuda", device))
+    return made

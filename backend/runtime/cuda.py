@@ -29,6 +29,7 @@ from tilelink.errors import InternalError, TilelinkError
 from tilelink.ir import Op, parse_ir
 
 PLANS = 256  # recorded calls kept a program
+_address = torch.Tensor.data_ptr
 
 Tensors = dict[str, torch.Tensor]
 Extents = Mapping[str, int]
@@ -44,6 +45,9 @@ class Program:
         self.number = state.number_of(image)
         self.workspace = state.workspace_for(image.workspace_bytes)
         self.device = state.device.index
+        # Looked at in every call.
+        self._apart = image.apart
+        self._collectives = bool(image.collectives) and state.world > 1
         self.outputs = tuple(slot.name for slot in image.outputs)
         self.temporary = {
             s.name: torch.empty(s.dims, dtype=TORCH_DTYPES[s.dtype], device=state.device)
@@ -80,8 +84,8 @@ class Program:
         return tensors
 
     def plan(self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents) -> Plan:
-        """The recorded call for these addresses and numbers."""
-        key = (*[t.data_ptr() for t in tensors.values()], *scalars.values(), *extents.values())
+        """The recorded call for these addresses and numbers; the order of ``tensors`` is always the same."""
+        key = (*map(_address, tensors.values()), *scalars.values(), *extents.values())
         found = self._plans.get(key)
         if found is None:
             _check_apart(self.image, tensors)
@@ -99,16 +103,19 @@ class Program:
         self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents = NO_EXTENTS
     ) -> tuple[torch.Tensor, ...]:
         """Enqueues one call; returns the outputs in parameter order. ``extents``: the dynamic ones."""
-        plan = self.plan(tensors, scalars, extents)
+        key = (*map(_address, tensors.values()), *scalars.values(), *extents.values())
+        plan = self._plans.get(key) or self.plan(tensors, scalars, extents)
         device = self.device
         stream = torch._C._cuda_getCurrentRawStream(device)
         if torch._C._cuda_isCurrentStreamCapturing():
             plan.enqueue(stream, tensors)
         else:
-            _chain(device, stream)
-            plan.run(stream, tensors, self.state.spare)
-            self.state.note_call(self.image, stream)
-        return tuple([tensors[name] for name in self.outputs])
+            state = self.state
+            if _last.get(device) != stream:
+                _chain(device, stream)
+            plan.run(stream, tensors, state.spare)
+            state.note_call(self._apart, self._collectives, stream)
+        return tuple(map(tensors.__getitem__, self.outputs))
 
     def _record(self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents) -> Plan:
         state = self.state

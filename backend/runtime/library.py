@@ -8,63 +8,66 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-Fetch = Callable[[], torch.Tensor]
 Collective = Callable[[torch.Tensor, torch.Tensor], None]
+# Takes the handle of the main stream, and the tensors of a call by name.
+Command = Callable[[int, Mapping[str, torch.Tensor]], None]
 
+Tensors = Mapping[str, torch.Tensor]
 _C: Any = torch._C
+_Exact = tuple[tuple[Any, ...], tuple[Any, ...]] | None
 
 
-class Switch:
-    """Something that PyTorch may do in products: ``read()``, ``write(value)``, and whether a value is exact.
+class _Switch(dict[Any, _Exact]):
+    """Something that PyTorch may do in products: by its value None where sums are in fp32 as it is, else what
+    ``write`` takes instead, and to put the value back.
 
-    ``exact(value)`` is what to write instead of ``value``, or None where sums are in fp32 as it is. These are
-    the functions behind the attributes of `torch.backends.cuda.matmul`, which take longer than the product
-    takes to enqueue, and lose part of a value that is a pair.
+    ``read`` and ``write`` are the functions behind an attribute of `torch.backends.cuda.matmul`, which itself
+    takes longer than the product takes to enqueue, and loses part of a value that is a pair.
     """
 
-    __slots__ = ("exact", "read", "write")
-
     def __init__(
-        self,
-        read: Callable[[], Any],
-        write: Callable[[Any], object],
-        exact: Callable[[Any], Any],
+        self, read: Callable[[], Any], write: Callable[..., Any], exact: Callable[[Any], _Exact]
     ) -> None:
-        self.read, self.write, self.exact = read, write, exact
+        super().__init__()
+        self.read, self.write, self._exact = read, write, exact
+
+    def __missing__(self, value: Any) -> _Exact:
+        found = self[value] = self._exact(value)
+        return found
 
 
-def _reduction(dtype: str) -> Switch:
-    """Whether parts of a sum are added in ``dtype``: a flag, with another one of split depths beside it or not."""
-    read = getattr(_C, f"_get_cublas_allow_{dtype}_reduced_precision_reduction")
-    write = getattr(_C, f"_set_cublas_allow_{dtype}_reduced_precision_reduction")
+def _reduced(value: Any) -> _Exact:
+    """A flag, or one with another of split depths beside it, which may stay as it is."""
+    pair = value if isinstance(value, tuple) else (value,)
+    return ((False, *pair[1:]), pair) if pair[0] else None
 
-    def exact(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return (False, *value[1:]) if value[0] else None
-        return False if value else None
 
-    return Switch(read, lambda v: write(*v) if isinstance(v, tuple) else write(v), exact)
+def _reduction(dtype: str) -> _Switch:
+    """Whether parts of a sum are added in ``dtype``."""
+    name = f"cublas_allow_{dtype}_reduced_precision_reduction"
+    return _Switch(getattr(_C, f"_get_{name}"), getattr(_C, f"_set_{name}"), _reduced)
 
 
 # By the dtype of the operands. TF32 rounds operands of fp32; the others round parts of a sum.
-_SWITCHES: dict[torch.dtype, tuple[Switch, ...]] = {
+_SWITCHES: dict[torch.dtype, tuple[_Switch, ...]] = {
     torch.float32: (
-        Switch(
+        _Switch(
             lambda: torch.backends.cuda.matmul.fp32_precision,
             lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value),
-            lambda value: None if value in ("ieee", "none") else "ieee",
+            lambda value: None if value in ("ieee", "none") else (("ieee",), (value,)),
         ),
     ),
     torch.bfloat16: (_reduction("bf16"),),
     torch.float16: (
         _reduction("fp16"),
-        Switch(
+        _Switch(
             _C._get_cublas_allow_fp16_accumulation,
             _C._set_cublas_allow_fp16_accumulation,
-            lambda value: False if value else None,
+            _reduced,
         ),
     ),
 }
+_records_gradients, _record_gradients = torch.is_grad_enabled, _C._set_grad_enabled
 
 
 def matmul(
@@ -76,26 +79,72 @@ def matmul(
     gradient is kept. Sums are in fp32 and the result is rounded once, whatever the process allows PyTorch
     to do elsewhere: its switches are put back.
     """
-    changed: list[tuple[Switch, Any]] = []
+    changed: list[tuple[_Switch, tuple[Any, ...]]] = []
     for switch in _SWITCHES.get(a.dtype, ()):
-        value = switch.read()
-        exact = switch.exact(value)
-        if exact is not None:
-            changed.append((switch, value))
-            switch.write(exact)
-    # PyTorch writes into no tensor that is given while it records gradients. Not `torch.no_grad`, which
-    # takes microseconds.
-    recording = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(False)
+        found = switch[switch.read()]
+        if found is not None:
+            switch.write(*found[0])
+            changed.append((switch, found[1]))
+    # PyTorch writes into no tensor that is given while it records gradients of another. Not
+    # `torch.no_grad`, which takes microseconds.
+    recording = _records_gradients() and (
+        a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if recording:
+        _record_gradients(False)
     try:
         if bias is None:
             torch.mm(a, b, out=out)
         else:
             torch.addmm(bias, a, b, out=out)
     finally:
-        torch._C._set_grad_enabled(recording)
-        for switch, value in changed:
-            switch.write(value)
+        if recording:
+            _record_gradients(True)
+        for switch, before in changed:
+            switch.write(*before)
+
+
+class Place:
+    """A tensor that the library works on: the runtime's own, or one of a call's or a region in it, by name.
+
+    ``of(tensors)``: the tensor itself. For one that is whole, ``tensors.get(name, own)`` is as good, and no
+    call of Python: ``own`` is None where ``name`` is one of the call's, so that nothing of a call is kept.
+    """
+
+    __slots__ = ("name", "own", "region")
+
+    def __init__(self, tensor: torch.Tensor, given: Tensors) -> None:
+        place = place_of(tensor, given)
+        self.name: str | None = None
+        self.own: Any = None
+        self.region: tuple[int, tuple[int, ...], tuple[int, ...]] | None = None
+        if place is None:
+            self.own = tensor
+        else:
+            self.name, *_ = place
+            if tensor is not given[self.name]:
+                self.region = place[1:]
+
+    def of(self, tensors: Tensors) -> torch.Tensor:
+        """The tensor, in a call on ``tensors``."""
+        if self.name is None:
+            own: torch.Tensor = self.own
+            return own
+        whole = tensors[self.name]
+        if self.region is None:
+            return whole
+        skip, shape, strides = self.region
+        return whole.as_strided(shape, strides, whole.storage_offset() + skip)
+
+
+def product(a: Place, b: Place, out: Place, bias: Place | None = None) -> Command:
+    """:func:`matmul` of what stands at these places, on the current stream."""
+    if bias is not None or a.region or b.region or out.region:
+        added = None if bias is None else bias.of
+        left, right, into = a.of, b.of, out.of
+        return lambda _, t: matmul(left(t), right(t), into(t), added and added(t))
+    (x, own_x), (y, own_y), (z, own_z) = ((p.name, p.own) for p in (a, b, out))
+    return lambda _, t: matmul(t.get(x, own_x), t.get(y, own_y), t.get(z, own_z))  # type: ignore[arg-type]
 
 
 def collective_of(op: str, group: Any, device: torch.device) -> Collective:

@@ -21,12 +21,13 @@ from tilelink.frontend.bind import match_arguments
 
 KINDS = 4096  # kinds of calls remembered a site
 NO_NUMBERS: Mapping[str, Any] = MappingProxyType({})
+_records_gradients = torch.is_grad_enabled
 
 
 class Route:
     """Calls of one kind: their program, and where each of its tensors and scalars comes from."""
 
-    __slots__ = ("extents", "numbers", "program", "tensors", "whole")
+    __slots__ = ("extents", "names", "numbers", "program", "tensors", "whole")
 
     def __init__(
         self,
@@ -43,10 +44,9 @@ class Route:
             for name in program.image.tensors
             if given.get(name) is not None
         ]
-        # Whether that is all that the program works on, as it is.
-        self.whole = all(dense for *_, dense in self.tensors) and len(self.tensors) == len(
-            program.image.tensors
-        )
+        # Whether the arguments are what the program works on, as they are and in its order.
+        self.names = names
+        self.whole = names == tuple(program.image.tensors) and all(d for *_, d in self.tensors)
         # An argument that is left out has its default, always.
         self.numbers = [
             (name, place.get(name), given[name] if name not in place else None)
@@ -63,7 +63,7 @@ class Route:
     def __call__(self, values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         program, extents = self.program, self.extents
         if self.whole:
-            tensors = {name: values[number] for name, number, _ in self.tensors}
+            tensors = dict(zip(self.names, values, strict=True))
         else:
             given = {
                 name: values[number] if dense else values[number].contiguous()
@@ -109,8 +109,30 @@ class Site:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         state = state_of(self.group)
         state.check_usable()
-        values = (*args, *kwargs.values()) if kwargs else args
-        key = self._key(state, len(args), tuple(kwargs), values)
+        if kwargs:
+            values = (*args, *kwargs.values())
+            key = self._key(state, len(args), tuple(kwargs), values)
+        else:
+            values = args
+            try:
+                # Tensors alone, as nearly always: nothing else has all of these.
+                key = (
+                    id(state),
+                    _records_gradients(),
+                    *[
+                        (
+                            t.shape,
+                            t.stride(),
+                            t.dtype,
+                            t.get_device(),
+                            t.data_ptr() & 15,
+                            t.requires_grad,
+                        )
+                        for t in args
+                    ],
+                )
+            except (AttributeError, RuntimeError):
+                key = self._key(state, len(args), (), args)
         route = self._routes.get(key) if key is not None else None
         if route is None:
             route = self._meet(args, kwargs)

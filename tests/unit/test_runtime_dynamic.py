@@ -89,7 +89,7 @@ class State:
     def spare(self) -> Any:
         return SimpleNamespace(cuda_stream=5)
 
-    def note_call(self, image: Any, stream: int) -> None:
+    def note_call(self, apart: bool, collectives: bool, stream: int) -> None:
         return
 
 
@@ -108,7 +108,7 @@ class Launched:
             n_regs=0,
             metadata=SimpleNamespace(num_warps=8, shared=0),
         )
-        return SimpleNamespace(run=lambda _: None, compiled=compiled, workers=workers)
+        return SimpleNamespace(run=lambda *_: None, compiled=compiled, workers=workers)
 
 
 @pytest.fixture

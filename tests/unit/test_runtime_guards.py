@@ -267,7 +267,7 @@ def test_calls_of_the_library_alone_cost_no_event_until_somebody_asks(
     state, image = gpu_state(events, monkeypatch), collective_alone()
     assert state.idle()
     for _ in range(3):
-        state.note_call(image, 5)
+        state.note_call(image.apart, True, 5)
     assert events.log == [] and state.collectives
     monkeypatch.setattr(arena, "LOOK", 0.0)
     events.looks = 2
@@ -275,7 +275,7 @@ def test_calls_of_the_library_alone_cost_no_event_until_somebody_asks(
     assert not state.idle() and state.idle()
     # One event stands for all calls up to it; a later call needs another one.
     assert events.log == [("record", 5)]
-    state.note_call(image, 6)
+    state.note_call(image.apart, True, 6)
     events.captured = True
     assert not state.idle() and len(events.log) == 1  # no event gets into a graph of the user's
     events.captured = False
@@ -287,9 +287,9 @@ def test_beside_programs_that_signal_every_call_has_its_event(
 ) -> None:
     events = Events()
     state = gpu_state(events, monkeypatch)
-    state.note_call(collective_alone(), 5)
+    state.note_call(True, True, 5)
     state.arenas = [object()]
-    state.note_call(two_programs()[0], 6)
-    state.note_call(collective_alone(), 7)
+    state.note_call(two_programs()[0].apart, False, 6)
+    state.note_call(True, True, 7)
     assert events.log == [("record", 6), ("record", 7)]
     assert state.idle() and len(events.log) == 2
