@@ -156,20 +156,7 @@ def collective_of(op: str, group: Any, device: torch.device) -> Collective:
     and decorators take as long as the rest of a small call, so options are made once and they are left out.
     ValueError for another ``op``.
     """
-    if op not in ("all_gather", "reduce_scatter", "all_reduce"):
-        raise ValueError(f"unknown collective {op}")
-    backend = group._get_backend(device)
-    options: Any
-    if op == "all_gather":
-        from torch._C._distributed_c10d import AllgatherOptions
-
-        options, enqueue = AllgatherOptions(), backend._allgather_base
-    elif op == "reduce_scatter":
-        options, enqueue = dist.ReduceScatterOptions(), backend._reduce_scatter_base
-    else:
-        options, enqueue = dist.AllreduceOptions(), backend.allreduce
-    # On the current stream: no events to and from one of the backend's own.
-    options.asyncOp = False
+    enqueue, options = _backend(op, group, device)
 
     def move(target: torch.Tensor, source: torch.Tensor) -> None:
         work = enqueue(target, source, options)
@@ -182,6 +169,46 @@ def collective_of(op: str, group: Any, device: torch.device) -> Collective:
             work.wait()
 
     return add if op == "all_reduce" else move
+
+
+def collective(op: str, group: Any, device: torch.device, target: Place, source: Place) -> Command:
+    """:func:`collective_of` of what stands at these places, on the current stream."""
+    if target.region or source.region:
+        move = collective_of(op, group, device)
+        return lambda _, t: move(target.of(t), source.of(t))
+    enqueue, options = _backend(op, group, device)
+    (x, own_x), (y, own_y) = ((p.name, p.own) for p in (target, source))
+
+    def whole(_: int, tensors: Mapping[Any, Any]) -> None:
+        work = enqueue(tensors.get(x, own_x), tensors.get(y, own_y), options)
+        if work is not None:
+            work.wait()
+
+    def whole_in_place(_: int, tensors: Mapping[Any, Any]) -> None:
+        work = enqueue([tensors.get(x, own_x)], options)
+        if work is not None:
+            work.wait()
+
+    return whole_in_place if op == "all_reduce" else whole
+
+
+def _backend(op: str, group: Any, device: torch.device) -> tuple[Callable[..., Any], Any]:
+    """The function of a group's backend for a collective, and options that have it on the current stream."""
+    if op not in ("all_gather", "reduce_scatter", "all_reduce"):
+        raise ValueError(f"unknown collective {op}")
+    backend = group._get_backend(device)
+    options: Any
+    if op == "all_gather":
+        from torch._C._distributed_c10d import AllgatherOptions
+
+        options, enqueue = AllgatherOptions(), backend._allgather_base
+    elif op == "reduce_scatter":
+        options, enqueue = dist.ReduceScatterOptions(), backend._reduce_scatter_base
+    else:
+        options, enqueue = dist.AllreduceOptions(), backend.allreduce
+    # No events to and from a stream of the backend's own.
+    options.asyncOp = False
+    return enqueue, options
 
 
 def place_of(

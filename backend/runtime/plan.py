@@ -27,7 +27,7 @@ from tilelink.backend.runtime.driver import Event, driver, rows_of
 from tilelink.backend.runtime.errors import DriverError
 from tilelink.backend.runtime.guard import CTAS, guard_kernel
 from tilelink.backend.runtime.image import Slot
-from tilelink.backend.runtime.library import Command, Place, collective_of, product
+from tilelink.backend.runtime.library import Command, Place, collective, collective_of, product
 from tilelink.backend.runtime.views import Views, spread_axis
 from tilelink.device import acknowledge_kernel, head_kernel, notify_kernel, wait_kernel
 from tilelink.ir import layout
@@ -318,16 +318,6 @@ class Recorder(Views):
         source_at, target_at = Place(src, self.tensors), Place(dst, self.tensors)
         in_place, world = src.data_ptr() == dst.data_ptr(), self.world
         enqueue = collective_of(op, self._group, dst.device) if world > 1 else _nothing
-        (source_name, own_source), (target_name, own_target) = (
-            (place.name, place.own) for place in (source_at, target_at)
-        )
-
-        def whole(_: int, tensors: Mapping[str, Any]) -> None:
-            # As `along_rows`, for whole tensors, with fewer calls of Python.
-            enqueue(tensors.get(target_name, own_target), tensors.get(source_name, own_source))  # type: ignore[arg-type]
-
-        def along_rows(_: int, tensors: Mapping[str, torch.Tensor]) -> None:
-            enqueue(target_at.of(tensors), source_at.of(tensors))
 
         def gather(_: int, tensors: Mapping[str, torch.Tensor]) -> None:
             source = source_at.of(tensors)
@@ -349,8 +339,8 @@ class Recorder(Views):
         elif axis and op != "all_reduce" and world > 1:
             # The library knows the first axis only.
             self.plan.add(gather if op == "all_gather" else scatter)
-        else:
-            self.plan.add(along_rows if source_at.region or target_at.region else whole)
+        elif world > 1:
+            self.plan.add(collective(op, self._group, dst.device, target_at, source_at))
         # Ranks may make graphs of different calls, but NCCL registers the buffers of captured collectives, on all
         # ranks or on none; its communicators cannot be destroyed while such a graph lives, nor does the time limit
         # of a group see replays.

@@ -62,14 +62,11 @@ class Route:
 
     def __call__(self, values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         program, extents = self.program, self.extents
-        if self.whole:
-            tensors = dict(zip(self.names, values, strict=True))
-        else:
-            given = {
-                name: values[number] if dense else values[number].contiguous()
-                for name, number, dense in self.tensors
-            }
-            tensors = program.allocate(given, extents)
+        given = {
+            name: values[number] if dense else values[number].contiguous()
+            for name, number, dense in self.tensors
+        }
+        tensors = program.allocate(given, extents)
         scalars: Mapping[str, Any] = NO_NUMBERS
         if self.numbers:
             scalars = {
@@ -122,7 +119,7 @@ class Site:
                     *[
                         (
                             t.shape,
-                            t.stride(),
+                            t.is_contiguous() or t.stride(),
                             t.dtype,
                             t.get_device(),
                             t.data_ptr() & 15,
@@ -140,6 +137,10 @@ class Site:
                 if len(self._routes) >= KINDS:
                     self._routes.clear()
                 self._routes[key] = route
+        if route.whole:
+            # As `route(values)`, without a call more.
+            tensors = dict(zip(route.names, values, strict=True))
+            return route.program.call(tensors, NO_NUMBERS, route.extents)
         return route(values)
 
     def _key(
