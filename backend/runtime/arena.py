@@ -110,7 +110,6 @@ class CudaState(GroupState):
         self._marked: list[int] | None = None
         self._meeting: Any = None
         self._spare: torch.cuda.Stream | None = None
-        self.collectives = False
         super().__init__(
             group, group.rank() if group is not None else 0, world, store_of(group, world)
         )
@@ -229,8 +228,6 @@ class CudaState(GroupState):
 
     def stop_collectives(self) -> None:
         """Aborts the library's communicator, whose kernels would wait for the dead rank for minutes."""
-        if not self.collectives:
-            return
         self.collectives = False
         backend = self.group._get_backend(self.device)
         if hasattr(backend, "abort"):

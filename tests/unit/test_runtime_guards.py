@@ -204,7 +204,7 @@ def test_a_call_that_cannot_start_is_an_error_once_the_group_was_stopped(
 
 def test_without_arenas_calls_are_looked_at_where_a_rank_is_dead() -> None:
     state = Fake(arenas=0)
-    state.busy = True
+    state.busy = state.collectives = True
     asked: list[int] = []
 
     def idle() -> bool:
@@ -216,10 +216,21 @@ def test_without_arenas_calls_are_looked_at_where_a_rank_is_dead() -> None:
     assert asked == [] and state.ended == []
     state.dead = [2]
     state.tend()
-    # The library's collective would wait for that rank: its communicator is aborted.
+    # The library's collective would wait for that rank: its communicator is aborted, and the call is no good.
     assert asked == [1] and state.ended == [True]
-    state.busy, state.ended = False, []
+    with pytest.raises(PeerTimeout, match="the process of rank 2 has ended, and with it a coll"):
+        state.check()
+    state.check()  # raised once
+    with pytest.raises(PeerTimeout, match="given up"):
+        state.check_usable()
+
+
+@pytest.mark.parametrize(("busy", "collectives"), [(False, True), (True, False)])
+def test_no_communicator_is_aborted_that_nothing_waits_in(busy: bool, collectives: bool) -> None:
+    state = Fake(arenas=0)
+    state.busy, state.collectives, state.dead = busy, collectives, [2]
     state.tend()
+    state.check()
     assert state.ended == []
 
 
