@@ -14,7 +14,7 @@ from tilelink import knobs
 from tilelink.backend.runtime import watch
 from tilelink.backend.runtime.driver import driver
 from tilelink.backend.runtime.errors import DriverError, Unavailable
-from tilelink.backend.runtime.groups import standing_for, store_of
+from tilelink.backend.runtime.groups import found, standing_for, store_of
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
 from tilelink.ir import layout
 
@@ -244,14 +244,17 @@ def state_of(group: Any) -> CudaState:
     """
     if group is None and dist.is_available():
         group = dist.group.WORLD
-    group = standing_for(group)
     if _states:
         # CUDA is up, and PyTorch's own function would ask for that first.
-        found = _states.get((group, torch._C._cuda_getDevice()))
-        if found is not None:
-            return found
+        known: CudaState | None = found.get((group, torch._C._cuda_getDevice()))
+        if known is not None:
+            return known
     elif not torch.cuda.is_available():
         raise Unavailable(backend="cuda", reason="PyTorch sees no CUDA device")
     device = torch.cuda.current_device()
-    made = _states[group, device] = CudaState(group, torch.device("cuda", device))
-    return made
+    standing = standing_for(group)
+    state = _states.get((standing, device))
+    if state is None:
+        state = _states[standing, device] = CudaState(standing, torch.device("cuda", device))
+    found[group, device] = state
+    return state

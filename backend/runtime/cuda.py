@@ -29,7 +29,6 @@ from tilelink.errors import InternalError, TilelinkError
 from tilelink.ir import Op, parse_ir
 
 PLANS = 256  # recorded calls kept a program
-_address = torch.Tensor.data_ptr
 
 Tensors = dict[str, torch.Tensor]
 Extents = Mapping[str, int]
@@ -49,6 +48,7 @@ class Program:
         self._apart = image.apart
         self._collectives = bool(image.collectives) and state.world > 1
         self.outputs = tuple(slot.name for slot in image.outputs)
+        self._only = self.outputs[0] if len(self.outputs) == 1 else None
         self.temporary = {
             s.name: torch.empty(s.dims, dtype=TORCH_DTYPES[s.dtype], device=state.device)
             for s in image.tensors.values()
@@ -85,7 +85,7 @@ class Program:
 
     def plan(self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents) -> Plan:
         """The recorded call for these addresses and numbers; the order of ``tensors`` is always the same."""
-        key = (*map(_address, tensors.values()), *scalars.values(), *extents.values())
+        key = (*[t.data_ptr() for t in tensors.values()], *scalars.values(), *extents.values())
         found = self._plans.get(key)
         if found is None:
             _check_apart(self.image, tensors)
@@ -103,8 +103,10 @@ class Program:
         self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents = NO_EXTENTS
     ) -> tuple[torch.Tensor, ...]:
         """Enqueues one call; returns the outputs in parameter order. ``extents``: the dynamic ones."""
-        key = (*map(_address, tensors.values()), *scalars.values(), *extents.values())
-        plan = self._plans.get(key) or self.plan(tensors, scalars, extents)
+        return self.enqueue(self.plan(tensors, scalars, extents), tensors)
+
+    def enqueue(self, plan: Plan, tensors: Tensors) -> tuple[torch.Tensor, ...]:
+        """Enqueues a call that was recorded with tensors like these; returns the outputs as :meth:`call`."""
         device = self.device
         stream = torch._C._cuda_getCurrentRawStream(device)
         if torch._C._cuda_isCurrentStreamCapturing():
@@ -115,7 +117,9 @@ class Program:
                 _chain(device, stream)
             plan.run(stream, tensors, state.spare)
             state.note_call(self._apart, self._collectives, stream)
-        return tuple(map(tensors.__getitem__, self.outputs))
+        if self._only is not None:
+            return (tensors[self._only],)
+        return tuple([tensors[name] for name in self.outputs])
 
     def _record(self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents) -> Plan:
         state = self.state

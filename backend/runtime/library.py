@@ -14,59 +14,8 @@ Command = Callable[[int, Mapping[str, torch.Tensor]], None]
 
 Tensors = Mapping[str, torch.Tensor]
 _C: Any = torch._C
-_Exact = tuple[tuple[Any, ...], tuple[Any, ...]] | None
-
-
-class _Switch(dict[Any, _Exact]):
-    """Something that PyTorch may do in products: by its value None where sums are in fp32 as it is, else what
-    ``write`` takes instead, and to put the value back.
-
-    ``read`` and ``write`` are the functions behind an attribute of `torch.backends.cuda.matmul`, which itself
-    takes longer than the product takes to enqueue, and loses part of a value that is a pair.
-    """
-
-    def __init__(
-        self, read: Callable[[], Any], write: Callable[..., Any], exact: Callable[[Any], _Exact]
-    ) -> None:
-        super().__init__()
-        self.read, self.write, self._exact = read, write, exact
-
-    def __missing__(self, value: Any) -> _Exact:
-        found = self[value] = self._exact(value)
-        return found
-
-
-def _reduced(value: Any) -> _Exact:
-    """A flag, or one with another of split depths beside it, which may stay as it is."""
-    pair = value if isinstance(value, tuple) else (value,)
-    return ((False, *pair[1:]), pair) if pair[0] else None
-
-
-def _reduction(dtype: str) -> _Switch:
-    """Whether parts of a sum are added in ``dtype``."""
-    name = f"cublas_allow_{dtype}_reduced_precision_reduction"
-    return _Switch(getattr(_C, f"_get_{name}"), getattr(_C, f"_set_{name}"), _reduced)
-
-
-# By the dtype of the operands. TF32 rounds operands of fp32; the others round parts of a sum.
-_SWITCHES: dict[torch.dtype, tuple[_Switch, ...]] = {
-    torch.float32: (
-        _Switch(
-            lambda: torch.backends.cuda.matmul.fp32_precision,
-            lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value),
-            lambda value: None if value in ("ieee", "none") else (("ieee",), (value,)),
-        ),
-    ),
-    torch.bfloat16: (_reduction("bf16"),),
-    torch.float16: (
-        _reduction("fp16"),
-        _Switch(
-            _C._get_cublas_allow_fp16_accumulation,
-            _C._set_cublas_allow_fp16_accumulation,
-            _reduced,
-        ),
-    ),
-}
+# What a switch of PyTorch's is set to for a product, and back; None where sums are in fp32 as it is.
+_Setting = tuple[tuple[Any, ...], tuple[Any, ...]] | None
 _records_gradients, _record_gradients = torch.is_grad_enabled, _C._set_grad_enabled
 
 
@@ -79,12 +28,13 @@ def matmul(
     gradient is kept. Sums are in fp32 and the result is rounded once, whatever the process allows PyTorch
     to do elsewhere: its switches are put back.
     """
-    changed: list[tuple[_Switch, tuple[Any, ...]]] = []
-    for switch in _SWITCHES.get(a.dtype, ()):
-        found = switch[switch.read()]
-        if found is not None:
-            switch.write(*found[0])
-            changed.append((switch, found[1]))
+    _EXACT.get(a.dtype, _multiply)(a, b, out, bias)
+
+
+def _multiply(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """:func:`matmul` with what the process allows."""
     # PyTorch writes into no tensor that is given while it records gradients of another. Not
     # `torch.no_grad`, which takes microseconds.
     recording = _records_gradients() and (
@@ -100,8 +50,67 @@ def matmul(
     finally:
         if recording:
             _record_gradients(True)
-        for switch, before in changed:
-            switch.write(*before)
+
+
+def _without(
+    read: Callable[[], Any],
+    write: Callable[..., Any],
+    setting: Callable[[Any], _Setting],
+    multiply: Callable[..., None] = _multiply,
+) -> Callable[..., None]:
+    """``multiply`` where a switch of PyTorch's does not change sums.
+
+    ``read`` and ``write`` are the functions behind an attribute of `torch.backends.cuda.matmul`, which itself
+    takes longer than the product takes to enqueue, and loses part of a value that is a pair.
+    """
+    known: dict[Any, _Setting] = {}
+
+    def exact(*args: Any) -> None:
+        value = read()
+        if value not in known:
+            known[value] = setting(value)
+        found = known[value]
+        if found is None:
+            multiply(*args)
+            return
+        write(*found[0])
+        try:
+            multiply(*args)
+        finally:
+            write(*found[1])
+
+    return exact
+
+
+def _reduced(value: Any) -> _Setting:
+    """A flag, or one with another of split depths beside it, which may stay as it is."""
+    pair = value if isinstance(value, tuple) else (value,)
+    return ((False, *pair[1:]), pair) if pair[0] else None
+
+
+def _reduction(dtype: str) -> tuple[Callable[[], Any], Callable[..., Any], Any]:
+    """Whether parts of a sum are added in ``dtype``."""
+    name = f"cublas_allow_{dtype}_reduced_precision_reduction"
+    return getattr(_C, f"_get_{name}"), getattr(_C, f"_set_{name}"), _reduced
+
+
+# By the dtype of the operands. TF32 rounds operands of fp32; the others round parts of a sum.
+_EXACT: dict[torch.dtype, Callable[..., None]] = {
+    torch.float32: _without(
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value),
+        lambda value: None if value in ("ieee", "none") else (("ieee",), (value,)),
+    ),
+    torch.bfloat16: _without(*_reduction("bf16")),
+    torch.float16: _without(
+        *_reduction("fp16"),
+        _without(
+            _C._get_cublas_allow_fp16_accumulation,
+            _C._set_cublas_allow_fp16_accumulation,
+            _reduced,
+        ),
+    ),
+}
 
 
 class Place:
@@ -137,14 +146,21 @@ class Place:
         return whole.as_strided(shape, strides, whole.storage_offset() + skip)
 
 
-def product(a: Place, b: Place, out: Place, bias: Place | None = None) -> Command:
-    """:func:`matmul` of what stands at these places, on the current stream."""
+def product(
+    dtype: torch.dtype, a: Place, b: Place, out: Place, bias: Place | None = None
+) -> Command:
+    """:func:`matmul` of what stands at these places, tensors of ``dtype``, on the current stream."""
+    multiply = _EXACT.get(dtype, _multiply)
     if bias is not None or a.region or b.region or out.region:
         added = None if bias is None else bias.of
         left, right, into = a.of, b.of, out.of
-        return lambda _, t: matmul(left(t), right(t), into(t), added and added(t))
+        return lambda _, t: multiply(left(t), right(t), into(t), added and added(t))
     (x, own_x), (y, own_y), (z, own_z) = ((p.name, p.own) for p in (a, b, out))
-    return lambda _, t: matmul(t.get(x, own_x), t.get(y, own_y), t.get(z, own_z))  # type: ignore[arg-type]
+
+    def whole(_: int, tensors: Mapping[Any, Any]) -> None:
+        multiply(tensors.get(x, own_x), tensors.get(y, own_y), tensors.get(z, own_z))
+
+    return whole
 
 
 def collective_of(op: str, group: Any, device: torch.device) -> Collective:

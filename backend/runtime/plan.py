@@ -367,7 +367,7 @@ class Recorder(Views):
         """``out = a @ b + bias`` by cuBLAS; see :func:`tilelink.backend.runtime.library.matmul`."""
         left, right, into = (Place(tensor, self.tensors) for tensor in (a, b, out))
         added = None if bias is None else Place(bias, self.tensors)
-        self.plan.add(product(left, right, into, added))
+        self.plan.add(product(a.dtype, left, right, into, added))
 
     def wait(
         self, flag: str, index: tuple[int, ...], producer: int, tile: int, number: int

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from tilelink.backend.runtime.arena import CudaState, state_of
-from tilelink.backend.runtime.cuda import Program, program_of, refuse
+from tilelink.backend.runtime.cuda import PLANS, Program, program_of, refuse
 from tilelink.backend.runtime.errors import BadArgument
+from tilelink.backend.runtime.plan import Plan
 from tilelink.errors import TilelinkError
 from tilelink.frontend.arguments import check_tensor
 from tilelink.frontend.bind import match_arguments
@@ -93,6 +94,8 @@ class Site:
         self.capacities = capacities
         self._met: set[int] = set()
         self._routes: dict[tuple[object, ...], Route] = {}
+        # By the addresses too: the route, and the recorded call where all tensors are given.
+        self._calls: dict[tuple[object, ...], tuple[Route, Plan | None]] = {}
         signature = kernel.signature
         self._positional = [n for n in signature.names if n not in signature.keywords]
         # Compile-time arguments and extents count by value, other numbers by type.
@@ -107,29 +110,52 @@ class Site:
         state = state_of(self.group)
         state.check_usable()
         if kwargs:
-            values = (*args, *kwargs.values())
-            key = self._key(state, len(args), tuple(kwargs), values)
-        else:
-            values = args
-            try:
-                # Tensors alone, as nearly always: nothing else has all of these.
-                key = (
-                    id(state),
-                    _records_gradients(),
-                    *[
-                        (
-                            t.shape,
-                            t.is_contiguous() or t.stride(),
-                            t.dtype,
-                            t.get_device(),
-                            t.data_ptr() & 15,
-                            t.requires_grad,
-                        )
-                        for t in args
-                    ],
-                )
-            except (AttributeError, RuntimeError):
-                key = self._key(state, len(args), (), args)
+            return self._look(state, args, kwargs)((*args, *kwargs.values()))
+        try:
+            # Tensors alone, as nearly always: nothing else has all of these.
+            key = (
+                id(state),
+                _records_gradients(),
+                *[
+                    (
+                        t.shape,
+                        t.is_contiguous() or t.stride(),
+                        t.dtype,
+                        t.get_device(),
+                        t.data_ptr(),
+                        t.requires_grad,
+                    )
+                    for t in args
+                ],
+            )
+        except (AttributeError, RuntimeError):
+            return self._look(state, args, kwargs)(args)
+        known = self._calls.get(key)
+        if known is None:
+            known = self._remember(key, state, args)
+        route, plan = known
+        if plan is None:
+            return route(args)
+        # The lengths are equal: the key tells how many there are.
+        tensors = dict(zip(route.names, args))  # noqa: B905
+        return route.program.enqueue(plan, tensors)
+
+    def _remember(
+        self, key: tuple[Any, ...], state: CudaState, args: tuple[torch.Tensor, ...]
+    ) -> tuple[Route, Plan | None]:
+        """The route of these tensors, and the recorded call where they are all that it works on."""
+        route, plan = self._look(state, args, {}), None
+        if route.whole:
+            tensors = dict(zip(route.names, args, strict=True))
+            plan = route.program.plan(tensors, NO_NUMBERS, route.extents)
+        if len(self._calls) >= PLANS:
+            self._calls.pop(next(iter(self._calls)))
+        self._calls[key] = route, plan
+        return route, plan
+
+    def _look(self, state: CudaState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Route:
+        """The route of this kind of call, found out where it is new."""
+        key = self._key(state, len(args), tuple(kwargs), (*args, *kwargs.values()))
         route = self._routes.get(key) if key is not None else None
         if route is None:
             route = self._meet(args, kwargs)
@@ -137,11 +163,7 @@ class Site:
                 if len(self._routes) >= KINDS:
                     self._routes.clear()
                 self._routes[key] = route
-        if route.whole:
-            # As `route(values)`, without a call more.
-            tensors = dict(zip(route.names, values, strict=True))
-            return route.program.call(tensors, NO_NUMBERS, route.extents)
-        return route(values)
+        return route
 
     def _key(
         self, state: CudaState, count: int, keywords: tuple[str, ...], values: tuple[Any, ...]

@@ -23,11 +23,19 @@ class Program:
     def __init__(self, image: Any) -> None:
         self.image = image
         self.calls: list[tuple[dict[str, torch.Tensor], dict[str, float]]] = []
+        self.planned: list[dict[str, torch.Tensor]] = []
 
     def allocate(
         self, given: dict[str, torch.Tensor], extents: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
         return {**given, "C": given.get("C", torch.empty(0))}
+
+    def plan(self, tensors: dict[str, torch.Tensor], *_: Any) -> Any:
+        self.planned.append(tensors)
+        return object()
+
+    def enqueue(self, plan: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        return self.call(tensors, {}, {})
 
     def call(
         self,
@@ -117,3 +125,38 @@ def test_a_wrong_argument_is_told_to_the_other_ranks_each_time(bench: Bench) -> 
         bench.site((wanted, matrix(16, 16)), {})
     with pytest.raises(BadCall, match="needs the argument"):
         bench.site((matrix(16, 16),), {})
+
+
+def test_a_recorded_call_is_found_by_its_tensors_and_all_that_is_known_of_them(
+    bench: Bench,
+) -> None:
+    memory = torch.zeros(4096, dtype=torch.bfloat16)
+    a, b, out = matrix(16, 16), memory[:256].view(16, 16), matrix(32, 16)
+    for _ in range(3):
+        bench.site((a, b, out), {})
+        tensors, _numbers = bench.program.calls[-1]
+        assert (tensors["A"], tensors["B"], tensors["C"]) == (a, b, out)
+    assert len(bench.program.planned) == 1 and len(bench.met) == 1
+    # Another address is another call of the same kind.
+    bench.site((a, memory[256:512].view(16, 16), out), {})
+    assert len(bench.program.planned) == 2 and len(bench.met) == 1
+    # The same address seen otherwise is another kind: a shape, a dtype, strides, gradients.
+    for other in (memory[:512].view(32, 16), memory[:256].view(torch.float16).view(16, 16), b.T):
+        bench.site((a, other, out), {})
+    assert len(bench.met) == 4
+    a.t_()
+    bench.site((a, b, out), {})
+    assert len(bench.met) == 5
+    b.requires_grad_()
+    with pytest.raises(BadCall, match="requires a gradient"):
+        bench.site((a, b, out), {})
+
+
+def test_recorded_calls_are_forgotten_in_the_end(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "PLANS", 2)
+    calls = [(matrix(16, 16), matrix(16, 16), matrix(32, 16)) for _ in range(3)]
+    for args in (*calls, calls[2], calls[0]):
+        bench.site(args, {})
+    assert len(bench.program.planned) == 4 and len(bench.met) == 1
