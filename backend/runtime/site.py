@@ -16,6 +16,7 @@ from tilelink.backend.runtime.arena import CudaState, state_of
 from tilelink.backend.runtime.cuda import PLANS, Program, program_of, refuse
 from tilelink.backend.runtime.errors import BadArgument
 from tilelink.backend.runtime.plan import Plan
+from tilelink.backend.runtime.views import TORCH_DTYPES
 from tilelink.errors import TilelinkError
 from tilelink.frontend.arguments import check_tensor
 from tilelink.frontend.bind import match_arguments
@@ -28,7 +29,7 @@ _records_gradients = torch.is_grad_enabled
 class Route:
     """Calls of one kind: their program, and where each of its tensors and scalars comes from."""
 
-    __slots__ = ("extents", "names", "numbers", "program", "tensors", "whole")
+    __slots__ = ("extents", "fresh", "names", "numbers", "program", "tensors", "whole")
 
     def __init__(
         self,
@@ -45,9 +46,20 @@ class Route:
             for name in program.image.tensors
             if given.get(name) is not None
         ]
-        # Whether the arguments are what the program works on, as they are and in its order.
-        self.names = names
-        self.whole = names == tuple(program.image.tensors) and all(d for *_, d in self.tensors)
+        # Whether the arguments are what the program works on, as they are and in its order, but for outputs
+        # behind them; and those: what is allocated.
+        image, self.names = program.image, names
+        slots = program.slots(extents)
+        rest = [slots[name] for name in image.tensors][len(names) :]
+        self.whole = (
+            names == tuple(image.tensors)[: len(names)]
+            and len(names) == len(self.tensors)
+            and not image.scalars
+            and all(dense for *_, dense in self.tensors)
+            and all(slot.role == "out" for slot in rest)
+        )
+        device = given[names[0]].device if self.whole else None
+        self.fresh = [(s.name, s.dims, TORCH_DTYPES[s.dtype], device) for s in rest]
         # An argument that is left out has its default, always.
         self.numbers = [
             (name, place.get(name), given[name] if name not in place else None)
@@ -63,6 +75,11 @@ class Route:
 
     def __call__(self, values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         program, extents = self.program, self.extents
+        if self.whole:
+            tensors = dict(zip(self.names, values))  # noqa: B905 - as many as the kind of call has
+            for name, dims, dtype, device in self.fresh:
+                tensors[name] = torch.empty(dims, dtype=dtype, device=device)
+            return program.call(tensors, NO_NUMBERS, extents)
         given = {
             name: values[number] if dense else values[number].contiguous()
             for name, number, dense in self.tensors
@@ -145,7 +162,7 @@ class Site:
     ) -> tuple[Route, Plan | None]:
         """The route of these tensors, and the recorded call where they are all that it works on."""
         route, plan = self._look(state, args, {}), None
-        if route.whole:
+        if route.whole and not route.fresh:
             tensors = dict(zip(route.names, args, strict=True))
             plan = route.program.plan(tensors, NO_NUMBERS, route.extents)
         if len(self._calls) >= PLANS:

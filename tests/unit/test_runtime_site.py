@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,9 @@ class Program:
         self.image = image
         self.calls: list[tuple[dict[str, torch.Tensor], dict[str, float]]] = []
         self.planned: list[dict[str, torch.Tensor]] = []
+
+    def slots(self, extents: Mapping[str, int]) -> Any:
+        return self.image.tensors
 
     def allocate(
         self, given: dict[str, torch.Tensor], extents: Mapping[str, int]
@@ -150,6 +154,27 @@ def test_a_recorded_call_is_found_by_its_tensors_and_all_that_is_known_of_them(
     b.requires_grad_()
     with pytest.raises(BadCall, match="requires a gradient"):
         bench.site((a, b, out), {})
+
+
+def test_what_is_left_out_is_allocated_anew_each_time(bench: Bench) -> None:
+    a, b = matrix(16, 16), matrix(16, 16)
+    made = [bench.site((a, b), {})[0] for _ in range(2)]
+    assert made[0] is not made[1]
+    bench.site((a, b, None), {})
+    assert bench.program.calls.pop()[0]["C"] is not None
+    for out in made:
+        assert (out.shape, out.dtype) == ((32, 16), torch.bfloat16)
+    # In the order of the program, given or not: the addresses are a key of it.
+    assert [list(tensors) for tensors, _ in bench.program.calls] == [["A", "B", "C"]] * 2
+
+
+def test_numbers_that_are_left_out_have_their_defaults(bench: Bench) -> None:
+    bench.program.image = replace(bench.program.image, scalars={"eps": "fp32"})
+    args = (matrix(16, 16), matrix(16, 16), matrix(32, 16))
+    given = {**dict(zip("ABC", args, strict=True)), "eps": 0.5}
+    route = site.Route(bench.program, {}, ("A", "B", "C"), given)  # type: ignore[arg-type]
+    route(args)
+    assert not route.whole and bench.program.calls[-1][1] == {"eps": 0.5}
 
 
 def test_recorded_calls_are_forgotten_in_the_end(
