@@ -19,6 +19,7 @@ _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _NOT_READY = 600
 _UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED
 _CAPTURE_UNSUPPORTED = 900
+_CAPTURE_IMPLICIT = 906
 
 
 class _Copy2D(ctypes.Structure):
@@ -129,12 +130,12 @@ class Driver:
         return bool(code == 0)
 
     def capturing(self, stream: int) -> bool:
-        """Whether the stream is being captured into a graph."""
+        """Whether the stream is being captured into a graph, or another one that it would wait for."""
         status = c_int()
         code = self._capturing(stream, ctypes.byref(status))
-        if code:
+        if code not in (0, _CAPTURE_IMPLICIT):
             self._fail("cuStreamIsCapturing", code)
-        return status.value != 0
+        return bool(code) or status.value != 0
 
     def capture(self, stream: int, enqueue: Callable[[int], None]) -> Graph:
         """What ``enqueue(stream)`` enqueues, as a graph that can be launched; nothing of it runs.
