@@ -99,6 +99,10 @@ class Program:
             self._plans[key] = found
         return found
 
+    def portable(self, extents: Extents) -> Plan | None:
+        """The recorded call for any addresses, of outputs that lie in no other tensor; or None."""
+        return self._bare.get(tuple(extents.values()))
+
     def call(
         self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents = NO_EXTENTS
     ) -> tuple[torch.Tensor, ...]:

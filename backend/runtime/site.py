@@ -76,10 +76,7 @@ class Route:
     def __call__(self, values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         program, extents = self.program, self.extents
         if self.whole:
-            tensors = dict(zip(self.names, values))  # noqa: B905 - as many as the kind of call has
-            for name, dims, dtype, device in self.fresh:
-                tensors[name] = torch.empty(dims, dtype=dtype, device=device)
-            return program.call(tensors, NO_NUMBERS, extents)
+            return program.call(self.gather(values), NO_NUMBERS, extents)
         given = {
             name: values[number] if dense else values[number].contiguous()
             for name, number, dense in self.tensors
@@ -92,6 +89,13 @@ class Route:
                 for name, number, default in self.numbers
             }
         return program.call(tensors, scalars, extents)
+
+    def gather(self, values: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+        """The tensors of a call that is ``whole``, by name."""
+        tensors = dict(zip(self.names, values))  # noqa: B905 - as many as the kind of call has
+        for name, dims, dtype, device in self.fresh:
+            tensors[name] = torch.empty(dims, dtype=dtype, device=device)
+        return tensors
 
 
 class Site:
@@ -111,7 +115,7 @@ class Site:
         self.capacities = capacities
         self._met: set[int] = set()
         self._routes: dict[tuple[object, ...], Route] = {}
-        # By the addresses too: the route, and the recorded call where all tensors are given.
+        # By the addresses too: the route, and the recorded call where it is the same each time.
         self._calls: dict[tuple[object, ...], tuple[Route, Plan | None]] = {}
         signature = kernel.signature
         self._positional = [n for n in signature.names if n not in signature.keywords]
@@ -153,18 +157,17 @@ class Site:
         route, plan = known
         if plan is None:
             return route(args)
-        # The lengths are equal: the key tells how many there are.
-        tensors = dict(zip(route.names, args))  # noqa: B905
-        return route.program.enqueue(plan, tensors)
+        return route.program.enqueue(plan, route.gather(args))
 
     def _remember(
         self, key: tuple[Any, ...], state: CudaState, args: tuple[torch.Tensor, ...]
     ) -> tuple[Route, Plan | None]:
-        """The route of these tensors, and the recorded call where they are all that it works on."""
+        """The route of these tensors, and the recorded call where it depends on no others."""
         route, plan = self._look(state, args, {}), None
-        if route.whole and not route.fresh:
-            tensors = dict(zip(route.names, args, strict=True))
-            plan = route.program.plan(tensors, NO_NUMBERS, route.extents)
+        if route.whole and route.fresh:
+            plan = route.program.portable(route.extents)
+        elif route.whole:
+            plan = route.program.plan(route.gather(args), NO_NUMBERS, route.extents)
         if len(self._calls) >= PLANS:
             self._calls.pop(next(iter(self._calls)))
         self._calls[key] = route, plan

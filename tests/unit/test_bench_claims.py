@@ -456,7 +456,12 @@ def test_page_shows_host_time_and_skips_what_it_does_not_know() -> None:
     row = {"name": "ag_gemm 1x2x3", "schedule": "copy_engine", "same": way, "fresh": way}
     broken = {"name": "gemm_rs 1x2x3", "schedule": "sm:16", "failed": "it broke"}
     data = {"kind": "host_cost", **header(), "cases": [row, broken]}
+    assert "by the backend" not in performance.page([("h.json", data)])
+    parts = {"in_turn": way, "backend": {"median_us": 30.0}, "exact": {"median_us": 33.0}}
+    library = {"name": "gemm_rs 1x2x3", "schedule": "library", "same": way, **parts}
+    data["cases"].append(library)
     page = performance.page([("h.json", data), ("other.json", {"cases": []})])
+    assert "| gemm_rs 1x2x3 | 41.3 | 30.0 | 33.0 | 41.3 | - | - |" in page
     assert "| ag_gemm 1x2x3 | copy_engine | 41.3 | - | - | - | 41.3 |" in page
     assert "| gemm_rs 1x2x3 | sm:16 | failed: it broke | - | - | - | - |" in page
     assert "other.json" not in page

@@ -25,6 +25,7 @@ class Program:
         self.image = image
         self.calls: list[tuple[dict[str, torch.Tensor], dict[str, float]]] = []
         self.planned: list[dict[str, torch.Tensor]] = []
+        self.bare: object = None
 
     def slots(self, extents: Mapping[str, int]) -> Any:
         return self.image.tensors
@@ -33,6 +34,9 @@ class Program:
         self, given: dict[str, torch.Tensor], extents: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
         return {**given, "C": given.get("C", torch.empty(0))}
+
+    def portable(self, extents: Mapping[str, int]) -> Any:
+        return self.bare
 
     def plan(self, tensors: dict[str, torch.Tensor], *_: Any) -> Any:
         self.planned.append(tensors)
@@ -156,7 +160,9 @@ def test_a_recorded_call_is_found_by_its_tensors_and_all_that_is_known_of_them(
         bench.site((a, b, out), {})
 
 
-def test_what_is_left_out_is_allocated_anew_each_time(bench: Bench) -> None:
+@pytest.mark.parametrize("bare", [False, True])
+def test_what_is_left_out_is_allocated_anew_each_time(bench: Bench, bare: bool) -> None:
+    bench.program.bare = object() if bare else None
     a, b = matrix(16, 16), matrix(16, 16)
     made = [bench.site((a, b), {})[0] for _ in range(2)]
     assert made[0] is not made[1]
