@@ -37,14 +37,19 @@ HOST_MOST_US = 60.0
 GEMM_GEOMEAN_LEAST, GEMM_EACH_LEAST = 1.00, 0.97
 
 
+# Figures of single cells that have a limit.
+PROMISED = len(EFFICIENCY_LEAST) + len(BASELINE_LEAST) + len(SMALL_IN_TURN_LEAST)
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """``figure`` against ``limit``; ``holds`` is None where it was not measured, or has no limit."""
+    """``figure`` against ``limit``; ``holds`` is None where it was not ``measured``, or has no limit."""
 
     text: str
     figure: str
     limit: str
     holds: bool | None
+    measured: bool = True
 
     @property
     def verdict(self) -> str:
@@ -69,6 +74,15 @@ def claims(run: dict[str, Any]) -> list[Claim]:
         made = [*_never_slower(chosen), *_in_turn(chosen), *cells, *_quality(chosen)]
         found += [_on(world, claim) for claim in made] if len(worlds) > 1 else made
     return found + _products([r for r in measured if r.kind == GEMM])
+
+
+def unmeasured(run: dict[str, Any]) -> list[str]:
+    """The cells that single figures are promised for and that the run has not measured, one a figure."""
+    known = {(r.kind, r.m, r.k, r.n) for r in results_of(run) if r.skipped is None}
+    promised = (*EFFICIENCY_LEAST, *BASELINE_LEAST, *SMALL_IN_TURN_LEAST)
+    return [
+        f"{kind} {m}x{k}x{n}" for (kind, m, k, n), _ in promised if (kind, m, k, n) not in known
+    ]
 
 
 def summary(run: dict[str, Any]) -> str:
@@ -169,7 +183,8 @@ def _cells(results: list[CaseResult], missing: Sequence[str]) -> list[Claim]:
                 value = figure(found[0]) if found else None
                 shown = number(value, 3) if found else "not measured"
                 holds = _at_least(value, least) if value is not None or not found else False
-                made.append(Claim(f"{name}: {what}", shown, f">= {least:.2f}", holds))
+                text = f"{name}: {what}"
+                made.append(Claim(text, shown, f">= {least:.2f}", holds, bool(found)))
         return made
 
     def over_best(r: CaseResult) -> float | None:

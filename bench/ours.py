@@ -32,6 +32,9 @@ MOVED = {AG_GEMM: "A", GEMM_RS: "C", GEMM_AR: "C"}
 NO_EPILOGUE = (AG_GEMM,)
 TABLE_KINDS = (AG_GEMM, GEMM_RS, GEMM_AR, GEMM)
 
+# How it begins what is said of a file without a schedule for a case.
+NOT_IN_TABLE = "the table has no"
+
 # Where a plain call chooses its schedule.
 CHOOSE = "tilelink.backend.runtime.choose"
 
@@ -145,7 +148,7 @@ def from_file(text: str, case: Case, world: int) -> Any:
     else:
         found = [data]
     if not found:
-        raise ValueError(f"the table has no {case.name} on {world}")
+        raise ValueError(f"{NOT_IN_TABLE} {case.name} on {world}")
     return Schedule.from_json(json.dumps(found[0]))
 
 

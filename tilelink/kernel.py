@@ -305,6 +305,9 @@ class BoundKernel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs in parameter order; a single one is not wrapped in a tuple."""
         try:
+            if self._site is not None:
+                outputs = self._site(args, kwargs)
+                return outputs[0] if len(outputs) == 1 else outputs
             if self.backend == "cuda":
                 return self._launch(args, kwargs)
             return self._run(args, kwargs)

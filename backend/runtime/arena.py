@@ -14,11 +14,23 @@ from tilelink import knobs
 from tilelink.backend.runtime import watch
 from tilelink.backend.runtime.driver import driver
 from tilelink.backend.runtime.errors import DriverError, Unavailable
-from tilelink.backend.runtime.groups import standing_for, store_of
-from tilelink.backend.runtime.image import Image
+from tilelink.backend.runtime.groups import found, standing_for, store_of
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
 from tilelink.backend.runtime.views import clear_words
 from tilelink.ir import layout
+
+LOOK = 0.02  # seconds until an event counts as behind work that runs: of a stream with none it completes at once
+
+
+class NoArena:
+    """What stands for an arena in a program that reads and writes nothing of one: no memory, no addresses."""
+
+    size = 0
+
+    def __init__(self, world: int, device: torch.device) -> None:
+        self.views = [torch.empty(0, dtype=torch.uint8, device=device)] * world
+        self.addresses = [0] * world
+        self.peers = torch.empty(0, dtype=torch.int64, device=device)
 
 
 class Arena:
@@ -82,6 +94,7 @@ class CudaState(GroupState):
         self._pinned = torch.zeros(words, dtype=torch.int32, pin_memory=True)
         self.host_address = self._pinned.data_ptr()
         self._record = watch.HostRecord(self.host_address, words)
+        self._pinned_words = self._record.words
         # For copies beside kernels that leave no SM free: what is written, and where words are read to.
         self._values = torch.arange(layout.LOST + layout.MAX_WORLD, dtype=torch.int32).pin_memory()
         self._words = torch.zeros(CONTROL_WORDS, dtype=torch.int32, pin_memory=True)
@@ -91,12 +104,20 @@ class CudaState(GroupState):
         # Not a query of the stream: the user may capture it meanwhile.
         self._done = driver().event()
         self._called = False
+        # The stream of the last call, in a list of its own, where no event stands behind that call; the list of
+        # the call that one was put behind since.
+        self._unmarked: list[int] | None = None
+        self._marked: list[int] | None = None
         self._meeting: Any = None
         self._spare: torch.cuda.Stream | None = None
-        self.collectives = False
         super().__init__(
             group, group.rank() if group is not None else 0, world, store_of(group, world)
         )
+
+    def check_usable(self) -> None:
+        """As the base class; no call of Python more where all is well."""
+        if self._pinned_words[0] or self._given_up or self._dead:
+            super().check_usable()
 
     @property
     def host(self) -> watch.HostRecord:
@@ -137,15 +158,38 @@ class CudaState(GroupState):
             self._spare = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         return self._spare
 
-    def note_call(self, image: Image, stream: int) -> None:
-        """Remembers that a call was enqueued on the stream of this handle, which is not being captured."""
-        driver().record(self._done.handle, stream)
-        self.collectives = bool(image.collectives) and self.world > 1
+    def note_call(self, apart: bool, collectives: bool, stream: int) -> None:
+        """Remembers that a call was enqueued on the stream of this handle, which is not being captured.
+
+        ``apart``: see :attr:`Image.apart`; ``collectives``: whether it waits for other ranks in the library's.
+        While no program of the group signals anything, the watchdog looks at calls only where a rank is dead:
+        then :meth:`idle` puts an event behind the last one.
+        """
+        if apart and not self.arenas:
+            self._unmarked = [stream]
+        else:
+            driver().record(self._done.handle, stream)
+            self._unmarked = None
+        self.collectives = collectives
         self._called = True
 
     def idle(self) -> bool:
         """Whether the last call that the host knows of has ended."""
-        return not self._called or driver().completed(self._done.handle)
+        if not self._called:
+            return True
+        calls, last = driver(), self._unmarked
+        if last is not None and last is not self._marked:
+            (stream,) = last
+            if calls.capturing(stream):
+                return False
+            calls.record(self._done.handle, stream)
+            self._marked = last
+            deadline = time.monotonic() + LOOK
+            while not calls.completed(self._done.handle):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(2e-4)
+        return calls.completed(self._done.handle)
 
     def control(self, arena: Arena, rank: int) -> list[int]:
         """The first words of an arena, by copy engine: kernels may hold every SM."""
@@ -184,8 +228,6 @@ class CudaState(GroupState):
 
     def stop_collectives(self) -> None:
         """Aborts the library's communicator, whose kernels would wait for the dead rank for minutes."""
-        if not self.collectives:
-            return
         self.collectives = False
         backend = self.group._get_backend(self.device)
         if hasattr(backend, "abort"):
@@ -200,13 +242,19 @@ def state_of(group: Any) -> CudaState:
 
     Where the ranks have agreed on a new generation with the same members, it is that one's.
     """
-    if not _states and not torch.cuda.is_available():
-        raise Unavailable(backend="cuda", reason="PyTorch sees no CUDA device")
-    if group is None and dist.is_available() and dist.is_initialized():
+    if group is None and dist.is_available():
         group = dist.group.WORLD
-    group = standing_for(group)
+    if _states:
+        # CUDA is up, and PyTorch's own function would ask for that first.
+        known: CudaState | None = found.get((group, torch._C._cuda_getDevice()))
+        if known is not None:
+            return known
+    elif not torch.cuda.is_available():
+        raise Unavailable(backend="cuda", reason="PyTorch sees no CUDA device")
     device = torch.cuda.current_device()
-    found = _states.get((group, device))
-    if found is None:
-        found = _states[group, device] = CudaState(group, torch.device("cuda", device))
-    return found
+    standing = standing_for(group)
+    state = _states.get((standing, device))
+    if state is None:
+        state = _states[standing, device] = CudaState(standing, torch.device("cuda", device))
+    found[group, device] = state
+    return state

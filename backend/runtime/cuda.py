@@ -18,7 +18,7 @@ import triton
 
 from tilelink import knobs
 from tilelink.backend.runtime import load_module, write_module
-from tilelink.backend.runtime.arena import Arena, CudaState, state_of
+from tilelink.backend.runtime.arena import Arena, CudaState, NoArena, state_of
 from tilelink.backend.runtime.choose import compile_chosen
 from tilelink.backend.runtime.driver import Event, driver
 from tilelink.backend.runtime.errors import BadArgument, NotPrepared, TooManyWorkers
@@ -37,14 +37,18 @@ Host = Callable[[Any], None]
 
 
 class Program:
-    """A program bound to a process group and an arena, compiled on every rank."""
+    """A program bound to a process group, compiled on every rank; and to an arena, if it needs one."""
 
-    def __init__(self, state: CudaState, image: Image, host: Host, arena: Arena) -> None:
+    def __init__(self, state: CudaState, image: Image, host: Host, arena: Arena | NoArena) -> None:
         self.state, self.image, self.host, self.arena = state, image, host, arena
         self.number = state.number_of(image)
         self.workspace = state.workspace_for(image.workspace_bytes)
         self.device = state.device.index
+        # Looked at in every call.
+        self._apart = image.apart
+        self._collectives = bool(image.collectives) and state.world > 1
         self.outputs = tuple(slot.name for slot in image.outputs)
+        self._only = self.outputs[0] if len(self.outputs) == 1 else None
         self.temporary = {
             s.name: torch.empty(s.dims, dtype=TORCH_DTYPES[s.dtype], device=state.device)
             for s in image.tensors.values()
@@ -80,7 +84,7 @@ class Program:
         return tensors
 
     def plan(self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents) -> Plan:
-        """The recorded call for these addresses and numbers."""
+        """The recorded call for these addresses and numbers; the order of ``tensors`` is always the same."""
         key = (*[t.data_ptr() for t in tensors.values()], *scalars.values(), *extents.values())
         found = self._plans.get(key)
         if found is None:
@@ -95,19 +99,30 @@ class Program:
             self._plans[key] = found
         return found
 
+    def portable(self, extents: Extents) -> Plan | None:
+        """The recorded call for any addresses, of outputs that lie in no other tensor; or None."""
+        return self._bare.get(tuple(extents.values()))
+
     def call(
         self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents = NO_EXTENTS
     ) -> tuple[torch.Tensor, ...]:
         """Enqueues one call; returns the outputs in parameter order. ``extents``: the dynamic ones."""
-        plan = self.plan(tensors, scalars, extents)
+        return self.enqueue(self.plan(tensors, scalars, extents), tensors)
+
+    def enqueue(self, plan: Plan, tensors: Tensors) -> tuple[torch.Tensor, ...]:
+        """Enqueues a call that was recorded with tensors like these; returns the outputs as :meth:`call`."""
         device = self.device
         stream = torch._C._cuda_getCurrentRawStream(device)
         if torch._C._cuda_isCurrentStreamCapturing():
             plan.enqueue(stream, tensors)
         else:
-            _chain(device, stream)
-            plan.run(stream, tensors, self.state.spare)
-            self.state.note_call(self.image, stream)
+            state = self.state
+            if _last.get(device) != stream:
+                _chain(device, stream)
+            plan.run(stream, tensors, state.spare)
+            state.note_call(self._apart, self._collectives, stream)
+        if self._only is not None:
+            return (tensors[self._only],)
         return tuple([tensors[name] for name in self.outputs])
 
     def _record(self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents) -> Plan:
@@ -340,7 +355,9 @@ def _meet(
     state.agree(name, {**facts, "versions": versions}, error)
     if error is not None:
         raise error
-    arena = state.arena_for(image.arena_bytes, image.slots)
+    arena: Arena | NoArena = NoArena(state.world, state.device)
+    if not image.apart:
+        arena = state.arena_for(image.arena_bytes, image.slots)
     try:
         program = Program(state, image, host, arena)
         numbers = {n: scalars[n] for n in image.scalars}

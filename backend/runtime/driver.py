@@ -19,6 +19,7 @@ _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _NOT_READY = 600
 _UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED
 _CAPTURE_UNSUPPORTED = 900
+_CAPTURE_IMPLICIT = 906
 
 
 class _Copy2D(ctypes.Structure):
@@ -65,6 +66,8 @@ class Driver:
         self._wait_event.argtypes = (c_void_p, c_void_p, c_uint)
         self._query = lib.cuEventQuery
         self._query.argtypes = (c_void_p,)
+        self._capturing = lib.cuStreamIsCapturing
+        self._capturing.argtypes = (c_void_p, ctypes.POINTER(c_int))
         self._launch_graph = lib.cuGraphLaunch
         self._launch_graph.argtypes = (c_void_p, c_void_p)
         lib.cuEventCreate.argtypes = (ctypes.POINTER(c_void_p), c_uint)
@@ -125,6 +128,14 @@ class Driver:
         if code not in (0, _NOT_READY):
             self._fail("cuEventQuery", code)
         return bool(code == 0)
+
+    def capturing(self, stream: int) -> bool:
+        """Whether the stream is being captured into a graph, or another one that it would wait for."""
+        status = c_int()
+        code = self._capturing(stream, ctypes.byref(status))
+        if code not in (0, _CAPTURE_IMPLICIT):
+            self._fail("cuStreamIsCapturing", code)
+        return bool(code) or status.value != 0
 
     def capture(self, stream: int, enqueue: Callable[[int], None]) -> Graph:
         """What ``enqueue(stream)`` enqueues, as a graph that can be launched; nothing of it runs.

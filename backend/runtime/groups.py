@@ -9,6 +9,8 @@ from datetime import timedelta
 from typing import Any
 
 _successors: dict[Any, Any] = {}
+# What was found out about groups, by the group and more, and holds until one has a successor.
+found: dict[tuple[Any, ...], Any] = {}
 
 
 def store_of(group: Any, world: int) -> Any:
@@ -33,6 +35,7 @@ def standing_for(group: Any) -> Any:
 def succeed(group: Any, new: Any) -> None:
     """Has calls on ``group`` go to ``new``, which has the same ranks in the same order."""
     _successors[group] = new
+    found.clear()
 
 
 def make_group(

@@ -124,6 +124,11 @@ class Image:
         return not (self.waits or self.flags or self.counters)
 
     @property
+    def apart(self) -> bool:
+        """Whether its ranks meet in the library's collectives alone: nothing of an arena is read or written."""
+        return self.quiet and not self.places
+
+    @property
     def arena_bytes(self) -> int:
         """Bytes of the arena that the program needs."""
         need = max((last for _, last, _ in self.places), default=layout.DATA)

@@ -27,13 +27,12 @@ from tilelink.backend.runtime.driver import Event, driver, rows_of
 from tilelink.backend.runtime.errors import DriverError
 from tilelink.backend.runtime.guard import CTAS, guard_kernel
 from tilelink.backend.runtime.image import Slot
-from tilelink.backend.runtime.library import Fetch, collective_of, matmul, place_of
+from tilelink.backend.runtime.library import Command, Place, collective, collective_of, product
 from tilelink.backend.runtime.views import Views, spread_axis
 from tilelink.device import acknowledge_kernel, head_kernel, notify_kernel, wait_kernel
 from tilelink.ir import layout
 
 NO_TENSORS: Mapping[str, torch.Tensor] = MappingProxyType({})
-Command = Callable[[int], None]  # takes the handle of the main stream
 HOT = 3  # calls with the same arguments until a plan becomes a graph
 
 
@@ -59,7 +58,7 @@ class Launch:
     workers: int
     arguments: tuple[Any, ...]
 
-    def run(self, stream: int) -> None:
+    def run(self, stream: int, _: object = None) -> None:
         """Enqueues it."""
         kernel = self.compiled
         kernel.run(
@@ -134,48 +133,42 @@ def _plain(argument: Any) -> Any:
 
 
 class Plan:
-    """What one call enqueues, in order; ``launches`` are its persistent kernels.
-
-    ``tensors``: the user's, by name, while a call is enqueued.
-    """
+    """What one call enqueues, in order; ``launches`` are its persistent kernels."""
 
     def __init__(self) -> None:
-        self.tensors: Mapping[str, torch.Tensor] = {}
-        # A command, or a list of them where events may still be asked for.
-        self._commands: list[Command | list[Command]] = []
+        # A command, or a list of them where events may still be asked for; flat in the end.
+        self._open: list[Command | list[Command]] = []
+        self._commands: list[Command] = []
         self.launches: list[Launch] = []
         # Whether all that it enqueues can be captured into a graph of its own, and whether by PyTorch alone.
         self.capturable = True
         self.by_torch = False
         self._uses = 0
-        self._graph: Command | None = None
+        self._graph: Callable[[int], None] | None = None
 
     def add(self, command: Command) -> None:
-        """Puts a command at the end; it is called with the handle of the main stream."""
-        self._commands.append(command)
+        """Puts a command at the end."""
+        self._open.append(command)
 
     def place(self) -> list[Command]:
         """A place at the end that can be filled later."""
         place: list[Command] = []
-        self._commands.append(place)
+        self._open.append(place)
         return place
 
     def close(self) -> None:
         """Makes the list flat."""
-        flat: list[Command] = []
-        for command in self._commands:
-            flat.extend(command if isinstance(command, list) else (command,))
-        self._commands = list(flat)
+        for command in self._open:
+            self._commands.extend(command if isinstance(command, list) else (command,))
+        self._open = []
 
     def enqueue(self, stream: int, tensors: Mapping[str, torch.Tensor] = NO_TENSORS) -> None:
         """Enqueues everything; ``stream`` is the handle of the main stream, which is current.
 
         ``tensors``: those of this call, where the library is called with some of them.
         """
-        self.tensors = tensors
         for command in self._commands:
-            command(stream)  # type: ignore[operator]
-        self.tensors = NO_TENSORS
+            command(stream, tensors)
 
     def run(
         self,
@@ -191,8 +184,12 @@ class Plan:
         if graph is not None:
             graph(stream)
             return
+        if not self.capturable:
+            for command in self._commands:
+                command(stream, tensors)
+            return
         self._uses += 1
-        if self._uses == HOT and self.capturable and graphs():
+        if self._uses == HOT and graphs():
             try:
                 self._graph = graph = self._capture(spare(), tensors)
             except (DriverError, RuntimeError) as problem:
@@ -203,7 +200,9 @@ class Plan:
         else:
             self.enqueue(stream, tensors)
 
-    def _capture(self, spare: torch.cuda.Stream, tensors: Mapping[str, torch.Tensor]) -> Command:
+    def _capture(
+        self, spare: torch.cuda.Stream, tensors: Mapping[str, torch.Tensor]
+    ) -> Callable[[int], None]:
         """What launches a graph of this plan."""
         if not self.by_torch:
             graph, launch = driver().capture(spare.cuda_stream, self.enqueue), driver().launch_graph
@@ -242,9 +241,9 @@ class Agent:
             event, stream, record = driver().event(), self.stream, driver().record
             self.event = event
             if stream is None:
-                self.place.append(lambda main: record(event.handle, main))
+                self.place.append(lambda main, _: record(event.handle, main))
             else:
-                self.place.append(lambda _: record(event.handle, stream))
+                self.place.append(lambda *_: record(event.handle, stream))
         return self.event
 
 
@@ -255,7 +254,7 @@ def _nothing(target: torch.Tensor, source: torch.Tensor) -> None:
 def _waiting(event: Event) -> Command:
     """The main stream waits for ``event``."""
     wait = driver().wait_event
-    return lambda main: wait(main, event.handle)
+    return lambda main, _: wait(main, event.handle)
 
 
 class Recorder(Views):
@@ -316,34 +315,32 @@ class Recorder(Views):
         self._join_main(after)
         ends = (dst.shape, src.shape) if op == "reduce_scatter" else (src.shape, dst.shape)
         axis = spread_axis(*ends)
-        source_now, target_now = self._fetch(src), self._fetch(dst)
+        source_at, target_at = Place(src, self.tensors), Place(dst, self.tensors)
         in_place, world = src.data_ptr() == dst.data_ptr(), self.world
         enqueue = collective_of(op, self._group, dst.device) if world > 1 else _nothing
 
-        def along_rows(_: int) -> None:
-            enqueue(target_now(), source_now())
-
-        def gather(_: int) -> None:
-            source = source_now()
+        def gather(_: int, tensors: Mapping[str, torch.Tensor]) -> None:
+            source = source_at.of(tensors)
             parts = source.new_empty((world, *source.shape))
             enqueue(parts.view(-1), source.reshape(-1))
-            target_now().copy_(torch.cat(parts.unbind(0), dim=axis))
+            target_at.of(tensors).copy_(torch.cat(parts.unbind(0), dim=axis))
 
-        def scatter(_: int) -> None:
-            enqueue(target_now(), torch.stack(source_now().chunk(world, dim=axis)))
+        def scatter(_: int, tensors: Mapping[str, torch.Tensor]) -> None:
+            parts = source_at.of(tensors).chunk(world, dim=axis)
+            enqueue(target_at.of(tensors), torch.stack(parts))
 
-        def apart(_: int) -> None:
-            target, source = target_now(), source_now()
+        def apart(_: int, tensors: Mapping[str, torch.Tensor]) -> None:
+            target, source = target_at.of(tensors), source_at.of(tensors)
             target.copy_(source)
             enqueue(target, source)
 
-        if op == "all_reduce" or world == 1:
-            self.plan.add(along_rows if in_place else apart)
-        elif axis:
+        if (op == "all_reduce" or world == 1) and not in_place:
+            self.plan.add(apart)
+        elif axis and op != "all_reduce" and world > 1:
             # The library knows the first axis only.
             self.plan.add(gather if op == "all_gather" else scatter)
-        else:
-            self.plan.add(along_rows)
+        elif world > 1:
+            self.plan.add(collective(op, self._group, dst.device, target_at, source_at))
         # Ranks may make graphs of different calls, but NCCL registers the buffers of captured collectives, on all
         # ranks or on none; its communicators cannot be destroyed while such a graph lives, nor does the time limit
         # of a group see replays.
@@ -368,12 +365,9 @@ class Recorder(Views):
         bias: torch.Tensor | None = None,
     ) -> None:
         """``out = a @ b + bias`` by cuBLAS; see :func:`tilelink.backend.runtime.library.matmul`."""
-        left, right, into = self._fetch(a), self._fetch(b), self._fetch(out)
-        if bias is None:
-            self.plan.add(lambda _: matmul(left(), right(), into()))
-        else:
-            added = self._fetch(bias)
-            self.plan.add(lambda _: matmul(left(), right(), into(), added()))
+        left, right, into = (Place(tensor, self.tensors) for tensor in (a, b, out))
+        added = None if bias is None else Place(bias, self.tensors)
+        self.plan.add(product(a.dtype, left, right, into, added))
 
     def wait(
         self, flag: str, index: tuple[int, ...], producer: int, tile: int, number: int
@@ -398,7 +392,7 @@ class Recorder(Views):
         stream, wait = self._streams(name).cuda_stream, driver().wait_event
         for other in after:
             event = self._agents[other].completed()
-            self.plan.add(lambda _, e=event: wait(stream, e.handle))  # type: ignore[misc]
+            self.plan.add(lambda *_, e=event: wait(stream, e.handle))
         self._stream = stream
         yield self
         self._stream = None
@@ -408,7 +402,7 @@ class Recorder(Views):
         """In a stream: until the local counter is at least ``count``."""
         handle, wait = self._handle(), driver().wait_geq
         address = self._base + self.word_of(name, index) * layout.WORD
-        self.plan.add(lambda _: wait(handle, address, count))
+        self.plan.add(lambda *_: wait(handle, address, count))
 
     def transfer(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         """In a stream: copies ``src`` to ``dst``, regions of one shape and dtype, by copy engine."""
@@ -422,7 +416,7 @@ class Recorder(Views):
         source, target, item = src.data_ptr(), dst.data_ptr(), src.element_size()
         if src.is_contiguous() and dst.is_contiguous():
             size = src.numel() * item
-            self.plan.add(lambda _: calls.copy(handle, target, source, size))
+            self.plan.add(lambda *_: calls.copy(handle, target, source, size))
             return
         while src.dim() > 2 and src.shape[0] == 1:
             src, dst = src[0], dst[0]
@@ -434,14 +428,14 @@ class Recorder(Views):
             raise ValueError(f"transfer between strides {src.stride()} and {dst.stride()}")
         rows, width = src.shape[0], src.shape[1] * item
         copy = rows_of(target, dst.stride(0) * item, source, src.stride(0) * item, width, rows)
-        self.plan.add(lambda _: calls.copy_rows(handle, copy))
+        self.plan.add(lambda *_: calls.copy_rows(handle, copy))
 
     def notify(self, flag: str, index: tuple[int, ...], peer: int) -> None:
         """In a stream: the flag element of ``peer`` becomes this rank's epoch, by a four-byte copy."""
         handle, copy = self._handle(), driver().copy
         source = self._base + layout.EPOCH * layout.WORD
         target = self._addresses[peer] + self.word_of(flag, index) * layout.WORD
-        self.plan.add(lambda _: copy(handle, target, source, layout.WORD))
+        self.plan.add(lambda *_: copy(handle, target, source, layout.WORD))
 
     def finish(self) -> Plan:
         """Joins the side streams, puts the guard of every output behind them, and closes the plan."""
@@ -454,22 +448,6 @@ class Recorder(Views):
             self._guard(slot)
         self.plan.close()
         return self.plan
-
-    def _fetch(self, tensor: torch.Tensor) -> Fetch:
-        """What gives ``tensor``, or in a later call what stands in its place."""
-        place = place_of(tensor, self.tensors)
-        plan = self.plan
-        if place is None:
-            return lambda: tensor
-        name, skip, shape, strides = place
-        if tensor is self.tensors[name]:
-            return lambda: plan.tensors[name]
-
-        def part() -> torch.Tensor:
-            whole = plan.tensors[name]
-            return whole.as_strided(shape, strides, whole.storage_offset() + skip)
-
-        return part
 
     def _guard(self, slot: Slot) -> None:
         tensor = self.tensors[slot.name]

@@ -13,29 +13,32 @@ from typing import Any
 import torch
 
 from tilelink.backend.runtime.arena import CudaState, state_of
-from tilelink.backend.runtime.cuda import Program, program_of, refuse
+from tilelink.backend.runtime.cuda import PLANS, Program, program_of, refuse
 from tilelink.backend.runtime.errors import BadArgument
+from tilelink.backend.runtime.plan import Plan
+from tilelink.backend.runtime.views import TORCH_DTYPES
 from tilelink.errors import TilelinkError
 from tilelink.frontend.arguments import check_tensor
 from tilelink.frontend.bind import match_arguments
 
 KINDS = 4096  # kinds of calls remembered a site
+NO_NUMBERS: Mapping[str, Any] = MappingProxyType({})
+_records_gradients = torch.is_grad_enabled
 
 
 class Route:
     """Calls of one kind: their program, and where each of its tensors and scalars comes from."""
 
-    __slots__ = ("extents", "numbers", "program", "state", "tensors")
+    __slots__ = ("extents", "fresh", "names", "numbers", "program", "tensors", "whole")
 
     def __init__(
         self,
-        state: CudaState,
         program: Program,
         extents: Mapping[str, int],
         names: tuple[str, ...],
         given: Mapping[str, Any],
     ) -> None:
-        self.state, self.program, self.extents = state, program, extents
+        self.program, self.extents = program, extents
         place = {name: number for number, name in enumerate(names)}
         # What is not contiguous is copied; outputs that are left out are not among them.
         self.tensors = [
@@ -43,6 +46,20 @@ class Route:
             for name in program.image.tensors
             if given.get(name) is not None
         ]
+        # Whether the arguments are what the program works on, as they are and in its order, but for outputs
+        # behind them; and those: what is allocated.
+        image, self.names = program.image, names
+        slots = program.slots(extents)
+        rest = [slots[name] for name in image.tensors][len(names) :]
+        self.whole = (
+            names == tuple(image.tensors)[: len(names)]
+            and len(names) == len(self.tensors)
+            and not image.scalars
+            and all(dense for *_, dense in self.tensors)
+            and all(slot.role == "out" for slot in rest)
+        )
+        device = given[names[0]].device if self.whole else None
+        self.fresh = [(s.name, s.dims, TORCH_DTYPES[s.dtype], device) for s in rest]
         # An argument that is left out has its default, always.
         self.numbers = [
             (name, place.get(name), given[name] if name not in place else None)
@@ -57,16 +74,28 @@ class Route:
                 )
 
     def __call__(self, values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        program, extents = self.program, self.extents
+        if self.whole:
+            return program.call(self.gather(values), NO_NUMBERS, extents)
         given = {
             name: values[number] if dense else values[number].contiguous()
             for name, number, dense in self.tensors
         }
-        scalars: dict[str, Any] = {
-            name: default if number is None else values[number]
-            for name, number, default in self.numbers
-        }
-        program, extents = self.program, self.extents
-        return program.call(program.allocate(given, extents), scalars, extents)
+        tensors = program.allocate(given, extents)
+        scalars: Mapping[str, Any] = NO_NUMBERS
+        if self.numbers:
+            scalars = {
+                name: default if number is None else values[number]
+                for name, number, default in self.numbers
+            }
+        return program.call(tensors, scalars, extents)
+
+    def gather(self, values: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+        """The tensors of a call that is ``whole``, by name."""
+        tensors = dict(zip(self.names, values))  # noqa: B905 - as many as the kind of call has
+        for name, dims, dtype, device in self.fresh:
+            tensors[name] = torch.empty(dims, dtype=dtype, device=device)
+        return tensors
 
 
 class Site:
@@ -86,6 +115,8 @@ class Site:
         self.capacities = capacities
         self._met: set[int] = set()
         self._routes: dict[tuple[object, ...], Route] = {}
+        # By the addresses too: the route, and the recorded call where it is the same each time.
+        self._calls: dict[tuple[object, ...], tuple[Route, Plan | None]] = {}
         signature = kernel.signature
         self._positional = [n for n in signature.names if n not in signature.keywords]
         # Compile-time arguments and extents count by value, other numbers by type.
@@ -99,16 +130,60 @@ class Site:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         state = state_of(self.group)
         state.check_usable()
-        values = (*args, *kwargs.values()) if kwargs else args
-        key = self._key(state, len(args), tuple(kwargs), values)
+        if kwargs:
+            return self._look(state, args, kwargs)((*args, *kwargs.values()))
+        try:
+            # Tensors alone, as nearly always: nothing else has all of these.
+            key = (
+                id(state),
+                _records_gradients(),
+                *[
+                    (
+                        t.shape,
+                        t.is_contiguous() or t.stride(),
+                        t.dtype,
+                        t.get_device(),
+                        t.data_ptr(),
+                        t.requires_grad,
+                    )
+                    for t in args
+                ],
+            )
+        except (AttributeError, RuntimeError):
+            return self._look(state, args, kwargs)(args)
+        known = self._calls.get(key)
+        if known is None:
+            known = self._remember(key, state, args)
+        route, plan = known
+        if plan is None:
+            return route(args)
+        return route.program.enqueue(plan, route.gather(args))
+
+    def _remember(
+        self, key: tuple[Any, ...], state: CudaState, args: tuple[torch.Tensor, ...]
+    ) -> tuple[Route, Plan | None]:
+        """The route of these tensors, and the recorded call where it depends on no others."""
+        route, plan = self._look(state, args, {}), None
+        if route.whole and route.fresh:
+            plan = route.program.portable(route.extents)
+        elif route.whole:
+            plan = route.program.plan(route.gather(args), NO_NUMBERS, route.extents)
+        if len(self._calls) >= PLANS:
+            self._calls.pop(next(iter(self._calls)))
+        self._calls[key] = route, plan
+        return route, plan
+
+    def _look(self, state: CudaState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Route:
+        """The route of this kind of call, found out where it is new."""
+        key = self._key(state, len(args), tuple(kwargs), (*args, *kwargs.values()))
         route = self._routes.get(key) if key is not None else None
         if route is None:
-            route = self._meet(state, args, kwargs)
+            route = self._meet(args, kwargs)
             if key is not None:
                 if len(self._routes) >= KINDS:
                     self._routes.clear()
                 self._routes[key] = route
-        return route(values)
+        return route
 
     def _key(
         self, state: CudaState, count: int, keywords: tuple[str, ...], values: tuple[Any, ...]
@@ -134,7 +209,7 @@ class Site:
                 return None
         return tuple(facts)
 
-    def _meet(self, state: CudaState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Route:
+    def _meet(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Route:
         """Checks the arguments of a kind of call that is new, and finds its program; collective."""
         kernel, signature = self.kernel, self.kernel.signature
         try:
@@ -153,4 +228,4 @@ class Site:
         )
         self._met.add(id(program))
         names = (*self._positional[: len(args)], *kwargs)
-        return Route(state, program, extents, names, given)
+        return Route(program, extents, names, given)

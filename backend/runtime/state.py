@@ -56,6 +56,10 @@ class GroupState(ABC):
         self._stopped: float | None = None
         self._pending: float | None = None
         self._dead: list[int] = []  # as the watchdog last saw it
+        # Whether the last call meets other ranks in collectives of the library, and the ranks for whose sake such
+        # were ended, until that is said.
+        self.collectives = False
+        self._ended_for: list[int] = []
         self._raising = threading.Lock()
         watch.watch(self)
 
@@ -175,11 +179,15 @@ class GroupState(ABC):
         if self.world == 1 or self._given_up:
             return
         now = time.monotonic()
+        self._dead = lost = self.lost()
+        if not lost and not self.arenas:
+            # Nothing of this group's programs signals, so nobody can have been told to stop.
+            return
         busy = not self.idle()
         self._pending = (self._pending or now) if busy else None
-        self._dead = lost = self.lost()
         if not lost and (self._pending is None or now - self._pending < 1.0):
             return
+        stopped = bool(lost)
         for arena in self.arenas:
             words = self.control(arena, self.rank)
             if words[layout.ABORT] == 0:
@@ -188,9 +196,12 @@ class GroupState(ABC):
                 missing = [r for r in lost if _before(words[layout.ARRIVED + r], begun)]
                 if missing:
                     self.set_abort(arena, self.rank, layout.LOST + missing[0])
-            if (words[layout.ABORT] or lost) and busy and self._stopped is None:
-                self._stopped = now
-        if lost and busy:
+            stopped = stopped or bool(words[layout.ABORT])
+        if stopped and busy and self._stopped is None:
+            self._stopped = now
+        if lost and busy and self.collectives:
+            # Said before it happens: who waits for the call goes on once it has.
+            self._ended_for = list(lost)
             self.stop_collectives()
 
     def settle(self) -> None:
@@ -212,7 +223,7 @@ class GroupState(ABC):
     def check(self) -> None:
         """Raises WaitTimeout if a call has run into one since this was last asked."""
         with self._raising:
-            error = self._take()
+            error = self._take() or self._cut_short()
         if error is None:
             return
         first = not self._given_up
@@ -245,6 +256,15 @@ class GroupState(ABC):
         error = self._error()
         self.host.clear()
         return error
+
+    def _cut_short(self) -> TilelinkError | None:
+        """That a call lacks what a collective of the library would have brought, once."""
+        if not self._ended_for:
+            return None
+        who = ", ".join(map(str, self._ended_for))
+        self._ended_for = []
+        why = f"the process of rank {who} has ended, and with it a collective of the library"
+        return PeerTimeout(rank=self.rank, why=why)
 
     def drain(self) -> None:
         """Waits, for a bounded time, until calls that were stopped have left."""

@@ -161,21 +161,24 @@ def synchronize() -> None:
 
 
 class HostRecord:
-    """Pinned host memory that a kernel copies the error record to; read without touching the GPU."""
+    """Pinned host memory that a kernel copies the error record to, read without touching the GPU.
+
+    ``words``: all of it; see :attr:`aborted` and :attr:`record`.
+    """
 
     def __init__(self, address: int, words: int) -> None:
-        self._words = (ctypes.c_int32 * words).from_address(address)
+        self.words = (ctypes.c_int32 * words).from_address(address)
 
     @property
     def aborted(self) -> bool:
         """Whether a call has been aborted: word 0."""
-        return self._words[0] != 0
+        return self.words[0] != 0
 
     @property
     def record(self) -> list[int]:
         """The error record, behind word 0."""
-        return list(self._words[1:])
+        return list(self.words[1:])
 
     def clear(self) -> None:
         """Forgets that a call was aborted; a later one that is says so again."""
-        self._words[0] = 0
+        self.words[0] = 0

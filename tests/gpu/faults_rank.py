@@ -91,7 +91,7 @@ class Engine:
         left = {"calls": 1}
 
         def swap(which: int) -> Any:
-            def command(stream: int) -> None:
+            def command(stream: int, _: object) -> None:
                 if left["calls"] > 0:
                     driver().copy(stream, entry, source + 8 * which, 8)
                     left["calls"] -= which

@@ -172,7 +172,7 @@ def test_copies_and_products_by_slices_go_to_the_stream_in_order(
         def __init__(self, kernel: Any, workers: int) -> None:
             self.name = f"{kernel.fn.__name__} {workers}"
 
-        def run(self, stream: int) -> None:
+        def run(self, stream: int, _: object) -> None:
             log.append(self.name)
 
     monkeypatch.setattr(plan, "compile_launch", lambda kernel, n, args, **_: Launch(kernel, n))

@@ -99,7 +99,7 @@ def record(
             self.name, self.workers = kernel.fn.__name__, workers
             launched.append((self.name, args))
 
-        def run(self, stream: int) -> None:
+        def run(self, stream: int, _: object) -> None:
             log.append(("kernel", self.name, self.workers))
 
     monkeypatch.setattr(

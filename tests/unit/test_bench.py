@@ -18,6 +18,7 @@ from bench import (
     graph_check,
     host_cost,
     measure,
+    performance,
     report,
     run,
     stats,
@@ -255,7 +256,7 @@ def test_page_shows_losses_failures_and_graph_checks(tmp_path: Path) -> None:
         "cases": [case_result(*FULL).to_json(), slow.to_json()],
     }
     graphs = {"kind": "graph_check", **header(), "cases": [graph_record()]}
-    text = report.page([("a.json", bench), ("b.json", graphs)])
+    text = performance.page([("a.json", bench), ("b.json", graphs)])
     assert "1 of 2 slower than in turn" in text
     assert "| 0.50 |" in text and "| 1.25 |" in text
     assert "tilelink epilogue: wrong result" in text
@@ -384,10 +385,23 @@ def test_a_trace_can_fail() -> None:
 
 def test_host_time_is_judged_by_calls_that_repeat() -> None:
     calls: list[int] = []
-    times = host_cost.measure(calls.append, lambda: calls.append(-1), batches=2)
-    assert len(times) == 2 * host_cost.BATCH and calls.count(-1) == 2
+    ways: host_cost.Ways = {
+        "one": calls.append,
+        "other": lambda number: calls.append(number + 1000),
+    }
+    times = host_cost.measure(ways, lambda: calls.append(-1), batches=2)
+    batch = host_cost.BATCH
+    assert [len(each) for each in times.values()] == [2 * batch, 2 * batch]
+    # A batch of each in turn, behind a wait for the device.
+    assert calls[: batch + 2] == [-1, *range(batch), -1] and calls[batch + 2] == 1000
+    assert calls[-2] == 1000 + 2 * batch - 1 and calls.count(-1) == 5
     assert host_cost.figures([3.0, 1.0, 2.0, 50.0, 2.0])["median_us"] == 2.0
     quick, slow = {"median_us": 30.0}, {"median_us": 90.0}
     record = {"same": quick, "allocated": quick, "rotated": quick, "fresh": slow}
     assert host_cost.within(record)
     assert not host_cost.within({**record, "rotated": slow})
+    # The library's schedule is as good as PyTorch's own two calls.
+    both = {**record, "schedule": "library", "rotated": {"median_us": 93.0}, "in_turn": slow}
+    assert host_cost.within(both)
+    assert not host_cost.within({**both, "rotated": {"median_us": 96.0}})
+    assert not host_cost.within({**both, "schedule": "none"})

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import claims, paired, report, run, stats, tables
+from bench import claims, measurements, paired, performance, run, stats, tables
 from bench.cases import (
     AG_GEMM,
     GEMM,
@@ -292,7 +292,7 @@ def test_products_say_which_structure_won_where() -> None:
     assert found["one GPU: tilelink gluon"].figure == "0.968, least 0.909, fastest in 1 of 2"
     assert found["one GPU: tilelink flat"].figure == "1.005, least 1.000, fastest in 1 of 2"
     assert found["one GPU: the fastest of ours in each cell"].figure == "1.015, least 1.000"
-    page = report.page([("g.json", data)])
+    page = performance.page([("g.json", data)])
     assert "### Products of one GPU" in page and "| over cuBLAS [95 %] |" in page
 
 
@@ -303,7 +303,7 @@ def test_worlds_are_judged_apart() -> None:
     found = by_text(data)
     assert found["2 GPUs: cells with the 95 % interval below 0.99"].holds is True
     assert found["4 GPUs: cells with the 95 % interval below 0.99"].holds is False
-    page = report.page([("s.json", data)])
+    page = performance.page([("s.json", data)])
     assert "### All-gather + GEMM, 2 GPUs" in page and "### All-gather + GEMM, 4 GPUs" in page
 
 
@@ -338,13 +338,95 @@ def test_summary_is_made_from_the_file_alone(
 
 def test_page_lists_losses_with_intervals_and_says_what_is_compared() -> None:
     data = a_run([cell(LARGE), cell(DOWN, tuned=102.0)])
-    page = report.page([("r.json", data)])
+    page = performance.page([("r.json", data)])
     assert "- gemm_rs 8192x3584x8192 on 8: 0.980 [0.980, 0.980] of async_tp graph" in page
     assert "| cells with the 95 % interval below 0.99 | 1 of 2 | 0 | MISSED |" in page
     assert (
         "without NVLink multicast" in page and "| async_tp graph | 1.111 [1.111, 1.111] |" in page
     )
-    assert "No cell is slower" in report.page([("r.json", a_run([cell(LARGE)]))])
+    assert "No cell is slower" in performance.page([("r.json", a_run([cell(LARGE)]))])
+
+
+def files(names: list[str], **ours: float) -> stats.CaseResult:
+    """A case whose candidates of ours are files, without a baseline."""
+    found = stats.CaseResult(LARGE.name, LARGE.kind, LARGE.m, LARGE.k, LARGE.n, LARGE.origin, 8)
+    for name in names:
+        us = ours.get(name)
+        one = candidate(f"tilelink {name}", stats.OURS, us or 1.0, error=2e-3)
+        one.failed = "rank 0: ValueError: the table has no such case" if us is None else None
+        found.candidates.append(one)
+    return found
+
+
+def test_runs_without_baselines_are_compared_and_not_judged() -> None:
+    compared = a_run([files(["f0", "f1", "f2"], f0=100.0, f2=80.0)])
+    page = performance.page(
+        [("bench/results/a_pick.json", compared), ("r.json", a_run([cell(LARGE)]))]
+    )
+    summary, _, rest = page.partition("## How it is measured")
+    assert "a_pick" not in summary and "`r.json`" in summary
+    suites, _, behind = rest.partition("## Schedules compared")
+    assert "a_pick" not in suites and "### a_pick: suite grid, 8 GPUs" in behind
+    assert "| ag_gemm 8192x8192x7168 | 0.100 | - | 0.080 | f2 |" in behind
+    # Nothing is promised of schedules in files, and what a file does not have has not failed.
+    assert "MISSED" not in behind and "holds" not in behind and "Failed" not in behind
+    alone = performance.page([("a_pick.json", compared)])
+    assert "## Summary" not in alone and "over in turn |" not in alone
+
+
+def test_schedules_of_files_are_compared_with_baselines_too_and_lose_in_public() -> None:
+    result = cell(LARGE)
+    result.candidates = [c for c in result.candidates if c.family != stats.OURS]
+    result.candidates += files(["v0", "v1"], v0=130.0, v1=125.0).candidates
+    page = performance.page([("v.json", a_run([result]))])
+    _, _, behind = page.partition("## Schedules compared")
+    row = "| 0.130 | 0.125 | v1 | 0.100 async_tp graph | 0.800 [0.800, 0.800] |"
+    assert row in behind and "## Summary" not in page
+    assert "- ag_gemm 8192x8192x7168 on 8: 0.800 [0.800, 0.800] of async_tp graph" in behind
+
+
+def test_the_summary_is_of_the_newest_whole_grid_of_each_world() -> None:
+    whole = a_run([cell(LARGE), cell(DOWN, tuned=102.0)], date="2026-02-01")
+    older = a_run([cell(LARGE)], date="2026-01-01")
+    part = a_run(
+        [cell(LARGE)], date="2026-03-01", command=["python", "run.py", "--only", "ag_gemm"]
+    )
+    two = a_run([cell(LARGE)], date="2026-01-01", world=2)
+    runs = [("older.json", older), ("part.json", part), ("two.json", two), ("whole.json", whole)]
+    assert [name for name, _ in performance.leading(runs)] == ["whole.json", "two.json"]
+    # Without a whole one, that of most cells, however old.
+    fewer = {**part, "cases": whole["cases"], "date": "2025-01-01"}
+    assert performance.leading([("part.json", part), ("fewer.json", fewer)])[0][0] == "fewer.json"
+    summary, _, rest = performance.page(runs).partition("## How it is measured")
+    assert "| All-gather + GEMM | 1 | 1 | 0 | 0 | 1.111 | 1.333 | 0.889 |" in summary
+    assert "| GEMM + reduce-scatter | 1 | 0 | 0 | 1 | 0.980 | 1.176 | 0.784 |" in summary
+    assert "| all | 2 | 1 | 0 | 1 |" in summary
+    assert "Not measured: 8 of 10 figures of single cells." in summary
+    assert "not measured" not in summary
+    for name in ("older", "part", "two", "whole"):
+        assert f"Raw data: `{name}.json`" in rest
+    assert "## Suite grid, 8 GPUs: 1 of its cells" in rest
+
+
+def test_cells_that_a_run_left_out_are_counted_and_not_shown_as_rows() -> None:
+    data = a_run(
+        [cell(LARGE)], not_measured=["gemm_rs 8192x3584x8192"], stopped="time budget of 5 s"
+    )
+    assert len(claims.unmeasured(data)) == 9 and claims.PROMISED == 10
+    summary, _, _ = performance.page([("r.json", data)]).partition("## How it is measured")
+    assert "| gemm_rs 8192x3584x8192: efficiency |" not in summary
+    assert "Cells not measured (time budget of 5 s): gemm_rs 8192x3584x8192." in summary
+    assert "Not measured: 9 of 10 figures of single cells." in summary
+
+
+def test_every_candidate_is_on_the_page_of_measurements() -> None:
+    runs = [("r.json", a_run([cell(LARGE)])), ("v.json", a_run([files(["f0"], f0=100.0)]))]
+    page = measurements.page([*runs, ("h.json", {"kind": "host_cost"})])
+    for one in cell(LARGE).candidates:
+        assert f"| ag_gemm 8192x8192x7168 | {one.name} |" in page
+    assert "## v: suite grid, 8 GPUs" in page and "| tilelink f0 | 0.100 |" in page
+    row = "| async_tp graph | 0.100 | 0.100 | 0.100 |"
+    assert row in page and row not in performance.page(runs)
 
 
 def test_page_and_summary_show_compile_times(
@@ -364,7 +446,7 @@ def test_page_and_summary_show_compile_times(
     assert run.summarize([str(file)]) == 0
     text = capsys.readouterr().out
     assert "tuned: cold 1.25 s, from cache 0.12 s (decorator 4 ms, proof 25 ms)" in text
-    page = report.page([("c.json", data)])
+    page = performance.page([("c.json", data)])
     assert "| ag_gemm 1x2x3 | tuned | 1.25 | 0.12 | 4 | 25 |" in page
     assert "failed: rank 0: it broke" in page and "3.00 s cold" in page
 
@@ -374,9 +456,14 @@ def test_page_shows_host_time_and_skips_what_it_does_not_know() -> None:
     row = {"name": "ag_gemm 1x2x3", "schedule": "copy_engine", "same": way, "fresh": way}
     broken = {"name": "gemm_rs 1x2x3", "schedule": "sm:16", "failed": "it broke"}
     data = {"kind": "host_cost", **header(), "cases": [row, broken]}
-    page = report.page([("h.json", data), ("other.json", {"cases": []})])
-    assert "| ag_gemm 1x2x3 | copy_engine | 41.3 | - | - | 41.3 |" in page
-    assert "| gemm_rs 1x2x3 | sm:16 | failed: it broke | - | - | - |" in page
+    assert "by the backend" not in performance.page([("h.json", data)])
+    parts = {"in_turn": way, "backend": {"median_us": 30.0}, "exact": {"median_us": 33.0}}
+    library = {"name": "gemm_rs 1x2x3", "schedule": "library", "same": way, **parts}
+    data["cases"].append(library)
+    page = performance.page([("h.json", data), ("other.json", {"cases": []})])
+    assert "| gemm_rs 1x2x3 | 41.3 | 30.0 | 33.0 | 41.3 | - | - |" in page
+    assert "| ag_gemm 1x2x3 | copy_engine | 41.3 | - | - | - | 41.3 |" in page
+    assert "| gemm_rs 1x2x3 | sm:16 | failed: it broke | - | - | - | - |" in page
     assert "other.json" not in page
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import bench.cluster
-from bench import baselines, claims, environment, measure, ours, report, run, stats
+from bench import baselines, claims, environment, measure, ours, performance, run, stats
 from bench.candidates import Inputs, make_inputs
 from bench.cases import AG_GEMM, GEMM, GEMM_AR, GEMM_RS, SUITES, Case
 from tests.unit.bench_fakes import FakeCluster, FakeWatchdog, Store, header, ranks
@@ -148,7 +148,7 @@ def test_grid_from_start_to_page(
     assert {c.name for c in found[GEMM_RS].candidates} >= {"async_tp", "async_tp graph"}
     text = capsys.readouterr().out
     assert "ag_gemm, 1 GPU\n" in text and "same bits in two calls" in text
-    assert "## Suite grid, 1 GPU\n" in report.page([("grid.json", data)])
+    assert "## Suite grid, 1 GPU\n" in performance.page([("grid.json", data)])
 
     # A second process: the same inputs give the same checksums.
     again = tmp_path / "again.json"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.collectives import Group
 from tilelink import kernels
 from tilelink.backend.runtime import cuda, plan, site
 from tilelink.backend.runtime.errors import BadArgument
@@ -88,7 +89,7 @@ class State:
     def spare(self) -> Any:
         return SimpleNamespace(cuda_stream=5)
 
-    def note_call(self, image: Any, stream: int) -> None:
+    def note_call(self, apart: bool, collectives: bool, stream: int) -> None:
         return
 
 
@@ -107,7 +108,7 @@ class Launched:
             n_regs=0,
             metadata=SimpleNamespace(num_warps=8, shared=0),
         )
-        return SimpleNamespace(run=lambda _: None, compiled=compiled, workers=workers)
+        return SimpleNamespace(run=lambda *_: None, compiled=compiled, workers=workers)
 
 
 @pytest.fixture
@@ -157,6 +158,36 @@ def test_a_trace_compiles_and_agrees_a_capacity_at_a_time(
         a = matrix(30, 32) if _ == 0 else a
         call(a, b, out)
     assert len(launched.recorded) == known + 3 and driver.calls[-1] == ("graph",)
+
+
+@pytest.mark.parametrize("kernel", [kernels.ag_gemm, kernels.gemm_rs, kernels.gemm_ar])
+def test_calls_of_the_library_alone_need_nothing_of_the_runtime(
+    kernel: Any, rank: tuple[State, Driver, Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, driver, launched = rank
+
+    def unwanted(*_: Any) -> Any:
+        raise AssertionError("an arena, or a stream of the runtime's")
+
+    for name in ("arena_for", "stream", "spare"):
+        monkeypatch.setattr(state, name, unwanted)
+    made: list[str] = []
+    group = Group(
+        gather=lambda target, _: made.append("gather"),
+        scatter=lambda target, _: made.append("scatter"),
+        reduce=lambda _: made.append("reduce"),
+    )
+    monkeypatch.setattr(state, "group", group)
+    moved = "A" if kernel is kernels.ag_gemm else "C"
+    call = kernel.on(schedule=Schedule(emitter="library", moves=((moved, Move("none")),)))
+    a, b = matrix(16, 32), matrix(32, 64)
+    out = call(a, b)
+    for count in range(2, plan.HOT + 3):
+        call(a, b, out)
+        assert len(made) == count
+    assert driver.calls == [] and launched.recorded == []
+    # Its ranks have agreed to it all the same, without the output and with it.
+    assert len(state.agreed) == 2 * 2
 
 
 def test_a_length_that_ranks_cannot_share_is_told_to_them(

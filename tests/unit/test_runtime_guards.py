@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from tilelink import kernels
 from tilelink.backend.pipeline import run_passes
-from tilelink.backend.runtime import watch
+from tilelink.backend.runtime import arena, watch
 from tilelink.backend.runtime.cuda import _check_apart
 from tilelink.backend.runtime.errors import (
     BadArgument,
@@ -25,6 +26,7 @@ from tilelink.backend.runtime.image import Image, image_of
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
 from tilelink.backend.runtime.views import Views
 from tilelink.ir import layout, parse_ir
+from tilelink.schedules import Move, Schedule
 
 FLAGLESS = """
 program @local {world = 2} do {
@@ -69,6 +71,10 @@ class Fake(GroupState):
         self.dead: list[int] = []
         super().__init__(None, 0, 3, None)
         self.arenas = [[[0] * CONTROL_WORDS for _ in range(3)] for _ in range(arenas)]
+        self.ended: list[bool] = []
+
+    def stop_collectives(self) -> None:
+        self.ended.append(True)
 
     def allocate(self, size: int) -> Any:
         raise AssertionError(f"{size} bytes: no test asks for an arena")
@@ -194,3 +200,107 @@ def test_a_call_that_cannot_start_is_an_error_once_the_group_was_stopped(
     state.give_up("rank 1 gave up")
     with pytest.raises(PeerTimeout, match="held up by other work"):
         state.settle()
+
+
+def test_without_arenas_calls_are_looked_at_where_a_rank_is_dead() -> None:
+    state = Fake(arenas=0)
+    state.busy = state.collectives = True
+    asked: list[int] = []
+
+    def idle() -> bool:
+        asked.append(1)
+        return not state.busy
+
+    state.idle = idle  # type: ignore[method-assign]
+    state.tend()
+    assert asked == [] and state.ended == []
+    state.dead = [2]
+    state.tend()
+    # The library's collective would wait for that rank: its communicator is aborted, and the call is no good.
+    assert asked == [1] and state.ended == [True]
+    with pytest.raises(PeerTimeout, match="the process of rank 2 has ended, and with it a coll"):
+        state.check()
+    state.check()  # raised once
+    with pytest.raises(PeerTimeout, match="given up"):
+        state.check_usable()
+
+
+@pytest.mark.parametrize(("busy", "collectives"), [(False, True), (True, False)])
+def test_no_communicator_is_aborted_that_nothing_waits_in(busy: bool, collectives: bool) -> None:
+    state = Fake(arenas=0)
+    state.busy, state.collectives, state.dead = busy, collectives, [2]
+    state.tend()
+    state.check()
+    assert state.ended == []
+
+
+class Events:
+    """A driver whose stream takes some looks until it is behind its work."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, int]] = []
+        self.looks = 0
+        self.captured = False
+
+    def record(self, event: int, stream: int) -> None:
+        self.log.append(("record", stream))
+
+    def capturing(self, stream: int) -> bool:
+        return self.captured
+
+    def completed(self, event: int) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def gpu_state(events: Events, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a state on a GPU remembers of calls, without the rest."""
+    monkeypatch.setattr(arena, "driver", lambda: events)
+    state: Any = object.__new__(arena.CudaState)
+    state._done, state._called, state.arenas, state.world = SimpleNamespace(handle=1), False, [], 2
+    state._unmarked = state._marked = None
+    return state
+
+
+def collective_alone() -> Image:
+    schedule = Schedule(emitter="library", moves=(("A", Move("none")),))
+    image = image_of(
+        run_passes(kernels.ag_gemm.build({"M": 32, "K": 16, "N": 16}, world=2), schedule)
+    )
+    assert image.apart
+    return image
+
+
+def test_calls_of_the_library_alone_cost_no_event_until_somebody_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = Events()
+    state, image = gpu_state(events, monkeypatch), collective_alone()
+    assert state.idle()
+    for _ in range(3):
+        state.note_call(image.apart, True, 5)
+    assert events.log == [] and state.collectives
+    monkeypatch.setattr(arena, "LOOK", 0.0)
+    events.looks = 2
+    assert not state.idle() and events.log == [("record", 5)]
+    assert not state.idle() and state.idle()
+    # One event stands for all calls up to it; a later call needs another one.
+    assert events.log == [("record", 5)]
+    state.note_call(image.apart, True, 6)
+    events.captured = True
+    assert not state.idle() and len(events.log) == 1  # no event gets into a graph of the user's
+    events.captured = False
+    assert state.idle() and events.log[1:] == [("record", 6)]
+
+
+def test_beside_programs_that_signal_every_call_has_its_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = Events()
+    state = gpu_state(events, monkeypatch)
+    state.note_call(True, True, 5)
+    state.arenas = [object()]
+    state.note_call(two_programs()[0].apart, False, 6)
+    state.note_call(True, True, 7)
+    assert events.log == [("record", 6), ("record", 7)]
+    assert state.idle() and len(events.log) == 2

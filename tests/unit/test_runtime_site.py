@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,11 +24,26 @@ class Program:
     def __init__(self, image: Any) -> None:
         self.image = image
         self.calls: list[tuple[dict[str, torch.Tensor], dict[str, float]]] = []
+        self.planned: list[dict[str, torch.Tensor]] = []
+        self.bare: object = None
+
+    def slots(self, extents: Mapping[str, int]) -> Any:
+        return self.image.tensors
 
     def allocate(
         self, given: dict[str, torch.Tensor], extents: Mapping[str, int]
     ) -> dict[str, torch.Tensor]:
         return {**given, "C": given.get("C", torch.empty(0))}
+
+    def portable(self, extents: Mapping[str, int]) -> Any:
+        return self.bare
+
+    def plan(self, tensors: dict[str, torch.Tensor], *_: Any) -> Any:
+        self.planned.append(tensors)
+        return object()
+
+    def enqueue(self, plan: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        return self.call(tensors, {}, {})
 
     def call(
         self,
@@ -117,3 +133,61 @@ def test_a_wrong_argument_is_told_to_the_other_ranks_each_time(bench: Bench) -> 
         bench.site((wanted, matrix(16, 16)), {})
     with pytest.raises(BadCall, match="needs the argument"):
         bench.site((matrix(16, 16),), {})
+
+
+def test_a_recorded_call_is_found_by_its_tensors_and_all_that_is_known_of_them(
+    bench: Bench,
+) -> None:
+    memory = torch.zeros(4096, dtype=torch.bfloat16)
+    a, b, out = matrix(16, 16), memory[:256].view(16, 16), matrix(32, 16)
+    for _ in range(3):
+        bench.site((a, b, out), {})
+        tensors, _numbers = bench.program.calls[-1]
+        assert (tensors["A"], tensors["B"], tensors["C"]) == (a, b, out)
+    assert len(bench.program.planned) == 1 and len(bench.met) == 1
+    # Another address is another call of the same kind.
+    bench.site((a, memory[256:512].view(16, 16), out), {})
+    assert len(bench.program.planned) == 2 and len(bench.met) == 1
+    # The same address seen otherwise is another kind: a shape, a dtype, strides, gradients.
+    for other in (memory[:512].view(32, 16), memory[:256].view(torch.float16).view(16, 16), b.T):
+        bench.site((a, other, out), {})
+    assert len(bench.met) == 4
+    a.t_()
+    bench.site((a, b, out), {})
+    assert len(bench.met) == 5
+    b.requires_grad_()
+    with pytest.raises(BadCall, match="requires a gradient"):
+        bench.site((a, b, out), {})
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_what_is_left_out_is_allocated_anew_each_time(bench: Bench, bare: bool) -> None:
+    bench.program.bare = object() if bare else None
+    a, b = matrix(16, 16), matrix(16, 16)
+    made = [bench.site((a, b), {})[0] for _ in range(2)]
+    assert made[0] is not made[1]
+    bench.site((a, b, None), {})
+    assert bench.program.calls.pop()[0]["C"] is not None
+    for out in made:
+        assert (out.shape, out.dtype) == ((32, 16), torch.bfloat16)
+    # In the order of the program, given or not: the addresses are a key of it.
+    assert [list(tensors) for tensors, _ in bench.program.calls] == [["A", "B", "C"]] * 2
+
+
+def test_numbers_that_are_left_out_have_their_defaults(bench: Bench) -> None:
+    bench.program.image = replace(bench.program.image, scalars={"eps": "fp32"})
+    args = (matrix(16, 16), matrix(16, 16), matrix(32, 16))
+    given = {**dict(zip("ABC", args, strict=True)), "eps": 0.5}
+    route = site.Route(bench.program, {}, ("A", "B", "C"), given)  # type: ignore[arg-type]
+    route(args)
+    assert not route.whole and bench.program.calls[-1][1] == {"eps": 0.5}
+
+
+def test_recorded_calls_are_forgotten_in_the_end(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "PLANS", 2)
+    calls = [(matrix(16, 16), matrix(16, 16), matrix(32, 16)) for _ in range(3)]
+    for args in (*calls, calls[2], calls[0]):
+        bench.site(args, {})
+    assert len(bench.program.planned) == 4 and len(bench.met) == 1
