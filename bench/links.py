@@ -37,7 +37,7 @@ PASSES, ROUNDS, SKIPPED = 3, 12, 2
 SLEEP = 400_000  # cycles that the GPU rests while the host enqueues a measurement
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _boxes(  # type: ignore[no-untyped-def]
     source,
     a,
@@ -65,7 +65,7 @@ def _boxes(  # type: ignore[no-untyped-def]
                 target[peer].store([row, column], tile)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _stores(  # type: ignore[no-untyped-def]
     source,
     a,

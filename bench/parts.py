@@ -1,4 +1,4 @@
-"""The parts of the page of performance that are no suite: host time, compile time, graphs, structures, tests."""
+"""Parts of the page of performance that are no suite: host and compile time, graphs, structures, tests, links."""
 
 from __future__ import annotations
 
@@ -153,10 +153,45 @@ def _graph_row(case: dict[str, Any]) -> list[str]:
     return [case["name"], case["schedule"], *cells, "passed" if passed(case) else "FAILED"]
 
 
+_PATTERNS = {
+    "pair": "one sends to one",
+    "both": "two send to each other",
+    "shift": "all to the next, then the one behind",
+    "exchange": "all in pairs, one pair after the other",
+    "mix": "all to all by turns",
+}
+_LINKS_TEXT = (
+    "GB/s that leave a rank: the copy engine with one copy of 16 MiB a peer, on one stream or (copies) on one for "
+    "each peer; N CTAs with TMA boxes of 128 x 64 elements; N CTAs with loads and stores by addresses. Behind the "
+    "stroke: while cuBLAS multiplies on the same GPU. CTAs then wait for SMs too.\n"
+)
+
+
+def _links(name: str, run: dict[str, Any]) -> str:
+    rates: dict[tuple[str, str], dict[bool, float]] = {}
+    for row in run["rows"]:
+        found = rates.setdefault((row["pattern"], row["mover"]), {})
+        found[bool(row["beside_product"])] = row["gb_per_s"]
+    movers = list(dict.fromkeys(row["mover"] for row in run["rows"]))
+    patterns = [p for p in _PATTERNS if any(row["pattern"] == p for row in run["rows"])]
+
+    def cell(pattern: str, mover: str) -> str:
+        found = rates.get((pattern, mover))
+        if not found:
+            return "-"
+        return " / ".join(tables.number(found[beside], 0) for beside in sorted(found))
+
+    rows = [[mover, *(cell(p, mover) for p in patterns)] for mover in movers]
+    table = tables.markdown(["mover", *(_PATTERNS[p] for p in patterns)], rows)
+    title = f"## Links, {tables.gpus(run['world'])}\n"
+    return "\n".join([title, provenance(name, run), _LINKS_TEXT, table, ""])
+
+
 PARTS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "host_cost": _host_costs,
     "gluon_gemm": _structures,
     "gpu_tests": _tests,
     "graph_check": _graphs,
     "compile_time": _compile_times,
+    "links": _links,
 }

@@ -15,13 +15,19 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 from tilelink import knobs
 from tilelink.backend.runtime import load_module, write_module
 from tilelink.backend.runtime.arena import Arena, CudaState, NoArena, state_of
 from tilelink.backend.runtime.choose import compile_chosen
 from tilelink.backend.runtime.driver import Event, driver
-from tilelink.backend.runtime.errors import BadArgument, NotPrepared, TooManyWorkers
+from tilelink.backend.runtime.errors import (
+    BadArgument,
+    NotPrepared,
+    TooLargeForSM,
+    TooManyWorkers,
+)
 from tilelink.backend.runtime.image import Image, Slot, image_of
 from tilelink.backend.runtime.plan import Plan, Recorder
 from tilelink.backend.runtime.views import TORCH_DTYPES
@@ -350,7 +356,7 @@ def _meet(
         _check_extents(image, extents)
         _check_tensors(image.at(extents), given, state.device)
     except Exception as problem:
-        error = _typed(problem)
+        error = _typed(problem, name)
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     state.agree(name, {**facts, "versions": versions}, error)
     if error is not None:
@@ -363,7 +369,7 @@ def _meet(
         numbers = {n: scalars[n] for n in image.scalars}
         program.plan(program.allocate(given, extents), numbers, extents)
     except Exception as problem:
-        error = _typed(problem)
+        error = _typed(problem, name)
     # All ranks were there a moment ago, but one may find in its cache what another has to compile.
     state.agree(name, {"compiled": "yes"}, error, least=120.0)
     if error is not None:
@@ -371,10 +377,16 @@ def _meet(
     return program
 
 
-def _typed(problem: Exception) -> TilelinkError:
+def _typed(problem: Exception, kernel: str) -> TilelinkError:
     if isinstance(problem, TilelinkError):
         return problem
-    error = InternalError(detail=f"{type(problem).__name__}: {problem}")
+    error: TilelinkError
+    if isinstance(problem, OutOfResources):
+        error = TooLargeForSM(
+            kernel=kernel, required=problem.required, resource=problem.name, limit=problem.limit
+        )
+    else:
+        error = InternalError(detail=f"{type(problem).__name__}: {problem}")
     error.__cause__ = problem
     return error
 

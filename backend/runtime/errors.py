@@ -124,6 +124,14 @@ class TooManyWorkers(TilelinkError):
     hint: ClassVar[str] = "use at most {resident} workers, or smaller tiles or fewer stages"
 
 
+class TooLargeForSM(TilelinkError):
+    """A kernel whose tiles and stages need more of an SM than there is."""
+
+    code: ClassVar[str] = "too-large-for-sm"
+    message: ClassVar[str] = "a CTA of `{kernel}` needs {required} of {resource}, and there are {limit}"
+    hint: ClassVar[str] = "use fewer stages or smaller tiles in the schedule"
+
+
 class DriverError(TilelinkError):
     """A CUDA driver call that failed."""
 

@@ -248,3 +248,20 @@ def test_an_edited_kernel_of_the_same_program_is_another_one(
     assert hosts  # what was recorded for the intact kernel does not stand for it
     first, second = (f["emitted source"] for f in state.agreed if "emitted source" in f)
     assert first != second and all((first, second))
+
+
+def test_a_kernel_that_needs_more_shared_memory_than_there_is_has_an_error_of_its_own(
+    rank: tuple[State, Driver, Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from tilelink.backend.runtime.errors import TooLargeForSM
+
+    def compile_launch(*_: object, **__: object) -> None:
+        raise OutOfResources(262144, 232448, "shared memory")
+
+    monkeypatch.setattr(plan, "compile_launch", compile_launch)
+    call = kernels.gemm_ar.on(schedule=Schedule(stages=6, moves=(("C", Move()),)))
+    with pytest.raises(TooLargeForSM, match="262144 of shared memory, and there are 232448"):
+        call(matrix(48, 32), matrix(32, 64))
+    assert [type(error) for error in rank[0].errors] == [TooLargeForSM]
