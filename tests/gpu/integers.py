@@ -11,6 +11,7 @@ whatever the order of addition, and is compared with ``==``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,12 +67,9 @@ def _compare(out, want, count, wrong, block: tl.constexpr):
 
 @triton.jit
 def _now():
-    lanes = tl.arange(0, 128)
-    return tl.max(
-        tl.inline_asm_elementwise(
-            "mov.u64 $0, %globaltimer;", "=l,r", [lanes], dtype=tl.int64, is_pure=False, pack=1
-        ),
-        axis=0,
+    # Each thread's own: between reading it and leaving the loop of `_spin` threads meet nowhere.
+    return tl.inline_asm_elementwise(
+        "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
     )
 
 
@@ -225,18 +223,31 @@ def emitted(
 
 
 def with_jitter(source: str, one_in: int = 4, most_ns: int = 4000) -> str:
-    """Emitted ``source`` in which every CTA may spin at its start, at every tile, and before it leaves."""
-    lines = []
+    """Emitted ``source`` in which every CTA may spin at its start, at every tile, and before it leaves.
+
+    Of a kernel whose warps have roles, each role that knows the call may spin for itself at every tile.
+    """
+    lines: list[str] = []
+    knows = inside = (
+        False  # whether the function has a parameter ``ctx``; whether the line is of its parameters
+    )
     for line in source.replace(
         "from tilelink import device\n",
         "from tilelink import device\nfrom tests.gpu.integers import jitter\n",
     ).splitlines():
         indent = line[: len(line) - len(line.lstrip())]
+        if line.startswith("def "):
+            knows, inside = False, True
+        knows |= inside and re.search(r"\bctx\b", line) is not None
+        inside &= not line.endswith(":")
         if line.lstrip().startswith(("if device.finish_arrive(ctx):", "if device.end_call(ctx")):
             lines.append(f"{indent}jitter(ctx, 1 << 20, {one_in}, {most_ns})")
         lines.append(line)
         if line.startswith(("    ctx = device.context(", "    ctx = device.begin_call(")):
             lines.append(f"    jitter(ctx, 1 << 21, {one_in}, {most_ns})")
+            knows = True
+        elif not knows:
+            continue
         elif line.lstrip().startswith("for q in tl.range(") and line.endswith(":"):
             lines.append(f"{indent}    jitter(ctx, q, {one_in}, {most_ns})")
         elif line.lstrip().startswith("q += "):

@@ -101,7 +101,7 @@ SHAPES = {
 def cases(only: str = "") -> list[Case]:
     """Every shape on the default resource, a few on the others, one in each other dtype.
 
-    ``only``: those whose kernel, emitter or resource contains it.
+    ``only``: those whose kernel, emitter or resource contains one of its texts, by comma.
     """
     found = []
     for kernel, shapes in SHAPES.items():
@@ -161,7 +161,8 @@ def cases(only: str = "") -> list[Case]:
         found += [
             Case(kernel, *s, r, emitter="gluon") for r in roles for s in shapes if s[0] >= 1024
         ]
-    return [c for c in found if only in f"{c.kernel} {c.emitter} {c.resource}"]
+    texts = only.split(",")
+    return [c for c in found if any(t in f"{c.kernel} {c.emitter} {c.resource}" for t in texts)]
 
 
 def schedule_for(case: Case, world: int) -> Any:

@@ -40,16 +40,21 @@ Row = dict[str, Any]
 SMALL = {"M": 512, "K": 256, "N": 512}
 MOST_NS = 60_000  # the longest delay of a rank before a call; a CTA's is 4 µs
 GRAPH = 20  # calls in a graph of the soak
-# What is soaked, behind its resource a signal other than flags, and its share of the calls of its kernel.
+# What is soaked, and its share of the calls of its kernel. Words behind a resource: how what is stored says that it
+# is there (`word`, `sentinel`); copies of `boxes`; `folded` sums; `roles` of warps.
 SOAKED = (
-    ("ag_gemm", "copy_engine", 0.5),
-    ("ag_gemm", "sm:8", 0.5),
-    ("gemm_rs", "copy_engine", 0.3),
-    ("gemm_rs", "sm:8", 0.2),
-    ("gemm_rs", "epilogue", 0.3),
+    ("ag_gemm", "copy_engine", 0.3),
+    ("ag_gemm", "copy_engine roles", 0.2),
+    ("ag_gemm", "sm:8", 0.2),
+    ("ag_gemm", "sm:8 boxes", 0.3),
+    ("gemm_rs", "copy_engine", 0.15),
+    ("gemm_rs", "copy_engine folded roles", 0.25),
+    ("gemm_rs", "sm:8", 0.1),
+    ("gemm_rs", "epilogue", 0.15),
+    ("gemm_rs", "epilogue folded roles", 0.15),
     ("gemm_rs", "epilogue sentinel", 0.2),
-    ("gemm_ar", "epilogue word", 0.5),
-    ("gemm_ar", "epilogue sentinel", 0.5),
+    ("gemm_ar", "epilogue word", 0.1),
+    ("gemm_ar", "epilogue sentinel", 0.2),
 )
 
 
@@ -78,11 +83,19 @@ class Run:
 
 def schedule_of(op: Any, resource: str, tiles: dict[str, int] | None = None) -> Any:
     """The default schedule with ``resource`` and small tiles, so that small shapes fill a grid."""
-    resource, _, signal = resource.partition(" ")
+    resource, *words = resource.split()
     chosen = default_schedule(op).with_resource(resource)
-    if signal:
-        moves = ((n, replace(m, slots=2, sum="stage", signal=signal)) for n, m in chosen.moves)
-        chosen = replace(chosen, moves=tuple(moves))
+    changes: dict[str, Any] = {}
+    for signal in {"word", "sentinel"} & set(words):
+        changes |= {"slots": 2, "sum": "stage", "signal": signal}
+    if "boxes" in words:
+        changes["copies"] = "boxes"
+    if "folded" in words:
+        changes["sum"] = "epilogue"
+    chosen = replace(chosen, moves=tuple((n, replace(m, **changes)) for n, m in chosen.moves))
+    if "roles" in words:
+        tiles = {"M": 128, "N": 128, "K": 64}
+        chosen = replace(chosen, emitter="gluon", workers=6, warps=8, stages=3)
     if tiles is None:
         # Several tiles a worker, so that the order of the queue and delayed notifies matter.
         chosen, tiles = replace(chosen, workers=24), {"M": 64, "N": 64, "K": 64}
