@@ -40,8 +40,8 @@ Row = dict[str, Any]
 SMALL = {"M": 512, "K": 256, "N": 512}
 MOST_NS = 60_000  # the longest delay of a rank before a call; a CTA's is 4 µs
 GRAPH = 20  # calls in a graph of the soak
-# What is soaked, and its share of the calls of its kernel. Words behind a resource: how what is stored says that it
-# is there (`word`, `sentinel`); copies of `boxes`; `folded` sums; `roles` of warps.
+# What is soaked, and its share of the calls of its kernel. Words behind a resource: how what is stored says that
+# it is there (`word`, `sentinel`); copies of `boxes`; `folded` sums; `roles` of warps.
 SOAKED = (
     ("ag_gemm", "copy_engine", 0.3),
     ("ag_gemm", "copy_engine roles", 0.2),
