@@ -266,9 +266,11 @@ class Product:
         """Shared memory of a CTA: the slots of the ring of operand tiles, and a tile on its way out."""
         m, n, k = self.tile(schedule)
         size = DTYPES[self.dtype]
-        # Tiles wider than a descriptor's limit leave in halves, one after the other.
-        slots = schedule.stages * (m * k + self.dots * k * n)
-        return (slots + m * min(n, STORE_COLUMNS)) * size
+        slots = schedule.stages * (m * k + self.dots * k * n) * size
+        # Tiles wider than a descriptor's limit leave in halves, one after the other; sums of a part of the depth
+        # in fp32.
+        leaving = DTYPES["fp32"] if schedule.split > 1 else size
+        return slots + m * min(n, STORE_COLUMNS) * leaving
 
 
 def product_of(kernel: Op) -> Product | None:

@@ -143,7 +143,7 @@ class Found:
         shape = " ".join(f"{n}={v}" for n, v in self.entry.extents.items())
         if self.distance == 0.0:
             return f"tuned ({self.table.name})"
-        return f"tuned for {shape} ({self.table.name})"
+        return f"tuned for {shape} on {self.table.world} ranks ({self.table.name})"
 
 
 def kernel_key(kernel: Op) -> str:
@@ -176,19 +176,28 @@ def dtype_of(kernel: Op) -> str:
 def lookup(kernel: Op, device: str, tables: Iterable[Table] | None = None) -> Found | None:
     """The tuned schedule of ``kernel`` on GPUs that CUDA calls ``device``: of its shape, or the nearest one.
 
-    None where no shape of the same kernel, ranks and device is within ``NEAR`` octaves. The same tables
-    give the same answer everywhere.
+    Nearest is one within ``NEAR`` octaves on as many ranks; where there is none, on other numbers of ranks, of
+    which an octave counts like one of an extent. None where nothing of the same kernel and device is that near. The
+    same tables give the same answer everywhere.
     """
     key, world, extents = kernel_key(kernel), world_of(kernel), extents_of(kernel)
     found = [
-        Found(entry.schedule, table, entry, entry.distance(extents))
+        Found(entry.schedule, table, entry, entry.distance(extents) + _apart(table.world, world))
         for table in (load_tables() if tables is None else tables)
-        if (table.key, table.world, table.device) == (key, world, device)
+        if (table.key, table.device) == (key, device)
         for entry in table.entries
     ]
     near = [f for f in found if f.distance <= NEAR]
-    order = lambda f: (f.distance, sorted(f.entry.extents.items()), f.table.name)  # noqa: E731
+
+    def order(f: Found) -> tuple[object, ...]:
+        return f.table.world != world, f.distance, sorted(f.entry.extents.items()), f.table.name
+
     return min(near, key=order, default=None)
+
+
+def _apart(world: int, other: int) -> float:
+    """Octaves between two numbers of ranks; infinite where only one of them is 1, since nothing moves there."""
+    return math.inf if (world == 1) != (other == 1) else abs(math.log2(world / other))
 
 
 @cache

@@ -128,7 +128,9 @@ class TooLargeForSM(TilelinkError):
     """A kernel whose tiles and stages need more of an SM than there is."""
 
     code: ClassVar[str] = "too-large-for-sm"
-    message: ClassVar[str] = "a CTA of `{kernel}` needs {required} of {resource}, and there are {limit}"
+    message: ClassVar[str] = (
+        "a CTA of `{kernel}` needs {required} of {resource}, and there are {limit}"
+    )
     hint: ClassVar[str] = "use fewer stages or smaller tiles in the schedule"
 
 

@@ -91,9 +91,20 @@ def test_lookup_takes_the_nearest_shape_and_none_that_is_far() -> None:
     assert lookup(built(64, 512, 512), DEVICE, tables) is None
 
 
-@pytest.mark.parametrize(("world", "device"), [(2, DEVICE), (4, "NVIDIA H100")])
-def test_lookup_never_crosses_ranks_or_devices(world: int, device: str) -> None:
+@pytest.mark.parametrize(("world", "device"), [(1, DEVICE), (4, "NVIDIA H100")])
+def test_lookup_never_crosses_devices_nor_leaves_one_rank(world: int, device: str) -> None:
     assert lookup(built(world=world), device, [table(entry(1024, 512, 512))]) is None
+
+
+def test_lookup_crosses_ranks_where_none_is_near_on_as_many() -> None:
+    four = table(entry(1024, 512, 512, 3))
+    found = lookup(built(world=8), DEVICE, [four])
+    assert found is not None and (found.schedule.group, found.distance) == (3, 1.0)
+    assert "on 4 ranks" in found.origin
+    eight = replace(four, world=8, entries=(entry(4096, 512, 512, 5),), name="e.json")
+    found = lookup(built(world=8), DEVICE, [four, eight])
+    assert found is not None and (found.schedule.group, found.distance) == (5, 2.0)
+    assert lookup(built(world=32), DEVICE, [four]) is None
 
 
 def test_new_entries_replace_those_of_their_shape_and_drop_unused_runs() -> None:
