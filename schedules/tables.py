@@ -177,8 +177,8 @@ def lookup(kernel: Op, device: str, tables: Iterable[Table] | None = None) -> Fo
     """The tuned schedule of ``kernel`` on GPUs that CUDA calls ``device``: of its shape, or the nearest one.
 
     Nearest is one within ``NEAR`` octaves on as many ranks; where there is none, on other numbers of ranks, of
-    which an octave counts like one of an extent. None where nothing of the same kernel and device is that near. The
-    same tables give the same answer everywhere.
+    which an octave counts like one of an extent. None where nothing of the same kernel and device is that near.
+    The same tables give the same answer everywhere.
     """
     key, world, extents = kernel_key(kernel), world_of(kernel), extents_of(kernel)
     found = [
