@@ -127,7 +127,10 @@ def problem(
 
 def soak(run: Run) -> None:
     """Many calls with delays of ranks and CTAs, most from graphs, inputs that change every call."""
+    texts = run.options.only.split(",")
     for kind, resource, share in SOAKED:
+        if not any(text in f"{kind} {resource}" for text in texts):
+            continue
         calls = int(run.options.calls * share)
         run.watchdog.beat(f"soak of {kind} {resource}")
         found = problem(run, kind, resource, SMALL, with_jitter)
@@ -551,6 +554,7 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", default=list(TESTS))
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON")
     parser.add_argument("--calls", type=int, default=1_000_000, help="of the soak, a kernel")
+    parser.add_argument("--only", default="", metavar="TEXTS", help="soak: only such, by comma")
     parser.add_argument("--replays", type=int, default=100_000)
     parser.add_argument("--shapes", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=60, help="of the cost")
