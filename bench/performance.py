@@ -75,6 +75,7 @@ Each suite is one command, `torchrun --nproc-per-node 8 bench/run.py --suite SUI
 | `gemm` | the grid's products with M of 1024 and more, each on one GPU, our structures against cuBLAS |
 | `compile` | seconds from the decorator to a binary that can be launched, cold and from cache |
 """
+PLAIN = "tilelink tuned"  # the candidate that is what a plain call does
 # Schedules that a run asks for by name; others are files.
 _BY_NAME = re.compile(r"tuned|default|library|copy_engine|sm:\d+|epilogue|collective|none")
 
@@ -87,7 +88,7 @@ def page(runs: Sequence[Named]) -> str:
     first = leading(suites)
     parts = [INTRODUCTION]
     if first:
-        parts += ["## Summary\n", *(_summary(name, run) for name, run in first), ""]
+        parts += ["## Summary\n", *(_summary(entry, suites) for entry in first), ""]
     parts.append(TERMS)
     others = [entry for entry in suites if entry not in first]
     parts += [_suite(*entry, judged=True) for entry in first]
@@ -136,6 +137,30 @@ def leading(suites: Sequence[Named]) -> list[Named]:
     return [max((e for e in grids if e[1]["world"] == world), key=rank) for world in worlds]
 
 
+def renewed(entry: Named, suites: Sequence[Named]) -> tuple[Run, list[str]]:
+    """A run of the grid in which cells that plain calls were measured at since, on as many GPUs of the same name,
+    stand as measured then; and the files of those, newest first."""
+    _, run = entry
+    cells = {case["name"]: (case, "") for case in run["cases"]}
+    newer = [
+        (name, later)
+        for name, later in suites
+        if (later["suite"], later["world"]) == ("grid", run["world"])
+        and later["hardware"]["gpu"] == run["hardware"]["gpu"]
+        and later["date"] > run["date"]
+    ]
+    for name, later in sorted(newer, key=lambda e: (e[1]["date"], e[0])):
+        for case in later["cases"]:
+            plain = [c for c in case["candidates"] if c["name"] == PLAIN and not c["failed"]]
+            if plain and case["skipped"] is None:
+                cells[case["name"]] = case, name
+    order = [name for name, _ in sorted(newer, key=lambda e: e[1]["date"], reverse=True)]
+    used = {source for _, source in cells.values()}
+    missing = [name for name in run["not_measured"] if name not in cells]
+    merged = {**run, "cases": [case for case, _ in cells.values()], "not_measured": missing}
+    return merged, [name for name in order if name in used]
+
+
 def _newest_first(entry: Named) -> tuple[int, str, str]:
     return entry[1]["world"], entry[1]["date"], entry[0]
 
@@ -148,15 +173,17 @@ _SCORE_HEADER = (
 )
 
 
-def _summary(name: str, run: Run) -> str:
-    """Won and lost, means, and figures against their limits."""
+def _summary(entry: Named, suites: Sequence[Named]) -> str:
+    """Won and lost, means, and figures against their limits, of every cell as it was measured last."""
+    name, (run, newer) = entry[0], renewed(entry, suites)
+    since = f"; cells measured since from {', '.join(f'`{n}`' for n in newer)}" if newer else ""
     results = [r for r in claims.results_of(run) if r.skipped is None]
     groups = [(TITLES.get(kind, kind), chosen) for kind, _, chosen in tables.by_kind(results)]
     rows = [_score(title, chosen) for title, chosen in [*groups, ("all", results)]]
     return "\n".join(
         [
             f"### {tables.gpus(run['world'])}\n",
-            f"{environment.hardware_line(run)}. {run['date']}, `{name}`.\n",
+            f"{environment.hardware_line(run)}. {run['date']}, `{name}`{since}.\n",
             tables.markdown(_SCORE_HEADER, rows),
             "",
             *_left_out(run),

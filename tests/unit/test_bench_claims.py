@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +407,23 @@ def test_the_summary_is_of_the_newest_whole_grid_of_each_world() -> None:
     for name in ("older", "part", "two", "whole"):
         assert f"Raw data: `{name}.json`" in rest
     assert "## Suite grid, 8 GPUs: 1 of its cells" in rest
+
+
+def test_the_summary_has_each_cell_as_plain_calls_were_measured_last() -> None:
+    asked = ["python", "run.py", "--only", "gemm_rs"]
+    whole = a_run([cell(LARGE), cell(DOWN, tuned=102.0)], date="2026-02-01")
+    since = a_run([cell(DOWN, tuned=80.0)], date="2026-03-01", command=asked)
+    before = a_run([cell(DOWN, tuned=50.0)], date="2026-01-01", command=asked)
+    default = cell(DOWN, tuned=20.0)
+    default.candidates = [
+        replace(c, name=c.name.replace("tuned", "default")) for c in default.candidates
+    ]
+    other = a_run([default], date="2026-04-01", command=asked)
+    runs = [("whole.json", whole), ("since.json", since), ("before.json", before)]
+    summary, _, _ = performance.page([*runs, ("other.json", other)]).partition("## How it is")
+    assert "`whole.json`; cells measured since from `since.json`." in summary
+    assert "| GEMM + reduce-scatter | 1 | 1 | 0 | 0 | 1.250 | 1.500 |" in summary
+    assert "| All-gather + GEMM | 1 | 1 | 0 | 0 | 1.111 | 1.333 | 0.889 |" in summary
 
 
 def test_cells_that_a_run_left_out_are_counted_and_not_shown_as_rows() -> None:
