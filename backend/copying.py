@@ -12,12 +12,13 @@ def copies_of(stage: Op) -> dict[int, Op]:
 
     A stage copies if nothing in it computes, and all that it stores are tiles of the same tensor that it has
     loaded, as they are, into memory of ranks by name: the shard into landing buffers, or the contributions of this
-    rank into those of their owners.
+    rank into those of their owners. A task loads each tile once, from one place: no loop loads another one in
+    turn, and no condition says from where.
     """
     ops = list(stage.walk())[1:]
     if any(op.name not in _COPYING or (op.results and op.name != "load") for op in ops):
         return {}
-    loads = {op.results[0].name: op for op in ops if op.name == "load"}
+    loads = {op.results[0].name: op for op in stage.body if op.name == "load" and not op.get("own")}
     found: dict[int, Op] = {}
     for op in ops:
         if op.name != "store":

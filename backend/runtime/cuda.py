@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
+from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -94,11 +95,12 @@ class Program:
         key = (*[t.data_ptr() for t in tensors.values()], *scalars.values(), *extents.values())
         found = self._plans.get(key)
         if found is None:
-            _check_apart(self.image, tensors)
-            # What the library alone is called with is found anew in every call with as many rows.
+            distinct = _check_apart(self.image, tensors)
+            # What the library alone is called with is found anew in every call with as many rows, by name: where
+            # two names stand for the same memory, what is recorded tells them not apart.
             rows = tuple(extents.values())
             found = self._bare.get(rows) or self._record(tensors, scalars, extents)
-            if self.image.bare:
+            if self.image.bare and distinct:
                 self._bare[rows] = found
             if len(self._plans) >= PLANS:
                 self._plans.pop(next(iter(self._plans)))
@@ -451,21 +453,26 @@ def _check_tensor(slot: Slot, tensor: torch.Tensor, device: torch.device) -> Non
         raise refuse("does not start at a multiple of 16 bytes", "pass a copy: tensor.clone()")
 
 
-def _check_apart(image: Image, tensors: Tensors) -> None:
+def _check_apart(image: Image, tensors: Tensors) -> bool:
     """Raises BadArgument where an output shares memory with another tensor of the call.
 
-    Tiles are read and written in no order, so what is read could already be overwritten.
+    Tiles are read and written in no order, so what is read could already be overwritten. Returns whether no
+    two tensors at all share memory: inputs may.
     """
-    spans = {n: (t.data_ptr(), t.data_ptr() + t.nbytes) for n, t in tensors.items()}
-    for slot in image.outputs:
-        low, high = spans[slot.name]
-        for name, (start, stop) in spans.items():
-            if name != slot.name and low < stop and start < high:
-                raise BadArgument(
-                    name=slot.name,
-                    detail=f"shares memory with `{name}`",
-                    help="pass a tensor of its own, or leave the output out to have it allocated",
-                )
+    outputs, distinct = {slot.name for slot in image.outputs}, True
+    spans = [(n, t.data_ptr(), t.data_ptr() + t.nbytes) for n, t in tensors.items()]
+    for (one, low, high), (other, start, stop) in combinations(spans, 2):
+        if not (low < stop and start < high):
+            continue
+        distinct = False
+        if one in outputs or other in outputs:
+            name, with_ = (one, other) if one in outputs else (other, one)
+            raise BadArgument(
+                name=name,
+                detail=f"shares memory with `{with_}`",
+                help="pass a tensor of its own, or leave the output out to have it allocated",
+            )
+    return distinct
 
 
 def _check_resident(name: str, compiled: Any, workers: int, device: torch.device) -> None:

@@ -125,8 +125,11 @@ class Image:
 
     @property
     def apart(self) -> bool:
-        """Whether its ranks meet in the library's collectives alone: nothing of an arena is read or written."""
-        return self.quiet and not self.places
+        """Whether its ranks meet in the library's collectives alone: nothing of an arena is read or written.
+
+        A program with slots takes an epoch of its arena, whatever else it does.
+        """
+        return self.quiet and not self.places and self.slots == 1
 
     @property
     def arena_bytes(self) -> int:

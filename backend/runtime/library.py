@@ -235,7 +235,8 @@ def place_of(
     The name of that one, the elements in front, shape and strides: with them `as_strided` makes the same
     region of another tensor of that name, so that nothing of a call has to be kept for the next.
     """
-    for name, whole in given.items():
+    # One that is given as it is comes first: another may lie around it.
+    for name, whole in sorted(given.items(), key=lambda item: item[1] is not tensor):
         skip = tensor.data_ptr() - whole.data_ptr()
         if 0 <= skip < max(1, whole.nbytes) and tensor.dtype == whole.dtype:
             return name, skip // whole.element_size(), tuple(tensor.shape), tuple(tensor.stride())

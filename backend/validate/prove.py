@@ -72,7 +72,9 @@ class Validator:
         # The program at its capacity, where this is another value's.
         self.whole = whole
         self.layout = Layout(program)
-        self.expected = expand(program)
+        # With what intermediates the kernel declares: reads of buffers that serve them say what they want.
+        self.kernel = carried(program) if whole is None else None
+        self.expected = expand(program, self.kernel)
         self.rows = Rows(self.expected, module.source, flows(program))
         self.wait_names: list[int] = []
         self.lanes = 0
@@ -466,12 +468,11 @@ class Validator:
             accesses=self.rows.accesses,
             syncs=self.rows.syncs,
         )
-        kernel = carried(self.program)
         try:
-            if self.whole is None and kernel is not None:
+            if self.kernel is not None:
                 # Where the kernel itself places tiles elsewhere than at their own starts.
-                held = expand(self.program, kernel)
-                check_meaning(held, kernel)
+                held = expand(self.program, self.kernel)
+                check_meaning(held, self.kernel)
                 out.meant |= held.meant
             # What each read finds is the matter of the capacity; see the rule `rows`.
             report = prove(out, contents=self.whole is None)

@@ -114,10 +114,12 @@ def check_arena(out: Expansion, words: Elements, order: Order) -> None:
     ]
     flags = [s for s in out.syncs if out.declarations[s.symbol].name == "flag" and not s.wait]
     declared = [op for op in out.declarations.values() if op.name == "flag"]
-    if out.world == 1 or not (shared or flags or declared):
+    if out.world == 1:
         return
     if out.program.get("slots") is not None:
         _heard_by_all(out, words, order)
+        return
+    if not (shared or flags or declared):
         return
     ack = _acks(out)
     _ack_writers(out, words, ack)
@@ -164,20 +166,19 @@ def check_arena(out: Expansion, words: Elements, order: Order) -> None:
 def _heard_by_all(out: Expansion, words: Elements, order: Order) -> None:
     """In an arena of slots each rank knows, when it has ended a call, that all ranks have begun it.
 
-    So they have ended the call before. What a program writes on peers it writes two calls after whoever used
-    the place last, with one such call in between, of whichever program: all that was done there is over.
-    Only programs of this kind use the arena.
+    So they have ended the call before. That is asked of every program there, also of one that shares nothing: it
+    takes an epoch, by which the slots of the others alternate. What a program writes on peers it writes two calls
+    after whoever used the place last, with one such call in between, of whichever program: all that was done
+    there is over. Only programs of this kind use the arena.
     """
     for rank in range(out.world):
         known = order.reached[0][words.call("end", rank)]
         for other in range(out.world):
             if not known >> words.call("start", other) & 1:
-                symbol = next(
-                    s.symbol for s in out.syncs if out.declarations[s.symbol].name == "flag"
-                )
+                flags = (s.symbol for s in out.syncs if out.declarations[s.symbol].name == "flag")
                 raise ReuseError(
                     out.program.span,
-                    symbol=symbol,
+                    symbol=next(flags, out.program.symbol),
                     notes=(
                         f"rank {rank} may end the call before rank {other} has begun it, and write two "
                         f"calls later what rank {other} still reads",

@@ -23,6 +23,7 @@ from tilelink.backend.verify.memory import Meeting
 from tilelink.ir import Op
 
 ANY = np.int64(-(1 << 60))  # a shift or rank that nothing is known or claimed of
+MOVED = ("gather", "scatter", "reduce", "ring", "shard")
 UNKNOWN_PLACES = "tiles that lie otherwise than in the tensor were moved there together"
 
 
@@ -52,9 +53,8 @@ class Dataflow:
         """Raise DataflowError for the first access, in program order, of wrong data."""
         for symbol in self.meetings:
             self.content(symbol)  # also what nothing reads must have been moved rightly
-        moved = {id(load) for load in self.copied.values()}
         for access in self.out.accesses:
-            if id(access.op) in moved:
+            if not access.write and self.copies(access):
                 continue  # it claims nothing: what it finds is followed to where it is stored
             if not access.write and access.op.name in ("load", "load_sum"):
                 self.read(access)
@@ -105,6 +105,8 @@ class Dataflow:
         if source is None:
             return rank, shift
         self.same_tensor(access, source)
+        if access.op.name != "collective":
+            self.lands(access)
         if access.op.name == "collective" and access.origin is None:
             return self.reduced(access, source)
         start, from_rank = self.taken(source, access)
@@ -193,6 +195,26 @@ class Dataflow:
             self.fail(access, 0, f"{kinds[0]} is put where {kinds[1]} is read")
         if access.op.name == "collective":
             self.fits(access, source)
+
+    def lands(self, access: Access) -> None:
+        """What is copied goes into a buffer of a tensor that moves: only there every read says what it wants.
+
+        What lies elsewhere is what stages compute with, and their reads claim nothing.
+        """
+        tensor = self.tensor(access.symbol)
+        mine = [a for a in self.out.accesses if a.symbol == access.symbol]
+        computed = any(
+            a.op.name in ("load", "load_sum", "store") and not self.copies(a) for a in mine
+        )
+        serves = not computed if tensor is None else tensor.get("move") in MOVED
+        if self.out.declarations[access.symbol].name != "buffer" or not serves:
+            self.fail(access, 0, "it is copied over what stages compute with")
+
+    def copies(self, access: Access) -> bool:
+        """Whether a load or store is one of a stage that copies."""
+        return id(access.op) in self.copied or any(
+            access.op is load for load in self.copied.values()
+        )
 
     def fits(self, access: Access, source: Access) -> None:
         """A collective does what its tensor's move asks for, between memory of the right shapes."""
@@ -313,7 +335,7 @@ class Dataflow:
         if tensor is None or not access.exact:
             return
         user = self.out.declarations[symbol].name == "tensor"
-        moved = tensor.get("move") in ("gather", "scatter", "reduce", "ring", "shard")
+        moved = tensor.get("move") in MOVED
         if user and symbol in self.out.owners and tensor.get("role") != "temp":
             self.held(access, self.demanded(access))
             return

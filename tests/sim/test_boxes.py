@@ -142,6 +142,49 @@ def test_copies_of_another_place_are_refused() -> None:
             verify(parse_ir(edited), kernel)
 
 
+DONE = "  counter @C.done {dims = [1], offset = 132096}\n  head do {"
+STORED = 'store @C[%m, %n] (%c) {via = "tma"}\n'
+BEHIND = """    stage @C.again {extent = [16, 32], tile = [16, 32], workers = [4, 5]} do (%x: tile, %y: tile) {
+      wait @C.done[0] {count = 8, proxy = true}
+      OPS
+    }
+    finish do {"""
+
+
+@pytest.mark.parametrize(
+    "ops",
+    [
+        "%z = load @C[%x, %y] : bf16[x, y]\n      store @C[%x at 16 + x.start, %y] (%z) {peer = RANK}",
+        "transfer @C[%x, %y] {peer = RANK, to = @C[%x at 16 + x.start, %y]}",
+    ],
+)
+def test_nothing_is_copied_over_what_a_stage_computes(ops: str) -> None:
+    """Reads of the user's output state nothing that a copy could be held against."""
+    op = kernels.ag_gemm.build({"M": 64, "K": 64, "N": 32}, world=2)
+    text = print_ir(compile_kernel(op, schedule("ag_gemm")))
+    for old, new in (
+        ("  head do {", DONE),
+        (STORED, STORED + "      notify @C.done[0] {drain = true}\n"),
+        ("    finish do {", BEHIND.replace("OPS", ops)),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    with pytest.raises(VerifyError, match="copied over what"):
+        verify(parse_ir(text), op)
+
+
+def test_a_task_that_copies_loads_its_tile_once() -> None:
+    """What a loop loads in turn from several places is not what its first turn has loaded."""
+    op = kernels.ag_gemm.build({"M": 96, "K": 64, "N": 32}, world=3)
+    text = print_ir(compile_kernel(op, schedule("ag_gemm", tile=16)))
+    load = '      %A.box = load @A[%A.t, %A.c] {via = "tma"} : bf16[A.t, A.c]\n'
+    loop = "      for_range {hi = WORLD - 1, lo = 0} do (%A.s: int32) {\n"
+    turn = load.replace("%A.t, %A.c]", "%A.t at (A.t.start + A.s * 16) % 32, %A.c]")
+    assert text.count(load + loop) == 1
+    with pytest.raises(VerifyError):
+        verify(parse_ir(text.replace(load + loop, loop + turn)), op)
+
+
 REFUSED = [
     ("gemm_rs", {"resource": "copy_engine", "copies": "rows", "spans": True}, "spans", "gather"),
     ("ag_gemm", {"tile": 1}, "copies", "32 bytes"),

@@ -13,6 +13,7 @@ from tests.sim.test_shots import TENSOR, agrees, schedule
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.runtime.image import image_of
 from tilelink.backend.simulate.explore import explore
 from tilelink.backend.validate import EmittedError, read_module, validate
 from tilelink.backend.verify import UndecidedError, VerifyError, verify
@@ -41,6 +42,32 @@ program @ring {bytes = 33818624, slots = 2, world = 3} do {
       wait @B.ready[(RANK + 2) % WORLD]
       %b = load @B[%m] : fp32[m]
       store @C[%m] (%b)
+    }
+  }
+}
+"""
+
+
+# Touches nothing that another rank sees.
+ALONE = """
+program @alone {slots = 2, world = 2} do {
+  extent @N {value = 16}
+  tensor @A {dims = [N], dtype = "fp32", move = "local", role = "in"}
+  tensor @C {dims = [N], dtype = "fp32", move = "local", role = "out"}
+  tensor @E {dims = [N], dtype = "fp32", move = "local", role = "out"}
+  counter @C.done {dims = [1], offset = 131072}
+  head {folded = true} do {
+  }
+  launch @alone {after = ["head"], workers = 1} do {
+    stage @copy {extent = [N], tile = [16]} do (%n: tile) {
+      %a = load @A[%n] : fp32[n]
+      store @C[%n] (%a)
+      notify @C.done[0]
+    }
+    stage @again {extent = [N], tile = [16]} do (%m: tile) {
+      wait @C.done[0] {count = 1}
+      %b = load @C[%m] : fp32[m]
+      store @E[%m] (%b)
     }
   }
 }
@@ -81,6 +108,22 @@ def test_every_interleaving_of_three_calls_is_right() -> None:
     for shots in (1, 2):
         found = explore(compiled(shots=shots), 3)
         assert found.complete and found.bad is None, found
+
+
+def test_a_program_that_shares_nothing_hears_from_all_ranks_too() -> None:
+    """It takes an epoch: between two calls that use the same slot would stand none in which ranks meet."""
+    with pytest.raises(ReuseError, match="before rank 1 has begun it"):
+        verify(parse_ir(ALONE))
+    waits = re.sub(r" *(counter|notify|wait) .*\n", "", ALONE)
+    second = waits[waits.index("    stage @again") : waits.index("  }\n}")]
+    lines = waits.replace(second, "").splitlines()
+    silent = "\n".join(line for line in lines if "tensor @E" not in line)
+    with pytest.raises(ReuseError):
+        verify(parse_ir(silent))
+    # On one rank it has an arena, which its epoch lies in.
+    one = parse_ir(silent.replace("world = 2", "world = 1"))
+    verify(one)
+    assert not image_of(one).apart
 
 
 def test_one_slot_without_acknowledgements_is_refused_and_found() -> None:

@@ -190,6 +190,23 @@ def test_calls_of_the_library_alone_need_nothing_of_the_runtime(
     assert len(state.agreed) == 2 * 2
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_call_with_one_tensor_twice_says_nothing_of_a_call_with_two(
+    given: bool, rank: tuple[State, Driver, Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the library alone is called with is found by name, and both names stood for one tensor at first."""
+    monkeypatch.setattr(rank[0], "group", Group(reduce=lambda _: None))
+    schedule = Schedule(emitter="library", moves=(("C", Move("none")),))
+    call = kernels.gemm_ar.on(schedule=schedule)
+    memory = torch.randint(-3, 4, (6, 16, 16)).bfloat16()
+    a, b = memory[0], memory[2]
+    inside = memory[3:5].view(32, 16)[8:24]
+    for left, right in ((a, a), (memory[3], inside), (a, b), (b, a), (b, b), (inside, memory[4])):
+        for _ in range(2):
+            out = (matrix(16, 16),) if given else ()
+            assert torch.equal(call(left, right, *out), left @ right)
+
+
 def test_a_length_that_ranks_cannot_share_is_told_to_them(
     rank: tuple[State, Driver, Launched],
 ) -> None:
