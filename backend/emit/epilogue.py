@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tilelink.backend.emit import access, body
-from tilelink.backend.emit.scope import Dim, Scope
+from tilelink.backend.emit.scope import Dim, Scope, refuse_roles
 from tilelink.ir import DTYPES, Op, Value
 from tilelink.schedules.roles import GROUP_ROWS
 
@@ -45,6 +45,8 @@ def ops(scope: Scope, task: tuple[Op, ...]) -> None:
 
 def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     if not _divisible(scope, tail):
+        if scope.landed:
+            raise refuse_roles(tail[0], "parts that land in the ring behind what is no matter of columns")
         body.ops(scope, tail)
         return
     own = tail[0].operands[0]
@@ -56,7 +58,11 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     tail, signals = tail[:at], tail[at:]
     parts, width = [name], whole.block
     least = ROLE_COLUMNS if scope.grid[0] else COLUMNS
-    while rows * width > scope.each * 32 * scope.warps and width > least:
+    while (
+        width > scope.landed
+        if scope.landed
+        else rows * width > scope.each * 32 * scope.warps and width > least
+    ):
         width //= 2
         parts = [half for part in parts for half in _halves(scope, part, rows, width)]
     tail = tail if whole.exact else _by_addresses(tail)
@@ -68,7 +74,8 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
             scope.writer.let(start, f"{whole.start} + {number * width}")
         length = str(width) if whole.exact else f"({whole.stop} - {start})"
         places.append((part, replace(whole, block=width, length=length, start=start)))
-    ahead = _ahead(scope, own, rows, width) if len(parts) > 1 and whole.exact else 1
+    several = len(parts) > 1 and whole.exact and not scope.landed
+    ahead = _ahead(scope, own, rows, width) if several else 1
     for first in range(0, len(places), ahead):
         together = places[first : first + ahead]
         arrived = [""] * len(together)
