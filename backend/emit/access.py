@@ -735,22 +735,6 @@ def _folded_sum(scope: Scope, op: Op, step: int | Expr) -> None:
     scope.writer.call(f"{name} = {primitive}(", [own, *_arriving(scope, op, name, step)], tail)
 
 
-def landing(scope: Scope, op: Op, block: tuple[int, ...]) -> list[str]:
-    """Where a loader finds the parts of a folded sum: their descriptor, rows of each, and row and column of a box.
-
-    The descriptor is of all parts as one matrix, the second rank's rows below the first's.
-    """
-    assert op.ref is not None
-    rows, columns = axes(scope, op, op.ref)[1:]
-    assert rows is not None and columns is not None
-    return [
-        descriptor(scope, op.symbol, block),
-        scope.expr(scope.program.shape(op.symbol)[1]),
-        _plus(rows.start, _token(scope, op.symbol)),
-        columns.start,
-    ]
-
-
 def read_parts(scope: Scope, op: Op) -> str:
     """Ask for the parts that a ``load_sum`` behind a main loop with roles will add; the name of what comes."""
     value, ref = op.results[0], op.ref

@@ -46,7 +46,9 @@ def ops(scope: Scope, task: tuple[Op, ...]) -> None:
 def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     if not _divisible(scope, tail):
         if scope.landed:
-            raise refuse_roles(tail[0], "parts that land in the ring behind what is no matter of columns")
+            raise refuse_roles(
+                tail[0], "parts that land in the ring behind what is no matter of columns"
+            )
         body.ops(scope, tail)
         return
     own = tail[0].operands[0]
@@ -74,6 +76,10 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
             scope.writer.let(start, f"{whole.start} + {number * width}")
         length = str(width) if whole.exact else f"({whole.stop} - {start})"
         places.append((part, replace(whole, block=width, length=length, start=start)))
+    if scope.landed:
+        places = _landed(scope, tail, places)
+        own, tail = tail[0].results[0], tail[1:]
+        name = places[-1][0]
     several = len(parts) > 1 and whole.exact and not scope.landed
     ahead = _ahead(scope, own, rows, width) if several else 1
     for first in range(0, len(places), ahead):
@@ -89,6 +95,20 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     scope.arrived = ""
     scope.dims[variable], scope.names[own.name] = whole, name
     body.ops(scope, signals)
+
+
+def _landed(
+    scope: Scope, tail: tuple[Op, ...], places: list[tuple[str, Dim]]
+) -> list[tuple[str, Dim]]:
+    """Add up all pieces before the first is stored: so the ring is free, and the other group's turn comes."""
+    own, total = tail[0].operands[0], tail[0].results[0]
+    found: list[tuple[str, Dim]] = []
+    for part, dim in places:
+        scope.dims[own.type.shape[1]], scope.names[own.name] = dim, part
+        scope.names.pop(total.name, None)
+        body.ops(scope, tail[:1])
+        found.append((scope.names[total.name], dim))
+    return found
 
 
 def _ahead(scope: Scope, own: Value, rows: int, width: int) -> int:

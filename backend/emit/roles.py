@@ -166,6 +166,7 @@ class Roles:
         comes from a later tile of this worker, so what the loader does not load meanwhile delays nobody.
         """
         scope, writer = self.loader, self.loader.writer
+        assert total.ref is not None
         block, name = self._slot(stage, product, total)
         self.landing[id(total)] = name
         width, variable = block[1], total.results[0].type.shape[1]
@@ -178,7 +179,12 @@ class Roles:
         count = str(self.program.world)
         with writer.block(f"for {start} in tl.range({dim.start}, {dim.stop}, {width}):"):
             scope.dims[variable] = replace(dim, block=width, start=start)
-            args = ["ring", "step", *access.landing(scope, total, block), name, "rank", count]
+            # One matrix of all parts, the second rank's rows below the first's.
+            parts = access.descriptor(scope, total.symbol, block)
+            height = scope.expr(self.program.shape(total.symbol)[1])
+            row, column = (a.start for a in access.axes(scope, total, total.ref)[1:] if a)
+            row = "token" if row == "0" else f"{row} + token"
+            args = ["ring", "step", parts, height, row, column, name, "rank", count]
             writer.call("roles.fetch_parts(", args)
             writer.line(f"step += {self.program.world - 1}")
         scope.dims[variable] = dim

@@ -18,7 +18,7 @@ _TMA_DTYPES = ("bf16", "fp16", "fp32")
 _TMA_BYTES = 16  # rows, and the starts of rows, are multiples of it
 _TMA_BLOCK = 256  # elements of a TMA box along one axis, at most
 _INT32_ELEMENTS = 1 << 31
-# Columns of parts that the loader fetches at a time: a step of the product's depth, which a thread of a role can add.
+# Columns of parts that the loader fetches at a time: a step of the product's depth, which a group can add.
 _LANDED = (32, 64)
 _WHOLE_TILE = frozenset({"bound", "reshape", "sum", "max", "min"})
 
@@ -176,7 +176,9 @@ def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
     written = {op.symbol for op in program.walk() if op.name == "store"}
     buffers = {op.symbol for op in program.find("buffer")}
     fenced = any(
-        op.name in ("load", "load_sum") and op.get("via") == "tma" and op.symbol in buffers | written
+        op.name in ("load", "load_sum")
+        and op.get("via") == "tma"
+        and op.symbol in buffers | written
         for op in launch.walk()
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -167,10 +167,10 @@ class HostMachine(Machine):
     def flattened(self, node: ast.Call, value: Any) -> View:
         """All of a buffer with its first two axes as one."""
         axes = [self.eval(a) for a in node.args]
-        plain = isinstance(value, View) and value.whole and not value.flat and len(value.axes) == 3
-        if not plain or axes != [0, 1] or node.keywords:
+        plain = axes == [0, 1] and not node.keywords and isinstance(value, View)
+        if not plain or value.flat or not value.whole or len(value.axes) != 3:
             self.unclear("a view of another shape", node)
-        return replace(value, flat=True)
+        return View(value.symbol, value.home, value.lo, value.hi, value.axes, True, True)
 
     def extreme(self, name: str, args: list[Any]) -> Num:
         """``min`` and ``max``."""

@@ -68,7 +68,7 @@ class LoaderMachine(RoleMachine):
         super().begin(fresh)
         if self.loaded is None or not fresh.any():
             return
-        for table in (self.loaded.first, self.loaded.count, self.loaded.products):
+        for table in (self.loaded.first, self.loaded.count):
             rows = table.setdefault(self.stage, [])
             while len(rows) <= int(self.segment[fresh].max()):
                 rows.append(np.zeros(self.lanes, dtype=np.int64))
@@ -78,17 +78,6 @@ class LoaderMachine(RoleMachine):
 
     def on_roles_claim(self, ring: Any, step: Any, size: Any) -> Slot:
         """``roles.claim``: the steps of a worker one after the other, each whole before the next."""
-        slot = self.claim(ring, step, size)
-        assert self.loaded is not None
-        for number in np.unique(self.segment[self.on]).tolist():
-            table = self.loaded.products[self.stage][number]
-            table += self.on & (self.segment == number)
-            if np.any(table != self.loaded.count[self.stage][number]):
-                self.hazard("operands of a product are loaded behind parts of a sum")
-        return slot
-
-    def claim(self, ring: Any, step: Any, size: Any) -> Slot:
-        """The next step, for operands or for a part of a sum."""
         self.task()
         assert self.loaded is not None
         if ring is not self.loaded.ring:
@@ -184,17 +173,18 @@ class LoaderMachine(RoleMachine):
             self.hazard(f"@{symbol} has parts of {dims[1]} rows, not of {rows}")
         first = np.stack([self.number_of(row), self.number_of(column)], axis=1)
         last = first + np.array(room.block)
-        if np.any(self.on & (np.any(first < 0, axis=1) | np.any(last > np.array(dims[1:]), axis=1))):
+        if np.any(
+            self.on & (np.any(first < 0, axis=1) | np.any(last > np.array(dims[1:]), axis=1))
+        ):
             self.hazard(f"a box that does not lie inside of one part of @{symbol}")
         tokens: dict[int, Mask] = {}
         for start in (self.number(row), self.number(column)):
             for wait, mask in start.tokens.items():
                 tokens[wait] = tokens.get(wait, np.zeros_like(self.on)) | mask
         at, size = self.number_of(step), int(np.prod(room.block)) * room.item
-        self.loaded.landed.setdefault(self.stage, set()).add(symbol)
         for number in range(self.layout.world - 1):
             source = np.where(self.rank <= number, number + 1, number)
-            slot = self.claim(ring, Num(at + number), size)
+            slot = self.on_roles_claim(ring, Num(at + number), size)
             lo, hi = np.column_stack((source, first)), np.column_stack((source + 1, last))
             flow = Flow(symbol, self.on.copy(), self.rank, lo, hi, (1, 2))
             self.lands(slot, known[0], flow, tokens)

@@ -77,16 +77,10 @@ class Zeros:
 
 @dataclass(slots=True)
 class Loaded:
-    """What the loader did: per stage the first step and the number of steps of each lane's tasks.
-
-    ``products``: how many of the steps, the first ones, hold operands; the others hold parts of a sum, of a
-    symbol that is ``landed`` in the stage.
-    """
+    """What the loader did: per stage the first step and the number of steps of each lane's tasks."""
 
     ring: Ring
     rooms: list[Room]
     first: dict[int, list[Ints]] = field(default_factory=dict)
     count: dict[int, list[Ints]] = field(default_factory=dict)
-    products: dict[int, list[Ints]] = field(default_factory=dict)
-    landed: dict[int, set[str]] = field(default_factory=dict)
     content: dict[tuple[int, int], list[tuple[Mask, Flow]]] = field(default_factory=dict)

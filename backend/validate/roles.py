@@ -136,22 +136,6 @@ class GroupMachine(RoleMachine):
         if np.any(lanes & ~idle & ((self.taken != count) | (self.given != count))):
             self.hazard("a task whose steps are not all taken and given back")
 
-    def behind_products(self) -> None:
-        """Refuses an access before the operands of the task are taken and given back.
-
-        Steps with parts of a sum may still come: what is stored of one piece of the tile is in no order with
-        the parts of the next.
-        """
-        assert self.loaded is not None
-        if self.stage < 0:
-            return
-        if not self.loaded.landed.get(self.stage):
-            self.epilogue()
-            return
-        count = self.of_task(self.loaded.products)
-        if np.any(self.on & ((self.taken < count) | (self.given != self.taken))):
-            self.hazard("a group touches memory before it has done with its main loop")
-
     def epilogue(self) -> None:
         """Refuses an access or a signal before the steps of the task are taken, given back, passed on."""
         _, count = self.steps()
@@ -464,7 +448,7 @@ class GroupMachine(RoleMachine):
 
     def read(self, *args: Any) -> None:
         """A read of the epilogue."""
-        self.behind_products()
+        self.epilogue()
         super().read(*args)
 
     def on_roles_store(
@@ -536,11 +520,8 @@ class GroupMachine(RoleMachine):
         self.met_at = np.where(self.on, self.trace.next(), self.met_at)
 
     def write(self, symbol: str, via: str, on: Mask, *args: Any, **facts: Any) -> None:
-        """A write of the epilogue; never to where parts of the stage's sums are read meanwhile."""
-        self.behind_products()
-        assert self.loaded is not None
-        if symbol in self.loaded.landed.get(self.stage, ()):
-            self.hazard(f"a store to @{symbol} beside the loads of its parts")
+        """A write of the epilogue."""
+        self.epilogue()
         super().write(symbol, via, on, *args, **facts)
 
     def on_device_delayed_tile_notify(self, *_: Any, **facts: Any) -> None:

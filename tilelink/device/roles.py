@@ -71,7 +71,9 @@ def fetch(ring, slot, descriptor, row, column, tiles):
 
 
 @gluon.jit
-def fetch_parts(ring, step, parts, rows: gl.constexpr, row, column, tiles, rank, world: gl.constexpr):
+def fetch_parts(
+    ring, step, parts, rows: gl.constexpr, row, column, tiles, rank, world: gl.constexpr
+):
     """Load a box of the part of every other rank, in rank order, into steps of their own from ``step`` on.
 
     ``parts``: descriptor of the parts of all ranks, one below the other, ``rows`` each. ``row``, ``column``:
@@ -79,7 +81,9 @@ def fetch_parts(ring, step, parts, rows: gl.constexpr, row, column, tiles, rank,
     """
     for number in tl.static_range(world - 1):
         source = tl.where(rank <= number, number + 1, number)
-        slot = claim(ring, step + number, tiles.dtype.primitive_bitwidth // 8 * parts.block_type.numel)
+        slot = claim(
+            ring, step + number, tiles.dtype.primitive_bitwidth // 8 * parts.block_type.numel
+        )
         fetch(ring, slot, parts, source * rows + row, column, tiles)
 
 
@@ -263,7 +267,7 @@ def add_parts(own, arrived, rank, world: gl.constexpr):
 
 @gluon.jit
 def sum_landed(own, ring, step, tiles, first, rank, world: gl.constexpr):
-    """The sum of a tile over all ranks, fp32, in rank order: ``own``, and the parts that :func:`fetch_parts` loaded.
+    """The sum of a tile over all ranks, fp32, in rank order: ``own``, and what :func:`fetch_parts` has loaded.
 
     Of each part this role has the rows from ``first`` on, as many as ``own`` has. Takes and gives back
     ``world - 1`` steps from ``step`` on. Laid out as products leave tiles.
