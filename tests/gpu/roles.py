@@ -3,8 +3,8 @@
     python -m tests.gpu.roles --out FILE
 
 The arenas of all ranks are tensors of this process, and each agent runs on every rank before the next one
-does, all ranks beside each other, so every wait finds what it waits for. Data are small integers: results are those of the reference,
-bit for bit.
+does, all ranks beside each other, so every wait finds what it waits for. Data are small integers: results
+are those of the reference, bit for bit.
 """
 
 from __future__ import annotations
