@@ -28,6 +28,7 @@ class Case:
     tile: tuple[int, int, int]  # rows, columns, stages
     options: tuple[tuple[str, Any], ...] = ()
     sum: str = "stage"  # where parts that have arrived are added
+    depth: int = 64  # of a step of the product
 
     def tensors(self) -> dict[str, list[torch.Tensor]]:
         """Inputs of all ranks, -1, 0 or 1."""
@@ -60,7 +61,7 @@ class Case:
             t.symbol for t in op.find("tensor") if t["move"] in ("gather", "scatter", "reduce")
         ]
         schedule = Schedule(
-            tiles=(("K", 64), ("M", rows), ("N", columns)),
+            tiles=(("K", self.depth), ("M", rows), ("N", columns)),
             stages=stages,
             emitter="gluon",
             moves=tuple((name, Move(resource=self.resource, sum=self.sum)) for name in moved),
@@ -88,6 +89,9 @@ CASES = (
     Case("gemm_rs folded", gemm_rs, "copy_engine", (1024, 192, 512), (128, 128, 4), (), "epilogue"),
     Case("gemm_rs folded", gemm_rs, "epilogue", (1024, 192, 512), (128, 256, 3), (), "epilogue"),
     Case("gemm_rs folded", gemm_rs, "epilogue", (1024, 192, 512), (64, 128, 5), (), "epilogue"),
+    Case("gemm_rs folded", gemm_rs, "copy_engine", (1024, 192, 512), (128, 128, 2), (), "epilogue", 128),
+    Case("gemm_rs folded", gemm_rs, "epilogue", (1024, 160, 512), (128, 128, 6), (), "epilogue", 32),
+    Case("gemm_rs_add folded", gemm_rs_add, "epilogue", (1024, 192, 512), (128, 128, 4), BOTH, "epilogue"),
     Case("gemm_rs_add folded", gemm_rs_add, "copy_engine", (1024, 192, 520), (128, 128, 4), BOTH, "epilogue"),
     Case("gemm_ar", gemm_ar, "epilogue", (384, 192, 264), (128, 128, 4)),
     Case("gemm_ar", gemm_ar, "epilogue", (512, 192, 264), (128, 256, 3)),

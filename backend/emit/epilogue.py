@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tilelink.backend.emit import access, body
-from tilelink.backend.emit.scope import Dim, Scope
+from tilelink.backend.emit.scope import Dim, Scope, refuse_roles
 from tilelink.ir import DTYPES, Op, Value
 from tilelink.schedules.roles import GROUP_ROWS
 
@@ -45,6 +45,10 @@ def ops(scope: Scope, task: tuple[Op, ...]) -> None:
 
 def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     if not _divisible(scope, tail):
+        if scope.landed:
+            raise refuse_roles(
+                tail[0], "parts that land in the ring behind what is no matter of columns"
+            )
         body.ops(scope, tail)
         return
     own = tail[0].operands[0]
@@ -56,7 +60,11 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     tail, signals = tail[:at], tail[at:]
     parts, width = [name], whole.block
     least = ROLE_COLUMNS if scope.grid[0] else COLUMNS
-    while rows * width > scope.each * 32 * scope.warps and width > least:
+    while (
+        width > scope.landed
+        if scope.landed
+        else rows * width > scope.each * 32 * scope.warps and width > least
+    ):
         width //= 2
         parts = [half for part in parts for half in _halves(scope, part, rows, width)]
     tail = tail if whole.exact else _by_addresses(tail)
@@ -68,7 +76,12 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
             scope.writer.let(start, f"{whole.start} + {number * width}")
         length = str(width) if whole.exact else f"({whole.stop} - {start})"
         places.append((part, replace(whole, block=width, length=length, start=start)))
-    ahead = _ahead(scope, own, rows, width) if len(parts) > 1 and whole.exact else 1
+    if scope.landed:
+        places = _landed(scope, tail, places)
+        own, tail = tail[0].results[0], tail[1:]
+        name = places[-1][0]
+    several = len(parts) > 1 and whole.exact and not scope.landed
+    ahead = _ahead(scope, own, rows, width) if several else 1
     for first in range(0, len(places), ahead):
         together = places[first : first + ahead]
         arrived = [""] * len(together)
@@ -82,6 +95,20 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     scope.arrived = ""
     scope.dims[variable], scope.names[own.name] = whole, name
     body.ops(scope, signals)
+
+
+def _landed(
+    scope: Scope, tail: tuple[Op, ...], places: list[tuple[str, Dim]]
+) -> list[tuple[str, Dim]]:
+    """Add up all pieces before the first is stored: so the ring is free, and the other group's turn comes."""
+    own, total = tail[0].operands[0], tail[0].results[0]
+    found: list[tuple[str, Dim]] = []
+    for part, dim in places:
+        scope.dims[own.type.shape[1]], scope.names[own.name] = dim, part
+        scope.names.pop(total.name, None)
+        body.ops(scope, tail[:1])
+        found.append((scope.names[total.name], dim))
+    return found
 
 
 def _ahead(scope: Scope, own: Value, rows: int, width: int) -> int:

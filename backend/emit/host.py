@@ -103,6 +103,8 @@ class Host:
                 mine = peer and axes > len(parameter.block)
                 whole = self.whole(parameter.symbol, peer, parameter.slot)
                 whole += "[rank]" if mine else ""
+                if parameter.block and not peer and axes > len(parameter.block):
+                    whole += ".flatten(0, 1)"  # the parts of all ranks, one below the other
                 block = ", ".join(map(str, parameter.block))
                 other = ', "gluon"' if kernel.emitter == "gluon" else ""
                 made = f"call.descriptor({whole}, ({block}){other})"

@@ -286,10 +286,11 @@ def _wait_order(ttgir: str, ptx: str, given: tuple[str, ...]) -> list[str]:
     if not re.search(r"acquire\.sys|sys\.acquire", ptx):
         return ["a wait without an acquire at system scope"]
     problems: list[str] = []
+    known = _in_roles(ttgir, given)
 
     def free(text: str) -> bool:
         found = _GIVEN.search(text)
-        return found is not None and found[1] in given
+        return found is not None and found[1] in known
 
     for body in _loops(_without_table(ttgir)):
         acquires = [n for n, text in enumerate(body) if _ACQUIRE.search(text)]
@@ -297,6 +298,20 @@ def _wait_order(ttgir: str, ptx: str, given: tuple[str, ...]) -> list[str]:
         if acquires and loads and loads[0] < acquires[0]:
             problems.append("a tile is loaded above the wait of its loop")
     return problems
+
+
+def _in_roles(ttgir: str, names: tuple[str, ...]) -> set[str]:
+    """``names``, and what the roles of a kernel call the same: each takes all that is handed to any, in order."""
+    started = re.search(r"ttg\.warp_specialize\(([^)]*)\)", ttgir)
+    if started is None:
+        return set(names)
+    handed = re.findall(r"%(\w+)", started[1])
+    found, others = set(names), set[str]()
+    for role in re.finditer(r"^\s*partition\d+\((.*)$", ttgir, re.M):
+        mine = re.findall(r"%(\w+): ", role[1])
+        for name, argument in zip(handed, mine, strict=True):
+            (found if name in names else others).add(argument)
+    return found - others
 
 
 def _without_table(ttgir: str) -> str:

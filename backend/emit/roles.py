@@ -78,6 +78,8 @@ class Roles:
         self.ring: _Ring | None = None
         self.room: tuple[tuple[int, ...], str] | None = None
         self.room_of = ""
+        self.landing: dict[int, str] = {}  # the tiles of the ring that parts land in, by their sum
+        self.pieces = 0  # of a tile whose parts land there, still to be added up
         self.direct: set[int] = set()  # stores that can leave through TMA, by their identity
         stages = launch.find("stage")
         try:
@@ -153,7 +155,53 @@ class Roles:
                 scope.tokens.append("token")
             body.ops(scope, waits)
             self._main_loop(product)
+            if product.landed is not None:
+                self._land(stage, product, product.landed)
         self._forget(scope)
+
+    def _land(self, stage: Op, product: Product, total: Op) -> None:
+        """The loader waits for the parts that a tile's sum adds, and fetches them into steps of their own.
+
+        All operands of the worker's tiles so far are on their way by then: nothing that a rank waits for
+        comes from a later tile of this worker, so what the loader does not load meanwhile delays nobody.
+        """
+        scope, writer = self.loader, self.loader.writer
+        assert total.ref is not None
+        block, name = self._slot(stage, product, total)
+        self.landing[id(total)] = name
+        width, variable = block[1], total.results[0].type.shape[1]
+        if not scope.tokens:
+            writer.line("token = 0")
+            scope.tokens.append("token")
+        body.ops(scope, tuple(op for op in product.epilogue if op.name == "wait"))
+        dim = scope.dims[variable]
+        start = scope.fresh(f"{variable}_part")
+        count = str(self.program.world)
+        with writer.block(f"for {start} in tl.range({dim.start}, {dim.stop}, {width}):"):
+            scope.dims[variable] = replace(dim, block=width, start=start)
+            # One matrix of all parts, the second rank's rows below the first's.
+            parts = access.descriptor(scope, total.symbol, block)
+            height = scope.expr(self.program.shape(total.symbol)[1])
+            row, column = (a.start for a in access.axes(scope, total, total.ref)[1:] if a)
+            row = "token" if row == "0" else f"{row} + token"
+            args = ["ring", "step", parts, height, row, column, name, "rank", count]
+            writer.call("roles.fetch_parts(", args)
+            writer.line(f"step += {self.program.world - 1}")
+        scope.dims[variable] = dim
+
+    def _slot(self, stage: Op, product: Product, total: Op) -> tuple[tuple[int, ...], str]:
+        """Which tile of the ring a box of parts fits into: its block and its name."""
+        assert self.ring is not None
+        rows, columns = (self.loader.dims[v] for v in total.results[0].type.shape)
+        dtype = str(self.program.symbols[total.symbol]["dtype"])
+        depth = product.loop.args[0].name
+        for number, op in enumerate(product.loads):
+            block, held = self.ring.blocks[number]
+            if op.results[0].type.shape != (stage.args[0].name, depth) or held != dtype:
+                continue
+            if rows.exact and columns.exact and columns.block % block[1] == 0:
+                return block, self.ring.names[number]
+        raise refuse_roles(total, "parts of a sum that are no slots of the ring")
 
     def _main_loop(self, product: Product) -> None:
         scope, writer = self.loader, self.loader.writer
@@ -239,10 +287,17 @@ class Roles:
                 with writer.block("if number % 2 == role:"):
                     self._tile(stage, product, held)
                 writer.line("number += 1")
-            writer.line(f"step += {steps}")
+            writer.line(f"step += {steps}{self._landing_steps(stage, product)}")
         if held is not None and flushed:
             self._release(held)
         self._forget(scope)
+
+    def _landing_steps(self, stage: Op, product: Product) -> str:
+        """The steps that the parts of a tile's sum take beside those of its product."""
+        if product.landed is None:
+            return ""
+        pieces = int(stage["tile"][1]) // int(product.loop["tile"][0])
+        return f" + {pieces * (self.program.world - 1)}"
 
     def _held(self, stage: Op, product: Product) -> Held | None:
         """What a group keeps of the notify that it holds back; nothing is held back yet."""
@@ -278,13 +333,20 @@ class Roles:
         if not self.halves:
             writer.line("roles.turn(turns, number)")
         self._products(stage, product)
-        if any(op.name == "wait" for top in product.epilogue for op in top.walk()):
+        landed = product.landed
+        if landed is not None:
+            scope.landed = int(product.loop["tile"][0])
+            self.pieces = int(stage["tile"][1]) // scope.landed
+        kept = tuple(op for op in product.epilogue if not op.get("delay"))
+        if landed is not None:  # it is the loader that waits
+            kept = tuple(op for op in kept if op.name != "wait")
+        if any(op.name == "wait" for top in kept for op in top.walk()):
             writer.line("token = 0")
             scope.tokens.append("token")
         if held is not None:
             self._release(held)
-        kept = tuple(op for op in product.epilogue if not op.get("delay"))
         epilogue.ops(scope, kept)
+        scope.landed = 0
         if held is not None:
             held.keep(scope)
         scope.tokens.clear()
@@ -335,7 +397,7 @@ class Roles:
             writer.line(f"roles.give(ring, at - 1, {start} > 0)")
             writer.line("at += 1")
         scope.dims.pop(loop.args[0].name, None)
-        if not self.halves:
+        if not self.halves and product.landed is None:
             writer.line("roles.pass_turn(turns, number)")
         done = ", ".join(sums)
         writer.line(f"{done} = hopper.warpgroup_mma_wait(0, deps=[{done}])")
@@ -400,6 +462,9 @@ class Roles:
         own = op.operands[0]
         if any(len(v.type.shape) for v in self._made_before(op) if v.name != own.name):
             raise refuse_roles(op, "tiles from before a sum that are used behind it")
+        if scope.landed:
+            self._sum_landed(scope, op)
+            return
         name = scope.fresh(f"{scope.names[own.name]}_out")
         width = scope.blocks(own.type)[1]
         scope.writer.line(f"{name} = roles.to_memory({scope.names[own.name]}, {width})")
@@ -407,6 +472,42 @@ class Roles:
         scope.as_memory = True
         access.load_sum(scope, op)
         scope.names[own.name] = kept
+
+    def _sum_landed(self, scope: Scope, op: Op) -> None:
+        """A sum of parts that lie in the ring: some columns of it, of which the tile has several pieces.
+
+        Where the result leaves by addresses, it is laid out for that once.
+        """
+        value, own = op.results[0], scope.names[op.operands[0].name]
+        scope.as_memory = False
+        name = scope.define(value)
+        dtype, world = value.type.dtype, self.program.world
+        rows, width = scope.blocks(op.operands[0].type)
+        half = f"role * {rows}" if self.halves else "0"
+        args = [own, "ring", "at", self.landing[id(op)], half, "rank", str(world)]
+        scope.writer.call(f"{name} = roles.sum_landed(", args)
+        if dtype != "fp32":
+            scope.writer.line(f"{name} = {name}.to({TL_DTYPE[dtype]})")
+        scope.writer.line(f"at += {world - 1}")
+        self.pieces -= 1
+        if not self.pieces and not self.halves:
+            scope.writer.line("roles.pass_turn(turns, number)")
+        if not self.boxed(op):
+            scope.writer.line(f"{name} = roles.to_memory({name}, {width})")
+            scope.as_memory = True
+
+    def boxed(self, total: Op) -> bool:
+        """Whether all that is stored behind a sum leaves through TMA by way of the room."""
+        for _, product in self.products:
+            if total in product.epilogue:
+                stores = (o for top in product.epilogue for o in top.walk() if o.name == "store")
+                return all(self._leaves(op) for op in stores)
+        return False
+
+    def _leaves(self, op: Op) -> bool:
+        """Whether a store can leave through TMA by way of the room that the role has."""
+        dtype = self.program.symbols[op.symbol]["dtype"]
+        return id(op) in self.direct and self.room is not None and self.room[1] == dtype
 
     def _made_before(self, op: Op) -> list[Value]:
         """Values that are used behind ``op`` and made in front of it, in the epilogue or before."""
@@ -455,30 +556,41 @@ class Roles:
         assert self.ring is not None
         left = SHARED_LIMIT - _BARRIERS - self.slots * self.ring.bytes
         found: set[tuple[int, int, str]] = set()
-        extra = 0
+        behind: set[tuple[int, int, str]] = set()  # stores of sums whose parts land in the ring
+        extra, most = 0, 256  # columns of the room
         for stage, product in self.products:
             rows, columns = (int(n) for n in stage["tile"])
             rows //= 2 if self.halves else 1
             ops = [o for top in product.epilogue for o in top.walk()]
             # Behind a sum over ranks, tiles are worked on part by part.
             summed = any(op.name == "load_sum" for op in ops)
-            whole = rows * columns
-            part = min(whole, each * 32 * GROUP_WARPS) if summed else whole
+            part = rows * columns
+            if product.landed is not None:
+                part = rows * int(product.loop["tile"][0])
+                most = min(most, int(product.loop["tile"][0]))
+            elif summed:
+                part = min(part, each * 32 * GROUP_WARPS)
             for op in ops:
                 if op.name not in ("store", "load", "load_sum") or op.ref is None:
                     continue
                 dtype = str(self.program.symbols[op.symbol]["dtype"])
                 value = op.operands[0] if op.name == "store" else op.results[0]
-                if id(op) in self.direct and not summed:
+                if id(op) in self.direct and product.landed is not None:
+                    behind.add((rows, columns, dtype))
+                elif id(op) in self.direct and not summed:
                     found.add((rows, columns, dtype))
-                elif len(value.type.shape) > 1:
+                elif op is not product.landed and len(value.type.shape) > 1:
                     extra = max(extra, part * item_bytes(dtype))
+        if not found and len(behind) == 1:
+            found = behind
+        elif behind - found:  # such a piece changes its layout instead
+            extra = max(extra, *(r * most * item_bytes(d) for r, _, d in behind - found))
         if len(found) > 1:
             raise refuse_roles(self.launch, "stores of tiles of different shapes or types")
         left -= extra  # half of a tile each, in which it changes its layout
         if found:
             ((rows, columns, dtype),) = found
-            width = min(columns, 256)
+            width = min(columns, most)
             while 2 * rows * width * item_bytes(dtype) > left and width > LEAST_ROOM:
                 width //= 2
             self.room = ((rows, width), dtype)
@@ -493,7 +605,7 @@ class Roles:
         if decl["dtype"] != value.type.dtype:
             text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
         block = scope.blocks(value.type)
-        direct = self.room is not None and not scope.as_memory
+        direct = self.room is not None and self.room[1] == decl["dtype"] and not scope.as_memory
         where = access.target(scope, op) if direct else None
         if where is not None and self.room is not None:
             peers = [None] if peer is None else range(scope.program.world)

@@ -244,6 +244,7 @@ class Scope:
     as_memory: bool = False
     # The name of the parts that the next folded sum adds, where they have been asked for.
     arrived: str = ""
+    landed: int = 0  # columns of the parts that a loader fetches at a time for a folded sum; 0 where it does not
 
     def fresh(self, name: str) -> str:
         """A Python name not used in this kernel, from ``name``."""

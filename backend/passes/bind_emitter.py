@@ -13,6 +13,8 @@ _BEFORE = frozenset({"wait", "zeros", "full", "constant", "param"})
 _INSIDE = frozenset({"load", "transpose", "dot", "yield"})
 _NEVER = frozenset({"dot", "for_tiles", "transfer", "transpose", "reshape"})
 _REDUCE = frozenset({"sum", "max", "min"})
+# What a group cannot do in front of a sum whose parts the loader fetches behind its own waits.
+_BEHIND_SUM = frozenset({"load", "store", "notify", "load_sum", "for_range"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,11 @@ class Product:
     before: tuple[Op, ...]
     loop: Op
     epilogue: tuple[Op, ...]
+
+    @property
+    def landed(self) -> Op | None:
+        """The sum over ranks whose parts the loader fetches into the ring, behind the waits of the epilogue."""
+        return next((op for op in self.epilogue if lands(op)), None)
 
     @property
     def loads(self) -> tuple[Op, ...]:
@@ -40,6 +47,11 @@ class Product:
         while op.name == "transpose":
             op, turned = made[op.operands[0].name], not turned
         return next(o for o in self.loads if _reads(o) == _reads(op)), turned
+
+
+def lands(op: Op) -> bool:
+    """Whether ``op`` adds parts to a product that a loader has fetched through TMA."""
+    return op.name == "load_sum" and bool(op.operands) and op.get("via") == "tma"
 
 
 def _reads(op: Op) -> tuple[object, ...]:
@@ -90,7 +102,27 @@ def split_product(stage: Op) -> Product:
         for op in top.walk():
             if op.name in _NEVER:
                 raise Unfit(op, f"`{op.name}` behind the main loop")
+    _check_landed(stage.body[at + 1 :])
     return Product(stage.body[:at], loop, stage.body[at + 1 :])
+
+
+def _check_landed(epilogue: tuple[Op, ...]) -> None:
+    """Unfit where the loader would wait for parts at another place than where the text says it.
+
+    It is the loader that waits: so all waits stand in front of the sum and nothing that others could see
+    does, and no notify is held back, which a later task would make whose loads stand behind these waits.
+    """
+    at = next((n for n, op in enumerate(epilogue) if lands(op)), None)
+    if at is None:
+        return
+    for op in epilogue[:at]:
+        if op.name in _BEHIND_SUM:
+            raise Unfit(op, f"a `{op.name}` in front of a sum whose parts the loader fetches")
+    for op in (o for top in epilogue[at + 1 :] for o in top.walk()):
+        if op.name == "wait" or lands(op):
+            raise Unfit(op, f"a `{op.name}` behind a sum whose parts the loader fetches")
+        if op.name == "notify" and op.get("delay") is not None:
+            raise Unfit(op, "a notify held back in a stage whose loader waits for parts")
 
 
 def _check_dot(op: Op, made: dict[str, Op], names: tuple[str, str, str]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import environment, evaluate
+from tilelink.backend.passes.bind_emitter import Unfit, split_product
 from tilelink.backend.passes.common import tasks_of_stage
 from tilelink.ir import DTYPES, All, At, Expr, Index, Op, Range, Ref, Value
 from tilelink.ir.node import DECLARATIONS
@@ -17,6 +18,9 @@ _TMA_DTYPES = ("bf16", "fp16", "fp32")
 _TMA_BYTES = 16  # rows, and the starts of rows, are multiples of it
 _TMA_BLOCK = 256  # elements of a TMA box along one axis, at most
 _INT32_ELEMENTS = 1 << 31
+# Columns of parts that the loader fetches at a time: a step of the product's depth, which a group can add.
+_LANDED = (32, 64)
+_WHOLE_TILE = frozenset({"bound", "reshape", "sum", "max", "min"})
 
 
 def order_memory(program: Op) -> Op:
@@ -172,7 +176,9 @@ def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
     written = {op.symbol for op in program.walk() if op.name == "store"}
     buffers = {op.symbol for op in program.find("buffer")}
     fenced = any(
-        op.name == "load" and op.get("via") == "tma" and op.symbol in buffers | written
+        op.name in ("load", "load_sum")
+        and op.get("via") == "tma"
+        and op.symbol in buffers | written
         for op in launch.walk()
     )
 
@@ -204,6 +210,7 @@ def _stage(
     held = signals and (can_flatten(program, stage) or (tells and not roles))
     blocks, starts = _blocks(program, stage), starts_of(program, stage)
     short = any(op.get("words") for op in program.find("buffer"))
+    landed = roles and not held and _lands(program, stage)
 
     multiplies = any(op.name == "dot" for op in stage.walk())
 
@@ -215,6 +222,8 @@ def _stage(
         return twice and not (copied or (multiplies and op.name == "load"))
 
     def mark(op: Op) -> Op:
+        if op.name == "load_sum" and op.operands and landed:
+            return op.with_attrs(via="tma")
         if op.name == "notify" and held:
             return op.with_attrs(delay=1, drain=True)
         if op.name in ("load", "store") and plain(op):
@@ -241,6 +250,75 @@ def _stage(
     stage = rewrite(stage, mark)
     stores = [op for op in stage.walk() if op.name == "store" and op.get("via") == "tma"]
     return (rewrite(stage, drain) if (roles or sends) and stores else stage), held
+
+
+def _lands(program: Op, stage: Op) -> bool:
+    """Whether the loader of a stage with roles can fetch the parts of its folded sum into its ring.
+
+    A box of them is a slot of the product's left operand: rows of a tile by a step of the depth. So tiles are
+    whole, and what follows the sum is done for some columns after the other.
+    """
+    sums = [op for op in stage.body if op.name == "load_sum" and op.operands]
+    if len(sums) != 1 or stage.get("live") is not None:
+        return False
+    (total,) = sums
+    assert total.ref is not None
+    try:
+        marked = [op.with_attrs(via="tma") if op is total else op for op in stage.body]
+        product = split_product(stage.with_ops(tuple(marked)))
+    except Unfit:
+        return False
+    declared, fixed = program.declared(total.symbol), _fixed(program)
+    (rows, columns), depth = stage.args, product.loop.args[0]
+    high, wide = (int(n) for n in stage["tile"])
+    deep = int(product.loop["tile"][0])
+    left = [
+        op
+        for op in product.loads
+        if op.results[0].type.shape == (rows.name, depth.name)
+        and op.results[0].type.dtype == declared["dtype"]
+    ]
+    index = total.ref.index
+    along = index[1].value if len(index) == 3 and isinstance(index[1], At) else None
+    if not left or along != rows or index[0] != All() or index[2] != columns:
+        return False
+    sizes = (high, wide, deep)
+    if deep not in _LANDED or wide % deep or any(n & (n - 1) for n in sizes) or high > _TMA_BLOCK:
+        return False
+    extents = [Expr.of(extent) for extent in stage["extent"]]
+    lengths = [Expr.of(stage.get("segment", extents[0])), extents[1]]
+    if int(stage.get("axis", 0)) != 0 or len(declared["dims"]) != 3:
+        return False
+    width = Expr.of(declared["dims"][2])
+    if any(not e.names <= fixed.keys() for e in (*lengths, *extents, width)):
+        return False
+    whole = all(
+        int(evaluate(length, fixed, stage)) % size == 0
+        for length, size in zip(lengths, (high, wide), strict=True)
+    )
+    fits = int(evaluate(width, fixed, declared)) * DTYPES[declared["dtype"]] % _TMA_BYTES == 0
+    return whole and fits and _by_columns(total, stage.body[stage.body.index(total) + 1 :])
+
+
+def _by_columns(total: Op, behind: tuple[Op, ...]) -> bool:
+    """Whether what stands behind a sum does the same to each part of its columns, of nothing from before it."""
+    made = {total.results[0].name}
+    signals = False
+    for op in behind:
+        told = op.name == "notify" or (bool(op.blocks) and _tells(op))
+        sent = op.name == "for_range" and all(o.name == "store" for o in op.body)
+        if (signals and not told) or op.name in _WHOLE_TILE:
+            return False
+        if op.blocks and not (told or sent):
+            return False
+        signals |= told
+        for inner in op.walk():
+            if inner.name == "store" and inner.symbol == total.symbol:
+                return False
+            if any(v.type.shape and v.name not in made for v in inner.operands):
+                return False
+            made |= {value.name for value in inner.results}
+    return True
 
 
 def _signals(op: Op) -> bool:

@@ -347,7 +347,7 @@ class _Clock:
         for op in stage.walk():
             if op.name not in ("load", "store", "load_sum") or op.ref is None:
                 continue
-            if op.name == "load_sum" and op.operands:
+            if op.name == "load_sum" and op.operands and op.get("via") != "tma":
                 continue
             decl = geometry.decls[op.symbol]
             footprint = float(prod(decl.shape) * DTYPES[decl.dtype])

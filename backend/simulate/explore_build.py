@@ -581,10 +581,10 @@ class Builder:
             return
         for source in range(self.geometry.world):
             if own is not None and source == at.rank:
-                self._touch(at, at.rank, own, READ)
+                self._touch(at, at.rank, own, kind)
             elif not op.operands or source != at.rank:
                 part = Ref(op.ref.symbol, (Expr.const(source), *op.ref.index[1:]))
-                self._touch(at, at.rank, part, READ)
+                self._touch(at, at.rank, part, kind)
                 if op.get("empty"):
                     self._touch(at, at.rank, part, WRITE)
 

@@ -1,6 +1,7 @@
 """Workers whose warps have roles: a loader that runs ahead, and groups that store behind it.
 
-Of a task, everything up to its main loop is the loader's, the rest a group's. The loader goes through
+Of a task, everything up to its main loop is the loader's, the rest a group's; behind the loop, a sum of parts
+that come through TMA and what stands in front of it is the loader's too. The loader goes through
 its tasks without waiting for any group, further ahead than a ring of slots would let it; groups that take
 turns have every other task each. All of them are agents with clocks of their own, so what one task of a
 worker stores is in no order with what its next task loads, unless the program says so.
@@ -27,8 +28,13 @@ def parts_of(agent: Op) -> int:
 
 
 def behind(stage: Op) -> frozenset[int]:
-    """The identities of the ops of a stage that stand behind its main loop."""
-    loops = [n for n, op in enumerate(stage.body) if any(o.name == "dot" for o in op.walk())]
+    """The identities of the ops of a stage that stand behind what its loader does."""
+    loops = [
+        n
+        for n, op in enumerate(stage.body)
+        if any(o.name == "dot" for o in op.walk())
+        or (op.name == "load_sum" and op.operands and op.get("via") == "tma")
+    ]
     last = loops[-1] if loops else -1
     return frozenset(id(op) for top in stage.body[last + 1 :] for op in top.walk())
 

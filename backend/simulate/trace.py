@@ -230,8 +230,8 @@ class Traces:
         self.dynamic = False  # whether some block could not be traced without values
         self.tma_loads = self.tma_stores = False
         for op in geometry.program.walk():
-            if op.name in ("load", "store") and op.get("via") == "tma":
-                self.tma_loads |= op.name == "load"
+            if op.name in ("load", "load_sum", "store") and op.get("via") == "tma":
+                self.tma_loads |= op.name != "store"
                 self.tma_stores |= op.name == "store"
         self.uids: dict[tuple[Any, ...], int] = {}
         self.sources: list[tuple[Op, Place]] = []

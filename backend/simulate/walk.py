@@ -21,7 +21,8 @@ Element: TypeAlias = tuple[int, ...]
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a piece of work uses: flops by dtype of a dot, in ``steps`` of ``rows`` by ``columns``,
-    elementwise operations, bytes of memory; ``sums``: bytes of parts that are added to a product behind it.
+    elementwise operations, bytes of memory; ``sums``: bytes of parts that are added to a product behind it
+    and that nothing has fetched before.
 
     A product of a short tile computes the whole tile, so its flops are those of the whole one.
     """
@@ -258,7 +259,9 @@ class Walker:
             copies -= len(op.operands) if op.name == "load_sum" else 0
             size = prod(self.geometry.shape(value, self.env)) * DTYPES[value.type.dtype] * copies
             if op.name == "load_sum" and op.operands:
-                return Cost(sums=size, elementwise=size / 2)
+                # Parts that a loader fetches are there when the product is done; what remains is to add them.
+                behind = 0.0 if op.get("via") == "tma" else size
+                return Cost(sums=behind, elementwise=size / 2)
             # What a load empties it stores, too.
             touched = size * (2 if op.get("empty") else 1)
             return Cost(bytes=touched, elementwise=size / 2 if op.name == "load_sum" else 0.0)

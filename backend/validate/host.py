@@ -21,7 +21,10 @@ CONTEXT = frozenset({"arena", "peers", "progress_ns", "arrival_ns", "program", "
 
 @dataclass(slots=True, eq=False)
 class View:
-    """A region of a tensor or buffer of rank ``home``: box ``[lo, hi)`` and the axes that are left."""
+    """A region of a tensor or buffer of rank ``home``: box ``[lo, hi)`` and the axes that are left.
+
+    ``flat``: the first two axes are one.
+    """
 
     symbol: str
     home: Ints
@@ -30,6 +33,7 @@ class View:
     axes: tuple[int, ...]
     whole: bool
     slot: int | None = None
+    flat: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +148,9 @@ class HostMachine(Machine):
         return function.path, [self.eval(a) for a in node.args], options
 
     def call(self, node: ast.Call) -> Any:
-        """A call of something of ``call``."""
+        """A call of something of ``call``, or of a view."""
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "flatten":
+            return self.flattened(node, self.eval(node.func.value))
         name, args, options = self.parts(node)
         if name in ("min", "max"):
             return self.extreme(name, args)
@@ -157,6 +163,14 @@ class HostMachine(Machine):
             if "argument" not in str(error):
                 raise
             self.unclear(f"the arguments of `{name}`", node)
+
+    def flattened(self, node: ast.Call, value: Any) -> View:
+        """All of a buffer with its first two axes as one."""
+        axes = [self.eval(a) for a in node.args]
+        plain = axes == [0, 1] and not node.keywords and isinstance(value, View)
+        if not plain or value.flat or not value.whole or len(value.axes) != 3:
+            self.unclear("a view of another shape", node)
+        return View(value.symbol, value.home, value.lo, value.hi, value.axes, True, True)
 
     def extreme(self, name: str, args: list[Any]) -> Num:
         """``min`` and ``max``."""
@@ -211,7 +225,7 @@ class HostMachine(Machine):
 
     def subscript(self, value: Any, node: ast.Subscript) -> Any:
         """A region of a view, as torch takes it."""
-        if not isinstance(value, View):
+        if not isinstance(value, View) or value.flat:
             self.unclear("an index of something that is no tensor", node)
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         if len(parts) > len(value.axes) or not value.whole:
@@ -272,6 +286,10 @@ class HostMachine(Machine):
         if not isinstance(block, tuple) or not all(isinstance(b, int) for b in block):
             self.unclear("a block that is not constant")
         dims = np.array(self.layout.dims[view.symbol])
+        if view.flat:
+            if np.any(view.home != self.rank) or len(block) != len(dims) - 1:
+                self.unclear("a descriptor of parts of a peer, or in blocks of another shape")
+            return Descriptor(view.symbol, block, None, emitter, flat=True)
         if view.whole and not np.any(view.home != self.rank):
             return Descriptor(view.symbol, block, None, emitter, view.slot)
         if view.whole and len(block) == len(dims) and constant(view.home) is not None:

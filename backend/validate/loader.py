@@ -9,9 +9,9 @@ import numpy as np
 
 from tilelink.backend.validate.kernel import KernelMachine
 from tilelink.backend.validate.layout import Layout
-from tilelink.backend.validate.ring import Loaded, Slot
+from tilelink.backend.validate.ring import Loaded, Room, Slot
 from tilelink.backend.validate.trace import FINISH
-from tilelink.backend.validate.values import Descriptor, Flow, Ints, Mask, full, options
+from tilelink.backend.validate.values import Descriptor, Flow, Ints, Mask, Num, full, options
 from tilelink.errors import Source
 
 
@@ -120,18 +120,75 @@ class LoaderMachine(RoleMachine):
             for start in at:
                 for wait, mask in start.tokens.items():
                     tokens[wait] = tokens.get(wait, np.zeros_like(on)) | mask
-            self.read(part.symbol, "tma", on, self.rank, lo, hi, tokens)
             flow = Flow(part.symbol, on, self.rank, lo, hi, tuple(range(len(part.block))))
+            self.lands(slot, known[0], flow, tokens)
+        self.asked(room)
+
+    def lands(self, slot: Slot, tile: int, flow: Flow, tokens: dict[int, Mask]) -> None:
+        """A region is read into a tile of a slot."""
+        assert self.loaded is not None
+        on = flow.have
+        if on.any():
+            self.read(flow.symbol, "tma", on, self.rank, flow.lo, flow.hi, tokens)
             for step in np.unique(slot.step[on]).tolist():
-                place = self.loaded.content.setdefault((known[0], step), [])
+                place = self.loaded.content.setdefault((tile, step), [])
                 mine = on & (slot.step == step)
                 if any(np.any(mask & mine) for mask, _ in place):
                     self.hazard("two loads into one tile of a step")
                 place.append((mine, flow))
+
+    def asked(self, room: Room) -> None:
+        """The bytes of one tile of ``room`` are asked for."""
         size = int(np.prod(room.block)) * room.item
         self.due = self.due - np.where(self.on, size, 0)
         if np.any(self.due < 0):
             self.hazard("more bytes are loaded than the step was claimed for")
+
+    def on_roles_fetch_parts(
+        self,
+        ring: Any,
+        step: Any,
+        parts: Any,
+        rows: Any,
+        row: Any,
+        column: Any,
+        room: Any,
+        rank: Any,
+        world: Any,
+    ) -> None:
+        """``roles.fetch_parts``: a step for the part of every other rank, in rank order."""
+        assert self.loaded is not None
+        self.task()
+        self.among(rank, world)
+        if not isinstance(parts, Descriptor) or not parts.flat or not isinstance(room, Room):
+            self.unclear("parts that are no matrix of all ranks' parts, or that land nowhere")
+        known = [n for n, r in enumerate(self.loaded.rooms) if r is room]
+        if not known or room.count != self.loaded.ring.slots or parts.block != room.block:
+            self.unclear("parts that land in memory of another shape")
+        symbol = parts.symbol
+        if self.layout.declared[symbol]["dtype"] != room.dtype:
+            self.hazard(f"elements of @{symbol} in a tile of {room.dtype}")
+        dims = self.layout.dims[symbol]
+        if rows != dims[1] or dims[0] != self.layout.world:
+            self.hazard(f"@{symbol} has parts of {dims[1]} rows, not of {rows}")
+        first = np.stack([self.number_of(row), self.number_of(column)], axis=1)
+        last = first + np.array(room.block)
+        if np.any(
+            self.on & (np.any(first < 0, axis=1) | np.any(last > np.array(dims[1:]), axis=1))
+        ):
+            self.hazard(f"a box that does not lie inside of one part of @{symbol}")
+        tokens: dict[int, Mask] = {}
+        for start in (self.number(row), self.number(column)):
+            for wait, mask in start.tokens.items():
+                tokens[wait] = tokens.get(wait, np.zeros_like(self.on)) | mask
+        at, size = self.number_of(step), int(np.prod(room.block)) * room.item
+        for number in range(self.layout.world - 1):
+            source = np.where(self.rank <= number, number + 1, number)
+            slot = self.on_roles_claim(ring, Num(at + number), size)
+            lo, hi = np.column_stack((source, first)), np.column_stack((source + 1, last))
+            flow = Flow(symbol, self.on.copy(), self.rank, lo, hi, (1, 2))
+            self.lands(slot, known[0], flow, tokens)
+            self.asked(room)
 
     def finished(self) -> None:
         """Refuses a last step that is not whole."""

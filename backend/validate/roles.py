@@ -18,7 +18,7 @@ import numpy as np
 
 from tilelink.backend.validate import tiles
 from tilelink.backend.validate.kernel import KernelMachine
-from tilelink.backend.validate.layout import Layout, Misfit
+from tilelink.backend.validate.layout import TL_NAMES, Layout, Misfit
 from tilelink.backend.validate.loader import LoaderMachine, RoleMachine
 from tilelink.backend.validate.ring import (
     Cell,
@@ -106,16 +106,19 @@ class GroupMachine(RoleMachine):
     def steps(self) -> tuple[Ints, Ints]:
         """The first step and the number of steps of each lane's task, as the loader has them."""
         assert self.loaded is not None
-        first, count = np.zeros(self.lanes, np.int64), np.zeros(self.lanes, np.int64)
+        return self.of_task(self.loaded.first), self.of_task(self.loaded.count)
+
+    def of_task(self, table: dict[int, list[Ints]]) -> Ints:
+        """What the loader has counted for each lane's task."""
+        made = np.zeros(self.lanes, np.int64)
         for number in np.unique(self.segment[self.on]).tolist():
             if number < 0:
                 continue
-            for made, table in ((first, self.loaded.first), (count, self.loaded.count)):
-                rows = table.get(self.stage, [])
-                if number >= len(rows):
-                    self.hazard("a task that the loader does not have")
-                made[:] = np.where(self.segment == number, np.tile(rows[number], GROUPS), made)
-        return first, count
+            rows = table.get(self.stage, [])
+            if number >= len(rows):
+                self.hazard("a task that the loader does not have")
+            made = np.where(self.segment == number, np.tile(rows[number], GROUPS), made)
+        return made
 
     def closed(self, lanes: Mask) -> None:
         """Refuses a task that ends with steps that were taken and not given back, or in its turn."""
@@ -239,17 +242,20 @@ class GroupMachine(RoleMachine):
             axis = options_.get("dim", 0)
             if set(options_) - {"dim"} or axis not in (0, 1) or value.order != (0, 1):
                 self.unclear("a part of a tile", node)
-            length = self.whole(args[1], "the length of a part")
-            start = self.number_of(args[0])
-            whole = value.length[axis]
-            if np.any(self.on & ((start < 0) | (start + length > whole) | (start % length != 0))):
-                self.hazard("a part that is not inside of its tile")
-            first, lengths = list(value.first), list(value.length)
-            first[axis], lengths[axis] = np.asarray(first[axis]) + start, length
-            return replace(value, first=tuple(first), length=tuple(lengths))
+            return self.part_of(value, args[0], args[1], axis)
         if isinstance(value, Cell) and name == "permute" and args == [(1, 0)] and not options_:
             return replace(value, order=value.order[::-1])
         return super().method(value, name, args, options_, node)
+
+    def part_of(self, value: Cell, begin: Any, count: Any, axis: int) -> Cell:
+        """``count`` rows or columns of a tile from ``begin`` on."""
+        length = self.whole(count, "the length of a part")
+        start, whole = self.number_of(begin), value.length[axis]
+        if np.any(self.on & ((start < 0) | (start + length > whole) | (start % length != 0))):
+            self.hazard("a part that is not inside of its tile")
+        first, lengths = list(value.first), list(value.length)
+        first[axis], lengths[axis] = np.asarray(first[axis]) + start, length
+        return replace(value, first=tuple(first), length=tuple(lengths))
 
     def held(self, cell: Any, operand: int) -> Data:
         """What lies in a tile of a slot that has been taken, as an operand of the current product.
@@ -276,19 +282,22 @@ class GroupMachine(RoleMachine):
                     continue
                 found |= mine
                 lo, hi = np.tile(flow.lo, (GROUPS, 1)), np.tile(flow.hi, (GROUPS, 1))
-                for axis in range(_CELL_AXES):
-                    start = full(cell.first[axis], self.lanes)
+                for number, axis in enumerate(flow.axes):
+                    start = full(cell.first[number], self.lanes)
                     begin = lo[:, axis] + start
-                    end = np.minimum(hi[:, axis], begin + cell.length[axis])
+                    end = np.minimum(hi[:, axis], begin + cell.length[number])
                     lo[:, axis] = np.minimum(begin, hi[:, axis])
                     hi[:, axis] = np.maximum(end, lo[:, axis])
+                axes = tuple(flow.axes[number] for number in cell.order)
                 have = mine & np.all(hi > lo, axis=1)
                 home = np.tile(full(flow.home, self.single), GROUPS)
                 line, column = self.site
                 key = (line, column + operand, flow.symbol, 0)
                 held = flows.get(key)
                 if held is None:
-                    flows[key] = Flow(flow.symbol, have, home, lo, hi, cell.order)
+                    flows[key] = Flow(flow.symbol, have, home, lo, hi, axes)
+                elif held.axes != axes:
+                    self.unclear("tiles of different axes in one place of the text")
                 else:
                     wide = have[:, None]
                     flows[key] = replace(
@@ -343,6 +352,50 @@ class GroupMachine(RoleMachine):
             if isinstance(part, Flying):
                 self.hazard("a sum is used while products of it are under way")
         return Data(value.shape) if isinstance(value, Zeros) else super().data(value)
+
+    def on_roles_sum_landed(
+        self, own: Any, ring: Any, step: Any, room: Any, first: Any, rank: Any, world: Any
+    ) -> Data:
+        """``roles.sum_landed``: the parts of all other ranks from the next steps, each given back."""
+        mine = self.data(own)
+        self.among(rank, world)
+        if not isinstance(room, Room) or len(mine.shape) != _CELL_AXES or mine.form:
+            self.unclear("a sum of parts in no tiles of the ring, or of another shape")
+        rows, width = mine.shape
+        if room.block[1] != width:
+            self.unclear("parts that are not as wide as the piece of the tile")
+        if mine.rounded != TL_NAMES[room.dtype]:
+            self.hazard(f"this rank's part is not rounded to {room.dtype}, as the others are")
+        self.columns.add(width)
+        at, flows = self.number_of(step), dict(mine.flows)
+        for number in range(self.layout.world - 1):
+            slot = self.on_roles_take(ring, Num(at + number))
+            cell = Cell(room, slot.step, (0, 0), room.block, (0, 1))
+            part = self.held(self.part_of(cell, first, rows, 0), 0)
+            source = np.where(self.rank <= number, number + 1, number)
+            for flow in part.flows.values():
+                if len(flow.axes) != _CELL_AXES or flow.axes != (1, 2):
+                    self.hazard(f"operands of @{flow.symbol} are added as parts of a sum")
+                if np.any(self.on & flow.have & (flow.lo[:, 0] != source)):
+                    self.hazard("the part of a rank is added where another one's belongs")
+                for one in (number, number + 1):
+                    key = (self.site[0], self.site[1] + one, flow.symbol, 0)
+                    added = replace(flow, have=flow.have & (source == one))
+                    flows[key] = self.beside(flows.get(key), added)
+            self.on_roles_give(ring, Num(at + number))
+        return Data(mine.shape, flows, single=True)
+
+    def beside(self, held: Flow | None, more: Flow) -> Flow:
+        """Regions that flow into a tile in different lanes as one."""
+        if held is None:
+            return more
+        wide = more.have[:, None]
+        return replace(
+            held,
+            have=held.have | more.have,
+            lo=np.where(wide, more.lo, held.lo),
+            hi=np.where(wide, more.hi, held.hi),
+        )
 
     # Layouts: what is where in registers changes no number. --------------------------------------
 
@@ -424,6 +477,8 @@ class GroupMachine(RoleMachine):
         """A tile that leaves by one descriptor: of this rank's memory, or of its slice of a peer's."""
         if not isinstance(descriptor, Descriptor) or not isinstance(corner, Corner):
             self.unclear("a store to something that is no descriptor, or by way of no memory")
+        if descriptor.flat:
+            self.unclear("a store by a descriptor of all ranks' parts")
         tile, block = self.data(value), descriptor.block
         dtype = self.layout.declared[descriptor.symbol]["dtype"]
         if corner.room.block != block or corner.room.dtype != dtype:

@@ -69,6 +69,7 @@ class Descriptor:
 
     With ``peer``: in the memory of that peer, of all of it or, where the block has an axis less, of the slice
     that belongs to this rank by the first axis.
+    ``flat``: of the symbol as a matrix, its first two axes as one.
     ``emitter``: of which kernels it can be an argument. ``slot``: in which of two slots it lies; a kernel can
     use it when it has chosen by the slot of its call.
     """
@@ -78,6 +79,7 @@ class Descriptor:
     peer: int | None = None
     emitter: str = "triton"
     slot: int | None = None
+    flat: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -31,7 +31,7 @@ CONTRIBUTED = ("scatter", "reduce")
 # Attributes that say how and when, never what; other rules hold them against the program.
 FREE = {
     "load": {"empty", "own", "when", "via", "wide"},
-    "load_sum": {"empty", "own", "wide"},
+    "load_sum": {"empty", "own", "via", "wide"},
     "store": {"peer", "via", "wide", "final"},
     "for_tiles": {"tile", "segment", "segments", "visit", "part", "part_axis", "part_of", "extent"},
     "for_range": {"lo", "hi"},

@@ -156,7 +156,8 @@ def cases(only: str = "") -> list[Case]:
         beside = ["copy_engine", *(["copy_engine-folded"] if kernel == "gemm_rs" else [])]
         found += [Case(kernel, *s, r, emitter="library") for r in beside for s in shapes[:4]]
         found += [Case(kernel, *shapes[2], "none", dtype, "library") for dtype in ("fp16", "fp32")]
-        roles = ["copy_engine", *(r for r in others if r in ("copy_engine-folded", "epilogue"))]
+        folded = ("copy_engine-folded", "epilogue-folded", "epilogue-two-folded")
+        roles = ["copy_engine", *(r for r in others if r in ("epilogue", *folded))]
         # Two warp groups share tiles of at least 128 rows.
         found += [
             Case(kernel, *s, r, emitter="gluon") for r in roles for s in shapes if s[0] >= 1024

@@ -71,6 +71,23 @@ def fetch(ring, slot, descriptor, row, column, tiles):
 
 
 @gluon.jit
+def fetch_parts(
+    ring, step, parts, rows: gl.constexpr, row, column, tiles, rank, world: gl.constexpr
+):
+    """Load a box of the part of every other rank, in rank order, into steps of their own from ``step`` on.
+
+    ``parts``: descriptor of the parts of all ranks, one below the other, ``rows`` each. ``row``, ``column``:
+    where the box lies in each of them. Takes ``world - 1`` steps; :func:`sum_landed` takes them.
+    """
+    for number in tl.static_range(world - 1):
+        source = tl.where(rank <= number, number + 1, number)
+        slot = claim(
+            ring, step + number, tiles.dtype.primitive_bitwidth // 8 * parts.block_type.numel
+        )
+        fetch(ring, slot, parts, source * rows + row, column, tiles)
+
+
+@gluon.jit
 def take(ring, step):
     """Wait until all loads of ``step`` have landed. Returns the slot."""
     slot = step % ring.slots
@@ -245,6 +262,32 @@ def add_parts(own, arrived, rank, world: gl.constexpr):
         total += arrived[number].to(gl.float32)
     if rank == world - 1:
         total += own.to(gl.float32)
+    return total
+
+
+@gluon.jit
+def sum_landed(own, ring, step, tiles, first, rank, world: gl.constexpr):
+    """The sum of a tile over all ranks, fp32, in rank order: ``own``, and what :func:`fetch_parts` has loaded.
+
+    Of each part this role has the rows from ``first`` on, as many as ``own`` has. Takes and gives back
+    ``world - 1`` steps from ``step`` on. Laid out as products leave tiles.
+    """
+    layout: gl.constexpr = _product(own.shape[1])
+    mine = gl.convert_layout(own, layout)
+    # Minus zero is what changes no first term.
+    total = gl.full(own.shape, -0.0, gl.float32, layout)
+    for number in tl.range(0, world - 1):
+        if rank == number:
+            total += mine.to(gl.float32)
+        slot = take(ring, step + number)
+        part = tiles.index(slot).slice(first, own.shape[0]).load(layout)
+        # All threads have read it, before what the loader does next through the async proxy.
+        fence_async_shared()
+        gl.thread_barrier()
+        give(ring, step + number)
+        total += part.to(gl.float32)
+    if rank == world - 1:
+        total += mine.to(gl.float32)
     return total
 
 

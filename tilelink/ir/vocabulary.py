@@ -37,7 +37,7 @@ _TABLE = {
     "for_range": "hi! lo!",
     "yield": "",
     "load": "empty own relay via when wide",
-    "load_sum": "empty own wide",
+    "load_sum": "empty own via wide",
     "store": "final peer relay via wide",
     "wait": "compare count epoch if order proxy scope",
     "notify": "barrier count delay drain if order peer scope through",
