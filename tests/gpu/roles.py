@@ -122,7 +122,7 @@ def numbers(case: Case) -> dict[str, Any]:
     ranks = ranks_of(program, tensors, 10.0)
     (output,) = [s.name for s in ranks[0].image.outputs]
     wrong = 0
-    streams = [torch.cuda.Stream() for _ in ranks]
+    streams = [torch.cuda.Stream() for _ in ranks]  # type: ignore[no-untyped-call]
     for _ in range(3):
         for rank in ranks:
             rank.tensors[output].fill_(float("nan"))
