@@ -53,9 +53,19 @@ def opened(host: HostMachine) -> tuple[Agent, Trace]:
     return host.library, host.library.trace
 
 
+def working(host: HostMachine) -> tuple[Agent, Trace]:
+    """As :func:`opened`, of what belongs to a task: it stands before the acknowledgement of all of them."""
+    agent, trace = opened(host)
+    if any(signal.stage == FINISH for signal in trace.signals):
+        host.hazard(
+            "it comes behind the acknowledgement, which lets the next call overwrite what it reads"
+        )
+    return agent, trace
+
+
 def wait(host: HostMachine, name: Any, index: Any, producer: Any, tile: Any, number: Any) -> None:
     """Reads ``call.wait``: the start of the next kernel in the stream is a proxy fence."""
-    agent, trace = opened(host)
+    agent, trace = working(host)
     lane, flat = host.element(name, index, "flag")
     blamed = full(host.number(producer).v, host.lanes)[lane]
     host.number(tile)
@@ -74,7 +84,7 @@ def wait(host: HostMachine, name: Any, index: Any, producer: Any, tile: Any, num
 
 def count(host: HostMachine, name: Any, index: Any) -> None:
     """Reads ``call.count``, behind the task's product: when its kernel has ended its stores are complete."""
-    _, trace = opened(host)
+    _, trace = working(host)
     lane, flat = host.element(name, index, "counter")
     segment = trace.segments[0][lane] - 1
     if np.any(segment < 0):
@@ -108,7 +118,7 @@ def acknowledge(host: HostMachine) -> None:
 
 def multiply(host: HostMachine, a: Any, b: Any, out: Any, bias: Any) -> None:
     """Reads ``call.matmul(a, b, out, bias=bias)``: touches of a task of every rank that is on."""
-    agent, trace = opened(host)
+    agent, trace = working(host)
     turned = (isinstance(a, Turned), isinstance(b, Turned))
     views = [v.view if isinstance(v, Turned) else v for v in (a, b)]
     views += [out, *([] if bias is None else [bias])]

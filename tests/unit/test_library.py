@@ -303,6 +303,19 @@ def test_signals_between_products_that_were_changed_are_refused(
     refused(kernel, "copy_engine", old, new)
 
 
+def test_an_acknowledgement_in_front_of_a_product_is_refused() -> None:
+    """The next call of a peer would overwrite what the product has still to read."""
+    program = library(ag_gemm, resource="copy_engine")
+    text = emit(program)
+    acknowledge = "        call.acknowledge()\n"
+    begin = text.index("        for i in range(2):\n")
+    without = text[begin:].replace(acknowledge, "", 1)
+    assert len(without) == len(text[begin:]) - len(acknowledge)
+    with pytest.raises(EmittedError, match="behind the acknowledgement"):
+        early = text[:begin] + acknowledge + without
+        validate(read_module(Source("emitted.py", early)), program)
+
+
 def test_products_are_of_owner_slices_beside_copy_engines() -> None:
     """A slice is waited for before its product, or counted behind it, in the order of arrival or departure."""
     program = library(gemm_rs_add, {"M": 64, "N": 16, "K": 24}, 4, "copy_engine")
