@@ -259,7 +259,8 @@ def _lands(program: Op, stage: Op) -> bool:
     whole, and what follows the sum is done for some columns after the other.
     """
     sums = [op for op in stage.body if op.name == "load_sum" and op.operands]
-    if len(sums) != 1 or stage.get("live") is not None:
+    # A descriptor of all ranks' parts has one place.
+    if len(sums) != 1 or stage.get("live") is not None or program.get("slots") is not None:
         return False
     (total,) = sums
     assert total.ref is not None

@@ -170,7 +170,7 @@ class HostMachine(Machine):
         plain = axes == [0, 1] and not node.keywords and isinstance(value, View)
         if not plain or value.flat or not value.whole or len(value.axes) != 3:
             self.unclear("a view of another shape", node)
-        return View(value.symbol, value.home, value.lo, value.hi, value.axes, True, True)
+        return View(value.symbol, value.home, value.lo, value.hi, value.axes, True, flat=True)
 
     def extreme(self, name: str, args: list[Any]) -> Num:
         """``min`` and ``max``."""
