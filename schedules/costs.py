@@ -29,7 +29,7 @@ class Task:
     """A task's work: ``flops`` of products in ``steps`` of ``rows`` by ``columns``, ``elementwise``
     operations, ``bytes`` loaded and stored, ``memory`` of them from or to memory and not the cache. ``sums``
     are bytes that are read behind the product, when nothing of it is under way any more but for the other
-    warp group's where two take turns."""
+    warp group's where two take turns; of ``landed`` bytes nothing remains but to add them."""
 
     flops: float = 0.0
     dtype: str = "bf16"
@@ -40,6 +40,7 @@ class Task:
     bytes: float = 0.0
     memory: float = 0.0
     sums: float = 0.0
+    landed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,8 @@ def task_us(
     """
     vector = task.elementwise / (machine.elementwise_tflops * 1e6) * share
     cached = task.bytes / (machine.l2_gbps * 1e3) * share
+    if not task.flops and task.landed:
+        return vector  # the stores behind it are under way while the next tile is multiplied
     if not task.flops and task.sums:
         # Behind a wait: what stands before it is another task's.
         return 0.0 if code.turns else max(vector, _sums_us(machine, task, active))

@@ -423,6 +423,7 @@ class _Clock:
             cost.bytes,
             stage.memory if stage is not None and cost.flops else cost.bytes,
             cost.sums,
+            cost.landed,
         )
         if stage is None:
             return task_us(machine, work, Code(), machine.sms, machine.sms, now)

@@ -21,8 +21,8 @@ Element: TypeAlias = tuple[int, ...]
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a piece of work uses: flops by dtype of a dot, in ``steps`` of ``rows`` by ``columns``,
-    elementwise operations, bytes of memory; ``sums``: bytes of parts that are added to a product behind it
-    and that nothing has fetched before.
+    elementwise operations, bytes of memory; ``sums``: bytes of parts that are added to a product behind it,
+    ``landed``: the same of parts that a loader has fetched by then.
 
     A product of a short tile computes the whole tile, so its flops are those of the whole one.
     """
@@ -35,6 +35,7 @@ class Cost:
     elementwise: float = 0.0
     bytes: float = 0.0
     sums: float = 0.0
+    landed: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -46,6 +47,7 @@ class Cost:
             self.elementwise + other.elementwise,
             self.bytes + other.bytes,
             self.sums + other.sums,
+            self.landed + other.landed,
         )
 
     def times(self, tiles: int, full: float) -> Cost:
@@ -260,8 +262,9 @@ class Walker:
             size = prod(self.geometry.shape(value, self.env)) * DTYPES[value.type.dtype] * copies
             if op.name == "load_sum" and op.operands:
                 # Parts that a loader fetches are there when the product is done; what remains is to add them.
-                behind = 0.0 if op.get("via") == "tma" else size
-                return Cost(sums=behind, elementwise=size / 2)
+                if op.get("via") == "tma":
+                    return Cost(landed=size, elementwise=size / 2)
+                return Cost(sums=size, elementwise=size / 2)
             # What a load empties it stores, too.
             touched = size * (2 if op.get("empty") else 1)
             return Cost(bytes=touched, elementwise=size / 2 if op.name == "load_sum" else 0.0)
