@@ -98,7 +98,7 @@ def times(start: str, stride: str) -> str:
     return f"{start if simple else f'({start})'} * {stride}"
 
 
-def _plus(*terms: str) -> str:
+def plus(*terms: str) -> str:
     return " + ".join(t for t in terms if t not in ("", "0")) or "0"
 
 
@@ -147,7 +147,7 @@ def place(
             wide = f"tl.cast({axis.start}, tl.int64)" if big else axis.start
             scalars.append(times(wide, stride))
             continue
-        start = _plus(axis.start, token)
+        start = plus(axis.start, token)
         token = ""
         text = axis.vector or scope.lanes(axis.name, axis.dim.block, position, rank)
         if start != "0":
@@ -157,7 +157,7 @@ def place(
         name = f"{label}_{names[position]}"
         scope.used.add(name)
         scope.writer.let(name, text)
-        lift = _lift(position, rank)
+        lift = lifted(position, rank)
         vectors.append(f"{name}{lift}" if stride == "1" else f"{name}{lift} * {stride}")
         if not axis.dim.exact:
             if axis.vector:
@@ -166,13 +166,13 @@ def place(
             elif axis.own_start and axis.dim.stop:
                 mask = f"{name} < {axis.dim.stop}"
             else:
-                mask = f"{name} < {_plus(axis.start, axis.dim.length)}"
+                mask = f"{name} < {plus(axis.start, axis.dim.length)}"
             masks.append(f"({mask}){lift}" if lift else mask)
         position += 1
     pointer = base
     if token:
         scalars.append(token)
-    shift = _plus(*scalars)
+    shift = plus(*scalars)
     if shift != "0":
         pointer = scope.writer.let(f"{label}_base", f"{base} + {shift}")
         scope.used.add(pointer)
@@ -183,10 +183,10 @@ def place(
         offsets = scope.writer.let(f"{label}_offsets", " + ".join(vectors))
         scope.used.add(offsets)
         pointers = f"{pointer} + {offsets}"
-    return Place(pointers, _mask(scope, label, masks))
+    return Place(pointers, mask_of(scope, label, masks))
 
 
-def _mask(scope: Scope, label: str, masks: list[str]) -> str:
+def mask_of(scope: Scope, label: str, masks: list[str]) -> str:
     """The text of the conjunction of ``masks``, named where it is long; empty where there is none."""
     if len(masks) > 1:
         for number, text in enumerate(masks):
@@ -199,7 +199,7 @@ def _mask(scope: Scope, label: str, masks: list[str]) -> str:
     return mask
 
 
-def _lift(position: int, rank: int) -> str:
+def lifted(position: int, rank: int) -> str:
     if rank <= 1:
         return ""
     return f"[{', '.join(':' if i == position else 'None' for i in range(rank))}]"
@@ -274,7 +274,7 @@ def choose(scope: Scope, op: Op, base_start: str = "") -> None:
     label = scope.names.get(op.results[0].name) or scope.define(op.results[0])
     if strides(scope, ref.symbol) != strides(scope, own.symbol):
         raise refuse(op, "a local shard whose rows are not as long as the buffer's")
-    token = _token(scope, ref.symbol)
+    token = token_of(scope, ref.symbol)
     block = scope.blocks(op.results[0].type)
     there, here = axes(scope, op, ref), axes(scope, op, own)
     source = f"{label}_from"
@@ -282,7 +282,7 @@ def choose(scope: Scope, op: Op, base_start: str = "") -> None:
     for number, (far, near) in enumerate(zip(there, here, strict=True)):
         if far is None or near is None:
             continue
-        moved = _plus(far.start, token if number == 0 else "")
+        moved = plus(far.start, token if number == 0 else "")
         if moved != near.start:
             starts[number] = (near.start, moved)
     names = {n: f"{label}_{'row' if n == 0 else f'at{n}'}" for n in starts}
@@ -315,7 +315,7 @@ def _distance(start: str, base_start: str) -> str:
     return rest if rest != start else f"{start} - {base_start}"
 
 
-def _token(scope: Scope, symbol: str) -> str:
+def token_of(scope: Scope, symbol: str) -> str:
     """The token of the waits so far, for what is read from a buffer."""
     return "token" if scope.tokens and scope.program.symbols[symbol].name == "buffer" else ""
 
@@ -328,7 +328,7 @@ def _load(scope: Scope, op: Op, name: str, type_: Type, choice: Choice | None) -
     ref = op.ref
     assert ref is not None
     decl = scope.program.symbols[ref.symbol]
-    token = "" if choice is not None else _token(scope, ref.symbol)
+    token = "" if choice is not None else token_of(scope, ref.symbol)
     block = scope.blocks(type_)
     convert = "" if decl["dtype"] == type_.dtype else f".to({TL_DTYPE[type_.dtype]})"
     placed = choice.starts if choice is not None else {}
@@ -337,7 +337,7 @@ def _load(scope: Scope, op: Op, name: str, type_: Type, choice: Choice | None) -
     pair = pairs[0] if all(p is not None for p in pairs) else None
     if pair is not None:
         rows, cols = pair
-        first, second = _plus(rows.start, token), cols.start
+        first, second = plus(rows.start, token), cols.start
         if choice is not None:
             first, second = choice.starts.get(0, first), choice.starts.get(1, second)
         source = choice.source if choice is not None else descriptor(scope, ref.symbol, block)
@@ -408,8 +408,8 @@ def box(scope: Scope, op: Op) -> Box:
         raise refuse(op, "a load of a main loop with roles that converts")
     rows, cols = pairs[0]
     holder = descriptor(scope, ref.symbol, block)
-    token = "" if choice is not None else _token(scope, ref.symbol)
-    row, column, source = _plus(rows.start, token), cols.start, holder
+    token = "" if choice is not None else token_of(scope, ref.symbol)
+    row, column, source = plus(rows.start, token), cols.start, holder
     if choice is not None:
         row, column = choice.starts.get(0, row), choice.starts.get(1, column)
         source = choice.source
@@ -459,7 +459,7 @@ def corner(scope: Scope, op: Op, ref: Ref) -> tuple[str, str] | None:
         return None
     rows, cols = found
     assert rows is not None and cols is not None
-    return _plus(rows.start, _token(scope, ref.symbol) if op.name == "load" else ""), cols.start
+    return plus(rows.start, token_of(scope, ref.symbol) if op.name == "load" else ""), cols.start
 
 
 def scatter(scope: Scope, op: Op, text: str) -> None:
@@ -576,7 +576,7 @@ def _store_to_peer(scope: Scope, op: Op, ref: Ref, block: tuple[int, ...]) -> No
             scope.writer.line(f"{target} = {descriptor(scope, ref.symbol, part, peer)}")
     tiles = (text,) if part == block else _split(scope, scope.names[value.name], text, block)
     for place, tile in enumerate(tiles):
-        at_column = _plus(cols.start, str(place * part[1]))
+        at_column = plus(cols.start, str(place * part[1]))
         scope.writer.line(f"{target}.store([{rows.start}, {at_column}], {tile})")
 
 
@@ -602,7 +602,7 @@ def _store(
     if pair is not None:
         rows, cols = pair
         target = descriptor(scope, ref.symbol, block)
-        at_column = _plus(cols.start, str(shift))
+        at_column = plus(cols.start, str(shift))
         line = f"{target}.store([{rows.start}, {at_column}], {text})"
         if whole:
             scope.writer.line(line)
@@ -646,172 +646,11 @@ def _half(
     """The place of the left or right half of a tile: its columns stand in for a narrower dimension."""
     assert cols.dim is not None
     part = scope.fresh(f"{cols.name}_part")
-    stop = cols.dim.stop if cols.own_start else _plus(cols.start, cols.dim.length)
+    stop = cols.dim.stop if cols.own_start else plus(cols.start, cols.dim.length)
     scope.dims[part] = replace(
-        cols.dim, block=block[1], start=_plus(cols.start, str(shift)), stop=stop or cols.dim.length
+        cols.dim, block=block[1], start=plus(cols.start, str(shift)), stop=stop or cols.dim.length
     )
     tile = Value(part, Type("tile"))
     index = list(ref.index or tuple(All() for _ in scope.program.shape(ref.symbol)))
     index[-1] = tile
     return place(scope, op, label, where, Ref(ref.symbol, tuple(index)))
-
-
-def load_sum(scope: Scope, op: Op) -> None:
-    """``load_sum``: parts added in rank order in fp32, this rank's own read where it lies."""
-    value, ref, own = op.results[0], op.ref, op.get("own")
-    assert ref is not None
-    name = scope.define(value)
-    steps = strides(scope, ref.symbol)
-    count = scope.program.constant(scope.program.shape(ref.symbol)[0])
-    if count is None:
-        raise refuse(op, "a sum over a number of parts known only at run time")
-    if op.operands:
-        _folded_sum(scope, op, steps[0])
-        return
-    found = [a for a in axes(scope, op, ref)[1:] if a is not None]
-    offsets, mask = _relative(scope, name, found)
-    far = _corner(scope, base(scope, ref.symbol), found, _token(scope, ref.symbol))
-    size = item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))
-    aligned = _aligned(scope, found, steps[0], size)
-    total, part, there, here, chosen = (
-        f"{name}_{s}" for s in ("total", "part", "parts", "own", "from")
-    )
-    scope.used.update((total, there, here))
-    apart = ""
-    scope.writer.line(f"{there} = {far[0]}")
-    for term in far[1:]:
-        scope.writer.line(f"{there} += {term}")
-    if own is not None:
-        near = [a for a in axes(scope, op, own) if a is not None]
-        token = _token(scope, own.symbol)
-        local = _corner(scope, base(scope, own.symbol), near, token)
-        scope.writer.line(f"{here} = {local[0]}")
-        for term in local[1:]:
-            scope.writer.line(f"{here} += {term}")
-        aligned = aligned and _aligned(scope, near, 0, size)
-        # A part of columns lies closer together where it lands than in the whole.
-        if strides(scope, own.symbol) != steps[1:]:
-            apart, _ = _relative(scope, f"{name}_own", near)
-    # All loads stand before the first addition, so that they are under way together.
-    masked = [f"mask={mask}", "other=0"] if mask else []
-    if aligned and apart:
-        scope.writer.line(f"{here} = tl.multiple_of({here}, 16)")
-    for source in range(count):
-        scope.used.update((f"{chosen}{source}", f"{part}{source}"))
-        shift = scope.expr(Expr.of(steps[0]) * source)
-        scope.writer.line(f"{chosen}{source} = {there} + tl.cast({shift}, tl.int64)")
-        if own is not None and not apart:
-            choice = f"tl.where(rank == {source}, {here}, {chosen}{source})"
-            scope.writer.line(f"{chosen}{source} = {choice}")
-        if aligned:
-            scope.writer.line(f"{chosen}{source} = tl.multiple_of({chosen}{source}, 16)")
-        places = f"{chosen}{source} + {offsets}"
-        if apart:
-            args = [f"rank == {source}", f"{here} + {apart}", places]
-            scope.writer.call(f"{chosen}{source} = tl.where(", args)
-            places = f"{chosen}{source}"
-        args = [places, *masked, 'eviction_policy="evict_first"']
-        scope.writer.call(f"{part}{source} = tl.load(", args)
-    scope.writer.line(f"{total} = {part}0.to(tl.float32)")
-    for source in range(1, count):
-        scope.writer.line(f"{total} += {part}{source}.to(tl.float32)")
-    dtype = value.type.dtype
-    scope.writer.line(f"{name} = {total}" + (f".to({TL_DTYPE[dtype]})" if dtype != "fp32" else ""))
-
-
-def _folded_sum(scope: Scope, op: Op, step: int | Expr) -> None:
-    """A ``load_sum`` whose term of this rank is a value: the primitive adds it in its place."""
-    value = op.results[0]
-    name, own = scope.names[value.name], scope.names[op.operands[0].name]
-    dtype, world = value.type.dtype, str(scope.program.world)
-    rounded = f".to({TL_DTYPE[dtype]})" if dtype != "fp32" else ""
-    if scope.arrived:
-        scope.writer.call(f"{name} = roles.add_parts(", [own, scope.arrived, "rank", world])
-        if rounded:
-            scope.writer.line(f"{name} = {name}{rounded}")
-        return
-    tail = f"){rounded}"
-    primitive = "roles.sum_parts" if scope.grid[0] else "device.tile_sum_parts"
-    scope.writer.call(f"{name} = {primitive}(", [own, *_arriving(scope, op, name, step)], tail)
-
-
-def read_parts(scope: Scope, op: Op) -> str:
-    """Ask for the parts that a ``load_sum`` behind a main loop with roles will add; the name of what comes."""
-    value, ref = op.results[0], op.ref
-    assert ref is not None
-    name = scope.define(value)
-    arrived = scope.fresh(f"{name}_arrived")
-    step = strides(scope, ref.symbol)[0]
-    scope.writer.call(f"{arrived} = roles.read_parts(", _arriving(scope, op, name, step))
-    return arrived
-
-
-def _arriving(scope: Scope, op: Op, name: str, step: int | Expr) -> list[str]:
-    """Write where the parts of a folded sum lie; what the primitives that read them are told of that."""
-    ref = op.ref
-    assert ref is not None
-    found = [a for a in axes(scope, op, ref)[1:] if a is not None]
-    offsets, mask = _relative(scope, name, found)
-    parts = f"{name}_parts"
-    scope.used.add(parts)
-    first, *rest = _corner(scope, base(scope, ref.symbol), found, _token(scope, ref.symbol))
-    scope.writer.line(f"{parts} = {first}")
-    for term in rest:
-        scope.writer.line(f"{parts} += {term}")
-    if _aligned(scope, found, step, item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))):
-        scope.writer.line(f"{parts} = tl.multiple_of({parts}, 16)")
-    return [
-        f"{parts} + {offsets}",
-        scope.expr(step),
-        mask or "None",
-        "rank",
-        str(scope.program.world),
-    ]
-
-
-def _corner(scope: Scope, pointer: str, found: list[Axis], token: str) -> list[str]:
-    """The terms of a pointer to the first element of a tile."""
-    terms = [
-        times(f"tl.cast({_plus(axis.start)}, tl.int64)", scope.expr(axis.stride, 5))
-        if axis.start != "0"
-        else "0"
-        for axis in found
-    ]
-    return [t for t in (pointer, *terms, token) if t not in ("", "0")]
-
-
-def _aligned(scope: Scope, found: list[Axis], step: int | Expr, size: int) -> bool:
-    """Whether the first element of a tile always lies at a multiple of 16 bytes.
-
-    The start of a loop tile along the innermost axis is a multiple of the tile, which is its block
-    where it is exact; along the others the stride decides.
-    """
-    if not isinstance(step, int) or step * size % 16:
-        return False
-    for axis in found:
-        if axis.start == "0":
-            continue
-        if not isinstance(axis.stride, int):
-            return False
-        whole = axis.dim is not None and axis.dim.exact and axis.own_start
-        unit = axis.dim.block if whole and axis.dim is not None else 1
-        if axis.stride * unit * size % 16:
-            return False
-    return True
-
-
-def _relative(scope: Scope, label: str, found: list[Axis]) -> tuple[str, str]:
-    """Offsets of a tile's elements from its first, and the mask (empty: none)."""
-    live = [a for a in found if a.dim is not None]
-    vectors: list[str] = []
-    masks: list[str] = []
-    for position, axis in enumerate(live):
-        assert axis.dim is not None
-        lanes = scope.lanes(axis.name, axis.dim.block, position, len(live))
-        lift = _lift(position, len(live))
-        vectors.append(times(f"{lanes}{lift}", scope.expr(axis.stride, 5)))
-        if not axis.dim.exact:
-            masks.append(f"({lanes} < {axis.dim.length}){lift}")
-    offsets = scope.writer.let(f"{label}_offsets", _plus(*vectors))
-    scope.used.add(offsets)
-    return offsets, _mask(scope, label, masks)

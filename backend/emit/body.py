@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilelink.backend.emit import access, transfers, words
+from tilelink.backend.emit import access, sums, transfers, words
 from tilelink.backend.emit.loops import Walk, announce, enter_tiles
 from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import condition, one_call
@@ -576,7 +576,7 @@ def _store(scope: Scope, op: Op) -> None:
 
 
 def _load_sum(scope: Scope, op: Op) -> None:
-    (words if words.holds(scope, op) else access).load_sum(scope, op)
+    (words if words.holds(scope, op) else sums).load_sum(scope, op)
 
 
 _OPS: dict[str, Callable[[Scope, Op], None]] = {

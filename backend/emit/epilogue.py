@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tilelink.backend.emit import access, body
+from tilelink.backend.emit import body, sums
 from tilelink.backend.emit.scope import Dim, Scope, refuse_roles
 from tilelink.ir import DTYPES, Op, Value
 from tilelink.schedules.roles import GROUP_ROWS
@@ -88,7 +88,7 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
         for number, (_, dim) in enumerate(together):
             if ahead > 1:
                 scope.dims[variable] = dim
-                arrived[number] = access.read_parts(scope, tail[0])
+                arrived[number] = sums.read_parts(scope, tail[0])
         for (part, dim), scope.arrived in zip(together, arrived, strict=True):
             scope.dims[variable], scope.names[own.name] = dim, part
             body.ops(scope, tail)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tilelink.backend.emit import access, body, epilogue
+from tilelink.backend.emit import access, body, epilogue, sums
 from tilelink.backend.emit.held import Held
 from tilelink.backend.emit.kernel import turned
 from tilelink.backend.emit.loops import (
@@ -470,7 +470,7 @@ class Roles:
         scope.writer.line(f"{name} = roles.to_memory({scope.names[own.name]}, {width})")
         kept, scope.names[own.name] = scope.names[own.name], name
         scope.as_memory = True
-        access.load_sum(scope, op)
+        sums.load_sum(scope, op)
         scope.names[own.name] = kept
 
     def _sum_landed(self, scope: Scope, op: Op) -> None:

@@ -1,0 +1,178 @@
+"""Sums of the parts of all ranks: ``load_sum``, from memory into registers."""
+
+from __future__ import annotations
+
+from tilelink.backend.emit.access import (
+    Axis,
+    axes,
+    base,
+    lifted,
+    mask_of,
+    plus,
+    strides,
+    times,
+    token_of,
+)
+from tilelink.backend.emit.scope import TL_DTYPE, Scope, item_bytes, refuse
+from tilelink.ir import Expr, Op
+
+
+def load_sum(scope: Scope, op: Op) -> None:
+    """``load_sum``: parts added in rank order in fp32, this rank's own read where it lies."""
+    value, ref, own = op.results[0], op.ref, op.get("own")
+    assert ref is not None
+    name = scope.define(value)
+    steps = strides(scope, ref.symbol)
+    count = scope.program.constant(scope.program.shape(ref.symbol)[0])
+    if count is None:
+        raise refuse(op, "a sum over a number of parts known only at run time")
+    if op.operands:
+        _folded_sum(scope, op, steps[0])
+        return
+    found = [a for a in axes(scope, op, ref)[1:] if a is not None]
+    offsets, mask = _relative(scope, name, found)
+    far = _corner(scope, base(scope, ref.symbol), found, token_of(scope, ref.symbol))
+    size = item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))
+    aligned = _aligned(scope, found, steps[0], size)
+    total, part, there, here, chosen = (
+        f"{name}_{s}" for s in ("total", "part", "parts", "own", "from")
+    )
+    scope.used.update((total, there, here))
+    apart = ""
+    scope.writer.line(f"{there} = {far[0]}")
+    for term in far[1:]:
+        scope.writer.line(f"{there} += {term}")
+    if own is not None:
+        near = [a for a in axes(scope, op, own) if a is not None]
+        token = token_of(scope, own.symbol)
+        local = _corner(scope, base(scope, own.symbol), near, token)
+        scope.writer.line(f"{here} = {local[0]}")
+        for term in local[1:]:
+            scope.writer.line(f"{here} += {term}")
+        aligned = aligned and _aligned(scope, near, 0, size)
+        # A part of columns lies closer together where it lands than in the whole.
+        if strides(scope, own.symbol) != steps[1:]:
+            apart, _ = _relative(scope, f"{name}_own", near)
+    # All loads stand before the first addition, so that they are under way together.
+    masked = [f"mask={mask}", "other=0"] if mask else []
+    if aligned and apart:
+        scope.writer.line(f"{here} = tl.multiple_of({here}, 16)")
+    for source in range(count):
+        scope.used.update((f"{chosen}{source}", f"{part}{source}"))
+        shift = scope.expr(Expr.of(steps[0]) * source)
+        scope.writer.line(f"{chosen}{source} = {there} + tl.cast({shift}, tl.int64)")
+        if own is not None and not apart:
+            choice = f"tl.where(rank == {source}, {here}, {chosen}{source})"
+            scope.writer.line(f"{chosen}{source} = {choice}")
+        if aligned:
+            scope.writer.line(f"{chosen}{source} = tl.multiple_of({chosen}{source}, 16)")
+        places = f"{chosen}{source} + {offsets}"
+        if apart:
+            args = [f"rank == {source}", f"{here} + {apart}", places]
+            scope.writer.call(f"{chosen}{source} = tl.where(", args)
+            places = f"{chosen}{source}"
+        args = [places, *masked, 'eviction_policy="evict_first"']
+        scope.writer.call(f"{part}{source} = tl.load(", args)
+    scope.writer.line(f"{total} = {part}0.to(tl.float32)")
+    for source in range(1, count):
+        scope.writer.line(f"{total} += {part}{source}.to(tl.float32)")
+    dtype = value.type.dtype
+    scope.writer.line(f"{name} = {total}" + (f".to({TL_DTYPE[dtype]})" if dtype != "fp32" else ""))
+
+
+def _folded_sum(scope: Scope, op: Op, step: int | Expr) -> None:
+    """A ``load_sum`` whose term of this rank is a value: the primitive adds it in its place."""
+    value = op.results[0]
+    name, own = scope.names[value.name], scope.names[op.operands[0].name]
+    dtype, world = value.type.dtype, str(scope.program.world)
+    rounded = f".to({TL_DTYPE[dtype]})" if dtype != "fp32" else ""
+    if scope.arrived:
+        scope.writer.call(f"{name} = roles.add_parts(", [own, scope.arrived, "rank", world])
+        if rounded:
+            scope.writer.line(f"{name} = {name}{rounded}")
+        return
+    tail = f"){rounded}"
+    primitive = "roles.sum_parts" if scope.grid[0] else "device.tile_sum_parts"
+    scope.writer.call(f"{name} = {primitive}(", [own, *_arriving(scope, op, name, step)], tail)
+
+
+def read_parts(scope: Scope, op: Op) -> str:
+    """Ask for the parts that a ``load_sum`` behind a main loop with roles will add; the name of what comes."""
+    value, ref = op.results[0], op.ref
+    assert ref is not None
+    name = scope.define(value)
+    arrived = scope.fresh(f"{name}_arrived")
+    step = strides(scope, ref.symbol)[0]
+    scope.writer.call(f"{arrived} = roles.read_parts(", _arriving(scope, op, name, step))
+    return arrived
+
+
+def _arriving(scope: Scope, op: Op, name: str, step: int | Expr) -> list[str]:
+    """Write where the parts of a folded sum lie; what the primitives that read them are told of that."""
+    ref = op.ref
+    assert ref is not None
+    found = [a for a in axes(scope, op, ref)[1:] if a is not None]
+    offsets, mask = _relative(scope, name, found)
+    parts = f"{name}_parts"
+    scope.used.add(parts)
+    first, *rest = _corner(scope, base(scope, ref.symbol), found, token_of(scope, ref.symbol))
+    scope.writer.line(f"{parts} = {first}")
+    for term in rest:
+        scope.writer.line(f"{parts} += {term}")
+    if _aligned(scope, found, step, item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))):
+        scope.writer.line(f"{parts} = tl.multiple_of({parts}, 16)")
+    return [
+        f"{parts} + {offsets}",
+        scope.expr(step),
+        mask or "None",
+        "rank",
+        str(scope.program.world),
+    ]
+
+
+def _corner(scope: Scope, pointer: str, found: list[Axis], token: str) -> list[str]:
+    """The terms of a pointer to the first element of a tile."""
+    terms = [
+        times(f"tl.cast({plus(axis.start)}, tl.int64)", scope.expr(axis.stride, 5))
+        if axis.start != "0"
+        else "0"
+        for axis in found
+    ]
+    return [t for t in (pointer, *terms, token) if t not in ("", "0")]
+
+
+def _aligned(scope: Scope, found: list[Axis], step: int | Expr, size: int) -> bool:
+    """Whether the first element of a tile always lies at a multiple of 16 bytes.
+
+    The start of a loop tile along the innermost axis is a multiple of the tile, which is its block
+    where it is exact; along the others the stride decides.
+    """
+    if not isinstance(step, int) or step * size % 16:
+        return False
+    for axis in found:
+        if axis.start == "0":
+            continue
+        if not isinstance(axis.stride, int):
+            return False
+        whole = axis.dim is not None and axis.dim.exact and axis.own_start
+        unit = axis.dim.block if whole and axis.dim is not None else 1
+        if axis.stride * unit * size % 16:
+            return False
+    return True
+
+
+def _relative(scope: Scope, label: str, found: list[Axis]) -> tuple[str, str]:
+    """Offsets of a tile's elements from its first, and the mask (empty: none)."""
+    live = [a for a in found if a.dim is not None]
+    vectors: list[str] = []
+    masks: list[str] = []
+    for position, axis in enumerate(live):
+        assert axis.dim is not None
+        lanes = scope.lanes(axis.name, axis.dim.block, position, len(live))
+        lift = lifted(position, len(live))
+        vectors.append(times(f"{lanes}{lift}", scope.expr(axis.stride, 5)))
+        if not axis.dim.exact:
+            masks.append(f"({lanes} < {axis.dim.length}){lift}")
+    offsets = scope.writer.let(f"{label}_offsets", plus(*vectors))
+    scope.used.add(offsets)
+    return offsets, mask_of(scope, label, masks)
