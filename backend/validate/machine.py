@@ -185,9 +185,11 @@ class Machine:
             at = at + by
 
     def repeat(self, node: ast.While) -> None:
-        """``while``."""
+        """``while``: of what its condition reads something is bound again in each turn, or it has no end."""
         mask = self.on
+        read = [name.id for name in ast.walk(node.test) if isinstance(name, ast.Name)]
         while True:
+            known = [self.env.get(name) for name in read]
             before = self.on, self.all
             self.on, self.all = mask, bool(mask.all())
             mask = self.truth(node.test)
@@ -198,6 +200,8 @@ class Machine:
             self.turn(node)
             self.run(node.body)
             self.on, self.all = before
+            if all(self.env.get(name) is old for name, old in zip(read, known, strict=True)):
+                self.unclear("a loop whose condition never changes", node)
 
     def turn(self, node: ast.stmt) -> None:
         """Called at the start of each turn of a loop."""

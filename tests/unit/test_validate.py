@@ -75,6 +75,7 @@ EDITS = [
     ("ag_gemm", "copy_engine", r"ag_gemm, 5, args", "ag_gemm, 4, args", EmittedDiffers),
     ("ag_gemm", "copy_engine", r"a = a_from.load", "a = unknown.load", Unclear),
     ("ag_gemm", "sm:2", r"queue_next\(ctx, (\d+)\)", r"queue_next(ctx, \1 + 1)", EmittedError),
+    ("ag_gemm", "sm:2", r"\n {8}taken = device\.queue_next\([^)]*\)", "", Unclear),
     ("ag_gemm", "sm:2", r"q in tl.range\(tl.program_id\(0\), 3, 2", "q in tl.range(0, 3, 2", EmittedError),
     ("gemm_rs", "copy_engine", r"(delayed_tile_notify\(ctx, pending), True", r"\1", EmittedHazard),
     ("gemm_rs", "copy_engine", r"finish_leave\(ctx, (\d+), (\d+)\)", r"finish_leave(ctx, \1, \1)", EmittedHazard),
