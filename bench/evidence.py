@@ -144,7 +144,12 @@ def _reliability(name: str, run: Row) -> str:
         )
     if of("occupancy"):
         lines.append(_occupancy(of("occupancy")))
-    if of("cost"):
+    costs = [row for row in of("cost") if not row.get("void")]
+    for reason in dict.fromkeys(row["void"] for row in of("cost") if row.get("void")):
+        lines.append(
+            f"Bounded waits against waits without limit: what was measured is void, {reason}.\n"
+        )
+    if costs:
         lines.append(
             "Bounded waits and error records, against waits without limit and no guard, side by side.\n"
         )
@@ -161,7 +166,7 @@ def _reliability(name: str, run: Row) -> str:
         lines.append(
             table(
                 [c.replace("_", " ") for c in columns],
-                ([str(row[c]) for c in columns] for row in of("cost")),
+                ([str(row[c]) for c in columns] for row in costs),
             )
         )
     if of("mutants"):
