@@ -304,7 +304,7 @@ def _wait(scope: Scope, op: Op) -> None:
         fence = ["True"] if op.get("proxy") else []
         ident = scope.program.wait_id(op)
         if decl.name == "counter":
-            count = scope.expr(op["count"])
+            count = scope.expr(op.get("count", 1))
             args = ["ctx", where, count, scope.tile, str(ident)]
             scope.writer.call("token += device.consumer_tile_wait(", [*args, *fence])
         else:

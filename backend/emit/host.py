@@ -181,7 +181,7 @@ class Host:
             kind = self.program.symbols[op.symbol].name
             if kind != "counter":
                 raise refuse(op, "a stream that waits for a flag between ranks")
-            args = [f'"{op.symbol}"', self.index(op), self.expr(op["count"])]
+            args = [f'"{op.symbol}"', self.index(op), self.expr(op.get("count", 1))]
             writer.call("call.wait_counter(", args)
         elif op.name == "notify":
             peer = self.expr(op["peer"])

@@ -11,7 +11,7 @@ import tilelink.language as tk
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
-from tilelink.ir import Op
+from tilelink.ir import Op, parse_ir, print_ir
 from tilelink.schedules import Move, Schedule, default_schedule
 
 COPIED = (("C", Move()),)
@@ -109,3 +109,15 @@ def test_a_dynamic_queue_stays_within_its_workers() -> None:
     text = stage(emit(program(both, moves=moves, workers=8)), "C.gemm")
     guard, _, rest = text.partition("if tl.program_id(0) >= 2:")
     assert "queue_next" not in guard and "queue_next" in rest
+
+
+@pytest.mark.parametrize("resource", ["copy_engine", "sm:1"])
+def test_a_wait_for_one_notify_need_not_say_so(resource: str) -> None:
+    op = kernels.gemm_rs.build({"M": 64, "K": 32, "N": 32}, world=2, dtype="fp32")
+    tiles = (("K", 32), ("M", 32), ("N", 32))
+    moves = (("C", Move(resource=resource)),)
+    said = compile_kernel(op, Schedule(tiles=tiles, workers=3, moves=moves))
+    text = print_ir(said)
+    assert " {count = 1}" in text
+    unsaid = parse_ir(text.replace(" {count = 1}", ""))
+    assert emit(unsaid).split('"""')[-1] == emit(said).split('"""')[-1]
