@@ -76,7 +76,9 @@ class _Walker:
     def __init__(self, out: Expansion) -> None:
         self.out = out
         self.world = out.world
-        self.largest = max([1, *out.env.values()])
+        # A loop over channels of the capacity says how many there are itself.
+        ends = (op["hi"] for op in out.program.walk() if op.name == "for_range")
+        self.largest = max([1, *out.env.values(), *(end for end in ends if isinstance(end, int))])
         self.ranks: list[Ints] = []
         self.kinds: list[Ints] = []
         self.next = 0

@@ -283,3 +283,14 @@ def test_mutants_of_dynamic_rows_are_noticed(
     assert main(["mutate", file, *options]) == 0
     counts = json.loads(capsys.readouterr().out)["classes"]["frozen-rows"]
     assert counts["mutants"] == counts["refused"] == counts["found"] >= 2
+
+
+def test_a_loop_over_more_channels_than_a_call_has_rows_is_proven() -> None:
+    """Copies of a row each, 64 a rank: few rows of a call, and no other extent, tell how many there are."""
+    op = kernels.ag_gemm.build({"M": 128, "K": 8, "N": 16}, world=2, dynamic=("M",))
+    tiles = (("K", 16), ("M", 64), ("N", 16))
+    moves = (("A", Move(resource="copy_engine", tile=1)),)
+    program = run_passes(op, Schedule(tiles=tiles, workers=3, moves=moves))
+    (stream,) = program.find("stream")
+    assert any(loop.get("hi") == 64 for loop in stream.walk())
+    verify(program, op)
