@@ -60,11 +60,8 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     tail, signals = tail[:at], tail[at:]
     parts, width = [name], whole.block
     least = ROLE_COLUMNS if scope.grid[0] else COLUMNS
-    while (
-        width > scope.landed
-        if scope.landed
-        else rows * width > scope.each * 32 * scope.warps and width > least
-    ):
+    widest = scope.landed or max(least, scope.each * 32 * scope.warps // rows)
+    while width > widest:
         width //= 2
         parts = [half for part in parts for half in _halves(scope, part, rows, width)]
     tail = tail if whole.exact else _by_addresses(tail)

@@ -492,11 +492,11 @@ class Roles:
         self.pieces -= 1
         if not self.pieces and not self.halves:
             scope.writer.line("roles.pass_turn(turns, number)")
-        if not self.boxed(op):
+        if not self._boxed(op):
             scope.writer.line(f"{name} = roles.to_memory({name}, {width})")
             scope.as_memory = True
 
-    def boxed(self, total: Op) -> bool:
+    def _boxed(self, total: Op) -> bool:
         """Whether all that is stored behind a sum leaves through TMA by way of the room."""
         for _, product in self.products:
             if total in product.epilogue:
