@@ -9,6 +9,7 @@ movement (``tile_push_data``, ``tile_pull_data``, ``rank_copy_data``), and data 
 arena says :mod:`tilelink.ir.layout`.
 """
 
+from tilelink.device import data, dialect, keys, math, places, program, signal, words
 from tilelink.device.data import (
     peer_pointer,
     pointer,
@@ -101,3 +102,5 @@ __all__ = [
     "tile_sum_parts",
     "wait_kernel",
 ]
+
+keys.settle(dialect, places, data, math, signal, program, words)

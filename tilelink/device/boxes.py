@@ -7,10 +7,14 @@ memory: a worker drains them (``device.drain_tma_stores``) before it tells that 
 
 from __future__ import annotations
 
+import sys
+
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from tilelink.device import keys
 
 
 @gluon.jit
@@ -57,3 +61,6 @@ def send(descriptors, number, row, column, room, landing, turn):
         for one in tl.static_range(len(descriptors)):
             if number == one:
                 tma.async_copy_shared_to_global(descriptors[one], place, room.index(box))
+
+
+keys.settle(sys.modules[__name__])

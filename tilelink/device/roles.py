@@ -9,6 +9,7 @@ given back, and warps that take turns at the ring wait for their turn.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from tilelink.device import keys
 from tilelink.device.data import tile_sum_parts
 from tilelink.device.signal import (
     counted_tile_notify,
@@ -336,3 +338,6 @@ def store(descriptor, row, column, value, room):
     It has been read, not more, when the next store of this role begins: see ``device.drain_tma_stores``.
     """
     send((descriptor,), 0, row, column, value, room)
+
+
+keys.settle(sys.modules[__name__])
