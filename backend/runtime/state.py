@@ -258,11 +258,17 @@ class GroupState(ABC):
         return error
 
     def _cut_short(self) -> TilelinkError | None:
-        """That a call lacks what a collective of the library would have brought, once."""
-        if not self._ended_for:
+        """That a call lacks what a collective of the library would have brought, once.
+
+        Also where this rank ended no collective of its own: what a peer's sends on once that peer has ended it is
+        not what the dead rank would have sent, and nothing in a call tells. A peer that did was ahead in seeing a
+        rank dead, which is therefore seen here now.
+        """
+        lost = self._ended_for or (self.lost() if self.collectives else [])
+        if not lost:
             return None
-        who = ", ".join(map(str, self._ended_for))
-        self._ended_for = []
+        who = ", ".join(map(str, lost))
+        self._ended_for, self.collectives = [], False
         why = f"the process of rank {who} has ended, and with it a collective of the library"
         return PeerTimeout(rank=self.rank, why=why)
 

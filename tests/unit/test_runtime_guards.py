@@ -230,8 +230,26 @@ def test_no_communicator_is_aborted_that_nothing_waits_in(busy: bool, collective
     state = Fake(arenas=0)
     state.busy, state.collectives, state.dead = busy, collectives, [2]
     state.tend()
-    state.check()
     assert state.ended == []
+
+
+def test_a_collective_that_ended_is_no_good_where_a_rank_is_dead() -> None:
+    """A peer that saw it first may have ended its own, and sent on what it never received."""
+    state = Fake(arenas=0)
+    state.collectives = True
+    state.check()
+    state.dead = [2]  # no round of the watchdog has seen it
+    with pytest.raises(PeerTimeout, match="the process of rank 2 has ended, and with it a coll"):
+        state.check()
+    state.check()  # raised once
+    with pytest.raises(PeerTimeout, match="given up"):
+        state.check_usable()
+
+
+def test_a_fused_call_that_ended_is_good_though_a_rank_is_dead() -> None:
+    state = Fake()
+    state.dead = [2]
+    state.check()
 
 
 class Events:
