@@ -22,7 +22,6 @@ import torch
 import triton
 
 from tilelink import knobs
-from tilelink.backend.emit.kernel import compile_options
 from tilelink.backend.runtime.driver import Event, driver, rows_of
 from tilelink.backend.runtime.errors import DriverError
 from tilelink.backend.runtime.guard import CTAS, guard_kernel
@@ -296,9 +295,7 @@ class Recorder(Views):
     ) -> None:
         """A persistent kernel of ``workers`` CTAs on the main stream."""
         self._join_main(after)
-        words = any(buffer.encoding for buffer in self.image.buffers.values())
-        options = compile_options(num_warps, num_stages, words)
-        launch = compile_launch(kernel, workers, args, **options)
+        launch = compile_launch(kernel, workers, args, **self.options(num_warps, num_stages))
         self.plan.launches.append(launch)
         self._launch(launch)
         self._end(name or self.next_name("launch"), None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from tilelink.backend.emit.kernel import compile_options
 from tilelink.backend.runtime.image import Image, Slot
 from tilelink.ir import layout
 
@@ -116,6 +117,11 @@ class Views:
         """The word number of an element of a flag or counter."""
         slots = self.image.flags if name in self.image.flags else self.image.counters
         return slots[name].element(tuple(index))
+
+    def options(self, warps: int, stages: int) -> dict[str, int]:
+        """What the kernel of a launch is compiled with."""
+        words = any(buffer.encoding for buffer in self.image.buffers.values())
+        return compile_options(warps, stages, words)
 
     def head_arguments(self, ack_wait: bool) -> tuple[object, ...]:
         """Arguments of ``tilelink.device.head_kernel``."""

@@ -62,3 +62,25 @@ def test_a_key_is_the_same_in_a_process_of_its_own(what: str, tmp_path: Path) ->
     """That of a kernel which is met last, behind four others."""
     order = (*(other for other in KERNELS if other != what), what)
     assert keys((what,), tmp_path)[what] == keys(order, tmp_path)[what]
+
+
+def test_keys_change_with_functions_that_make_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton does not look into them: a kernel keyed without them would be found after they have changed."""
+    from tilelink import device
+    from tilelink.device import keys as module_keys
+    from tilelink.device import words
+
+    found = []
+    for text in ("one text", "another"):
+        monkeypatch.setattr(module_keys, "sources", lambda text=text: text)
+        monkeypatch.setattr(device.store_words, "hash", None)
+        module_keys.settle(words)
+        found.append(device.store_words.cache_key)
+    assert found[0] != found[1]
+
+
+def test_the_text_of_the_package_is_in_its_digest() -> None:
+    from tilelink.device import keys as module_keys
+
+    digest = module_keys.sources()
+    assert digest == module_keys.sources.__wrapped__() and len(digest) == 64

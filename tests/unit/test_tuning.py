@@ -213,3 +213,33 @@ def test_the_command_says_what_it_needs(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert main(["tune", file]) == 1
     assert "torchrun" in capsys.readouterr().err
+
+
+def test_a_candidate_is_compiled_ahead_as_a_launch_compiles_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where words signal themselves the assembler is given all registers: left alone it would spill some."""
+    from dataclasses import replace
+
+    monkeypatch.setenv("TILELINK_CACHE", str(tmp_path / "modules"))
+    driver = pytest.importorskip("triton").runtime.driver
+    from tilelink.backend.runtime import plan
+
+    given: list[bool] = []
+    real, before = plan.compile_launch, driver._active
+
+    def compile_launch(*args: Any, **options: Any) -> Any:
+        given.append("maxnreg" in options)
+        return real(*args, **options)
+
+    monkeypatch.setattr(plan, "compile_launch", compile_launch)
+    problem = Problem("tilelink.kernels", "gemm_ar", {"M": 64, "K": 128, "N": 768}, 4, "bf16")
+    schedule = default_schedule(problem.build())
+    move = replace(schedule.moves[0][1], slots=2)
+    try:
+        for signal in ("sentinel", "flag"):
+            one = replace(schedule, moves=(("C", replace(move, signal=signal)),))
+            assert prepare(problem.to_json(), one.to_json()).failed is None
+    finally:
+        driver._active = before
+    assert given == [True, False]

@@ -83,10 +83,17 @@ def compile_module(module: Any, image: Any) -> int:
 
         compiled = spills = 0
 
-        def launch(self, kernel: Any, workers: int, args: tuple[Any, ...], **options: Any) -> None:
+        def launch(
+            self,
+            kernel: Any,
+            workers: int,
+            args: tuple[Any, ...],
+            num_warps: int,
+            num_stages: int,
+            **_: Any,
+        ) -> None:
             """Compiles a kernel for these arguments."""
-            plain = {k: v for k, v in options.items() if k not in ("after", "name")}
-            found = compile_launch(kernel, workers, args, **plain)
+            found = compile_launch(kernel, workers, args, **self.options(num_warps, num_stages))
             self.compiled += 1
             self.spills += spilled(found.compiled)
 
