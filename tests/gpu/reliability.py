@@ -10,9 +10,7 @@ draws itself (`tests.gpu.integers`). Each test appends its rows to DIR/reliabili
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
-import multiprocessing
 import os
 import random
 import statistics
@@ -32,9 +30,10 @@ from bench import environment
 from bench.cluster import Cluster, Watchdog, describe_error, run_all_or_none
 from tests.gpu.integers import Problem, emitted, with_jitter
 from tests.gpu.text_mutants import MUTANTS, TextMutant
-from tests.gpu.warm import start, warm
 from tilelink.errors import TilelinkError
 from tilelink.schedules import default_schedule
+from tilelink.tuning.prepare import make_pool, prepare
+from tilelink.tuning.problem import Problem as Cell
 
 Row = dict[str, Any]
 SMALL = {"M": 512, "K": 256, "N": 512}
@@ -340,19 +339,18 @@ def _warm(run: Run, problems: list[Drawn]) -> list[str]:
     """Compiles this rank's part of ``problems`` in processes of their own; what failed."""
     mine = problems[run.cluster.rank :: run.world]
     workers = max(1, min(14, (os.cpu_count() or 1) // run.world - 2))
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), start, (torch.cuda.current_device(),)
-    ) as pool:
-        jobs = []
-        for item in mine:
-            op = getattr(tilelink.kernels, item.kind).build(
-                item.extent_map(), world=run.world, dtype=item.dtype
-            )
-            schedule = schedule_of(op, item.resource, item.tile_map())
-            jobs.append(
-                pool.submit(warm, item.kind, item.extent_map(), run.world, item.dtype, schedule)
-            )
-        return [text for text in (job.result() for job in jobs) if text]
+    texts = []
+    for item in mine:
+        extents = item.extent_map()
+        op = getattr(tilelink.kernels, item.kind).build(extents, world=run.world, dtype=item.dtype)
+        schedule = schedule_of(op, item.resource, item.tile_map())
+        cell = Cell("tilelink.kernels", item.kind, extents, run.world, item.dtype)
+        texts.append((cell.to_json(), schedule.to_json()))
+    with make_pool(workers) as pool:
+        done = list(pool.map(prepare, *zip(*texts, strict=True)))
+    return [
+        f"{item}: {one.failed}" for item, one in zip(mine, done, strict=True) if one.path is None
+    ]
 
 
 def shapes(run: Run) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TextMutant:
-    """``pattern`` (multi-line) becomes ``text``, at most ``times`` times, in kernel ``kernel`` under ``resource``."""
+    """``pattern`` (multi-line) becomes ``text``, at most ``times`` times, in ``kernel`` under ``resource``."""
 
     kind: str
     kernel: str
