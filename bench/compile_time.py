@@ -34,6 +34,7 @@ CASES = (
 )
 FIRST = Case(GEMM, 256, 256, 256, "the first kernel of the process")
 EMITTED = "tilelink_emitted."
+_made: list[Path] = []  # the caches of this run
 
 
 def fresh(kernel: Any) -> Any:
@@ -73,13 +74,13 @@ def steps(kernel: Any, case: Case, world: int, schedule: Any) -> dict[str, float
 def forget(disk: bool = False) -> None:
     """Drops the emitted modules that are loaded, with what Triton has compiled for them in memory.
 
-    ``disk``: what the caches of this rank hold on disk, too.
+    ``disk``: what the caches that were made for this run hold on disk, too.
     """
     for name in [name for name in sys.modules if name.startswith(EMITTED)]:
         del sys.modules[name]
     if disk:
-        for variable in ("TRITON_CACHE_DIR", "TILELINK_CACHE"):
-            shutil.rmtree(os.environ[variable], ignore_errors=True)
+        for folder in _made:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def first_call(part: Any, kernel: Any, case: Case, schedule: Any) -> float:
@@ -166,8 +167,9 @@ def measure(options: argparse.Namespace) -> int:
     """The suite: measure, write, print; 1 where a kernel failed."""
     folder = Path(tempfile.mkdtemp(prefix="tilelink-compile-"))
     # Before Triton is imported. A folder for each rank: all compile, as on machines of their own.
-    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
-    os.environ["TILELINK_CACHE"] = str(folder / "tilelink")
+    for variable in ("TRITON_CACHE_DIR", "TILELINK_CACHE"):
+        os.environ[variable] = str(folder / variable.lower())
+        _made.append(folder / variable.lower())
     try:
         return _measure(options)
     finally:
