@@ -13,6 +13,8 @@ from tilelink.backend.simulate.geometry import Geometry, bind_args
 from tilelink.backend.simulate.walk import Event, Notify, Walker
 from tilelink.ir import Op
 
+KEPT = 4096  # walks of tasks: several for each worker of each rank, whose tasks are under way at once
+
 
 class Asymmetric(Exception):
     """Ranks do different things at one point of the program: one cannot stand for all."""
@@ -34,6 +36,7 @@ class Mirror:
         self.geometry = geometry
         self._walkers = [Walker(geometry, rank) for rank in range(geometry.world)]
         self._agents: dict[tuple[int, int], list[Event]] = {}
+        self._tasks: dict[tuple[Piece, int], list[Event]] = {}
 
     def notify(self, piece: Piece, number: int, event: Notify, rank: int) -> Notify:
         """What ``rank`` signals where rank 0 does ``event``, the ``number``-th event of ``piece``.
@@ -52,13 +55,17 @@ class Mirror:
             if any(op is event.op for op in piece.body):
                 # Outside of inner loops its index depends on the task alone.
                 return walker.notify(event.op)
-            events = list(walker.block(piece.body))
+            events = self._tasks.get((piece, rank), [])
+            if not events:
+                if len(self._tasks) >= KEPT:
+                    self._tasks.clear()
+                events = self._tasks[piece, rank] = list(walker.block(piece.body))
         else:
             key = (id(piece.body), rank)
             if key not in self._agents:
                 self._agents[key] = list(walker.block(piece.body))
             events = self._agents[key]
-        found = events[number] if number < len(events) else None
-        if not isinstance(found, Notify) or found.op is not event.op:
+        other = events[number] if number < len(events) else None
+        if not isinstance(other, Notify) or other.op is not event.op:
             raise Asymmetric
-        return found
+        return other
