@@ -137,6 +137,9 @@ class _Walker:
         tiles = loop_tiles(op, env, self.world)
         named = tuple((v.name, t) for v, t in zip(op.args, tiles, strict=False))
         count = tiles[0].start.shape[1] if tiles else 1
+        lo, hi = op.get("positions", (0, count))
+        if hi - lo != count:
+            self.out.problems.append((op, f"its order of tiles has no positions {lo}..{hi}"))
         rows = self.open("stage", agent, op, count, named)
         for name, tile in named:
             _bind(rows.env, name, tile)
@@ -333,6 +336,9 @@ class _Walker:
     def read(self, op: Op, rows: _Rows) -> None:
         assert op.ref is not None
         own = op.get("own")
+        if op.get("remote"):
+            self.everywhere(op, rows)
+            return
         if own is None and not op.operands:
             self.access(op, op.ref, False, rows, rows.rank)
             return
@@ -346,6 +352,17 @@ class _Walker:
             self.access(op, own, False, rows, rows.rank, own=True)
         self.access(op, op.ref, False, rows, rows.rank, below=True)
         self.access(op, op.ref, False, rows, rows.rank, above=True)
+
+    def everywhere(self, op: Op, rows: _Rows) -> None:
+        """The same region in the memory of every rank; of this one's not what a value stands for."""
+        assert op.ref is not None
+        count = len(rows)
+        home = np.tile(np.arange(self.world, dtype=np.int64), count)
+        rows = rows.take(np.repeat(np.arange(count), self.world))
+        if op.operands:
+            there = np.flatnonzero(home != rows.rank)
+            rows, home = rows.take(there), home[there]
+        self.access(op, op.ref, False, rows, home)
 
     def access(
         self,
@@ -397,6 +414,7 @@ class _Walker:
                 origin,
                 op.get("via") == "tma",
                 bool(op.get("wide", False)),
+                bool(op.get("remote", False)),
             )
         )
 

@@ -25,6 +25,8 @@ SIGNALS = ("flag", "word", "sentinel")
 # How workers of `sm:N` copy: whole rows by loads and stores, to one peer after the other, or boxes by TMA, which
 # are loaded once and stored into every peer.
 COPIES = ("rows", "boxes")
+# Who carries the contributions to a sum over the link: whoever made them, or whoever adds them.
+DIRECTIONS = ("push", "pull")
 _RESOURCE = re.compile(r"copy_engine|epilogue|none|sm:[1-9]\d{0,4}")
 
 
@@ -63,6 +65,9 @@ class Move:
     columns, by TMA where that can have them, loaded once and stored into every peer. ``spans``: the tiles that
     read a gathered tensor are as long as ``tiles`` says, though they span the shards of several ranks: they wait
     for all of them, and this rank's rows are copied too. Else tiles end with each shard, and wait for that alone.
+    ``direction``: who carries the contributions to a scatter over the link. ``push``: the rank that made them,
+    into memory of the rank that sums them; ``pull``: that rank, which reads them where they were made when it adds
+    them. That is for the ``epilogue`` and the signal ``flag``: nothing is copied, and nothing stored to a peer.
     """
 
     resource: str = "copy_engine"
@@ -75,6 +80,7 @@ class Move:
     signal: str = "flag"
     copies: str = "rows"
     spans: bool = False
+    direction: str = "push"
 
     def __post_init__(self) -> None:
         if not isinstance(self.resource, str) or not _RESOURCE.fullmatch(self.resource):
@@ -119,6 +125,7 @@ class Move:
             )
 
         self._check_signal()
+        self._check_direction()
         if self.copies not in COPIES:
             raise ScheduleError(
                 field="copies", detail=f"`{self.copies}`", help="use one of " + ", ".join(COPIES)
@@ -151,9 +158,34 @@ class Move:
                     help=f"`{self.signal}` needs {field} `{needed}`; or use the signal `flag`",
                 )
 
+    def _check_direction(self) -> None:
+        if self.direction not in DIRECTIONS:
+            raise ScheduleError(
+                field="direction",
+                detail=f"`{self.direction}`",
+                help="use one of " + ", ".join(DIRECTIONS),
+            )
+        if self.direction == "push":
+            return
+        for field, needed in (("resource", "epilogue"), ("signal", "flag")):
+            if getattr(self, field) != needed:
+                raise ScheduleError(
+                    field="direction",
+                    detail=f"pull, but {field} is `{getattr(self, field)}`",
+                    help=f"`pull` needs {field} `{needed}`; or use the direction `push`",
+                )
+
     def by(self, resource: str) -> Move:
         """This move by another resource, without what only the old one has."""
-        plain = replace(self, slots=1, streams=1, signal="flag", copies="rows", resource=resource)
+        plain = replace(
+            self,
+            slots=1,
+            streams=1,
+            signal="flag",
+            copies="rows",
+            direction="push",
+            resource=resource,
+        )
         if plain.sm_workers:
             plain = replace(plain, copies=self.copies)
         if plain.by_workers:
@@ -162,6 +194,8 @@ class Move:
             plain = replace(plain, streams=self.streams)
         elif resource == "none":
             plain = replace(plain, sum="stage")
+        if resource == "epilogue" and self.signal == "flag":
+            plain = replace(plain, direction=self.direction)
         fits = resource == "epilogue" and plain.slots == 2 and plain.sum == "stage"
         return replace(plain, signal=self.signal) if fits else plain
 

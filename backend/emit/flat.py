@@ -154,8 +154,8 @@ def flat_by_segment(program: Program, stage: Op) -> bool:
     if not waits or any(op not in before for op in waits):
         return False
     walk = Walk.of(stage)
-    if walk.interleave:
-        return False  # tiles of one segment do not follow each other
+    if walk.interleave or walk.positions is not None:
+        return False  # tiles of one segment do not follow each other, or are not all there
     segment = program.constant(walk.segment) if walk.segment is not None else None
     extent = program.capacity(walk.extent[walk.axis]) if walk.extent else None
     tiled = len(walk.tile) == len(stage.args) and stage.args[walk.axis].type.is_tile

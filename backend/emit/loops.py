@@ -24,6 +24,7 @@ class Walk:
     visit: Any = None
     group: int = 1
     interleave: bool = False
+    positions: tuple[int, int] | None = None
 
     @staticmethod
     def of(op: Op) -> Walk:
@@ -38,6 +39,7 @@ class Walk:
             op.get("visit"),
             int(op.get("group", 1)),
             bool(op.get("interleave")),
+            op.get("positions"),
         )
 
 
@@ -273,8 +275,15 @@ def _counts(scope: Scope, walk: Walk, tile_sizes: list[int]) -> tuple[str, list[
     return per, columns, segments
 
 
+def ends(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk) -> tuple[str, str]:
+    """The first position of the queue of a stage, and one past its last, as text."""
+    if walk.positions is not None:
+        return str(walk.positions[0]), str(walk.positions[1])
+    return "0", total(scope, op, tiles, walk)
+
+
 def total(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk) -> str:
-    """The number of positions of the queue, as text."""
+    """The number of positions of an order of tiles, as text."""
     per, columns, segments = _counts(scope, walk, sizes(scope, op, tiles, walk))
     return multiply(segments, per, *columns)
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 
 from tilelink.backend.emit import access, body, epilogue, sums
 from tilelink.backend.emit.held import Held
-from tilelink.backend.emit.kernel import turned
+from tilelink.backend.emit.kernel import among, behind, turned
 from tilelink.backend.emit.loops import (
     Walk,
     announce,
     ceildiv,
     decode,
+    ends,
     place_tile,
-    total,
 )
 from tilelink.backend.emit.scope import (
     TL_DTYPE,
@@ -131,17 +131,30 @@ class Roles:
         title = stage.symbol if stage.ref is not None else "stage"
         scope.writer.line()
         scope.writer.line(f"# Stage {title}.{origin(stage.span).replace('  # ', ' ')}")
-        count = total(scope, stage, stage.args, Walk.of(stage))
+        begin, count = ends(scope, stage, stage.args, Walk.of(stage))
         worker, first = "tl.program_id(0)", int(stage.get("first", 0))
-        if first:
-            name = f"{identifier(title)}_worker"
-            scope.writer.line(f"{name} = {turned(first)}")
+        workers = int(self.launch["workers"])
+        low, high = (int(w) for w in stage.get("workers", (0, workers)))
+        step = "tl.num_programs(0)"
+        name = f"{identifier(title)}_worker"
+        if (low, high) != (0, workers):
+            step, many = str(high - low), high - low
+            turn = f"tl.program_id(0) + {(many - low - first) % many}"
+            # A worker that has no part in the queue comes behind its end.
+            inside = among(low, high, workers)
+            place = behind(begin, f"({turn}) % {many}")
+            scope.writer.line(f"{name} = tl.where({inside}, {place}, {count})")
             worker = name
+        elif first:
+            scope.writer.line(f"{name} = {behind(begin, turned(first))}")
+            worker = name
+        else:
+            worker = behind(begin, worker)
         # Behind a main loop that adds parts, what is the same for every tile stays inside of the loop:
         # kept in registers over the main loop, it would not fit.
         adds = scope is self.multiply and any(op.name == "load_sum" for op in stage.walk())
         tail = ", disable_licm=True" if adds else ""
-        return f"for q in tl.range({worker}, {count}, tl.num_programs(0){tail}):"
+        return f"for q in tl.range({worker}, {count}, {step}{tail}):"
 
     def _load_stage(self, stage: Op, product: Product) -> None:
         scope, writer = self.loader, self.loader.writer
@@ -179,13 +192,19 @@ class Roles:
         count = str(self.program.world)
         with writer.block(f"for {start} in tl.range({dim.start}, {dim.stop}, {width}):"):
             scope.dims[variable] = replace(dim, block=width, start=start)
-            # One matrix of all parts, the second rank's rows below the first's.
-            parts = access.descriptor(scope, total.symbol, block)
-            height = scope.expr(self.program.shape(total.symbol)[1])
-            row, column = (a.start for a in access.axes(scope, total, total.ref)[1:] if a)
+            row, column = (a.start for a in access.axes(scope, total, total.ref)[-2:] if a)
             row = "token" if row == "0" else f"{row} + token"
-            args = ["ring", "step", parts, height, row, column, name, "rank", count]
-            writer.call("roles.fetch_parts(", args)
+            if total.get("remote"):
+                ranks = range(self.program.world)
+                each = [access.descriptor(scope, total.symbol, block, rank) for rank in ranks]
+                args = ["ring", "step", f"({', '.join(each)})", row, column, name, "rank", count]
+                writer.call("roles.fetch_remote(", args)
+            else:
+                # One matrix of all parts, the second rank's rows below the first's.
+                parts = access.descriptor(scope, total.symbol, block)
+                height = scope.expr(self.program.shape(total.symbol)[1])
+                args = ["ring", "step", parts, height, row, column, name, "rank", count]
+                writer.call("roles.fetch_parts(", args)
             writer.line(f"step += {self.program.world - 1}")
         scope.dims[variable] = dim
 

@@ -22,6 +22,9 @@ def load_sum(scope: Scope, op: Op) -> None:
     value, ref, own = op.results[0], op.ref, op.get("own")
     assert ref is not None
     name = scope.define(value)
+    if op.get("remote"):
+        _remote_sum(scope, op, name)
+        return
     steps = strides(scope, ref.symbol)
     count = scope.program.constant(scope.program.shape(ref.symbol)[0])
     if count is None:
@@ -73,11 +76,35 @@ def load_sum(scope: Scope, op: Op) -> None:
             places = f"{chosen}{source}"
         args = [places, *masked, 'eviction_policy="evict_first"']
         scope.writer.call(f"{part}{source} = tl.load(", args)
+    _added(scope, op, name, count)
+
+
+def _added(scope: Scope, op: Op, name: str, count: int) -> None:
+    """Write the sum of the parts that have been loaded, in rank order."""
+    total, part, dtype = f"{name}_total", f"{name}_part", op.results[0].type.dtype
     scope.writer.line(f"{total} = {part}0.to(tl.float32)")
     for source in range(1, count):
         scope.writer.line(f"{total} += {part}{source}.to(tl.float32)")
-    dtype = value.type.dtype
     scope.writer.line(f"{name} = {total}" + (f".to({TL_DTYPE[dtype]})" if dtype != "fp32" else ""))
+
+
+def _remote_sum(scope: Scope, op: Op, name: str) -> None:
+    """A ``load_sum`` of what all ranks have put at one place of their own memories: loads over the link."""
+    if op.operands:
+        _folded_sum(scope, op, 0)
+        return
+    _, place, corner, offsets, mask, aligned = _everywhere(scope, op, name)
+    scope.used.add(f"{name}_total")
+    masked = [f"mask={mask}", "other=0"] if mask != "None" else []
+    for source in range(scope.program.world):
+        chosen, part = f"{name}_from{source}", f"{name}_part{source}"
+        scope.used.update((chosen, part))
+        dtype = TL_DTYPE[scope.program.symbols[op.symbol]["dtype"]]
+        args = ["peers", str(source), place, corner, dtype, aligned]
+        scope.writer.call(f"{chosen} = device.remote_tile(", args)
+        args = [f"{chosen} + {offsets}", *masked, 'eviction_policy="evict_first"']
+        scope.writer.call(f"{part} = tl.load(", args)
+    _added(scope, op, name, scope.program.world)
 
 
 def _folded_sum(scope: Scope, op: Op, step: int | Expr) -> None:
@@ -92,6 +119,10 @@ def _folded_sum(scope: Scope, op: Op, step: int | Expr) -> None:
             scope.writer.line(f"{name} = {name}{rounded}")
         return
     tail = f"){rounded}"
+    if op.get("remote"):
+        primitive = "roles.sum_remote" if scope.grid[0] else "device.tile_sum_remote"
+        scope.writer.call(f"{name} = {primitive}(", [own, *_there(scope, op, name)], tail)
+        return
     primitive = "roles.sum_parts" if scope.grid[0] else "device.tile_sum_parts"
     scope.writer.call(f"{name} = {primitive}(", [own, *_arriving(scope, op, name, step)], tail)
 
@@ -102,6 +133,11 @@ def read_parts(scope: Scope, op: Op) -> str:
     assert ref is not None
     name = scope.define(value)
     arrived = scope.fresh(f"{name}_arrived")
+    if op.get("remote"):
+        dtype = TL_DTYPE[scope.program.symbols[ref.symbol]["dtype"]]
+        args = [*_there(scope, op, name), dtype]
+        scope.writer.call(f"{arrived} = roles.read_remote(", args)
+        return arrived
     step = strides(scope, ref.symbol)[0]
     scope.writer.call(f"{arrived} = roles.read_parts(", _arriving(scope, op, name, step))
     return arrived
@@ -128,6 +164,31 @@ def _arriving(scope: Scope, op: Op, name: str, step: int | Expr) -> list[str]:
         "rank",
         str(scope.program.world),
     ]
+
+
+def _there(scope: Scope, op: Op, name: str) -> list[str]:
+    """What the primitives that add the parts of other ranks' memories are told of a folded sum."""
+    peers, place, corner, offsets, mask, aligned = _everywhere(scope, op, name)
+    return [peers, place, corner, offsets, mask, "rank", str(scope.program.world), aligned]
+
+
+def _everywhere(scope: Scope, op: Op, name: str) -> tuple[str, str, str, str, str, str]:
+    """Write where a tile lies in the memory of every rank: the table of arenas, the byte at which the buffer
+    begins, the tile's first element from there, offsets of the others from it, their mask, and whether each
+    row of it begins at a multiple of 16 bytes."""
+    ref = op.ref
+    assert ref is not None
+    decl = scope.program.symbols[ref.symbol]
+    found = [a for a in axes(scope, op, ref) if a is not None]
+    offsets, mask = _relative(scope, name, found)
+    corner = f"{name}_at"
+    scope.used.add(corner)
+    first, *rest = _corner(scope, "", found, token_of(scope, ref.symbol)) or ["tl.cast(0, tl.int64)"]
+    scope.writer.line(f"{corner} = {first}")
+    for term in rest:
+        scope.writer.line(f"{corner} += {term}")
+    aligned = str(_aligned(scope, found, 0, item_bytes(str(decl["dtype"]))))
+    return "peers", scope.program.offset(decl), corner, offsets, mask or "None", aligned
 
 
 def _corner(scope: Scope, pointer: str, found: list[Axis], token: str) -> list[str]:

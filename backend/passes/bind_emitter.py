@@ -71,7 +71,7 @@ def split_product(stage: Op) -> Product:
 
     That is: waits and constants, one loop of loads and products over one extent, an epilogue.
     """
-    if stage.get("queue", "static") != "static" or stage.get("workers") is not None:
+    if stage.get("queue", "static") != "static":
         raise Unfit(stage, "a queue that is shared with workers that copy")
     if len(stage.args) != 2 or any(not a.type.is_tile for a in stage.args):
         raise Unfit(stage, "a stage over other variables than the rows and columns of a tile")

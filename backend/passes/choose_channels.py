@@ -147,6 +147,8 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
                 )
         tile, rows = _input_channels(program, tensor, info, move)
     else:
+        if move.direction == "pull":
+            _check_pulled(tensor, info)
         if move.signal in ENCODING:
             _check_words(program, tensor, info)
         if move.signal == "sentinel":
@@ -163,9 +165,21 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             comm_tile=tile,
             channel_rows=rows,
             polled=ENCODING.get(move.signal),
+            pulled=True if move.direction == "pull" and info.kind != "gather" else None,
             in_place=info.kind == "gather" and move.resource != "none" and _in_place(program, info),
         ),
     )
+
+
+def _check_pulled(tensor: Op, info: Moved) -> None:
+    """ScheduleError unless each contribution to ``tensor`` is read by one other rank."""
+    if info.kind != "scatter":
+        raise ScheduleError(
+            tensor.span,
+            field=f"moves.{info.name}.direction",
+            detail=f"`{info.name}` is reduced: every rank would read every contribution",
+            help="use push",
+        )
 
 
 def _check_words(program: Op, tensor: Op, info: Moved) -> None:

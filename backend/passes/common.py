@@ -103,7 +103,8 @@ class Moved:
     two ``shots``: then each rank sums one part, and the parts go round. ``channel_rows``: local
     elements of one channel; ``tile``: of one communication tile. ``task_rows``: elements along the moved axis
     that one task stores, ``tasks_across``: tasks beside each other over all other axes. ``dynamic``: the moved
-    extent, where only its capacity is known. ``words``: the encoding in which what peers write says itself that it
+    extent, where only its capacity is known. ``pulled``: contributions stay where they are made, and whoever
+    sums them reads them there. ``words``: the encoding in which what peers write says itself that it
     is there; "" where flags do.
     """
 
@@ -123,6 +124,7 @@ class Moved:
     dynamic: str | None = None
     shots: int = 1
     words: str = ""
+    pulled: bool = False
 
     @property
     def live(self) -> Expr | int:
@@ -276,6 +278,7 @@ def moved(program: Op, name: str) -> Moved:
         dynamic=_dynamic_along(program, op, axis),
         shots=shots,
         words=op.get("polled", ""),
+        pulled=bool(op.get("pulled", False)),
     )
 
 

@@ -259,11 +259,12 @@ def _lands(program: Op, stage: Op) -> bool:
     whole, and what follows the sum is done for some columns after the other.
     """
     sums = [op for op in stage.body if op.name == "load_sum" and op.operands]
-    # A descriptor of all ranks' parts has one place.
+    # A descriptor has one place, and what lies in two slots has two.
     if len(sums) != 1 or stage.get("live") is not None or program.get("slots") is not None:
         return False
     (total,) = sums
     assert total.ref is not None
+    remote = bool(total.get("remote"))
     try:
         marked = [op.with_attrs(via="tma") if op is total else op for op in stage.body]
         product = split_product(stage.with_ops(tuple(marked)))
@@ -279,18 +280,16 @@ def _lands(program: Op, stage: Op) -> bool:
         if op.results[0].type.shape == (rows.name, depth.name)
         and op.results[0].type.dtype == declared["dtype"]
     ]
-    index = total.ref.index
-    along = index[1].value if len(index) == 3 and isinstance(index[1], At) else None
-    if not left or along != rows or index[0] != All() or index[2] != columns:
+    if not left or not _by_tile(total, rows, columns):
         return False
     sizes = (high, wide, deep)
     if deep not in _LANDED or wide % deep or any(n & (n - 1) for n in sizes) or high > _TMA_BLOCK:
         return False
     extents = [Expr.of(extent) for extent in stage["extent"]]
     lengths = [Expr.of(stage.get("segment", extents[0])), extents[1]]
-    if int(stage.get("axis", 0)) != 0 or len(declared["dims"]) != 3:
+    if int(stage.get("axis", 0)) != 0 or len(declared["dims"]) != (2 if remote else 3):
         return False
-    width = Expr.of(declared["dims"][2])
+    width = Expr.of(declared["dims"][-1])
     if any(not e.names <= fixed.keys() for e in (*lengths, *extents, width)):
         return False
     whole = all(
@@ -299,6 +298,19 @@ def _lands(program: Op, stage: Op) -> bool:
     )
     fits = int(evaluate(width, fixed, declared)) * DTYPES[declared["dtype"]] % _TMA_BYTES == 0
     return whole and fits and _by_columns(total, stage.body[stage.body.index(total) + 1 :])
+
+
+def _by_tile(total: Op, rows: Value, columns: Value) -> bool:
+    """Whether a sum is of the parts of its own tile: each as far from the first row as any other."""
+    assert total.ref is not None
+    index = total.ref.index
+    if not total.get("remote"):
+        if len(index) != 3 or index[0] != All():
+            return False
+        index = index[1:]
+    if len(index) != 2 or index[1] != columns:
+        return False
+    return index[0] == rows or (isinstance(index[0], At) and index[0].value == rows)
 
 
 def _by_columns(total: Op, behind: tuple[Op, ...]) -> bool:

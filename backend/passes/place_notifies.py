@@ -36,6 +36,7 @@ def place_notifies(program: Op) -> Op:
 
           notify @C.ready[RANK, 0] {peer = m.start / 1024, count = 32, through = @C.arrived[m.start / 1024, 0]}
 
+    What is pulled is stored here, and notified there.
     The head of a call waits until every rank has acknowledged the call before, and the last worker
     acknowledges this one. With two slots nobody does, and the head is folded into the launch. A notify of a
     flag that words carry has no counter. Invariant: one notify a task and channel, behind the task's last
@@ -127,7 +128,7 @@ def _to_peers(info: Moved, op: Op) -> tuple[Op, ...]:
     if not info.spread:
         return _to_everyone(info, op, ("ready", "arrived"), channel, count)
     return (
-        _with_peer(op, info.name, owner),
+        op if info.pulled else _with_peer(op, info.name, owner),
         _notify(info, ("ready", "arrived"), channel, count, owner, store.span),
     )
 

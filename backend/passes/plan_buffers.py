@@ -35,6 +35,10 @@ def plan_buffers(program: Op) -> Op:
         store @C.partial[%m, %n] (%c)
         %s = load_sum @C.parts[:, %m at m.start % 1024, %n] {own = @C.partial[%m, %n]}
 
+    Contributions that are pulled stay in a symmetric ``C.partial``, and the sum reads it on every rank::
+
+        %s = load_sum @C.partial[%m, %n] {remote = true}
+
     Shards lie one behind the other in rank order in a landing buffer. The sums of a reduce in two shots
     land in a buffer of their own, where every later read finds them. What peers write is a buffer of words where
     these signal themselves; what says so by a sentinel is emptied by the load that reads it. Where rows are
@@ -100,6 +104,8 @@ def _buffers(program: Op, tensor: Op, info: Moved) -> list[Op]:
             buffer("partial", dims, "local", info.name if inside and not read else ""),
             *([buffer("total", held, "local", f"{info.name}.partial" if inside else "")] * read),
         ]
+    if info.pulled:
+        return [buffer("partial", dims, "symmetric")]
     planned = [] if info.resource == "epilogue" else [buffer("partial", dims, "local")]
     planned.append(buffer("parts", (Expr.name("WORLD"), *held), "symmetric"))
     return [*planned, buffer("all", dims, "symmetric")] if info.shots == 2 else planned
@@ -168,6 +174,8 @@ def _rewrite(op: Op, infos: dict[str, Moved], cut: frozenset[Value]) -> Op:
     if op.ref is None or op.ref.symbol not in infos:
         return op
     info = infos[op.ref.symbol]
+    if op.name == "load_sum" and info.pulled:
+        return _pulled(op, info)
     if op.name == "load_sum":
         local = _at(info, op.ref.index, "local")
         return replace(op, ref=Ref(f"{info.name}.parts", (All(), *local)))  # type: ignore[arg-type]
@@ -228,11 +236,20 @@ def _sum(op: Op, info: Moved) -> Op:
     local = _at(info, index, "local")
     if info.resource == "none":
         return replace(op, ref=Ref(f"{info.name}.total", local))  # type: ignore[arg-type]
+    if info.pulled:
+        return _pulled(op, info)
     own = None
     if info.resource != "epilogue":
         own = Ref(f"{info.name}.partial", _at(info, index, "landing"))  # type: ignore[arg-type]
     parts = Ref(f"{info.name}.parts", (All(), *local))  # type: ignore[arg-type]
     return replace(op, name="load_sum", ref=parts).with_attrs(own=own)
+
+
+def _pulled(op: Op, info: Moved) -> Op:
+    """The sum of what all ranks have put at the same place of their own memory."""
+    assert op.ref is not None
+    place = Ref(f"{info.name}.partial", _at(info, op.ref.index, "landing"))  # type: ignore[arg-type]
+    return replace(op, name="load_sum", ref=place).with_attrs(remote=True)
 
 
 def _held(op: Op, info: Moved) -> Op:
@@ -242,7 +259,7 @@ def _held(op: Op, info: Moved) -> Op:
 
 def _contribution(op: Op, info: Moved) -> Op:
     assert op.ref is not None
-    if info.resource == "epilogue":
+    if info.resource == "epilogue" and not info.pulled:
         local = _at(info, op.ref.index, "local")
         return replace(op, ref=Ref(f"{info.name}.parts", (RANK, *local)))  # type: ignore[arg-type]
     return replace(op, ref=Ref(f"{info.name}.partial", _at(info, op.ref.index, "landing")))  # type: ignore[arg-type]

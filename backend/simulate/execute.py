@@ -407,16 +407,18 @@ class Runner:
 
     # Memory.
 
-    def see(self, ins: Load | Transfer, part: int, region: Region) -> None:
-        """A read: tell the detectors of it."""
+    def see(self, ins: Load | Transfer, part: int, region: Region, home: int | None = None) -> None:
+        """A read, in the memory of rank ``home`` or of this one: tell the detectors of it."""
         if region.row < 0:
             return
         task, machine = self.task, self.machine
+        home = task.rank if home is None else home
+        memory = machine.memories[home]
         if task.pending:
             # A task sees its own stores.
             kept = []
             for store in task.pending:
-                if store[0] == task.rank and store[1].symbol == region.symbol:
+                if store[0] == home and store[1].symbol == region.symbol:
                     machine.land(task, *store)
                 else:
                     kept.append(store)
@@ -427,10 +429,10 @@ class Runner:
         access = Access(ins.op, False, task, ins.place)
         place = self.geometry.slot(region.symbol, task.call)
         polled = task.call if isinstance(ins, Load) and ins.words and not ins.tma else -1
-        self.memory.trackers[place].read(region.row, access, view, polled)
+        memory.trackers[place].read(region.row, access, view, polled)
         if machine.versions is not None and machine.stale is None:
             try:
-                machine.versions.read(self.memory, place, ins, part, region, task.call, task)
+                machine.versions.read(memory, place, ins, part, region, task.call, task)
             except VersionError as error:
                 # A race says more of the same fault; this is what remains if none is found.
                 machine.stale = error
@@ -453,13 +455,14 @@ class Runner:
                 if began is not None:
                     np.maximum(task.clock, began, out=task.clock)
 
-    def _value(self, region: Region) -> torch.Tensor:
+    def _value(self, region: Region, home: int | None = None) -> torch.Tensor:
         place = self.geometry.slot(region.symbol, self.task.call)
-        return self.memory.tensor(self.geometry.decls[region.symbol], place)[region.key]
+        memory = self.memory if home is None else self.machine.memories[home]
+        return memory.tensor(self.geometry.decls[region.symbol], place)[region.key]
 
     def _load(self, ins: Load) -> None:
         for number, part in enumerate(ins.parts):
-            self.see(ins, number, part)
+            self.see(ins, number, part, ins.homes[number] if ins.homes else None)
         if self.machine.values:
             self._take(ins)
         for part in ins.parts if ins.empty else ():
@@ -482,7 +485,8 @@ class Runner:
         op, result = ins.op, ins.op.results[0]
         dtype = TORCH_DTYPES[result.type.dtype]
         if op.name == "load_sum":
-            terms = [self._value(part) for part in ins.parts]
+            homes = ins.homes or (None,) * len(ins.parts)
+            terms = [self._value(*at) for at in zip(ins.parts, homes, strict=True)]
             if ins.own:
                 terms.insert(self.task.rank, self.values[ins.own])
             total = terms[0].float()

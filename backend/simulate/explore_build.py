@@ -580,7 +580,10 @@ class Builder:
                 self._touch(at, at.rank, ref, WRITE)
             return
         for source in range(self.geometry.world):
-            if own is not None and source == at.rank:
+            if op.get("remote"):
+                if not op.operands or source != at.rank:
+                    self._touch(at, source, op.ref, kind)
+            elif own is not None and source == at.rank:
                 self._touch(at, at.rank, own, kind)
             elif not op.operands or source != at.rank:
                 part = Ref(op.ref.symbol, (Expr.const(source), *op.ref.index[1:]))

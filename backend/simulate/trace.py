@@ -95,6 +95,7 @@ class Pure:
 class Load:
     """A read of this rank's memory; ``parts`` has one region, or one a source rank for ``load_sum``.
 
+    ``homes``: in whose memory each part lies, where that is not this rank's for all of them.
     ``own``: the value that is the part of this rank, whose region is left out then; "" where there is none.
     ``words``: it polls words that signal themselves; ``empty``: and empties them.
     """
@@ -108,6 +109,7 @@ class Load:
     own: str = ""
     words: bool = False
     empty: bool = False
+    homes: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -484,21 +486,28 @@ class Tracer:
     def _load(self, op: Op) -> Load:
         assert op.ref is not None
         own, result = op.get("own"), op.results[0]
+        homes: tuple[int, ...] = ()
         if op.name == "load":
             when = op.get("when")
             there = when is not None and self.geometry.value(when, self.env)
             refs = [own if there else op.ref]
         else:
+            sources = [
+                source
+                for source in range(self.geometry.world)
+                if not op.operands or source != self.place.rank
+            ]
             refs = [
                 own
                 if own is not None and source == self.place.rank
                 else Ref(op.ref.symbol, (Expr.const(source), *op.ref.index[1:]))
-                for source in range(self.geometry.world)
-                if not op.operands or source != self.place.rank
+                for source in sources
             ]
+            if op.get("remote"):
+                homes, refs = tuple(sources), [op.ref] * len(sources)
         parts = tuple(self._region(op, ref) for ref in refs)
         shape = self.geometry.shape(result, self.env)
-        for part in parts if op.name == "load" else ():
+        for part in parts if op.name == "load" or homes else ():
             check_shape(op, op.symbol, part.shape, shape)
         if not result.type.shape:
             self._know(result.name, None)
@@ -506,7 +515,8 @@ class Tracer:
         mine = op.operands[0].name if op.operands else ""
         words = self._is_words(op.ref)
         empty = bool(op.get("empty"))
-        return Load(op, self.place, self._uid(op), parts, shape, tma, mine, words, empty)
+        uid = self._uid(op)
+        return Load(op, self.place, uid, parts, shape, tma, mine, words, empty, homes)
 
     def _is_words(self, ref: Ref) -> bool:
         return bool(self.geometry.decls[ref.symbol].op.get("words"))

@@ -386,7 +386,7 @@ class AccessMachine(TileCalls):
                 self.unclear("a load from something that is no address")
             lo, hi, axes = self.region(part, mask, on)
             home = full(part.home, self.lanes)
-            if np.any(home[on] != self.rank[on]):
+            if np.any(home[on] != self.rank[on]) and part.symbol not in self.layout.remote:
                 self.unclear("a read from memory of a peer")
             self.read(part.symbol, "generic", on, home, lo, hi, part.tokens)
             if shape not in (None, part.shape):
@@ -439,6 +439,8 @@ class AccessMachine(TileCalls):
             if (line, column) != key[:2] or symbol not in self.layout.parts | self.layout.own:
                 continue
             which = flow.lo[:, 0] if symbol in self.layout.parts else self.rank
+            if symbol in self.layout.remote:
+                which = flow.home
             rank = np.where(flow.have, which, rank)
             have |= flow.have
         return (rank, have) if have.any() else None

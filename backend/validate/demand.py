@@ -64,7 +64,8 @@ def _block(
             found[id(op)] = env.get(op.operands[0].name, {})
         elif op.name in ("load", "load_sum"):
             assert op.ref is not None
-            loads: Loads = {(id(op), False): (op, _read(op.ref, ranks, op.name == "load_sum"))}
+            stacked = op.name == "load_sum" and not op.get("remote")
+            loads: Loads = {(id(op), False): (op, _read(op.ref, ranks, stacked))}
             if op.get("own") is not None:
                 loads[id(op), True] = (op, _read(op["own"], ranks, False))
             for value in op.operands:  # this rank's part of a sum

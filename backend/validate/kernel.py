@@ -20,6 +20,7 @@ from tilelink.backend.validate.values import (
     Flow,
     Ints,
     Key,
+    Lattice,
     Mask,
     Name,
     Num,
@@ -28,6 +29,9 @@ from tilelink.backend.validate.values import (
     full,
 )
 from tilelink.ir.layout import COUNTERS, ENCODINGS, WORD
+
+
+ALIGNED = 16  # bytes at a multiple of which the widest access begins
 
 
 class KernelMachine(AccessMachine):
@@ -464,6 +468,77 @@ class KernelMachine(AccessMachine):
         """``device.tile_sum_parts``: the parts of all other ranks, and a tile of this one."""
         arrived = self.arrived(parts, step, inside, rank, world)
         return self.added(own, arrived, rank, world)
+
+    def on_device_remote_tile(
+        self, peers: Any, rank: Any, place: Any, corner: Any, dtype: Any, aligned: Any
+    ) -> Pointer:
+        """``device.remote_tile``: a place in the arena of any rank."""
+        return self.remote_tile(peers, rank, place, corner, self.dtype(dtype), aligned)
+
+    def remote_tile(
+        self, peers: Any, rank: Any, place: Any, corner: Any, dtype: str, aligned: Any
+    ) -> Pointer:
+        """A pointer to element ``corner`` of what lies at byte ``place`` of the arena of ``rank``."""
+        self.special(peers, "peers")
+        home = full(self.number(rank).v, self.lanes)
+        self.peer(home)
+        begin = self.arena(home, place, Name(f"tl.{dtype}"))
+        found = self.moved(begin, self.number(corner), self.node or ast.Pass())
+        if self.fenced(aligned) and np.any(full(found.base, self.lanes)[self.on] % ALIGNED):
+            self.hazard(f"a tile that is taken to begin at a multiple of {ALIGNED} bytes")
+        return found
+
+    def on_device_tile_sum_remote(
+        self,
+        own: Any,
+        peers: Any,
+        place: Any,
+        corner: Any,
+        offsets: Any,
+        inside: Any,
+        rank: Any,
+        world: Any,
+        aligned: Any,
+    ) -> Data:
+        """``device.tile_sum_remote``: the parts in the memories of all other ranks, and a tile of this one."""
+        dtype = Name(f"tl.{self.data(own).rounded or 'float32'}")
+        arrived = self.on_remote(peers, place, corner, offsets, inside, rank, world, aligned, dtype)
+        return self.added(own, arrived, rank, world)
+
+    def on_remote(
+        self,
+        peers: Any,
+        place: Any,
+        corner: Any,
+        offsets: Any,
+        inside: Any,
+        rank: Any,
+        world: Any,
+        aligned: Any,
+        dtype: Any,
+    ) -> Arrived:
+        """The same tile of the memory of every other rank."""
+        self.among(rank, world)
+        kind = self.dtype(dtype)
+        flows: dict[Key, Flow] = {}
+        node, before = self.node or ast.Pass(), (self.on, self.all)
+        for source in range(self.layout.world):
+            lanes = before[0] & (self.rank != source)
+            if not lanes.any():
+                continue
+            self.on, self.all = lanes, bool(lanes.all())
+            first = self.remote_tile(peers, Num(source), place, corner, kind, aligned)
+            if not isinstance(offsets, Lattice):
+                self.unclear("a tile without its offsets")
+            part = self.moved(first, offsets, node)
+            lo, hi, axes = self.region(part, inside, lanes)
+            lanes = lanes & np.all(hi > lo, axis=1)  # a part of columns past the end reads nothing
+            home = np.full(self.lanes, source, dtype=np.int64)
+            self.read(part.symbol, "generic", lanes, home, lo, hi, part.tokens)
+            key = (self.site[0], self.site[1] + source, part.symbol, 0)
+            flows[key] = Flow(part.symbol, lanes, home, lo, hi, axes)
+            self.on, self.all = before
+        return Arrived(part.shape, kind, flows)
 
     def added(self, own: Any, arrived: Any, rank: Any, world: Any) -> Data:
         """The sum of a tile of this rank and of those of all others that have ``arrived``."""

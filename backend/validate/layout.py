@@ -57,6 +57,8 @@ class Layout:
         # What is summed over ranks: the buffers of their parts, and of this rank's own part.
         sums = [op for op in program.walk() if op.name == "load_sum" and op.ref is not None]
         self.parts = frozenset(op.symbol for op in sums)
+        # Those of which each part lies on the rank that made it, where others read it.
+        self.remote = frozenset(op.symbol for op in sums if op.get("remote"))
         self.own = frozenset(op["own"].symbol for op in sums if op.get("own") is not None)
 
         # The axis over which a tensor, or what holds it, is moved: places along it need not be those of the whole.

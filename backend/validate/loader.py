@@ -113,6 +113,8 @@ class LoaderMachine(RoleMachine):
                 continue
             if not isinstance(part, Descriptor) or part.block != room.block:
                 self.unclear("a load of blocks of another shape than the tile's")
+            if part.peer is not None:
+                self.unclear("an operand in memory of a peer")
             if self.layout.declared[part.symbol]["dtype"] != room.dtype:
                 self.hazard(f"elements of @{part.symbol} in a tile of {room.dtype}")
             lo, hi = self.block(part, at, on)
@@ -129,7 +131,7 @@ class LoaderMachine(RoleMachine):
         assert self.loaded is not None
         on = flow.have
         if on.any():
-            self.read(flow.symbol, "tma", on, self.rank, flow.lo, flow.hi, tokens)
+            self.read(flow.symbol, "tma", on, flow.home, flow.lo, flow.hi, tokens)
             for step in np.unique(slot.step[on]).tolist():
                 place = self.loaded.content.setdefault((tile, step), [])
                 mine = on & (slot.step == step)
@@ -188,6 +190,56 @@ class LoaderMachine(RoleMachine):
             lo, hi = np.column_stack((source, first)), np.column_stack((source + 1, last))
             flow = Flow(symbol, self.on.copy(), self.rank, lo, hi, (1, 2))
             self.lands(slot, known[0], flow, tokens)
+            self.asked(room)
+
+    def on_roles_fetch_remote(
+        self,
+        ring: Any,
+        step: Any,
+        parts: Any,
+        row: Any,
+        column: Any,
+        room: Any,
+        rank: Any,
+        world: Any,
+    ) -> None:
+        """``roles.fetch_remote``: a step for the part in the memory of every other rank, in rank order."""
+        assert self.loaded is not None
+        self.task()
+        self.among(rank, world)
+        ranks = range(self.layout.world)
+        if not isinstance(parts, tuple) or len(parts) != len(ranks) or not isinstance(room, Room):
+            self.unclear("parts that are not one a rank, or that land nowhere")
+        known = [n for n, r in enumerate(self.loaded.rooms) if r is room]
+        if not known or room.count != self.loaded.ring.slots:
+            self.unclear("parts that land in memory of another shape")
+        for number, part in enumerate(parts):
+            if not isinstance(part, Descriptor) or part.flat or part.block != room.block:
+                self.unclear("parts that land in memory of another shape")
+            if part.peer != number or part.symbol != parts[0].symbol or part.slot is not None:
+                self.hazard(f"the part of rank {number} is read where another one's lies")
+        symbol = parts[0].symbol
+        if symbol not in self.layout.remote:
+            self.hazard(f"the program reads no parts of @{symbol} from other ranks")
+        if self.layout.declared[symbol]["dtype"] != room.dtype:
+            self.hazard(f"elements of @{symbol} in a tile of {room.dtype}")
+        dims = np.array(self.layout.dims[symbol])
+        first = np.stack([self.number_of(row), self.number_of(column)], axis=1)
+        last = first + np.array(room.block)
+        outside = np.any(first < 0, axis=1) | np.any(last > dims, axis=1)
+        if np.any(self.on & outside):
+            self.hazard(f"a box that does not lie inside of @{symbol}")
+        tokens: dict[int, Mask] = {}
+        for start in (self.number(row), self.number(column)):
+            for wait, mask in start.tokens.items():
+                tokens[wait] = tokens.get(wait, np.zeros_like(self.on)) | mask
+        at, size = self.number_of(step), int(np.prod(room.block)) * room.item
+        for number in ranks[:-1]:
+            source = np.where(self.rank <= number, number + 1, number)
+            slot = self.on_roles_claim(ring, Num(at + number), size)
+            self.lands(
+                slot, known[0], Flow(symbol, self.on.copy(), source, first, last, (0, 1)), tokens
+            )
             self.asked(room)
 
     def finished(self) -> None:

@@ -303,6 +303,7 @@ class GroupMachine(RoleMachine):
                     flows[key] = replace(
                         held,
                         have=held.have | have,
+                        home=np.where(have, home, held.home),
                         lo=np.where(wide, lo, held.lo),
                         hi=np.where(wide, hi, held.hi),
                     )
@@ -374,9 +375,11 @@ class GroupMachine(RoleMachine):
             part = self.held(self.part_of(cell, first, rows, 0), 0)
             source = np.where(self.rank <= number, number + 1, number)
             for flow in part.flows.values():
-                if len(flow.axes) != _CELL_AXES or flow.axes != (1, 2):
+                remote = flow.symbol in self.layout.remote
+                if flow.axes != ((0, 1) if remote else (1, 2)):
                     self.hazard(f"operands of @{flow.symbol} are added as parts of a sum")
-                if np.any(self.on & flow.have & (flow.lo[:, 0] != source)):
+                of = flow.home if remote else flow.lo[:, 0]
+                if np.any(self.on & flow.have & (of != source)):
                     self.hazard("the part of a rank is added where another one's belongs")
                 for one in (number, number + 1):
                     key = (self.site[0], self.site[1] + one, flow.symbol, 0)
@@ -393,6 +396,7 @@ class GroupMachine(RoleMachine):
         return replace(
             held,
             have=held.have | more.have,
+            home=np.where(more.have, more.home, held.home),
             lo=np.where(wide, more.lo, held.lo),
             hi=np.where(wide, more.hi, held.hi),
         )
@@ -534,6 +538,8 @@ class GroupMachine(RoleMachine):
     on_device_delayed_counted_all_notify = on_device_delayed_tile_notify
     on_roles_sum_parts = KernelMachine.on_device_tile_sum_parts
     on_roles_read_parts = KernelMachine.arrived
+    on_roles_sum_remote = KernelMachine.on_device_tile_sum_remote
+    on_roles_read_remote = KernelMachine.on_remote
     on_roles_add_parts = KernelMachine.added
     on_roles_delayed_tile_notify = KernelMachine.on_device_delayed_tile_notify
     on_roles_delayed_peer_notify = KernelMachine.on_device_delayed_peer_notify

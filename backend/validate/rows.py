@@ -400,6 +400,7 @@ class Rows:
                 np.array_equal(a, b)
                 for a, b in (
                     (other.task, access.task),
+                    (other.home, access.home),
                     (other.lo, access.lo),
                     (other.hi, access.hi),
                 )
@@ -429,7 +430,8 @@ class Rows:
         placed = axes_of(ref, lo.shape[1])
         offset, length = lo - access.lo[at], hi - lo
         n = len(some)
-        need: dict[str, Ints] = {}
+        need: dict[str, Ints] = {}  # elements by row and the rank in whose memory they lie
+        world = self.expected.world
         boxes: dict[str, list[Flow]] = {}
         along: dict[str, list[tuple[int, ...]]] = {}
         nowhere = np.zeros(n, dtype=bool)
@@ -441,7 +443,7 @@ class Rows:
                 by, tasks = self.order(other)
                 begin = np.searchsorted(tasks, task[some], side="left")
                 end = np.searchsorted(tasks, task[some], side="right")
-                need.setdefault(other.symbol, np.zeros(n, dtype=np.int64))
+                need.setdefault(other.symbol, np.zeros((n, world), dtype=np.int64))
                 along.setdefault(other.symbol, []).append(tuple(axes))
                 for step in range(int((end - begin).max()) if n else 0):
                     there = begin + step < end
@@ -460,10 +462,11 @@ class Rows:
                     gather(found, (0, 0, other.symbol, 0), flow, nowhere, True)
             # The turns of a loop make one box where they continue each other.
             for flow in found.values():
-                need[flow.symbol] += np.prod(flow.hi - flow.lo, axis=1) * flow.have
+                size = np.prod(flow.hi - flow.lo, axis=1) * flow.have
+                need[flow.symbol][np.arange(n), flow.home] += size
                 boxes.setdefault(flow.symbol, []).append(flow)
         starts = np.cumsum([0, *(len(t.lane) for t in parts)])
-        have = {symbol: np.zeros(n, dtype=np.int64) for symbol in need}
+        have = {symbol: np.zeros((n, world), dtype=np.int64) for symbol in need}
         for number, touch in enumerate(parts):
             mine = np.flatnonzero((some >= starts[number]) & (some < starts[number + 1]))
             if len(mine) == 0:
@@ -479,11 +482,12 @@ class Rows:
                         f"@{symbol} (line {line}) flows into this store of @{access.symbol} along "
                         "other axes than in the program",
                     )
-                first, last = flow.lo[local], flow.hi[local]
+                first, last, home = flow.lo[local], flow.hi[local], flow.home[local]
                 inside: Mask = ~on
                 for box in boxes.get(symbol, ()):
                     part: Mask = np.all(first >= box.lo[mine], axis=1)
                     part = part & np.all(last <= box.hi[mine], axis=1) & box.have[mine]
+                    part = part & (home == box.home[mine])
                     inside = inside | part
                 if not inside.all():
                     k = int(np.flatnonzero(~inside)[0])
@@ -497,15 +501,15 @@ class Rows:
                         f"@{access.symbol}, which should not",
                         f"the task: {self.expected.describe(int(task[some][mine[k]]))}",
                     )
-                have[symbol][mine] += np.prod(last - first, axis=1) * on
-        for symbol, size in need.items():
-            bad = np.flatnonzero(size != have[symbol])
+                have[symbol][mine, home] += np.prod(last - first, axis=1) * on
+        for symbol, sizes in need.items():
+            bad = np.argwhere(sizes != have[symbol])
             if len(bad):
-                k = int(bad[0])
+                k, rank = (int(x) for x in bad[0])
                 self.differs(
                     site,
-                    f"{int(have[symbol][k])} elements of @{symbol} flow into this store of "
-                    f"@{access.symbol}, where the program has {int(size[k])}",
+                    f"{int(have[symbol][k, rank])} elements of @{symbol} of rank {rank} flow into this store of "
+                    f"@{access.symbol}, where the program has {int(sizes[k, rank])}",
                     f"the task: {self.expected.describe(int(task[some][k]))}",
                 )
 

@@ -241,8 +241,11 @@ def _ack_writers(out: Expansion, words: Elements, ack: str) -> None:
 
 
 def _behind_head(out: Expansion, access: Access) -> None:
-    """Pushes come after `head`: before it, a peer may still read what the call before left there."""
-    if not access.write or not (access.home != access.rank).any():
+    """Writes come after `head`: before it, a peer may still read what the call before left there.
+
+    So does this rank's own memory, which peers may read as well as write.
+    """
+    if not access.write:
         return
     heads = {n for n, a in enumerate(out.agents) if a.name == "head"}
     after = ancestors(out)
@@ -264,7 +267,8 @@ def _acknowledged(
 ) -> None:
     """What others do to memory that ``rank`` could push to is known to its next head; to its own, at its end.
 
-    What ``rank`` does itself comes before its next call.
+    What others read of its own memory is known to its next head too: behind that it writes there again. What
+    ``rank`` does itself comes before its next call.
     """
     other = np.flatnonzero((home != rank) & (access.rank != rank))
     for node in np.unique(release[other]).tolist():
@@ -273,11 +277,13 @@ def _acknowledged(
             detail = f"rank {rank} has no acknowledgement of it when it begins the next call"
             _refuse(out, access, row, detail, access.op.span, weak(order.words))
     mine = np.flatnonzero((home == rank) & (access.rank != rank))
-    ended = order.reached[0][order.words.call("end", rank)]
+    ended = order.reached[0][order.words.call("end", rank)] if access.write else heard
     for node in np.unique(release[mine]).tolist():
         if not order.releases[node] & ended:
             row = int(mine[np.flatnonzero(release[mine] == node)[0]])
             detail = f"it may land when rank {rank} has ended the call already"
+            if not access.write:
+                detail = f"rank {rank} has no acknowledgement of it when it begins the next call"
             _refuse(out, access, row, detail, access.op.span, weak(order.words))
 
 

@@ -358,7 +358,9 @@ class Dataflow:
             if access.op.name == "load_sum":
                 self.fail(access, 0, "it holds sums already")
             return
-        if access.op.name == "load_sum" and not access.own:
+        if access.remote:
+            whose = access.home[inner]
+        elif access.op.name == "load_sum" and not access.own:
             whose = meeting.place(meeting.read_cell[mine])[:, 1]
         else:
             whose = access.rank[inner]

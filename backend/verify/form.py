@@ -32,7 +32,7 @@ WORDS = {
     "queue": ("static", "dynamic"),
     "space": ("symmetric", "local"),
 }
-SWITCHES = ("barrier", "proxy", "drain", "wide", "cleared", "folded", "empty")
+SWITCHES = ("barrier", "proxy", "drain", "wide", "cleared", "folded", "empty", "remote")
 Dim: TypeAlias = "str | int | None"  # a tile's length by its name, a number, or unknown
 
 
@@ -87,6 +87,14 @@ class _Checker:
 
     def queue(self, stage: Op) -> None:
         """Its length is made of the program's extents, which are the same on all ranks."""
+        if stage.get("positions") is not None:
+            lo, hi = stage["positions"]
+            if not 0 <= lo < hi:
+                _fail(stage, f"it has no positions {lo}..{hi}")
+            dynamic = {op.symbol for op in self.program.find("extent") if op.get("dynamic")}
+            named = set().union(*(Expr.of(e).names for e in stage["extent"]))
+            if stage.get("queue", "static") != "static" or named & dynamic:
+                _fail(stage, "some `positions` are of a static queue whose length is known")
         for extent in stage.get("extent", ()):
             if not Expr.of(extent).names <= self.env.keys():
                 _fail(stage, f"its extent `{extent}` is not made of the program's extents")
@@ -219,11 +227,13 @@ class _Checker:
         own = op.get("own")
         if op.name != "store" and op.operands:
             self.folded(op)
+        if op.get("remote"):
+            self.remote(op)
         for ref in (op.ref, own):
             if not isinstance(ref, Ref):
                 continue
             want = self.region(ref)
-            if op.name == "load_sum" and ref is op.ref:
+            if op.name == "load_sum" and ref is op.ref and not op.get("remote"):
                 want = want[1:]
             same = len(have) == len(want) and all(
                 a is None or b is None or a == b for a, b in zip(have, want, strict=True)
@@ -232,6 +242,15 @@ class _Checker:
                 shape = ", ".join("?" if d is None else str(d) for d in want)
                 detail = f"@{ref.symbol} has [{shape}] there, the value is {kind}"
                 _fail(op, detail)
+
+    def remote(self, op: Op) -> None:
+        """A sum of what lies at one place of all ranks' memories, this one's among them."""
+        assert op.ref is not None
+        declared = self.declared[op.symbol]
+        if declared.name != "buffer" or declared.get("space") != "symmetric":
+            _fail(op, "other ranks read symmetric buffers alone")
+        if op.get("own") is not None or declared.get("words"):
+            _fail(op, "a `remote` sum has no `own`, and is of no words")
 
     def folded(self, op: Op) -> None:
         """A sum of which this rank's part is a value: a tile like the others, rounded like them."""

@@ -31,7 +31,7 @@ CONTRIBUTED = ("scatter", "reduce")
 # Attributes that say how and when, never what; other rules hold them against the program.
 FREE = {
     "load": {"empty", "own", "when", "via", "wide"},
-    "load_sum": {"empty", "own", "via", "wide"},
+    "load_sum": {"empty", "own", "remote", "via", "wide"},
     "store": {"peer", "via", "wide", "final"},
     "for_tiles": {"tile", "segment", "segments", "visit", "part", "part_axis", "part_of", "extent"},
     "for_range": {"lo", "hi"},
@@ -478,7 +478,9 @@ class _Meaning:
         elif contributed and later:
             fits = mine.name == "load" and buffered and not total and stacked == 0
         elif contributed:
-            fits = (mine.name == "load_sum" and buffered and not total and stacked == 1) or (
+            # Parts lie one behind the other, or each on the rank that made it.
+            parts = 0 if mine.get("remote") else 1
+            fits = (mine.name == "load_sum" and buffered and not total and stacked == parts) or (
                 mine.name == "load" and total and stacked == 0
             )
         elif kind == "gather":

@@ -14,9 +14,11 @@ from tilelink.device.data import (
     peer_pointer,
     pointer,
     rank_copy_data,
+    remote_tile,
     tile_pull_data,
     tile_push_data,
     tile_sum_parts,
+    tile_sum_remote,
 )
 from tilelink.device.math import erf, power, tanh
 from tilelink.device.program import (
@@ -100,6 +102,7 @@ __all__ = [
     "tile_pull_data",
     "tile_push_data",
     "tile_sum_parts",
+    "tile_sum_remote",
     "wait_kernel",
 ]
 

@@ -94,6 +94,67 @@ def tile_sum_parts(own, parts, step, inside, rank, world: tl.constexpr):
 
 
 @triton.jit
+def remote_tile(peers, rank, place, corner, dtype: tl.constexpr, aligned: tl.constexpr):
+    """A pointer to element ``corner`` (int64) of what lies at byte ``place`` of the arena of ``rank``.
+
+    ``aligned``: it is a multiple of 16 bytes. Loads through it go over the link unless ``rank`` is this one; a wait
+    for that rank must come first.
+    """
+    pointer = peer_pointer(peers, rank, place, dtype) + corner
+    if aligned:
+        return tl.multiple_of(pointer, 16)
+    else:
+        return pointer
+
+
+@triton.jit
+def _remote_part(
+    peers,
+    source,
+    place,
+    corner,
+    offsets,
+    inside,
+    rank,
+    world: tl.constexpr,
+    dtype: tl.constexpr,
+    aligned: tl.constexpr,
+):
+    there = (rank != source) & (source < world)
+    # Where nothing is read, the address is one that there is.
+    known = tl.where(there, source, rank)
+    if inside is not None:
+        there = inside & there
+    pointers = remote_tile(peers, known, place, corner, dtype, aligned) + offsets
+    return tl.load(pointers, mask=there, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def tile_sum_remote(
+    own, peers, place, corner, offsets, inside, rank, world: tl.constexpr, aligned: tl.constexpr
+):
+    """:func:`tile_sum_parts` of parts that each lie at the same place of the arena of the rank that made them.
+
+    ``peers``: the table of arenas; the tile's first element is ``corner`` elements behind byte ``place`` of each,
+    its others ``offsets`` from there.
+    """
+    dtype: tl.constexpr = own.dtype
+    total = tl.where(own == own, 0.0, 0.0) * -1.0
+    first = _remote_part(peers, 0, place, corner, offsets, inside, rank, world, dtype, aligned)
+    second = _remote_part(peers, 1, place, corner, offsets, inside, rank, world, dtype, aligned)
+    third = _remote_part(peers, 2, place, corner, offsets, inside, rank, world, dtype, aligned)
+    for source in tl.range(0, world, num_stages=1):
+        fourth = _remote_part(
+            peers, source + 3, place, corner, offsets, inside, rank, world, dtype, aligned
+        )
+        total += tl.where(rank == source, own, first).to(tl.float32)
+        first = second
+        second = third
+        third = fourth
+    return total
+
+
+@triton.jit
 def rank_copy_data(source, target, count):
     """Copy ``count`` elements by all CTAs of the grid together, each a part of its own."""
     step = tl.num_programs(0) * _BLOCK

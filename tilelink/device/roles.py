@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from tilelink.device import keys
-from tilelink.device.data import tile_sum_parts
+from tilelink.device.data import remote_tile, tile_sum_parts, tile_sum_remote
 from tilelink.device.signal import (
     counted_tile_notify,
     drain_tma_stores,
@@ -87,6 +87,21 @@ def fetch_parts(
             ring, step + number, tiles.dtype.primitive_bitwidth // 8 * parts.block_type.numel
         )
         fetch(ring, slot, parts, source * rows + row, column, tiles)
+
+
+@gluon.jit
+def fetch_remote(ring, step, parts, row, column, tiles, rank, world: gl.constexpr):
+    """:func:`fetch_parts` of parts that lie at the same place of every rank's arena: loads over the link.
+
+    ``parts``: a descriptor a rank, of its arena. Each is named where it is used, as :func:`send` does.
+    """
+    for number in tl.static_range(world - 1):
+        bytes: gl.constexpr = tiles.dtype.primitive_bitwidth // 8 * parts[0].block_type.numel
+        slot = claim(ring, step + number, bytes)
+        if rank <= number:
+            fetch(ring, slot, parts[number + 1], row, column, tiles)
+        else:
+            fetch(ring, slot, parts[number], row, column, tiles)
 
 
 @gluon.jit
@@ -251,6 +266,34 @@ def read_parts(parts, step, inside, rank, world: gl.constexpr):
 
 
 @gluon.jit
+def read_remote(
+    peers,
+    place,
+    corner,
+    offsets,
+    inside,
+    rank,
+    world: gl.constexpr,
+    aligned: gl.constexpr,
+    dtype: gl.constexpr,
+):
+    """:func:`read_parts` of parts that each lie at the same place of the arena of the rank that made them.
+
+    The arguments are those of ``device.tile_sum_remote``.
+    """
+    arrived = ()
+    for number in tl.static_range(world - 1):
+        source = tl.where(rank <= number, number + 1, number)
+        pointers = remote_tile(peers, source, place, corner, dtype, aligned) + offsets
+        if inside is None:
+            one = tl.load(pointers, eviction_policy="evict_first")
+        else:
+            one = tl.load(pointers, mask=inside, other=0, eviction_policy="evict_first")
+        arrived = arrived + (one,)  # type: ignore[assignment]  # noqa: RUF005
+    return arrived
+
+
+@gluon.jit
 def add_parts(own, arrived, rank, world: gl.constexpr):
     """The sum of a tile over all ranks, fp32, in rank order: ``own``, this rank's, and what has ``arrived``.
 
@@ -304,6 +347,20 @@ def sum_parts(own, parts, step, inside, rank, world: gl.constexpr):
         return tile_sum_parts(own, parts, step, inside, rank, world)
     else:
         return add_parts(own, read_parts(parts, step, inside, rank, world), rank, world)
+
+
+@gluon.jit
+def sum_remote(
+    own, peers, place, corner, offsets, inside, rank, world: gl.constexpr, aligned: gl.constexpr
+):
+    """The sum of a tile over all ranks, fp32: ``device.tile_sum_remote`` for a role of four warps."""
+    if world > 8 or (world > 4 and own.shape[0] <= 64):
+        return tile_sum_remote(own, peers, place, corner, offsets, inside, rank, world, aligned)
+    else:
+        arrived = read_remote(
+            peers, place, corner, offsets, inside, rank, world, aligned, own.dtype
+        )
+        return add_parts(own, arrived, rank, world)
 
 
 @gluon.jit

@@ -26,13 +26,13 @@ ATTRIBUTES = {
     "arrivals": "count",
     "whole": "offset bytes workspace over axis first flatten_axis part_axis",
     "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded interleave relay "
-    "empty",
+    "empty pulled remote",
     "text": "file kernel schedule into offsets source table",
     "texts": "after",
     "ref": "alias carried own to through counter",
     "number": "value:full",
     "scalar": "value:constant",
-    "pair": "workers:stage",
+    "pair": "workers:stage positions",
 }
 KIND_OF = {word: kind for kind, words in ATTRIBUTES.items() for word in words.split()}
 CHOICES = {

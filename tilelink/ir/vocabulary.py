@@ -20,7 +20,7 @@ _TABLE = {
     "program": "world! bytes file kernel kernel_text schedule slots workspace",
     "extent": "value! dynamic least",
     "tensor": "dims! dtype! move! role! block channel_rows comm_tile in_place into offsets over "
-    "owner part_axis polled resource shots signal source table task_rows tasks_across tile",
+    "owner part_axis polled pulled resource shots signal source table task_rows tasks_across tile",
     "scalar": "dtype!",
     "buffer": "dims! dtype! space! alias offset words",
     "flag": "dims! carried cleared offset",
@@ -31,13 +31,13 @@ _TABLE = {
     "collective": "op! to! after",
     "finish": "",
     "flush": "drain",
-    "stage": "extent! tile! axis counter first flatten group interleave live queue segment segments visit "
+    "stage": "extent! tile! axis counter first flatten group interleave live positions queue segment segments visit "
     "workers",
     "for_tiles": "bounds extent part part_axis part_of segment segments tile visit",
     "for_range": "hi! lo!",
     "yield": "",
     "load": "empty own relay via when wide",
-    "load_sum": "empty own via wide",
+    "load_sum": "empty own remote via wide",
     "store": "final peer relay via wide",
     "wait": "compare count epoch if order proxy scope",
     "notify": "barrier count delay drain if order peer scope through",
