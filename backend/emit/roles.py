@@ -152,7 +152,9 @@ class Roles:
             worker = behind(begin, worker)
         # Behind a main loop that adds parts, what is the same for every tile stays inside of the loop:
         # kept in registers over the main loop, it would not fit.
-        adds = scope is self.multiply and any(op.name == "load_sum" for op in stage.walk())
+        # So would the addresses of other ranks' parts not, in the few registers of a loader.
+        sums = [op for op in stage.walk() if op.name == "load_sum"]
+        adds = any(scope is self.multiply or op.get("remote") for op in sums)
         tail = ", disable_licm=True" if adds else ""
         return f"for q in tl.range({worker}, {count}, {step}{tail}):"
 

@@ -15,6 +15,7 @@ from tilelink.backend.passes.order_tiles import order_tiles
 from tilelink.backend.passes.place_notifies import place_notifies
 from tilelink.backend.passes.place_waits import place_waits
 from tilelink.backend.passes.plan_buffers import plan_buffers
+from tilelink.backend.passes.share_workers import share_workers
 from tilelink.backend.passes.split_depth import split_depth
 from tilelink.ir import Op
 
@@ -25,6 +26,7 @@ PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
     ("fold-sums", fold_sums),
     ("choose-emitter", choose_emitter),
     ("choose-channels", choose_channels),
+    ("share-workers", share_workers),
     ("place-waits", place_waits),
     ("place-notifies", place_notifies),
     ("plan-buffers", plan_buffers),

@@ -39,6 +39,8 @@ FINE_CHANNELS = 8
 # Tiles of a source up to which each has a channel of its own where it is stored straight to the peers: a
 # signal that nothing has to count is the shorter way.
 FINE_TILES = 256
+# Channels of one source whose parts are pulled: the fewer tiles one has, the sooner those that add them can follow.
+PULLED_CHANNELS = 32
 # How words say that they are there, by the signal of a move.
 ENCODING = {"word": "epoch", "sentinel": "sentinel"}
 
@@ -129,6 +131,9 @@ def _slots(program: Op) -> Op:
 
 def _choose(program: Op, name: str, tensor: Op) -> Op:
     move = schedule_of(program).move(name)
+    if move.direction == "pull" and tensor["move"] != "gather":
+        _check_pulled(tensor, moved(program, name))
+        program = replace_declaration(program, tensor.with_attrs(pulled=True))
     info = moved(program, name)
     if info.kind == "gather" and move.resource == "epilogue":
         raise ScheduleError(
@@ -147,8 +152,6 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
                 )
         tile, rows = _input_channels(program, tensor, info, move)
     else:
-        if move.direction == "pull":
-            _check_pulled(tensor, info)
         if move.signal in ENCODING:
             _check_words(program, tensor, info)
         if move.signal == "sentinel":
@@ -165,7 +168,6 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             comm_tile=tile,
             channel_rows=rows,
             polled=ENCODING.get(move.signal),
-            pulled=True if move.direction == "pull" and info.kind != "gather" else None,
             in_place=info.kind == "gather" and move.resource != "none" and _in_place(program, info),
         ),
     )
@@ -343,6 +345,8 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
     if channels is None:
         channels = 1 if move.resource in ("copy_engine", "none") else FINE_CHANNELS
         if move.resource == "epilogue" and info.tasks_across == 1 and units <= FINE_TILES:
+            channels = units
+        if info.pulled and units <= PULLED_CHANNELS:
             channels = units
         if move.resource == "copy_engine" and folded(program, info.name):
             pieces = info.shard * _row_bytes(program, tensor, info) // COPY_BYTES

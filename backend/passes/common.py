@@ -417,6 +417,9 @@ def tasks_across(program: Op, stage: Op, skip: int | None) -> Expr | int:
 
 def tasks_of_stage(program: Op, stage: Op) -> Expr | int:
     """All tasks of ``stage`` on one rank."""
+    if stage.get("positions") is not None:
+        lo, hi = (int(x) for x in stage["positions"])
+        return hi - lo
     if stage.get("segment") is None:
         return tasks_across(program, stage, None)
     segment = int(stage["segment"])

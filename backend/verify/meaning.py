@@ -102,10 +102,10 @@ class _Meaning:
         computing = self.computing()
         while at < len(computing):
             stage, tiles = computing[at].op, computing[at].tiles
-            following = computing[at + 1] if at + 1 < len(computing) else None
-            if following is not None and self.sums_own(following.op):
-                done = self.shared(computing[at], following, done)
-                at += 2
+            makers, adders = self.sharers(computing[at:])
+            if adders:
+                done = self.shared(makers, adders, done)
+                at += len(makers) + len(adders)
                 continue
             at += 1
             relayed = self.relays(stage)
@@ -222,14 +222,28 @@ class _Meaning:
         """Whether a stage adds a contribution that it holds in registers to those of the other ranks."""
         return any(op.name == "load_sum" and op.operands for op in stage.walk())
 
-    def shared(self, first: Phase, second: Phase, done: int) -> int:
-        """Two stages that share the tiles of nest ``done``; the number of nests that are done with them.
+    def sharers(self, phases: list[Phase]) -> tuple[list[Phase], list[Phase]]:
+        """The stages at the head of ``phases`` that may share one nest: those that store what is summed, of which
+        the first is one, and those behind them that add it to what they hold. None of either otherwise."""
+        stored = _stored(phases[0].op)
+        count = next(
+            (n for n, p in enumerate(phases) if self.sums_own(p.op) or _stored(p.op) != stored),
+            len(phases),
+        )
+        end = next(
+            (n for n, p in enumerate(phases) if n >= count and not self.sums_own(p.op)), len(phases)
+        )
+        return (phases[:count], phases[count:end]) if 0 < count < end else ([], [])
 
-        The second does not store its contribution to X. In place of the store, which comes last, stands
+    def shared(self, makers: list[Phase], adders: list[Phase], done: int) -> int:
+        """Stages that share the tiles of nest ``done``; the number of nests that are done with them.
+
+        Those that add do not store their contribution to X. In place of the store, which comes last, stands
         all that the kernel does next to the sum of X on the same tile: the next nest, or the delivery of
-        an output, or where X is summed in two shots that the sum is handed on. The tiles of both are the
-        nest's, those of the second this rank's part.
+        an output, or where X is summed in two shots that the sum is handed on. The tiles of all are the
+        nest's, those of the stages that add this rank's part.
         """
+        first, second = makers[0], adders[0]
         if done == len(self.nests):
             self.fail(first.op, "the kernel has no such loop")
         nest = self.nests[done]
@@ -263,13 +277,19 @@ class _Meaning:
             replace(op, operands=last.operands if n == sums[0] else op.operands)
             for n, op in enumerate(tail)
         )
-        self.number, self.final = done, False
-        self.compare(first.op, made, (*self.prelude, *made.body))
         number = len(self.nests) if delivered else done + 1
-        self.turn = _Turn(tail[0], second.op, read.args, number, delivered and not relayed, relayed)
-        self.compare(second.op, made, (*self.prelude, *made.body[:-1], *tail))
-        self.relay = False
-        grids = [[tile for _, tile in phase.tiles] for phase in (first, second)]
+        for maker in makers:
+            self.number, self.final = done, False
+            loops = self.loops(maker.op, nest)
+            self.compare(maker.op, loops, (*self.prelude, *made.body))
+        for adder in adders:
+            self.number, self.final = done, False
+            loops = self.loops(adder.op, nest)
+            final = delivered and not relayed
+            self.turn = _Turn(tail[0], adder.op, read.args, number, final, relayed)
+            self.compare(adder.op, loops, (*self.prelude, *made.body[:-1], *tail))
+            self.relay = False
+        grids = [_together(phases) for phases in (makers, adders)]
         # Who sums which part is free, as where a stage of its own does.
         mine = parts_of(grids[1], read.lengths) if relayed else read.owned
         fault = partition_fault(grids[1], read.lengths, mine)
@@ -279,7 +299,7 @@ class _Meaning:
         rest = [None if part is None else others(part, self.out.world) for part in mine]
         fault = fault or partition_fault(grids[0], made.lengths, rest)
         if fault:
-            self.fail(second.op, f"its tasks, and those of the stage before it, {fault}")
+            self.fail(second.op, f"its tasks, and those of the stages beside it, {fault}")
         return done + (1 if delivered else 2)
 
     def delivery(self, name: str) -> Op:
@@ -555,6 +575,21 @@ class _Meaning:
         span: Span | None = op.span
         notes = () if theirs is None else (f"in the kernel: {op_line(theirs)}",)
         raise DataflowError(span, symbol=symbol, detail=detail, notes=notes)
+
+
+def _stored(stage: Op) -> set[str]:
+    """What a stage stores to."""
+    return {op.symbol for op in stage.walk() if op.name == "store" and op.ref is not None}
+
+
+def _together(phases: list[Phase]) -> list[Tile]:
+    """The tiles of several stages of the same loops as those of one."""
+    return [
+        Tile(*(np.concatenate(side, axis=1) for side in zip(*each, strict=True)))
+        for each in zip(
+            *([(t.start, t.stop, t.tile) for _, t in phase.tiles] for phase in phases), strict=True
+        )
+    ]
 
 
 def _ordering_only(op: Op) -> bool:

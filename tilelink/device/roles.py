@@ -96,8 +96,9 @@ def fetch_remote(ring, step, parts, row, column, tiles, rank, world: gl.constexp
     ``parts``: a descriptor a rank, of its arena. Each is named where it is used, as :func:`send` does.
     """
     for number in tl.static_range(world - 1):
-        bytes: gl.constexpr = tiles.dtype.primitive_bitwidth // 8 * parts[0].block_type.numel
-        slot = claim(ring, step + number, bytes)
+        slot = claim(
+            ring, step + number, tiles.dtype.primitive_bitwidth // 8 * parts[0].block_type.numel
+        )
         if rank <= number:
             fetch(ring, slot, parts[number + 1], row, column, tiles)
         else:
