@@ -59,7 +59,8 @@ class Machine:
     peer or to all together. ``copy_us`` is the fixed cost of a copy-engine copy, ``copy_signal_us`` of the
     four-byte copy that signals it, ``store_signal_us`` the time from a release in a kernel to its sight by
     a peer. ``worker_copy_gbps`` is what one worker moves with loads and stores, ``bulk_copy_gbps`` with
-    TMA, ``push_gbps`` with the stores of a tile alone. ``poll_us`` is one look of a worker at a flag.
+    TMA, ``push_gbps`` with the stores of a tile alone. ``read_gbps`` is what all workers together read from
+    memory of all peers; ``link_gbps`` where a description does not say. ``poll_us`` is one look of a worker at a flag.
     ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the start and of the
     end of a call, ``stream_us`` of handing over to a side stream and ``stream_wait_us`` of a
     stream's wait for a counter. ``collective_gbps`` is bus bandwidth by
@@ -90,6 +91,7 @@ class Machine:
     worker_copy_gbps: float
     bulk_copy_gbps: float
     push_gbps: float
+    read_gbps: float
     poll_us: float
     launch_us: float
     head_us: float
@@ -214,6 +216,7 @@ def _with_world(name: str, world: int) -> str:
 
 def _parse(found: dict[str, Any]) -> Machine:
     found = dict(found)
+    found.setdefault("read_gbps", found["link_gbps"])
     found["tflops"] = MappingProxyType(dict(found["tflops"]))
     found["emitters"] = MappingProxyType({n: Emitter(**e) for n, e in found["emitters"].items()})
     found["collective_gbps"] = MappingProxyType(

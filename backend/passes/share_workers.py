@@ -11,6 +11,7 @@ from tilelink.backend.passes.common import (
     folded,
     handed_on,
     moved,
+    schedule_of,
     substitute,
     tasks_of_stage,
     tensors_of,
@@ -20,6 +21,9 @@ from tilelink.ir import Expr, Op, Ref, Value
 # Tiles that a worker computes between one that it stores and the latest moment at which its notify is seen: the
 # notify is held back until another tile of the same warps, and these may have every other one of their worker's.
 NOTICE = 3
+# How long an own tile takes, by that of another: where a loader fetches what is added, while products are under
+# way, and where the worker itself reads it behind its product.
+FETCHED, READ = 1.1, 1.6
 
 
 def share_workers(program: Op) -> Op:
@@ -38,8 +42,8 @@ def share_workers(program: Op) -> Op:
         stage @C.own.rest {…, positions = [861, 1024]} do (%m.own.rest: tile, …) {…}
 
     A sum that is pulled is read over the link while its tile is computed: so these tiles are spread over the
-    call. Own tiles are as many as those of another rank's slice, so a rank's share of the workers takes them, in the
-    same order of places. They begin when the others are ahead by a channel and by what notifies take; the last are left to all
+    call. As many workers take them, in the same order of places, as keeps pace with the others, which have the tiles
+    of all other ranks. They begin when the others are ahead by a channel and by what notifies take; the last are left to all
     workers. That is for tiles of all ranks that take turns, of a number known before, where at least half of them
     are computed so. Invariants: the two parts of a queue are the queue; where one worker runs all of them, in the order
     of the text, each own tile comes behind all tiles of its place.
@@ -102,14 +106,16 @@ def _cut(
     """Tiles of other ranks' slices that come first, own tiles beside the rest of them, and the workers that
     compute these; None where it is not worth it."""
     workers, ranks = int(launch["workers"]), int(program["world"])
-    places, few = _count(program, own), int(launch["workers"]) // ranks
+    places = _count(program, own)
+    cost = FETCHED if schedule_of(program).emitter == "gluon" else READ
+    few = int(workers * cost / (ranks - 1 + cost))
     if not places or not 0 < few < workers or _count(program, others) != (ranks - 1) * places:
         return None
     info = moved(program, name)
     channel = int(Expr.of(info.tasks_of(Expr.const(0))).evaluate({}))
-    lag = channel + NOTICE * few
+    lag = channel + int(NOTICE * few / cost)
     rest = (ranks - 1) * (places - lag)
-    beside = min(places, rest * few // (workers - few)) if rest > 0 else 0
+    beside = min(places, int(rest / (workers - few) * few / cost)) if rest > 0 else 0
     if 2 * beside < places or beside == places:
         return None
     return (ranks - 1) * lag, beside, few

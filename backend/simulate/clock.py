@@ -21,7 +21,7 @@ from tilelink.backend.simulate.errors import DeadlockError
 from tilelink.backend.simulate.geometry import Geometry, Tile, bind_args
 from tilelink.backend.simulate.mirror import Asymmetric, Mirror, Piece
 from tilelink.backend.simulate.timeline import Segment, Timeline, Track, digit
-from tilelink.backend.simulate.walk import Cost, Element, Event, Move, Notify, Wait, Walker, Work
+from tilelink.backend.simulate.walk import Cost, Element, Event, Move, Notify, Read, Wait, Walker, Work
 from tilelink.ir import DTYPES, At, Expr, Op, Value
 from tilelink.schedules.costs import Code, task_us
 from tilelink.schedules.costs import Task as TaskCost
@@ -43,6 +43,7 @@ class _Task:
     # What the events come from, and how many of them have been taken.
     piece: Piece | None = None
     taken: int = 0
+    worked: float = 0.0  # how long its last product took
     seen: dict[int, list[Element]] = field(default_factory=dict)
 
 
@@ -401,6 +402,9 @@ class _Clock:
                 if took:
                     self._spend(task, now, took, "signal", f"signal {event.symbol}", "|")
                     return
+            elif isinstance(event, Read):
+                if self._read(task, event, now):
+                    return
             elif self._move(task, event, now):
                 return
         self._finished(task, now)
@@ -433,6 +437,8 @@ class _Clock:
         took = task_us(
             machine, work, stage.code, stage.share, stage.active, max(0.0, now - state.began)
         )
+        if cost.flops:
+            task.worked = took
         if self.alone or not cost.flops:
             return took
         # Copies and stores to peers draw on the same memory, cache and power.
@@ -585,6 +591,32 @@ class _Clock:
         task.arrives = max(task.arrives, done)
         label = f"{event.op.symbol} to rank {event.peer}"
         self._spend(task, now, done - now, "copy", label, digit(event.peer))
+        return True
+
+
+    def _read(self, task: _Task, event: Read, now: float) -> bool:
+        """Read bytes of peers; whether the task goes on later.
+
+        A loader asks for them while the product in front of them is computed.
+        """
+        if self.alone:
+            return False
+        machine, rank = self.machine, task.track.rank
+        target = self.ranks[rank]
+        peers = [state for n, state in enumerate(self.ranks) if n != rank] or [target]
+        ahead = task.worked if event.op.get("via") == "tma" else 0.0
+        begin, took = now - ahead, event.bytes / (machine.read_gbps * 1e3)
+        target.ingress = max(target.ingress, begin) + took
+        target.received += event.bytes
+        for state in peers:
+            state.egress = max(state.egress, begin) + took / len(peers)
+            state.sent += event.bytes / len(peers)
+        done = max(target.ingress, *(state.egress for state in peers)) + machine.link_latency_us
+        if not ahead:
+            done = max(done, now + event.bytes / (machine.worker_copy_gbps * 1e3))
+        if done <= now:
+            return False
+        self._spend(task, now, done - now, "copy", f"{event.op.symbol} of all ranks", task.glyph)
         return True
 
 

@@ -100,7 +100,15 @@ class Move:
     store: bool
 
 
-Event: TypeAlias = "Work | Wait | Notify | Move"
+@dataclass(slots=True)
+class Read:
+    """Bytes from memory of all other ranks, as much from each."""
+
+    op: Op
+    bytes: int
+
+
+Event: TypeAlias = "Work | Wait | Notify | Move | Read"
 
 _NOTHING = Cost()
 
@@ -156,6 +164,10 @@ class Walker:
                     cost = _NOTHING
                 assert op.ref is not None
                 size = self._bytes(op.ref)
+                if op.name == "load_sum":
+                    yield Read(op, size * (self.geometry.world - 1))
+                    cost = self.cost(op)
+                    continue
                 yield Move(op, size, self.geometry.value(op["peer"], self.env), True)
             else:
                 keep_scalar(op, self.values, self.env)
@@ -264,7 +276,12 @@ class Walker:
                 # Parts that a loader fetches are there when the product is done; what remains is to add them.
                 if op.get("via") == "tma":
                     return Cost(landed=size, elementwise=size / 2)
+                if op.get("remote"):  # they come over the link
+                    return Cost(elementwise=size / 2)
                 return Cost(sums=size, elementwise=size / 2)
+            if op.get("remote"):
+                size //= copies
+                return Cost(bytes=size, elementwise=size * copies / 2)
             # What a load empties it stores, too.
             touched = size * (2 if op.get("empty") else 1)
             return Cost(bytes=touched, elementwise=size / 2 if op.name == "load_sum" else 0.0)
@@ -290,4 +307,4 @@ def _weight(positions: list[tuple[Tile, ...]]) -> float:
 
 
 def _is_remote(op: Op) -> bool:
-    return op.name == "store" and op.get("peer") is not None
+    return (op.name == "store" and op.get("peer") is not None) or bool(op.get("remote"))
