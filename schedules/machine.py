@@ -216,7 +216,6 @@ def _with_world(name: str, world: int) -> str:
 
 def _parse(found: dict[str, Any]) -> Machine:
     found = dict(found)
-    found.setdefault("read_gbps", found["link_gbps"])
     found["tflops"] = MappingProxyType(dict(found["tflops"]))
     found["emitters"] = MappingProxyType({n: Emitter(**e) for n, e in found["emitters"].items()})
     found["collective_gbps"] = MappingProxyType(
@@ -227,4 +226,5 @@ def _parse(found: dict[str, Any]) -> Machine:
             for world, curves in found["collective_gbps"].items()
         }
     )
+    found.setdefault("read_gbps", found["link_gbps"])
     return Machine(**{field.name: found[field.name] for field in fields(Machine)})

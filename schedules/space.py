@@ -19,6 +19,7 @@ from tilelink.schedules.machine import Machine
 from tilelink.schedules.roles import PRODUCT_WARPS, TURNS, roles_of, room_bytes
 from tilelink.schedules.schedule import (
     COPIES,
+    DIRECTIONS,
     EMITTERS,
     SIGNALS,
     SUMS,
@@ -101,7 +102,7 @@ class Space:
         ]
         if self.kernel["world"] == 1:
             return [schedule]
-        made = (_made(schedule, moves=tuple(sorted(some))) for some in itertools.product(*options))
+        made = (_moving(schedule, tuple(sorted(some))) for some in itertools.product(*options))
         return [s for s in made if s is not None and legal(self.product, s) and self._walks(s)]
 
     def _walks(self, schedule: Schedule) -> bool:
@@ -211,10 +212,24 @@ def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
         axes["shots"] = (1, 2) if size <= SMALL_SUM else (2,)
     if resource == "epilogue":
         axes["signal"] = tuple(s for s in SIGNALS if size <= SMALL_WORDS[s])
+    if resource == "epilogue" and kind == "scatter":
+        axes["direction"] = DIRECTIONS
     axes["slots"] = (1, 2) if size <= SMALL_SUM else (1,)
     found = [dict(zip(axes, some, strict=True)) for some in itertools.product(*axes.values())]
+    # A stage of its own would read all that is pulled when everything else is done.
+    found = [one for one in found if not (one.get("direction") == "pull" and one["sum"] == "stage")]
     # In one shot no rank owns a part of the sum.
     return [one for one in found if not (one.get("shots") == 1 and one.get("sum") == "epilogue")]
+
+
+def _moving(schedule: Schedule, moves: tuple[tuple[str, Move], ...]) -> Schedule | None:
+    """``schedule`` with ``moves``, or None; tiles of all ranks take turns where a sum is pulled, so that reads
+    are spread over the call."""
+    pulled = any(move.direction == "pull" for _, move in moves)
+    found: Schedule | None = _made(
+        schedule, moves=moves, order="interleave" if pulled else schedule.order
+    )
+    return found
 
 
 def _made(base: Any, **changes: Any) -> Any:

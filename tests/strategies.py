@@ -32,11 +32,13 @@ from tilelink.schedules.schedule import ORDERS
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LIMIT = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-5}
 FOLDED = ("copy_engine-folded", "sm:2-folded", "epilogue-folded")
+# Parts of a scatter that are read where they were made.
+PULLED = ("epilogue-pull", "epilogue-pull-folded")
 # The same of a reduce, in two shots.
 FOLDED_TWO = ("copy_engine-two-folded", "sm:2-two-folded", "epilogue-two-folded")
 RESOURCES = {
     "ag_gemm": ("copy_engine", "sm:2", "none"),
-    "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED),
+    "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED, *PULLED),
     "gemm_ar": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED_TWO),
 }
 MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
@@ -44,11 +46,14 @@ MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
 
 def move_of(text: str, channels: int | None = None, tile: int | None = None) -> Move:
     """The move of a resource's name; ``-folded`` behind it puts the sum into the epilogue, ``-two`` asks for
-    two shots."""
+    two shots, ``-pull`` lets parts be read where they were made."""
     folded = text.endswith("-folded")
     text = text.removesuffix("-folded")
+    direction = "pull" if text.endswith("-pull") else "push"
+    text = text.removesuffix("-pull")
     resource, shots = text.removesuffix("-two"), 2 if text.endswith("-two") else None
-    return Move(resource, tile, channels, "epilogue" if folded else "stage", shots)
+    move = Move(resource, tile, channels, "epilogue" if folded else "stage", shots)
+    return replace(move, direction=direction)
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def cases(
 # (W: the world), moved tensors with their resources, optional tensors, whether whole numbers stay whole.
 GATHERS, SUMS = ("copy_engine", "sm:1", "sm:2", "none"), ("copy_engine", "sm:1", "epilogue", "none")
 # Of a scatter whose sum may stand in the epilogue of the loop that makes it.
-SCATTERS = (*SUMS, "copy_engine-folded", "sm:1-folded", "epilogue-folded")
+SCATTERS = (*SUMS, "copy_engine-folded", "sm:1-folded", "epilogue-folded", *PULLED)
 GEMM = {"M": "W", "N": "1", "K": "1"}
 FLOATS = ("bf16", "fp16", "fp32")
 

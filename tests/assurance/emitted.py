@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from tests.emitted_mutants import Mutant, mutants
-from tests.strategies import FOLDED, FOLDED_TWO, move_of
+from tests.strategies import FOLDED, FOLDED_TWO, PULLED, move_of
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
@@ -34,8 +34,8 @@ from tilelink.schedules import default_schedule
 RESOURCES = {
     "ag_gemm": ("copy_engine", "sm:2", "none"),
     "ag_gemm_swiglu": ("copy_engine", "sm:2", "none"),
-    "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED),
-    "gemm_rs_add": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED),
+    "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED, *PULLED),
+    "gemm_rs_add": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED, *PULLED),
     "gemm_ar": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED_TWO),
     "gemm_ar_add": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED_TWO),
 }

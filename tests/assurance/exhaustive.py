@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.assurance.report import finish, progress
-from tests.strategies import FOLDED, move_of
+from tests.strategies import FOLDED, PULLED, move_of
 from tilelink import kernels
 from tilelink.backend.mutate import mutants
 from tilelink.backend.pipeline import run_passes
@@ -31,7 +31,7 @@ MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
 TWO = ("copy_engine-two-folded", "sm:1-two-folded", "epilogue-two-folded")
 RESOURCES = {
     "ag_gemm": ("copy_engine", "sm:1", "sm:2", "none"),
-    "gemm_rs": ("copy_engine", "sm:1", "sm:2", "epilogue", "none", *FOLDED),
+    "gemm_rs": ("copy_engine", "sm:1", "sm:2", "epilogue", "none", *FOLDED, *PULLED),
     "gemm_ar": ("copy_engine", "sm:1", "sm:2", "epilogue", "none", *TWO),
 }
 SIZES = ((2, 3), (3, 1))  # ranks, tiles of a rank

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.strategies import FOLDED, move_of
+from tests.strategies import FOLDED, PULLED, move_of
 from tilelink import kernels
 from tilelink.backend import reference
 from tilelink.backend.mutate.judge import Trial
@@ -26,8 +26,8 @@ ADD = ("bias", "residual")
 FAMILIES: tuple[tuple[str, str, bool, tuple[str, ...]], ...] = (
     ("ag_gemm", "A", True, ("copy_engine", "sm:1", "sm:2", "none")),
     ("ag_gemm_swiglu", "A", True, ("copy_engine", "sm:1", "sm:2", "none")),
-    ("gemm_rs", "C", True, ("copy_engine", "sm:1", "sm:2", "epilogue", "none", *FOLDED)),
-    ("gemm_rs_add", "P", True, ("copy_engine", "sm:1", "sm:2", "epilogue", "none", *FOLDED)),
+    ("gemm_rs", "C", True, ("copy_engine", "sm:1", "sm:2", "epilogue", "none", *FOLDED, *PULLED)),
+    ("gemm_rs_add", "P", True, ("copy_engine", "sm:1", "sm:2", "epilogue", "none", *FOLDED, *PULLED)),
     ("gemm_ar", "C", False, ("copy_engine", "sm:1", "sm:2", "epilogue", "none")),
     ("gemm_ar_add", "P", False, ("copy_engine", "sm:1", "sm:2", "epilogue", "none")),
 )
@@ -129,8 +129,11 @@ def samples() -> list[Sample]:
                 found.append(replace(plain, tiles=2, columns=2, shots=2))
                 folded = f"{resource}-folded"
                 found.append(replace(plain, resource=folded, tiles=2, columns=2, shots=2))
-            if resource in ("epilogue", "sm:1"):
+            if resource in ("epilogue", "sm:1", *PULLED):
                 found.append(replace(plain, tiles=2, slots=2))
+            if resource == "epilogue-pull-folded" and kernel == "gemm_rs":
+                # Own tiles are computed beside the others'.
+                found.append(replace(plain, tiles=20, order="interleave"))
             if resource in ("copy_engine", "epilogue") and kernel in (
                 "ag_gemm",
                 "gemm_rs",

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tests.assurance.report import finish, progress
-from tests.strategies import Case
+from tests.strategies import PULLED, Case
 from tilelink.backend.expand import dims_of, environment
 from tilelink.backend.pipeline import run_passes
 from tilelink.backend.simulate.errors import DeadlockError
@@ -37,7 +37,7 @@ KERNELS = {"ag_gemm": ag_gemm, "gemm_rs": gemm_rs, "gemm_ar": gemm_ar}
 # these schedules do not have: they are left out.
 RESOURCES = {
     "ag_gemm": ("copy_engine", "sm:1", "sm:2"),
-    "gemm_rs": ("sm:1", "sm:2", "epilogue", "sm:2-folded", "epilogue-folded"),
+    "gemm_rs": ("sm:1", "sm:2", "epilogue", "sm:2-folded", "epilogue-folded", *PULLED),
     "gemm_ar": ("sm:1", "sm:2", "epilogue", "sm:2-two-folded", "epilogue-two-folded"),
 }
 

@@ -111,6 +111,8 @@ def cases(only: str = "") -> list[Case]:
         if kernel == "gemm_rs":
             others += ["copy_engine-folded", "sm:16-folded", "epilogue-folded", "epilogue-slots"]
             others += ["epilogue-slots-words", "epilogue-slots-sentinels"]
+            others += ["epilogue-pull", "epilogue-pull-folded", "epilogue-pull-folded-turned"]
+            others += ["epilogue-pull-slots", "epilogue-pull-folded-slots"]
         if kernel == "ag_gemm":
             others += ["sm:16-slots", "copy_engine-streams"]
             others += ["sm:16-spans", "copy_engine-spans"]
@@ -157,6 +159,7 @@ def cases(only: str = "") -> list[Case]:
         found += [Case(kernel, *s, r, emitter="library") for r in beside for s in shapes[:4]]
         found += [Case(kernel, *shapes[2], "none", dtype, "library") for dtype in ("fp16", "fp32")]
         folded = ("copy_engine-folded", "epilogue-folded", "epilogue-two-folded")
+        folded += ("epilogue-pull", "epilogue-pull-folded", "epilogue-pull-folded-turned")
         roles = ["copy_engine", *(r for r in others if r in ("epilogue", *folded))]
         # Two warp groups share tiles of at least 128 rows.
         found += [
@@ -175,7 +178,8 @@ def schedule_for(case: Case, world: int) -> Any:
     )
     # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots;
     # `-streams`: two streams; `-words`, `-sentinels`: data that signals itself, by an epoch beside it or alone;
-    # `-split`: sums in four parts; `-boxes`: workers copy boxes; `-spans`: tiles span shards.
+    # `-split`: sums in four parts; `-boxes`: workers copy boxes; `-spans`: tiles span shards; `-pull`: parts are
+    # read where they were made; `-turned`: tiles of all ranks take turns.
     resource, *words = case.resource.split("-")
     changes: dict[str, Any] = {}
     if words:
@@ -188,9 +192,11 @@ def schedule_for(case: Case, world: int) -> Any:
         changes["signal"] = "sentinel" if "sentinels" in words else changes["signal"]
     if "streams" in words:
         changes["streams"] = 2
+    changes["direction"] = "pull" if "pull" in words else "push"
     changes["copies"] = "boxes" if "boxes" in words else "rows"
     changes["spans"] = "spans" in words
     schedule = default_schedule(op).with_resource(resource)
+    schedule = replace(schedule, order="interleave" if "turned" in words else schedule.order)
     schedule = replace(schedule, emitter=case.emitter, split=4 if "split" in words else 1)
     if case.emitter == "gluon":
         tiles = (("K", 64), ("M", 128), ("N", 128))

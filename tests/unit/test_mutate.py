@@ -7,7 +7,7 @@ import pytest
 
 from tests.assurance.grid import Sample, samples
 from tests.dynamic import program_of
-from tests.strategies import FOLDED
+from tests.strategies import FOLDED, PULLED
 from tilelink.backend.mutate import CLASSES, OPERATORS, deletions, mutants
 from tilelink.backend.mutate.judge import prove
 from tilelink.backend.mutate.sites import replaced, sites
@@ -68,7 +68,7 @@ def test_grid_is_wide_enough() -> None:
         "gemm_ar_add",
     }
     plain = {"copy_engine", "sm:1", "sm:2", "epilogue", "none"}
-    assert {s.resource for s in chosen} == plain | set(FOLDED) | {"sm:1-folded"}
+    assert {s.resource for s in chosen} == plain | set(FOLDED) | {"sm:1-folded"} | set(PULLED)
     assert {s.shots for s in chosen if s.resource in FOLDED and s.emitter != "library"} == {
         None,
         2,

@@ -45,6 +45,8 @@ def schedules(draw: Any, tensor: str | None) -> Schedule:
         copies=draw(st.sampled_from(COPIES)) if resource[:2] == "sm" else "rows",
         spans=draw(st.sampled_from((False, False, True))),
     )
+    if move.resource == "epilogue":
+        move = replace(move, direction=draw(st.sampled_from(("push", "push", "pull"))))
     if (move.resource, move.slots, move.sum) == ("epilogue", 2, "stage"):
         move = replace(move, signal=draw(st.sampled_from(SIGNALS)))
     emitter = draw(st.sampled_from(EMITTERS))
