@@ -120,7 +120,7 @@ def queue(
     """The order of a tile loop or stage: for each variable a Tile of arrays ``[rows, positions]``.
 
     ``live``: elements of each segment that are there, the first ones. ``interleave``: positions take turns at
-    the segments. ``positions``: those of the order that the queue has, counted from the first of them. ``env`` binds row variables (RANK,
+    the segments. ``positions``: those of the order that the queue has. ``env`` binds row variables (RANK,
     outer loops) to arrays of length ``rows`` or to ints; only ``visit`` may depend on them. Raises TooLarge
     at ``op`` where there are too many.
     """

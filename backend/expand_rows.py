@@ -42,7 +42,8 @@ class Access:
     box is precisely what is touched, not only a bound. ``pair`` ties the two sides of a transfer.
     ``own`` marks what is read from an ``own`` reference. ``origin`` is the rank whose data a collective
     puts there. ``tma``: the access may go through the async proxy. ``wide``: its element offsets are
-    computed in 64 bits. ``remote``: a sum of what ranks have put at one place of their own memories. Of ``op``, rules read the name, the span and, of a collective, ``op``.
+    computed in 64 bits. ``remote``: a sum of what ranks have put at one place of their own memories. Of ``op``,
+    rules read the name, the span and, of a collective, ``op``.
     """
 
     op: Op

@@ -60,7 +60,8 @@ class Machine:
     four-byte copy that signals it, ``store_signal_us`` the time from a release in a kernel to its sight by
     a peer. ``worker_copy_gbps`` is what one worker moves with loads and stores, ``bulk_copy_gbps`` with
     TMA, ``push_gbps`` with the stores of a tile alone. ``read_gbps`` is what all workers together read from
-    memory of all peers; ``link_gbps`` where a description does not say. ``poll_us`` is one look of a worker at a flag.
+    memory of all peers; ``link_gbps`` where a description does not say. ``poll_us`` is one look of a worker at
+    a flag.
     ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the start and of the
     end of a call, ``stream_us`` of handing over to a side stream and ``stream_wait_us`` of a
     stream's wait for a counter. ``collective_gbps`` is bus bandwidth by

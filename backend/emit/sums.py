@@ -183,7 +183,9 @@ def _everywhere(scope: Scope, op: Op, name: str) -> tuple[str, str, str, str, st
     offsets, mask = _relative(scope, name, found)
     corner = f"{name}_at"
     scope.used.add(corner)
-    first, *rest = _corner(scope, "", found, token_of(scope, ref.symbol)) or ["tl.cast(0, tl.int64)"]
+    first, *rest = _corner(scope, "", found, token_of(scope, ref.symbol)) or [
+        "tl.cast(0, tl.int64)"
+    ]
     scope.writer.line(f"{corner} = {first}")
     for term in rest:
         scope.writer.line(f"{corner} += {term}")

@@ -39,7 +39,7 @@ FINE_CHANNELS = 8
 # Tiles of a source up to which each has a channel of its own where it is stored straight to the peers: a
 # signal that nothing has to count is the shorter way.
 FINE_TILES = 256
-# Channels of one source whose parts are pulled: the fewer tiles one has, the sooner those that add them can follow.
+# Channels of one source whose parts are pulled: the fewer tiles one has, the sooner who adds them can follow.
 PULLED_CHANNELS = 32
 # How words say that they are there, by the signal of a move.
 ENCODING = {"word": "epoch", "sentinel": "sentinel"}

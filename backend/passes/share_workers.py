@@ -42,18 +42,17 @@ def share_workers(program: Op) -> Op:
         stage @C.own.rest {…, positions = [861, 1024]} do (%m.own.rest: tile, …) {…}
 
     A sum that is pulled is read over the link while its tile is computed: so these tiles are spread over the
-    call. As many workers take them, in the same order of places, as keeps pace with the others, which have the tiles
-    of all other ranks. They begin when the others are ahead by a channel and by what notifies take; the last are left to all
-    workers. That is for tiles of all ranks that take turns, of a number known before, where at least half of them
-    are computed so. Invariants: the two parts of a queue are the queue; where one worker runs all of them, in the order
-    of the text, each own tile comes behind all tiles of its place.
+    call. As many workers take them, in the same order of places, as keeps pace with the others, which have the
+    tiles of all other ranks. They begin when the others are ahead by a channel and by what notifies take; the last
+    are left to all workers. That is for tiles of all ranks that take turns, of a number known before, where at
+    least half of the own ones are computed so. Invariants: the two parts of a queue are the queue; where one worker
+    runs all of them, in the order of the text, each own tile comes behind all tiles of its place.
     """
     for name, tensor in tensors_of(program).items():
         if tensor.get("pulled") and folded(program, name):
             program = program.with_ops(
                 tuple(
-                    _shared(program, op, name) if op.name == "launch" else op
-                    for op in program.body
+                    _shared(program, op, name) if op.name == "launch" else op for op in program.body
                 )
             )
     return program
@@ -100,9 +99,7 @@ def _count(program: Op, stage: Op) -> int:
     return tasks if isinstance(tasks, int) else 0
 
 
-def _cut(
-    program: Op, launch: Op, others: Op, own: Op, name: str
-) -> tuple[int, int, int] | None:
+def _cut(program: Op, launch: Op, others: Op, own: Op, name: str) -> tuple[int, int, int] | None:
     """Tiles of other ranks' slices that come first, own tiles beside the rest of them, and the workers that
     compute these; None where it is not worth it."""
     workers, ranks = int(launch["workers"]), int(program["world"])

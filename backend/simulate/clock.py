@@ -21,7 +21,17 @@ from tilelink.backend.simulate.errors import DeadlockError
 from tilelink.backend.simulate.geometry import Geometry, Tile, bind_args
 from tilelink.backend.simulate.mirror import Asymmetric, Mirror, Piece
 from tilelink.backend.simulate.timeline import Segment, Timeline, Track, digit
-from tilelink.backend.simulate.walk import Cost, Element, Event, Move, Notify, Read, Wait, Walker, Work
+from tilelink.backend.simulate.walk import (
+    Cost,
+    Element,
+    Event,
+    Move,
+    Notify,
+    Read,
+    Wait,
+    Walker,
+    Work,
+)
 from tilelink.ir import DTYPES, At, Expr, Op, Value
 from tilelink.schedules.costs import Code, task_us
 from tilelink.schedules.costs import Task as TaskCost
@@ -592,7 +602,6 @@ class _Clock:
         label = f"{event.op.symbol} to rank {event.peer}"
         self._spend(task, now, done - now, "copy", label, digit(event.peer))
         return True
-
 
     def _read(self, task: _Task, event: Read, now: float) -> bool:
         """Read bytes of peers; whether the task goes on later.

@@ -30,7 +30,6 @@ from tilelink.backend.validate.values import (
 )
 from tilelink.ir.layout import COUNTERS, ENCODINGS, WORD
 
-
 ALIGNED = 16  # bytes at a multiple of which the widest access begins
 
 

@@ -27,7 +27,12 @@ FAMILIES: tuple[tuple[str, str, bool, tuple[str, ...]], ...] = (
     ("ag_gemm", "A", True, ("copy_engine", "sm:1", "sm:2", "none")),
     ("ag_gemm_swiglu", "A", True, ("copy_engine", "sm:1", "sm:2", "none")),
     ("gemm_rs", "C", True, ("copy_engine", "sm:1", "sm:2", "epilogue", "none", *FOLDED, *PULLED)),
-    ("gemm_rs_add", "P", True, ("copy_engine", "sm:1", "sm:2", "epilogue", "none", *FOLDED, *PULLED)),
+    (
+        "gemm_rs_add",
+        "P",
+        True,
+        ("copy_engine", "sm:1", "sm:2", "epilogue", "none", *FOLDED, *PULLED),
+    ),
     ("gemm_ar", "C", False, ("copy_engine", "sm:1", "sm:2", "epilogue", "none")),
     ("gemm_ar_add", "P", False, ("copy_engine", "sm:1", "sm:2", "epilogue", "none")),
 )

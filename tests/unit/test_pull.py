@@ -1,4 +1,4 @@
-"""Parts of a scatter that are read where they were made: the form, the proof, the emitted text, what slips past none."""
+"""Parts of a scatter that are read where they were made: the form, the proof, the emitted text, the runs."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_mistake_is_refused(sum: str, slots: int, old: str, new: str) -> None:
         # With two slots nobody acknowledges, and nothing goes through TMA.
         assert slots == 2
         return
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - of the text, of its form, or of the proof
+    with pytest.raises(Exception) as caught:
         verify(parse_ir(changed))
     assert getattr(caught.value, "code", "") in {
         *(error.code for error in VerifyError.__subclasses__()),
@@ -118,7 +118,7 @@ def test_a_mistake_is_refused(sum: str, slots: int, old: str, new: str) -> None:
 def test_a_peer_that_still_reads_is_acknowledged_before_the_next_call_stores() -> None:
     """Without the wait of `head` the next call overwrites what another rank may still add."""
     text = re.sub(r" *wait @ack[^\n]*\n", "", print_ir(pulled("epilogue")))
-    with pytest.raises(VerifyError, match="reads @C.partial"):
+    with pytest.raises(VerifyError, match=r"reads @C\.partial"):
         verify(parse_ir(text))
 
 
@@ -210,12 +210,17 @@ def inputs(extents: dict[str, int], world: int, call: int) -> tuple[list[torch.T
 
 @pytest.mark.parametrize("backend", ["simulate", "interpret"])
 @pytest.mark.parametrize("slots", [1, 2])
-@pytest.mark.parametrize(("world", "sum", "order"), [(2, "stage", "auto"), (4, "epilogue", "auto"), (2, "epilogue", "interleave")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("world", "sum", "order"),
+    [(2, "stage", "auto"), (4, "epilogue", "auto"), (2, "epilogue", "interleave")],
+)
 def test_runs_are_exact(backend: str, slots: int, world: int, sum: str, order: str) -> None:
     extents, workers = {"M": 64 * world, "K": 32, "N": 32}, 3
     if order == "interleave":
         extents, workers = SHARED[world]
-    run = gemm_rs.on(backend, world=world, schedule=schedule(sum, slots, order=order, workers=workers))
+    run = gemm_rs.on(
+        backend, world=world, schedule=schedule(sum, slots, order=order, workers=workers)
+    )
     for call in range(1 + slots):
         a, b = inputs(extents, world, call)
         whole = torch.stack([x.float() @ y.float() for x, y in zip(a, b, strict=True)]).sum(0)

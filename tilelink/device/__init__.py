@@ -94,6 +94,7 @@ __all__ = [
     "rank_copy_data",
     "rank_notify",
     "rank_wait",
+    "remote_tile",
     "slot",
     "spoil",
     "store_words",

@@ -97,8 +97,8 @@ def tile_sum_parts(own, parts, step, inside, rank, world: tl.constexpr):
 def remote_tile(peers, rank, place, corner, dtype: tl.constexpr, aligned: tl.constexpr):
     """A pointer to element ``corner`` (int64) of what lies at byte ``place`` of the arena of ``rank``.
 
-    ``aligned``: it is a multiple of 16 bytes. Loads through it go over the link unless ``rank`` is this one; a wait
-    for that rank must come first.
+    ``aligned``: it is a multiple of 16 bytes. Loads through it go over the link unless ``rank`` is this one; a
+    wait for that rank must come first.
     """
     pointer = peer_pointer(peers, rank, place, dtype) + corner
     if aligned:

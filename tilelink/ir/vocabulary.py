@@ -31,8 +31,8 @@ _TABLE = {
     "collective": "op! to! after",
     "finish": "",
     "flush": "drain",
-    "stage": "extent! tile! axis counter first flatten group interleave live positions queue segment segments visit "
-    "workers",
+    "stage": "extent! tile! axis counter first flatten group interleave live positions queue segment segments "
+    "visit workers",
     "for_tiles": "bounds extent part part_axis part_of segment segments tile visit",
     "for_range": "hi! lo!",
     "yield": "",
