@@ -45,7 +45,7 @@ def share_workers(program: Op) -> Op:
     call. As many workers take them, in the same order of places, as keeps pace with the others, which have the
     tiles of all other ranks. They begin when the others are ahead by a channel and by what notifies take; the last
     are left to all workers. That is for tiles of all ranks that take turns, of a number known before, where at
-    least half of the own ones are computed so. Invariants: the two parts of a queue are the queue; where one worker
+    least half of the own ones are computed so. Invariants: two parts of a queue are the queue; where one worker
     runs all of them, in the order of the text, each own tile comes behind all tiles of its place.
     """
     for name, tensor in tensors_of(program).items():
