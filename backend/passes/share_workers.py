@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from tilelink.backend.expand import environment
 from tilelink.backend.passes.common import (
     accesses,
     folded,
@@ -21,9 +22,11 @@ from tilelink.ir import Expr, Op, Ref, Value
 # Tiles that a worker computes between one that it stores and the latest moment at which its notify is seen: the
 # notify is held back until another tile of the same warps, and these may have every other one of their worker's.
 NOTICE = 3
-# How long an own tile takes, by that of another: where a loader fetches what is added, while products are under
-# way, and where the worker itself reads it behind its product.
-FETCHED, READ = 1.1, 1.6
+# Elements of the depth that a worker could go through while it reads one part of a tile: where its loader fetches
+# that, with products under way, and where it reads it itself behind its product. Assumed, like the rate of the link.
+FETCHED, READ = 256, 700
+# An own tile takes as long as so many others at most: of shorter depths, reads are all that counts.
+MOST = 2.0
 
 
 def share_workers(program: Op) -> Op:
@@ -104,11 +107,13 @@ def _cut(program: Op, launch: Op, others: Op, own: Op, name: str) -> tuple[int, 
     compute these; None where it is not worth it."""
     workers, ranks = int(launch["workers"]), int(program["world"])
     places = _count(program, own)
-    cost = FETCHED if schedule_of(program).emitter == "gluon" else READ
+    cost = _cost(program, own)
     few = int(workers * cost / (ranks - 1 + cost))
     if not places or not 0 < few < workers or _count(program, others) != (ranks - 1) * places:
         return None
     info = moved(program, name)
+    if info.block != info.shard:
+        return None  # tiles that take turns at all blocks come in another order than those of one rank
     channel = int(Expr.of(info.tasks_of(Expr.const(0))).evaluate({}))
     lag = channel + int(NOTICE * few / cost)
     rest = (ranks - 1) * (places - lag)
@@ -116,6 +121,15 @@ def _cut(program: Op, launch: Op, others: Op, own: Op, name: str) -> tuple[int, 
     if 2 * beside < places or beside == places:
         return None
     return (ranks - 1) * lag, beside, few
+
+
+def _cost(program: Op, own: Op) -> float:
+    """How long an own tile takes, by that of another."""
+    names = environment(program)
+    loops = (op for op in own.body if op.name == "for_tiles" and op.get("extent") is not None)
+    depth = sum(int(Expr.of(op["extent"][0]).evaluate(names)) for op in loops)
+    part = FETCHED if schedule_of(program).emitter == "gluon" else READ
+    return min(MOST, 1 + part * (int(program["world"]) - 1) / max(1, depth))
 
 
 def _first(load: np.ndarray, low: int, high: int, count: int) -> int:

@@ -138,7 +138,7 @@ def samples() -> list[Sample]:
                 found.append(replace(plain, tiles=2, slots=2))
             if resource == "epilogue-pull-folded" and kernel == "gemm_rs":
                 # Own tiles are computed beside the others'.
-                found.append(replace(plain, tiles=20, order="interleave"))
+                found.append(replace(plain, tiles=20, workers=3, order="interleave"))
             if resource in ("copy_engine", "epilogue") and kernel in (
                 "ag_gemm",
                 "gemm_rs",

@@ -26,7 +26,7 @@ from tilelink.schedules.machine import Machine
 
 SMALL = (("K", 16), ("M", 16), ("N", 16))
 # Own tiles are computed beside the others': of 2 and of 4 ranks.
-SHARED = {2: ({"M": 320, "K": 16, "N": 16}, 2), 4: ({"M": 1536, "K": 16, "N": 16}, 8)}
+SHARED = {2: ({"M": 320, "K": 16, "N": 16}, 3), 4: ({"M": 1536, "K": 16, "N": 16}, 8)}
 ROLES = {"M": 1024, "K": 128, "N": 256}
 # With roles, so many places that own tiles can follow the others.
 ROLES_SHARED = {"M": 8192, "K": 128, "N": 256}
