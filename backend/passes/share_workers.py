@@ -39,10 +39,10 @@ def share_workers(program: Op) -> Op:
 
     After, of 132 workers of 4 ranks::
 
-        stage @C.gemm {…, positions = [0, 489]} do (%m: tile, %n: tile) {…}
-        stage @C.gemm.rest {…, positions = [489, 3072], workers = [33, 132]} do (%m.rest: tile, …) {…}
-        stage @C.own {…, positions = [0, 861], workers = [0, 33]} do (%m.own: tile, …) {…}
-        stage @C.own.rest {…, positions = [861, 1024]} do (%m.own.rest: tile, …) {…}
+        stage @C.gemm {…, positions = [0, 471]} do (%m: tile, %n: tile) {…}
+        stage @C.gemm.rest {…, positions = [471, 3072], workers = [38, 132]} do (%m.rest: tile, …) {…}
+        stage @C.own {…, positions = [0, 865], workers = [0, 38]} do (%m.own: tile, …) {…}
+        stage @C.own.rest {…, positions = [865, 1024]} do (%m.own.rest: tile, …) {…}
 
     A sum that is pulled is read over the link while its tile is computed: so these tiles are spread over the
     call. As many workers take them, in the same order of places, as keeps pace with the others, which have the
