@@ -65,9 +65,10 @@ class Move:
     columns, by TMA where that can have them, loaded once and stored into every peer. ``spans``: the tiles that
     read a gathered tensor are as long as ``tiles`` says, though they span the shards of several ranks: they wait
     for all of them, and this rank's rows are copied too. Else tiles end with each shard, and wait for that alone.
-    ``direction``: who carries the contributions to a scatter over the link. ``push``: the rank that made them,
-    into memory of the rank that sums them; ``pull``: that rank, which reads them where they were made when it adds
-    them. That is for the ``epilogue`` and the signal ``flag``: nothing is copied, and nothing stored to a peer.
+    ``direction``: who carries the contributions to a scatter, or to a reduce in two shots, over the link.
+    ``push``: the rank that made them, into memory of the rank that sums them; ``pull``: that rank, which reads
+    them where they were made when it adds them. That is for the ``epilogue`` and the signal ``flag``: nothing is
+    copied, and no contribution stored to a peer.
     """
 
     resource: str = "copy_engine"

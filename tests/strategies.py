@@ -34,6 +34,7 @@ LIMIT = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-5}
 FOLDED = ("copy_engine-folded", "sm:2-folded", "epilogue-folded")
 # Parts of a scatter that are read where they were made.
 PULLED = ("epilogue-pull", "epilogue-pull-folded")
+PULLED_TWO = ("epilogue-two-pull", "epilogue-two-pull-folded")
 # The same of a reduce, in two shots.
 FOLDED_TWO = ("copy_engine-two-folded", "sm:2-two-folded", "epilogue-two-folded")
 RESOURCES = {

@@ -175,12 +175,12 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
 
 def _check_pulled(tensor: Op, info: Moved) -> None:
     """ScheduleError unless each contribution to ``tensor`` is read by one other rank."""
-    if info.kind != "scatter":
+    if not info.spread:
         raise ScheduleError(
             tensor.span,
             field=f"moves.{info.name}.direction",
-            detail=f"`{info.name}` is reduced: every rank would read every contribution",
-            help="use push",
+            detail=f"`{info.name}` is reduced in one shot: every rank would read every contribution",
+            help="use push, or two shots",
         )
 
 

@@ -9,6 +9,7 @@ from tilelink.backend.passes.common import (
     RANK,
     WORLD,
     Moved,
+    accesses,
     handed_on,
     moved,
     start_of,
@@ -88,7 +89,8 @@ def _announce(program: Op, launch: Op, number: int) -> Op:
             if not stores:
                 continue
             if stores[0].get("relay"):
-                body[-1:] = _relayed(program, moved(program, name), stage, op)
+                before = sum(_relays(s, name) for s in launch.body[:number])
+                body[-1:] = _relayed(program, moved(program, name), stage, op, before)
                 continue
             if tensor["move"] not in MOVED:
                 places, here = handed_on(program, name), (launch.symbol, number)
@@ -133,8 +135,13 @@ def _to_peers(info: Moved, op: Op) -> tuple[Op, ...]:
     )
 
 
-def _relayed(program: Op, info: Moved, stage: Op, op: Op) -> tuple[Op, ...]:
-    """The store of a part's sum into every rank, and its notifies."""
+def _relays(stage: Op, name: str) -> bool:
+    """Whether a stage hands sums of a tensor on to every rank."""
+    return any(s.get("relay") for s in accesses(stage, name, "store"))
+
+
+def _relayed(program: Op, info: Moved, stage: Op, op: Op, before: int) -> tuple[Op, ...]:
+    """The store of a part's sum into every rank, and its notifies; ``before``: stages that did that already."""
     store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
     _, channel = _place(info, store)
     element = store.ref.index[info.axis]  # type: ignore[union-attr]
@@ -143,14 +150,14 @@ def _relayed(program: Op, info: Moved, stage: Op, op: Op) -> tuple[Op, ...]:
     rows = info.rows_of(channel)
     length = int(stage["tile"][variable])
     count = (rows + (length - 1)) // length * across
-    return _to_everyone(info, op, ("summed", "added"), channel, count)
+    return _to_everyone(info, op, ("summed", "added"), channel, count, str(before or ""))
 
 
 def _to_everyone(
-    info: Moved, op: Op, words: tuple[str, str], channel: Expr, count: Expr | int
+    info: Moved, op: Op, words: tuple[str, str], channel: Expr, count: Expr | int, again: str = ""
 ) -> tuple[Op, ...]:
     """A store into every rank, this one last, then the notifies of all: none waits for another one's store."""
-    d, p = (Value(f"{info.name}.{letter}", INDEX) for letter in "dp")
+    d, p = (Value(f"{info.name}.{letter}{again}", INDEX) for letter in "dp")
     store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
     peer = (RANK + 1 + Expr.name(d.name)) % WORLD
     sent = _with_peer(op, info.name, peer)

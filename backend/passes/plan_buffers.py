@@ -105,7 +105,8 @@ def _buffers(program: Op, tensor: Op, info: Moved) -> list[Op]:
             *([buffer("total", held, "local", f"{info.name}.partial" if inside else "")] * read),
         ]
     if info.pulled:
-        return [buffer("partial", dims, "symmetric")]
+        planned = [buffer("partial", dims, "symmetric")]
+        return [*planned, buffer("all", dims, "symmetric")] if info.shots == 2 else planned
     planned = [] if info.resource == "epilogue" else [buffer("partial", dims, "local")]
     planned.append(buffer("parts", (Expr.name("WORLD"), *held), "symmetric"))
     return [*planned, buffer("all", dims, "symmetric")] if info.shots == 2 else planned

@@ -23,7 +23,7 @@ from tilelink.ir import Expr, Op, Ref, Value
 # notify is held back until another tile of the same warps, and these may have every other one of their worker's.
 NOTICE = 3
 # Elements of the depth that a worker could go through while it reads one part of a tile: where its loader fetches
-# that, with products under way, and where it reads it itself behind its product. Assumed, like the rate of the link.
+# that, with products under way, and where it reads it itself behind its product. Both are assumed.
 FETCHED, READ = 256, 700
 # An own tile takes as long as so many others at most: of shorter depths, reads are all that counts.
 MOST = 2.0
@@ -113,7 +113,9 @@ def _cut(program: Op, launch: Op, others: Op, own: Op, name: str) -> tuple[int, 
         return None
     info = moved(program, name)
     if info.block != info.shard:
-        return None  # tiles that take turns at all blocks come in another order than those of one rank
+        return (
+            None  # tiles that take turns at all blocks come in another order than those of one rank
+        )
     channel = int(Expr.of(info.tasks_of(Expr.const(0))).evaluate({}))
     lag = channel + int(NOTICE * few / cost)
     rest = (ranks - 1) * (places - lag)

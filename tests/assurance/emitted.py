@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from tests.emitted_mutants import Mutant, mutants
-from tests.strategies import FOLDED, FOLDED_TWO, PULLED, move_of
+from tests.strategies import FOLDED, FOLDED_TWO, PULLED, PULLED_TWO, move_of
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
@@ -36,8 +36,8 @@ RESOURCES = {
     "ag_gemm_swiglu": ("copy_engine", "sm:2", "none"),
     "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED, *PULLED),
     "gemm_rs_add": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED, *PULLED),
-    "gemm_ar": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED_TWO),
-    "gemm_ar_add": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED_TWO),
+    "gemm_ar": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED_TWO, *PULLED_TWO),
+    "gemm_ar_add": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED_TWO, *PULLED_TWO),
 }
 MUTATED = ("ag_gemm", "gemm_rs", "gemm_ar")
 # What the library's products can be beside.
@@ -48,7 +48,7 @@ TILES = (("K", 64), ("M", 64), ("N", 128))
 ODD = {"M": 360, "N": 136, "K": 72}
 WIDE = {"M": 1024, "N": 1024, "K": 256}
 # What products with roles can be beside, and the tiles of both structures.
-ROLES = ("copy_engine", "epilogue", "none", *PULLED)
+ROLES = ("copy_engine", "epilogue", "none", *PULLED, *PULLED_TWO)
 ROLE_TILES = {
     "turns": (("K", 64), ("M", 64), ("N", 128)),
     "halves": (("K", 64), ("M", 128), ("N", 256)),

@@ -159,6 +159,7 @@ def samples() -> list[Sample]:
             if resource == "epilogue":
                 found += [replace(plain, tiles=2, slots=2, signal=s) for s in ("word", "sentinel")]
             if resource == "epilogue" and not by_rank:
+                found += [replace(plain, resource=r, tiles=2, columns=2, shots=2) for r in PULLED]
                 two = replace(plain, tiles=2, columns=2, shots=2, slots=2)
                 found += [replace(two, signal=s) for s in SIGNALS]
                 folded = f"{resource}-folded"

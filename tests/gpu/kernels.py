@@ -121,6 +121,7 @@ def cases(only: str = "") -> list[Case]:
             others += ["epilogue-two-slots", "epilogue-one-slots"]
             others += ["copy_engine-two-folded", "sm:16-two-folded", "epilogue-two-folded"]
             others += ["epilogue-two-folded-slots"]
+            others += ["epilogue-two-pull", "epilogue-two-pull-folded-turned"]
             others += ["epilogue-two-slots-words", "epilogue-one-slots-words"]
             others += ["epilogue-two-slots-sentinels", "epilogue-one-slots-sentinels"]
         found += [
@@ -160,6 +161,7 @@ def cases(only: str = "") -> list[Case]:
         found += [Case(kernel, *shapes[2], "none", dtype, "library") for dtype in ("fp16", "fp32")]
         folded = ("copy_engine-folded", "epilogue-folded", "epilogue-two-folded")
         folded += ("epilogue-pull", "epilogue-pull-folded", "epilogue-pull-folded-turned")
+        folded += ("epilogue-two-pull", "epilogue-two-pull-folded-turned")
         roles = ["copy_engine", *(r for r in others if r in ("epilogue", *folded))]
         # Two warp groups share tiles of at least 128 rows.
         found += [

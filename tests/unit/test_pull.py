@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -330,8 +331,6 @@ def test_the_clock_charges_reads_to_the_link() -> None:
             tiles=(("K", 64), ("M", 128), ("N", 128)),
             emitter="gluon", stages=5, workers=132, order=order,
         )  # fmt: skip
-        from dataclasses import replace
-
         program = run_passes(gemm_rs.build(extents, {}, 4), given)
         return predict(program, replace(machine, read_gbps=machine.read_gbps / slow))
 
@@ -346,10 +345,31 @@ def test_all_ranks_run_as_one_on_the_clock() -> None:
     assert timeline(program, machine).makespan == pytest.approx(predict(program, machine), rel=0.05)
 
 
-@pytest.mark.parametrize("kernel", [gemm_ar], ids=["gemm_ar"])
-def test_what_every_rank_would_read_is_refused(kernel: object) -> None:
-    op = kernel.build({"M": 64, "K": 32, "N": 32}, {}, 2)  # type: ignore[attr-defined]
-    with pytest.raises(ScheduleError, match="reduced"):
+def two_shots(sum: str, slots: int, order: str) -> Schedule:
+    given = schedule(sum, slots, order=order, workers=6)
+    return replace(given, moves=tuple((n, replace(m, shots=2)) for n, m in given.moves))
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize(
+    ("world", "sum", "order"),
+    [(4, "stage", "auto"), (2, "epilogue", "interleave"), (4, "epilogue", "auto")],
+)
+def test_the_first_of_two_shots_may_be_a_pull(world: int, sum: str, order: str, slots: int) -> None:
+    extents = {"M": 256, "K": 32, "N": 32}
+    given = two_shots(sum, slots, order)
+    program = compile_kernel(gemm_ar.build(extents, {}, world), given)
+    assert len(stages(program)) == (5 if order == "interleave" else 3)
+    validate(read_module(Source("emitted.py", emit(program))), program)
+    a, b = inputs(extents, world, 0)
+    whole = torch.stack([x.float() @ y.float() for x, y in zip(a, b, strict=True)]).sum(0)
+    for found in gemm_ar.on("simulate", world=world, schedule=given)(a, b):
+        assert torch.equal(found.float(), whole)
+
+
+def test_what_every_rank_would_read_is_refused() -> None:
+    op = gemm_ar.build({"M": 64, "K": 32, "N": 32}, {}, 2)
+    with pytest.raises(ScheduleError, match="one shot"):
         run_passes(op, schedule("stage"))
 
 
