@@ -48,7 +48,7 @@ TILES = (("K", 64), ("M", 64), ("N", 128))
 ODD = {"M": 360, "N": 136, "K": 72}
 WIDE = {"M": 1024, "N": 1024, "K": 256}
 # What products with roles can be beside, and the tiles of both structures.
-ROLES = ("copy_engine", "epilogue", "none", *PULLED, *PULLED_TWO)
+ROLES = ("copy_engine", "epilogue", "none", *PULLED)
 ROLE_TILES = {
     "turns": (("K", 64), ("M", 64), ("N", 128)),
     "halves": (("K", 64), ("M", 128), ("N", 256)),
