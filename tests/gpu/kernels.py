@@ -198,7 +198,9 @@ def schedule_for(case: Case, world: int) -> Any:
     changes["copies"] = "boxes" if "boxes" in words else "rows"
     changes["spans"] = "spans" in words
     schedule = default_schedule(op).with_resource(resource)
-    schedule = replace(schedule, order="interleave" if "turned" in words else schedule.order)
+    if "turned" in words:
+        # Of few workers, each has so many tiles that own ones are computed beside the others.
+        schedule = replace(schedule, order="interleave", workers=16)
     schedule = replace(schedule, emitter=case.emitter, split=4 if "split" in words else 1)
     if case.emitter == "gluon":
         tiles = (("K", 64), ("M", 128), ("N", 128))
