@@ -119,6 +119,8 @@ def _segments(
         if outer is not None:
             scope.names["i"] = outer
         end = multiply(f"({number} + 1)", within)
+        if walk.tasks is not None:
+            end = f"tl.minimum({end}, {walk.tasks[1]}) - {walk.begin}"
         left = scope.fresh("left")
         writer.line(f"{left} = tl.maximum({end} - q - {step}, 0)")
         writer.line(f"{turns} = tl.cdiv({left}, {step}) * {steps}")

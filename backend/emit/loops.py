@@ -24,6 +24,12 @@ class Walk:
     visit: Any = None
     group: int = 1
     interleave: bool = False
+    tasks: tuple[int, int] | None = None
+
+    @property
+    def begin(self) -> int:
+        """The position of the order that the queue begins with."""
+        return self.tasks[0] if self.tasks else 0
 
     @staticmethod
     def of(op: Op) -> Walk:
@@ -38,6 +44,7 @@ class Walk:
             op.get("visit"),
             int(op.get("group", 1)),
             bool(op.get("interleave")),
+            op.get("tasks"),
         )
 
 
@@ -141,6 +148,8 @@ def place_tile(
 
 def decode(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk, q: str) -> str:
     """Write the tile variables at queue position ``q``; returns the number of tiles a segment."""
+    if walk.begin:
+        q = scope.writer.let(scope.fresh(f"{tiles[walk.axis].name}_place"), f"{q} + {walk.begin}")
     tile_sizes = sizes(scope, op, tiles, walk)
     per, columns, segments = _counts(scope, walk, tile_sizes)
     axis = walk.axis
@@ -275,6 +284,8 @@ def _counts(scope: Scope, walk: Walk, tile_sizes: list[int]) -> tuple[str, list[
 
 def total(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk) -> str:
     """The number of positions of the queue, as text."""
+    if walk.tasks is not None:
+        return str(walk.tasks[1] - walk.tasks[0])
     per, columns, segments = _counts(scope, walk, sizes(scope, op, tiles, walk))
     return multiply(segments, per, *columns)
 

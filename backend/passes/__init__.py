@@ -16,6 +16,7 @@ from tilelink.backend.passes.place_notifies import place_notifies
 from tilelink.backend.passes.place_waits import place_waits
 from tilelink.backend.passes.plan_buffers import plan_buffers
 from tilelink.backend.passes.split_depth import split_depth
+from tilelink.backend.passes.split_tail import split_tail
 from tilelink.ir import Op
 
 PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
@@ -23,6 +24,7 @@ PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
     ("choose-shots", choose_shots),
     ("order-tiles", order_tiles),
     ("fold-sums", fold_sums),
+    ("split-tail", split_tail),
     ("choose-emitter", choose_emitter),
     ("choose-channels", choose_channels),
     ("place-waits", place_waits),

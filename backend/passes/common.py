@@ -414,6 +414,9 @@ def tasks_across(program: Op, stage: Op, skip: int | None) -> Expr | int:
 
 def tasks_of_stage(program: Op, stage: Op) -> Expr | int:
     """All tasks of ``stage`` on one rank."""
+    if stage.get("tasks") is not None:
+        lo, hi = stage["tasks"]
+        return int(hi) - int(lo)
     if stage.get("segment") is None:
         return tasks_across(program, stage, None)
     segment = int(stage["segment"])

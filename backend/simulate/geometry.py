@@ -215,6 +215,12 @@ class Geometry:
         )
         check_rows(count, "this queue or loop of tiles", op.span)
         found = list(self._order(op, env, extents, tiles))
+        if op.get("tasks") is not None:
+            lo, hi = op["tasks"]
+            if not 0 <= lo < hi <= len(found):
+                detail = f"positions {lo}..{hi} of a queue of {len(found)}"
+                raise BoundsError(op.span, symbol=op.symbol, detail=detail)
+            found = found[lo:hi]
         self._queues[key] = found
         return found
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import numpy as np
+
 from tilelink.backend.copying import copies_of
-from tilelink.backend.expand import environment, evaluate, tile_sizes
+from tilelink.backend.expand import environment, evaluate, loop_tiles, tile_sizes
 from tilelink.backend.passes.bind_emitter import Unfit, split_product
 from tilelink.backend.product import NotAProduct, product_of
 from tilelink.backend.verify.errors import UndecidedError
@@ -90,6 +92,15 @@ class _Checker:
         for extent in stage.get("extent", ()):
             if not Expr.of(extent).names <= self.env.keys():
                 _fail(stage, f"its extent `{extent}` is not made of the program's extents")
+        if stage.get("tasks") is None:
+            return
+        if any(op.get("dynamic") for op in self.program.find("extent")):
+            _fail(stage, "positions of a queue whose length is known at run time only")
+        ranks = np.arange(int(self.program["world"]), dtype=np.int64)
+        whole = loop_tiles(stage.with_attrs(tasks=None), {**self.env, "RANK": ranks}, len(ranks))
+        count = whole[0].start.shape[1]
+        if stage["tasks"][1] > count:
+            _fail(stage, f"its tasks end at position {stage['tasks'][1]} of {count}")
 
     def library(self, launch: Op) -> None:
         """The library's own kernel: one product a task, of whole matrices or of rows of one segment."""

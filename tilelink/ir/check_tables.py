@@ -32,7 +32,7 @@ ATTRIBUTES = {
     "ref": "alias carried own to through counter",
     "number": "value:full",
     "scalar": "value:constant",
-    "pair": "workers:stage",
+    "pair": "workers:stage tasks",
 }
 KIND_OF = {word: kind for kind, words in ATTRIBUTES.items() for word in words.split()}
 CHOICES = {

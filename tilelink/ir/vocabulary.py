@@ -31,12 +31,12 @@ _TABLE = {
     "collective": "op! to! after",
     "finish": "",
     "flush": "drain",
-    "stage": "extent! tile! axis counter first flatten group interleave live queue segment segments visit "
-    "workers",
+    "stage": "extent! tile! axis counter first flatten group interleave live queue segment segments tasks "
+    "visit workers",
     "for_tiles": "bounds extent part part_axis part_of segment segments tile visit",
     "for_range": "hi! lo!",
     "yield": "",
-    "load": "empty own relay via when wide",
+    "load": "empty late own relay via when wide",
     "load_sum": "empty own via wide",
     "store": "final peer relay via wide",
     "wait": "compare count epoch if order proxy scope",
