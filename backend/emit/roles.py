@@ -449,6 +449,11 @@ class Roles:
         """A tile of a tensor by addresses; matrices are laid out anew."""
         if op.get("own") is not None:
             raise refuse_roles(op, "a choice between two places behind the main loop")
+        if self._in_parts(op) and not scope.as_memory:
+            scope.as_products = True
+            access.load(scope, op)
+            scope.as_products = False
+            return
         access.load(scope, op.with_attrs(via=None) if op.get("via") else op)
         blocks = scope.blocks(op.results[0].type)
         if len(blocks) == 2 and not scope.as_memory:
@@ -503,6 +508,15 @@ class Roles:
                 stores = (o for top in product.epilogue for o in top.walk() if o.name == "store")
                 return all(self._leaves(op) for op in stores)
         return False
+
+    def _in_parts(self, op: Op) -> bool:
+        """Whether an access is of a part of a sum in fp32, which lies as products leave tiles: 32 bytes of a row are
+        a sector, and no shared memory is needed.
+        """
+        declared = self.program.symbols[op.symbol]
+        local = declared.name == "buffer" and declared["space"] == "local"
+        value = op.operands[0] if op.name == "store" else op.results[0]
+        return local and declared["dtype"] == value.type.dtype == "fp32" and len(value.type.shape) == 2
 
     def _leaves(self, op: Op) -> bool:
         """Whether a store can leave through TMA by way of the room that the role has."""
@@ -579,7 +593,9 @@ class Roles:
                     behind.add((rows, columns, dtype))
                 elif id(op) in self.direct and not summed:
                     found.add((rows, columns, dtype))
-                elif op is not product.landed and len(value.type.shape) > 1:
+                elif op is product.landed or self._in_parts(op):
+                    continue
+                elif len(value.type.shape) > 1:
                     extra = max(extra, part * item_bytes(dtype))
         if not found and len(behind) == 1:
             found = behind
@@ -605,6 +621,11 @@ class Roles:
         if decl["dtype"] != value.type.dtype:
             text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
         block = scope.blocks(value.type)
+        if self._in_parts(op) and not scope.as_memory:
+            scope.as_products = True
+            access.scatter(scope, op, text)
+            scope.as_products = False
+            return
         direct = self.room is not None and self.room[1] == decl["dtype"] and not scope.as_memory
         where = access.target(scope, op) if direct else None
         if where is not None and self.room is not None:

@@ -196,20 +196,19 @@ class _Cut:
         loop = self._loop(0)
         totals = loop.results
         own = tuple(Value(f"{v.name}.at0", v.type) for v in totals)
-        loads: list[Op] = []
-        adds: list[Op] = []
+        sums: list[Op] = []
         for tensor, total, so_far in zip(self.tensors, totals, own, strict=True):
             for number in range(1, len(self.parts)):
                 part = Value(f"{total.name}.at{number}", total.type)
-                load = self._access("load", tensor.symbol, number, part).with_attrs(late=True)
-                loads.append(load)
+                load = self._access("load", tensor.symbol, number, part)
                 last = number == len(self.parts) - 1
                 after = total if last else Value(f"{total.name}.to{number}", total.type)
                 pair = (so_far, part)
-                adds.append(make("add", results=(after,), operands=pair, span=loop.span))
+                add = make("add", results=(after,), operands=pair, span=loop.span)
+                sums += [load.with_attrs(late=True), add]
                 so_far = after
         begin = (*self.prelude, *self.found.before, replace(loop, results=own))
-        return self._named("tail", "tail", (*begin, *loads, *adds, *self.found.behind))
+        return self._named("tail", "tail", (*begin, *sums, *self.found.behind))
 
     def _loop(self, number: int) -> Op:
         """The loop over one part of the depth."""

@@ -121,20 +121,19 @@ def last_body(
     loop, columns = loop_of(nest), nest.args[1]
     at = nest.body.index(loop)
     own = tuple(Value(f"{v.name}.own.part", v.type) for v in loop.results)
-    loads: list[Op] = []
-    adds: list[Op] = []
+    sums: list[Op] = []
     for name, total, so_far in zip(names, loop.results, own, strict=True):
         for number in range(1, parts):
             part = Value(f"{total.name}.part.{number}", total.type)
             place = (Expr.const(number - 1), row, columns)
-            loads.append(make("load", ref=Ref(name, place), results=(part,)))
             after = (
                 total if number == parts - 1 else Value(f"{total.name}.upto.{number}", total.type)
             )
-            adds.append(make("add", operands=(so_far, part), results=(after,)))
+            sums.append(make("load", ref=Ref(name, place), results=(part,)))
+            sums.append(make("add", operands=(so_far, part), results=(after,)))
             so_far = after
     first = replace(_part(loop, 0, length), results=own)
-    return (*nest.body[:at], first, *loads, *adds, *nest.body[at + 1 :])
+    return (*nest.body[:at], first, *sums, *nest.body[at + 1 :])
 
 
 def together(tail: Tail) -> list[Tile]:
