@@ -141,8 +141,9 @@ def place_tile(
     block = block_of(scope, variable.name, size)
     length = str(size) if exact else f"({names['stop']} - {names['start']})"
     fits = block == size
+    bound = str(whole) if fits and whole is not None and not exact else ""
     scope.dims[variable.name] = Dim(
-        block, length, exact and fits, names["start"], names["stop"], fits, fits
+        block, length, exact and fits, names["start"], names["stop"], fits, fits, bound
     )
 
 

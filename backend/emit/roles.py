@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tilelink.backend.emit import access, body, epilogue, sums
+from tilelink.backend.emit import access, added, body, epilogue, sums
 from tilelink.backend.emit.held import Held
 from tilelink.backend.emit.kernel import turned
 from tilelink.backend.emit.loops import (
@@ -139,7 +139,9 @@ class Roles:
             worker = name
         # Behind a main loop that adds parts, what is the same for every tile stays inside of the loop:
         # kept in registers over the main loop, it would not fit.
-        adds = scope is self.multiply and any(op.name == "load_sum" for op in stage.walk())
+        adds = scope is self.multiply and any(
+            op.name == "load_sum" or added.part_of_sum(self.program, op) for op in stage.walk()
+        )
         tail = ", disable_licm=True" if adds else ""
         return f"for q in tl.range({worker}, {count}, tl.num_programs(0){tail}):"
 
@@ -449,7 +451,7 @@ class Roles:
         """A tile of a tensor by addresses; matrices are laid out anew."""
         if op.get("own") is not None:
             raise refuse_roles(op, "a choice between two places behind the main loop")
-        if self._in_parts(op) and not scope.as_memory:
+        if added.part_of_sum(self.program, op) and not scope.as_memory:
             scope.as_products = True
             access.load(scope, op)
             scope.as_products = False
@@ -508,15 +510,6 @@ class Roles:
                 stores = (o for top in product.epilogue for o in top.walk() if o.name == "store")
                 return all(self._leaves(op) for op in stores)
         return False
-
-    def _in_parts(self, op: Op) -> bool:
-        """Whether an access is of a part of a sum in fp32, which lies as products leave tiles: 32 bytes of a row are
-        a sector, and no shared memory is needed.
-        """
-        declared = self.program.symbols[op.symbol]
-        local = declared.name == "buffer" and declared["space"] == "local"
-        value = op.operands[0] if op.name == "store" else op.results[0]
-        return local and declared["dtype"] == value.type.dtype == "fp32" and len(value.type.shape) == 2
 
     def _leaves(self, op: Op) -> bool:
         """Whether a store can leave through TMA by way of the room that the role has."""
@@ -579,6 +572,8 @@ class Roles:
             # Behind a sum over ranks, tiles are worked on part by part.
             summed = any(op.name == "load_sum" for op in ops)
             part = rows * columns
+            if any(o.name == "load" and added.part_of_sum(self.program, o) for o in ops):
+                most = min(most, added.width_of(rows * len(product.loop.results), columns, GROUP_WARPS))
             if product.landed is not None:
                 part = rows * int(product.loop["tile"][0])
                 most = min(most, int(product.loop["tile"][0]))
@@ -593,7 +588,7 @@ class Roles:
                     behind.add((rows, columns, dtype))
                 elif id(op) in self.direct and not summed:
                     found.add((rows, columns, dtype))
-                elif op is product.landed or self._in_parts(op):
+                elif op is product.landed or added.part_of_sum(self.program, op):
                     continue
                 elif len(value.type.shape) > 1:
                     extra = max(extra, part * item_bytes(dtype))
@@ -621,7 +616,8 @@ class Roles:
         if decl["dtype"] != value.type.dtype:
             text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
         block = scope.blocks(value.type)
-        if self._in_parts(op) and not scope.as_memory:
+        if added.part_of_sum(self.program, op) and not scope.as_memory:
+            # As products leave tiles, 32 bytes of a row are a sector, and no shared memory is needed.
             scope.as_products = True
             access.scatter(scope, op, text)
             scope.as_products = False

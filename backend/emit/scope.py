@@ -53,7 +53,8 @@ class Dim:
 
     ``exact`` says that all are; ``ends`` that what lies past them lies past the axis too, where TMA
     reads zeros. ``start`` is the text of the first index of a loop tile, ``stop`` one past its last. ``fits``
-    says that a tile which is not short has no element past its end.
+    says that a tile which is not short has no element past its end. ``bound``: a number that no element of a tile
+    with ``fits`` reaches, but those past the end of a short one do; where there is none, it is empty.
     """
 
     block: int
@@ -63,6 +64,7 @@ class Dim:
     stop: str = ""
     ends: bool = False
     fits: bool = False
+    bound: str = ""
 
 
 def power_of_two(value: int) -> int:
