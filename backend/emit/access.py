@@ -22,6 +22,7 @@ class Axis:
     vector: str = ""  # index vector, where the tile is not a range
     own_start: bool = True  # starts where the loop tile does
     stride: int | Expr = 1
+    to_end: bool = False  # starts elsewhere, but the last tile of the loop ends with the axis
 
 
 def strides(scope: Scope, symbol: str) -> list[int | Expr]:
@@ -63,7 +64,10 @@ def axes(scope: Scope, op: Op, ref: Ref) -> list[Axis | None]:
 def _axis(scope: Scope, op: Op, item: Index, whole: Expr | int, step: int | Expr) -> Axis:
     if isinstance(item, At):
         name = item.value.name
-        return Axis(scope.expr(item.start), scope.dims[name], name, "", False, step)
+        dim, length = scope.dims[name], scope.program.constant(whole)
+        shift = scope.program.length(Expr.name(f"{name}.start"), item.start)
+        to_end = bool(dim.bound) and shift is not None and int(dim.bound) + shift == length
+        return Axis(scope.expr(item.start), dim, name, "", False, step, to_end)
     if isinstance(item, Value) and item.type.is_tile:
         return Axis(scope.dims[item.name].start, scope.dims[item.name], item.name, "", True, step)
     if isinstance(item, Value):
@@ -375,7 +379,7 @@ def _strays(pair: list[Axis], placed: Mapping[int, str]) -> frozenset[str]:
     found = set()
     for number, axis in enumerate(pair):
         assert axis.dim is not None
-        whole = axis.dim.ends and axis.own_start and number not in placed
+        whole = axis.dim.ends and (axis.own_start or axis.to_end) and number not in placed
         if not axis.dim.exact and not whole:
             found.add(axis.name)
     return frozenset(found)

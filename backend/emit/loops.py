@@ -108,8 +108,9 @@ def announce(scope: Scope, loop: Op) -> list[str]:
                 # As `place_tile` finds it: a load is made one way, before the loop and in it.
                 whole = None if limit is None else scope.program.constant(limit)
                 exact, fits = whole is not None and whole % int(size) == 0, block == size
+                bound = str(whole) if fits and whole is not None and not exact else ""
                 scope.dims[variable.name] = Dim(
-                    block, str(size), exact and fits, start, "", fits, fits
+                    block, str(size), exact and fits, start, "", fits, fits, bound
                 )
                 found.append(variable.name)
     return found

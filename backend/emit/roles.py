@@ -453,7 +453,7 @@ class Roles:
             raise refuse_roles(op, "a choice between two places behind the main loop")
         if added.part_of_sum(self.program, op) and not scope.as_memory:
             scope.as_products = True
-            access.load(scope, op)
+            access.load(scope, op.with_attrs(wide=True))
             scope.as_products = False
             return
         access.load(scope, op.with_attrs(via=None) if op.get("via") else op)
@@ -572,8 +572,11 @@ class Roles:
             # Behind a sum over ranks, tiles are worked on part by part.
             summed = any(op.name == "load_sum" for op in ops)
             part = rows * columns
-            if any(o.name == "load" and added.part_of_sum(self.program, o) for o in ops):
-                most = min(most, added.width_of(rows * len(product.loop.results), columns, GROUP_WARPS))
+            parts = sum(o.name == "load" and added.part_of_sum(self.program, o) for o in ops)
+            if parts:
+                sums = len(product.loop.results)
+                width = added.width_of(rows * sums, columns, parts // sums, GROUP_WARPS)
+                most = min(most, width)
             if product.landed is not None:
                 part = rows * int(product.loop["tile"][0])
                 most = min(most, int(product.loop["tile"][0]))
@@ -617,9 +620,10 @@ class Roles:
             text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
         block = scope.blocks(value.type)
         if added.part_of_sum(self.program, op) and not scope.as_memory:
-            # As products leave tiles, 32 bytes of a row are a sector, and no shared memory is needed.
+            # As products leave tiles, 32 bytes of a row are a sector, and no shared memory is needed. In 64 bits a
+            # thread has an address a row: columns are constants in the instruction.
             scope.as_products = True
-            access.scatter(scope, op, text)
+            access.scatter(scope, op.with_attrs(wide=True), text)
             scope.as_products = False
             return
         direct = self.room is not None and self.room[1] == decl["dtype"] and not scope.as_memory
