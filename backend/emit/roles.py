@@ -363,7 +363,9 @@ class Roles:
             return
         dim = scope.dims[variable.name]
         block = dim.block // 2
-        if not dim.exact and any(_places(op, variable) for op in product.epilogue):
+        # Parts of a sum are masked wherever they lie: of a half without rows there is none.
+        placed = (o for o in product.epilogue if not added.part_of_sum(self.program, o))
+        if not dim.exact and any(_places(op, variable) for op in placed):
             raise refuse_roles(
                 stage, "a tile with fewer rows in some places, whose halves go elsewhere"
             )

@@ -9,6 +9,7 @@ from tilelink.backend.passes.common import (
     RANK,
     WORLD,
     Moved,
+    accesses,
     handed_on,
     moved,
     start_of,
@@ -98,7 +99,7 @@ def _announce(program: Op, launch: Op, number: int) -> Op:
                 continue
             info = moved(program, name)
             if info.resource == "epilogue":
-                body[-1:] = _to_peers(info, op)
+                body[-1:] = _to_peers(info, op, _suffix(launch, number, name))
             elif info.resource != "none":
                 body.append(_locally(info, stores[-1]))
     return stage.with_ops(tuple(body))
@@ -119,13 +120,19 @@ def _locally(info: Moved, store: Op) -> Op:
     return make("notify", ref=Ref(f"{info.name}.done", index), span=store.span)
 
 
-def _to_peers(info: Moved, op: Op) -> tuple[Op, ...]:
+def _suffix(launch: Op, number: int, name: str) -> str:
+    """What makes names of stage ``number`` differ from those of an earlier stage that sends tiles of the same tensor."""
+    earlier = (s for stage in launch.body[:number] for s in accesses(stage, name, "store"))
+    return f".{number}" if any(not (s.get("final") or s.get("relay")) for s in earlier) else ""
+
+
+def _to_peers(info: Moved, op: Op, suffix: str) -> tuple[Op, ...]:
     """The store of a tile followed by its notify: to the owner, or for a reduce to every rank."""
     store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
     owner, channel = _place(info, store)
     count = info.tasks_of(channel)
     if not info.spread:
-        return _to_everyone(info, op, ("ready", "arrived"), channel, count)
+        return _to_everyone(info, op, ("ready", "arrived"), channel, count, suffix)
     return (
         _with_peer(op, info.name, owner),
         _notify(info, ("ready", "arrived"), channel, count, owner, store.span),
@@ -146,10 +153,15 @@ def _relayed(program: Op, info: Moved, stage: Op, op: Op) -> tuple[Op, ...]:
 
 
 def _to_everyone(
-    info: Moved, op: Op, words: tuple[str, str], channel: Expr, count: Expr | int
+    info: Moved,
+    op: Op,
+    words: tuple[str, str],
+    channel: Expr,
+    count: Expr | int,
+    suffix: str = "",
 ) -> tuple[Op, ...]:
     """A store into every rank, this one last, then the notifies of all: none waits for another one's store."""
-    d, p = (Value(f"{info.name}.{letter}", INDEX) for letter in "dp")
+    d, p = (Value(f"{info.name}.{letter}{suffix}", INDEX) for letter in "dp")
     store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
     peer = (RANK + 1 + Expr.name(d.name)) % WORLD
     sent = _with_peer(op, info.name, peer)
