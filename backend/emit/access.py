@@ -148,7 +148,7 @@ def place(
             continue
         stride = scope.expr(axis.stride, 5)
         if axis.dim is None:
-            wide = f"tl.cast({axis.start}, tl.int64)" if big else axis.start
+            wide = f"tl.cast({axis.start}, tl.int64)" if big and axis.start != "0" else axis.start
             scalars.append(times(wide, stride))
             continue
         start = plus(axis.start, token)
@@ -156,10 +156,12 @@ def place(
         text = axis.vector or scope.lanes(axis.name, axis.dim.block, position, rank)
         if start != "0":
             text = f"{start} + {text}"
-        if big:
-            text = f"tl.cast({text}, tl.int64)"
         name = f"{label}_{names[position]}"
         scope.used.add(name)
+        if big and not scope.writer.fits(f"{name} = tl.cast({text}, tl.int64)"):
+            text = scope.writer.let(name, text)
+        if big:
+            text = f"tl.cast({text}, tl.int64)"
         scope.writer.let(name, text)
         lift = lifted(position, rank)
         vectors.append(f"{name}{lift}" if stride == "1" else f"{name}{lift} * {stride}")
@@ -173,7 +175,10 @@ def place(
             elif axis.own_start and axis.dim.stop:
                 mask = f"{name} < {axis.dim.stop}"
             else:
-                mask = f"{name} < {plus(axis.start, axis.dim.length)}"
+                limit = plus(axis.start, axis.dim.length)
+                if not scope.writer.fits(f"{label}_mask0 = ({name} < {limit}){lift}"):
+                    limit = scope.writer.let(scope.fresh(f"{name}_end"), limit)
+                mask = f"{name} < {limit}"
             masks.append(f"({mask}){lift}" if lift else mask)
         position += 1
     pointer = base

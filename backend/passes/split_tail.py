@@ -45,12 +45,12 @@ def split_tail(program: Op) -> Op:
           … for_tiles … {extent = [2048], tile = [64]} … {… load @A[%m.p1, %k.p1 at k.p1.start + 2048] …}
           store @tail.C[0, %m.p1 at m.p1.start - 7168, %n.p1] (%acc.3.p1)
         }
-        stage @C.tail {…, first = 44, tasks = [660, 704]} do (%m.tail: tile, %n.tail: tile) {
+        stage @C.tail {…, first = 44, tasks = [660, 704]} do (%m.t: tile, %n.t: tile) {
           … for_tiles … {extent = [2048], tile = [64]} …
-          %acc.3.at1 = load @tail.C[0, %m.tail at m.tail.start - 7168, %n.tail] {late = true}
-          %acc.3.tail = add (%acc.3.at0, %acc.3.at1) : fp32[m.tail, n.tail]
-          %c.tail = cast (%acc.3.tail) : bf16[m.tail, n.tail]
-          store @C[%m.tail, %n.tail] (%c.tail)
+          %acc.3.at1.t = load @tail.C[0, %m.t at m.t.start - 7168, %n.t] {late = true}
+          %acc.3.t = add (%acc.3.at0.t, %acc.3.at1.t) : fp32[m.t, n.t]
+          %c.t = cast (%acc.3.t) : bf16[m.t, n.t]
+          store @C[%m.t, %n.t] (%c.t)
         }
 
     A part is of whole steps of the depth. Who has the first part of a tile adds the others, in order, behind its main loop,
@@ -208,7 +208,7 @@ class _Cut:
                 sums += [load.with_attrs(late=True), add]
                 so_far = after
         begin = (*self.prelude, *self.found.before, replace(loop, results=own))
-        return self._named("tail", "tail", (*begin, *sums, *self.found.behind))
+        return self._named("tail", "t", (*begin, *sums, *self.found.behind))
 
     def _loop(self, number: int) -> Op:
         """The loop over one part of the depth."""
