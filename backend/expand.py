@@ -120,9 +120,9 @@ def queue(
     """The order of a tile loop or stage: for each variable a Tile of arrays ``[rows, positions]``.
 
     ``live``: elements of each segment that are there, the first ones. ``interleave``: positions take turns at
-    the segments. ``tasks``: the positions lo..hi alone, of those that there are. ``env`` binds row variables (RANK,
-    outer loops) to arrays of length ``rows`` or to ints; only ``visit`` may depend on them. Raises TooLarge
-    at ``op`` where there are too many.
+    the segments. ``tasks``: the positions lo..hi alone, of those that there are. ``env`` binds row variables
+    (RANK, outer loops) to arrays of length ``rows`` or to ints; only ``visit`` may depend on them. Raises
+    TooLarge at ``op`` where there are too many.
     """
     length = extents[axis] if segment is None else segment
     count = (extents[axis] // length if length else 0) if segments is None else segments

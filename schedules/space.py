@@ -40,8 +40,8 @@ RING_STAGES = (6, 5, 4, 3)  # of a loader with a warp of its own: the deeper its
 GROUPS = (8, 4, 16)
 SPLITS = (1, 2, 4, 8)
 TAILS = (2, 3, 4)
-# Of the workers, those that have a tile in the last wave, from which on it is worth no parts; the shortest depth that
-# is; and the part of a tile's time that the last wave may take in parts.
+# Of the workers, those that have a tile in the last wave, from which on it is worth no parts; the shortest depth
+# that is; and the part of a tile's time that the last wave may take in parts.
 FULL_WAVE, TAIL_DEPTH, TAIL_TIME = 0.7, 1024, 0.75
 COPY_WORKERS = (4, 8, 16, 32, 64)
 CHANNELS = (None, 1, 2, 4, 8)

@@ -170,7 +170,7 @@ def place(
                 lanes = scope.lanes(axis.name, axis.dim.block, position, rank)
                 mask = f"{lanes} < {axis.dim.length}"
             elif axis.own_start and axis.dim.bound:
-                # One number for all tiles: what lies side by side is in or out together, as far as that can be divided.
+                # One number for all tiles: neighbours are in or out together, as far as it can be divided.
                 mask = f"{name} < {axis.dim.bound}"
             elif axis.own_start and axis.dim.stop:
                 mask = f"{name} < {axis.dim.stop}"

@@ -1,8 +1,8 @@
 """The end of a task that adds the parts which other tasks have of its depth, some columns after the other.
 
 A tile's own part and one that is added to it do not fit the registers of a thread together. Left to itself, the
-assembler asks for the next piece before it has added the last, and spills; so each piece is stored before the next is
-asked for.
+assembler asks for the next piece before it has added the last, and spills; so each piece is stored before the next
+is asked for.
 """
 
 from __future__ import annotations
@@ -52,8 +52,12 @@ def width_of(rows: int, columns: int, parts: int, warps: int) -> int:
 def ops(scope: Scope, tail: tuple[Op, ...]) -> bool:
     """Write ``tail``, which begins with sums of parts; false where it is no matter of columns alone."""
     count = next(
-        (n for n, op in enumerate(tail) if op.name not in ("load", "add")
-         or (op.name == "load" and not part_of_sum(scope.program, op))),
+        (
+            n
+            for n, op in enumerate(tail)
+            if op.name not in ("load", "add")
+            or (op.name == "load" and not part_of_sum(scope.program, op))
+        ),
         len(tail),
     )
     sums, rest = tail[:count], tail[count:]
@@ -99,4 +103,3 @@ def ops(scope: Scope, tail: tuple[Op, ...]) -> bool:
     scope.names.update(kept)
     body.ops(scope, told)
     return True
-

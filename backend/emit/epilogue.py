@@ -34,7 +34,7 @@ def role_each(world: int) -> int:
 
 
 def ops(scope: Scope, task: tuple[Op, ...]) -> None:
-    """The ops of a task; those from a sum on, over ranks or of parts, some columns at a time where the tile is large."""
+    """The ops of a task; those from a sum on, over ranks or of parts, some columns after the other."""
     at = next((n for n, op in enumerate(task) if op.name == "load_sum" and op.operands), len(task))
     parts = added.begins(scope, task)
     if parts is not None and parts < at:

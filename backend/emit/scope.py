@@ -244,7 +244,9 @@ class Scope:
     over: dict[str, Callable[[Scope, Op], None]] = field(default_factory=dict)
     grid: tuple[str, str] = ("", "")
     as_memory: bool = False
-    as_products: bool = False  # the next access is of tiles as products leave them, 8 bytes a thread
+    as_products: bool = (
+        False  # the next access is of tiles as products leave them, 8 bytes a thread
+    )
     # The name of the parts that the next folded sum adds, where they have been asked for.
     arrived: str = ""
     landed: int = 0  # columns of the parts that a loader fetches at a time for a folded sum; 0 where it does not

@@ -163,11 +163,12 @@ def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
     # With roles, operands stay in shared memory.
     through_registers = frozenset[str]() if roles else touched(launch.body)
     children: list[Op] = []
+    undrained = False  # whether TMA stores of stages so far may be under way, none of which signals
     for number, child in enumerate(launch.body):
         if child.name == "stage":
-            before = any(_leaves(op) for other in children for op in other.walk())
-            child, held = _stage(program, child, through_registers, roles, before)
+            child, held = _stage(program, child, through_registers, roles, undrained)
             children.append(child)
+            undrained |= not _signals(child) and any(map(_leaves, child.walk()))
             behind = launch.body[number + 1 : number + 2]
             if held and not (behind and behind[0].name == "flush"):
                 children.append(Op("flush", attrs=(("drain", True),), span=child.span))
@@ -194,9 +195,9 @@ def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
 
 
 def _stage(
-    program: Op, stage: Op, through_registers: frozenset[str], roles: bool, before: bool
+    program: Op, stage: Op, through_registers: frozenset[str], roles: bool, undrained: bool
 ) -> tuple[Op, bool]:
-    """The stage with its paths, and whether it holds a notify back; ``before``: an earlier stage stores through TMA.
+    """The stage with its paths, and whether it holds a notify back; ``undrained``: stores of an earlier one are.
 
     With ``roles`` a group holds back its own: its next tile, and not the worker's, comes in between. What
     it does not hold back it drains at once: the warps that store are not those that load the next tile.
@@ -250,7 +251,7 @@ def _stage(
 
     stage = rewrite(stage, mark)
     stores = any(map(_leaves, stage.walk()))
-    drains = (roles and (stores or before)) or (sends and stores)
+    drains = undrained or ((roles or sends) and stores)
     return (rewrite(stage, drain) if drains else stage), held
 
 

@@ -121,7 +121,7 @@ def _locally(info: Moved, store: Op) -> Op:
 
 
 def _suffix(launch: Op, number: int, name: str) -> str:
-    """What makes names of stage ``number`` differ from those of an earlier stage that sends tiles of the same tensor."""
+    """What makes names of stage ``number`` differ from those of an earlier one that sends tiles of ``name``."""
     earlier = (s for stage in launch.body[:number] for s in accesses(stage, name, "store"))
     return f".{number}" if any(not (s.get("final") or s.get("relay")) for s in earlier) else ""
 

@@ -40,9 +40,9 @@ def place_waits(program: Op) -> Op:
           wait @A.ready[m.start / 1024, 0] {if = m.start / 1024 != RANK}
           %a = load @A[%m, %k]
 
-    A read of a sum waits for every source; what is read late, a part of a product's depth, is waited for where it is
-    read. One that adds a contribution in registers (`load_sum` with
-    an operand) does so right before it, behind the loop that made the contribution. Invariant: every
+    A read of a sum waits for every source; one that adds a contribution in registers (`load_sum` with
+    an operand) does so right before it, behind the loop that made the contribution, and so does one that is
+    `late`: of what other tasks have of a product's depth. Invariant: every
     read of a moved or intermediate tensor is dominated by waits on all channels that its region meets.
     """
     stored: Stored = {}

@@ -101,16 +101,12 @@ def plain_nest(program: Op, nest: Op, refuse: Callable[[Op, str], NoReturn]) -> 
     before, behind = nest.body[:at], nest.body[at + 1 :]
     zeros = {op.results[0].name for op in before}
     if not loop.results or {v.name for v in loop.operands} != zeros:
-        refuse(
-            loop, "a loop over the depth that does not carry sums from zeros, and those alone"
-        )
+        refuse(loop, "a loop over the depth that does not carry sums from zeros, and those alone")
     made = {v.name: op for op in loop.body for v in op.results}
     sums = [made.get(v.name) for v in loop.body[-1].operands]
     for carried, result in zip(loop.args[1:], sums, strict=True):
         if result is None or result.name != "dot" or result.operands[2:] != (carried,):
-            refuse(
-                loop, "a loop over the depth that carries something else than sums of products"
-            )
+            refuse(loop, "a loop over the depth that carries something else than sums of products")
     stored = {op.symbol for op in nest.walk() if op.name == "store"}
     held = {v.name for v in (*loop.args[1:], *loop.body[-1].operands)}
     for op in loop.body:

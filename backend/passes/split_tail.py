@@ -53,10 +53,11 @@ def split_tail(program: Op) -> Op:
           store @C[%m.t, %n.t] (%c.t)
         }
 
-    A part is of whole steps of the depth. Who has the first part of a tile adds the others, in order, behind its main loop,
-    so that the bits do not depend on timing; these tasks come last in every queue. Invariant: together the first
-    stage and the last visit every tile once, and each stage of parts visits those of the last. Errors: ScheduleError
-    where a stage multiplies and is none of plain products over one depth.
+    A part is of whole steps of the depth. Who has the first part of a tile adds the others, in order, behind its
+    main loop, so that the bits do not depend on timing; these tasks come last in every queue. Where there is no
+    whole wave, all tiles are cut. Invariant: together the first stage and the last visit every tile once, and
+    each stage of parts visits those of the last. Errors: ScheduleError where a stage multiplies and is none of
+    plain products over one depth, or its queue is drawn from.
     """
     schedule = schedule_of(program)
     if schedule.tail == 1:

@@ -5,8 +5,9 @@ load tiles of whole tensors, compute and store. A stage must be one of these nes
 same attributes on the same values, every buffer standing for the tensor that it serves. Tiles and their
 order are free, since the language leaves them open; two stages may share the tiles of a nest, of which the
 second goes on, on the tiles of this rank's own part, with what the kernel does to the sum of what the nest
-stores last (`shared`), and some tiles of a product may be cut along its depth (`in_parts`). Where a tensor moves, the place along the moved axis is
-that of *dataflow*, which follows contents; this rule says which variable it is that the place belongs to.
+stores last (`shared`), and some tiles of a product may be cut along its depth (`in_parts`). Where a tensor moves,
+the place along the moved axis is that of *dataflow*, which follows contents; this rule says which variable it
+is that the place belongs to.
 """
 
 from __future__ import annotations
@@ -301,7 +302,7 @@ class _Meaning:
         return done + (1 if delivered else 2)
 
     def in_parts(self, tail: Tail, done: int) -> None:
-        """Stages that share nest ``done``: of whole tiles, of parts of the depth of others, and of what adds those.
+        """Stages that share nest ``done``: of whole tiles, of parts of the others' depth, and of what adds those.
 
         Parts are stored, but for the first, which is in registers where the others are added to it, in order.
         """

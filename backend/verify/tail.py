@@ -1,8 +1,8 @@
 """The tiles of a product of which several tasks have a part of the depth each: what those tasks must be.
 
-A buffer that serves no tensor of the kernel, and that a stage reads which multiplies, can only hold parts of the sums
-of that stage's tiles. What the tasks must be is derived here from the kernel's nest; where its depth is cut, and where
-a tile's parts lie, the program says and the proof checks. Nothing is shared with the pass that cuts.
+A buffer that serves no tensor of the kernel, and that a stage reads which multiplies, can only hold parts of the
+sums of that stage's tiles. What the tasks must be is derived here from the kernel's nest; where its depth is cut,
+and where a tile's parts lie, the program says and the proof checks. Nothing is shared with the pass that cuts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def with_tails(kernel: Op, out: Expansion) -> Op:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """Stages of one nest: of whole ``tiles`` (None: all are cut), of ``parts``, and the ``last`` that adds them."""
+    """Stages of one nest: of ``whole`` tiles (None: all are cut), of ``parts``, and the ``last`` that adds."""
 
     whole: Phase | None
     parts: tuple[Phase, ...]
@@ -187,4 +187,3 @@ def apart(phase: Phase, row: Index, out: Expansion) -> bool:
             if (both[0, 1:] < both[1, :-1]).any():
                 return False
     return True
-
