@@ -114,15 +114,15 @@ def queue(
     visit: Expr | int | None = None,
     group: int = 1,
     interleave: bool = False,
-    positions: tuple[int, int] | None = None,
+    positions: tuple[int | None, int | None] = (None, None),
     op: Op | None = None,
 ) -> tuple[Tile, ...]:
     """The order of a tile loop or stage: for each variable a Tile of arrays ``[rows, positions]``.
 
     ``live``: elements of each segment that are there, the first ones. ``interleave``: positions take turns at
-    the segments. ``positions``: those of the order that the queue has. ``env`` binds row variables (RANK,
-    outer loops) to arrays of length ``rows`` or to ints; only ``visit`` may depend on them. Raises TooLarge
-    at ``op`` where there are too many.
+    the segments. ``positions``: those of the order, from the first on and below the second, that the queue has.
+    ``env`` binds row variables (RANK, outer loops) to arrays of length ``rows`` or to ints; only ``visit`` may
+    depend on them. Raises TooLarge at ``op`` where there are too many.
     """
     length = extents[axis] if segment is None else segment
     count = (extents[axis] // length if length else 0) if segments is None else segments
@@ -153,8 +153,8 @@ def queue(
     def placed(values: Ints) -> Ints:
         """Of every segment (axis 1) and place in it (axis 2), by position."""
         values = np.broadcast_to(values, (rows, count, per * nb))
-        values = (values.swapaxes(1, 2) if interleave else values).reshape(rows, count * per * nb)
-        return values if positions is None else values[:, slice(*positions)]
+        values = values.swapaxes(1, 2) if interleave else values
+        return values.reshape(rows, count * per * nb)[:, slice(*positions)]
 
     start = placed(seg[:, :, None] * length + a * tile)
     last = placed(seg[:, :, None] * length + there)
@@ -206,7 +206,7 @@ def loop_tiles(op: Op, env: Env, rows: int) -> tuple[Tile, ...]:
         visit=op.get("visit"),
         group=int(evaluate(op.get("group", 1), env, op)),
         interleave=bool(op.get("interleave")),
-        positions=op.get("positions"),
+        positions=op.get("positions", (None, None)),
         op=op,
     )
 

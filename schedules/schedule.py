@@ -16,6 +16,7 @@ EMITTERS = ("triton", "gluon", "library")
 MAX_TILE = 2**20
 MAX_STAGES = 16
 MAX_SPLIT = 16
+MAX_TAIL = 8
 MAX_WORKERS = 2**13
 MAX_STREAMS = 4
 SUMS = ("stage", "epilogue")
@@ -223,6 +224,8 @@ class Schedule:
     from; ``library``: loop nests that are one plain matrix product run as cuBLAS; with both, the rest
     as with ``triton``. ``flatten``: one loop over tiles and steps of the main loop. ``split``: parts
     into which the depth of a product is cut, for different workers; their sums in fp32 are added in order.
+    ``tail``: the same of the tiles that are left over when those of a product are divided by the workers, the
+    last of its queue: of one incomplete wave of tiles, not of all.
     ``moves``: a :class:`Move` for each moved tensor by name.
     """
 
@@ -235,6 +238,7 @@ class Schedule:
     emitter: str = "triton"
     flatten: bool = True
     split: int = 1
+    tail: int = 1
     moves: tuple[tuple[str, Move], ...] = ()
 
     def __post_init__(self) -> None:
@@ -254,7 +258,7 @@ class Schedule:
                     detail=f"{size} is no power of two",
                     help="Triton's tiles are powers of two",
                 )
-        for name in ("group", "workers", "warps", "stages", "split"):
+        for name in ("group", "workers", "warps", "stages", "split", "tail"):
             _positive(name, getattr(self, name))
         if self.warps & (self.warps - 1) or self.warps > 32:
             raise ScheduleError(
@@ -294,6 +298,7 @@ class Schedule:
                 detail=f"`{self.emitter}` multiplies by whole sums",
                 help="use the emitter triton, or 1",
             )
+        self._check_tail()
         for name, move in self.moves:
             if move.sm_workers >= self.workers:
                 raise ScheduleError(
@@ -301,6 +306,23 @@ class Schedule:
                     detail=f"{move.resource} leaves none of {self.workers} workers to compute",
                     help="use fewer communication workers",
                 )
+
+    def _check_tail(self) -> None:
+        if self.tail == 1:
+            return
+        detail = ""
+        if self.tail > MAX_TAIL:
+            detail = f"{self.tail} parts"
+        elif self.emitter == "library":
+            detail = "`library` multiplies by whole sums"
+        elif self.split > 1:
+            detail = f"all tiles are cut in {self.split} parts already"
+        if detail:
+            raise ScheduleError(
+                field="tail",
+                detail=detail,
+                help=f"use 1, or up to {MAX_TAIL} with the emitter triton or gluon and `split = 1`",
+            )
 
     def tile(self, extent: str, default: int) -> int:
         """The tile length of ``extent``."""
@@ -397,6 +419,7 @@ _KINDS: dict[str, type] = {
     "emitter": str,
     "flatten": bool,
     "split": int,
+    "tail": int,
 }
 _SPOKEN = {str: "a string", int: "a whole number", bool: "true or false"}
 

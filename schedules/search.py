@@ -267,18 +267,18 @@ def _apart(space: Space) -> list[Schedule]:
 def _computations(space: Space, keep: int) -> list[Schedule]:
     """Of each emitter the best of ``keep`` tile shapes, then the best few of all, by the estimate alone.
 
-    So for sums of the whole depth, and for those in parts.
+    So for sums of the whole depth, for those in parts, and where the last wave is in parts.
     """
 
     def estimate(schedule: Schedule) -> float:
         return estimate_us(space.product, schedule, space.machine)
 
     ordered = sorted(space.computations(), key=estimate)
-    shapes = _first_of(ordered, lambda s: (s.emitter, s.split, s.tiles, s.warps))
+    shapes = _first_of(ordered, lambda s: (s.emitter, s.split, s.tail, s.tiles, s.warps))
     diverse: list[Schedule] = []
-    for parted in (False, True):
+    for parted in ((False, False), (True, False), (False, True)):
         for some, many in ((shapes, keep), (ordered, max(2, keep // 2))):
-            fit = [s for s in some if (s.split > 1) == parted]
+            fit = [s for s in some if (s.split > 1, s.tail > 1) == parted]
             diverse += by_class(fit, estimate, many, space.product)
     return sorted(dict.fromkeys(diverse), key=estimate)
 

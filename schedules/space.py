@@ -40,6 +40,10 @@ STAGES = (4, 3, 5, 6, 2)
 RING_STAGES = (6, 5, 4, 3)  # of a loader with a warp of its own: the deeper its ring, the better
 GROUPS = (8, 4, 16)
 SPLITS = (1, 2, 4, 8)
+TAILS = (2, 3, 4)
+# Of the workers, those that have a tile in the last wave, from which on it is worth no parts; the shortest depth
+# that is; and the part of a tile's time that the last wave may take in parts.
+FULL_WAVE, TAIL_DEPTH, TAIL_TIME = 0.7, 1024, 0.75
 COPY_WORKERS = (4, 8, 16, 32, 64)
 CHANNELS = (None, 1, 2, 4, 8)
 # Elements of a product's tile from which on a tile is worth its fixed costs.
@@ -69,7 +73,7 @@ class Space:
         self.extents = {op.symbol: int(op["value"]) for op in kernel.find("extent")}
 
     def computations(self) -> list[Schedule]:
-        """The default schedule with every legal way to compute: tiles, warps, stages, group, emitter, split.
+        """The default schedule with every legal way to compute: tiles, warps, stages, group, emitter, split, tail.
 
         Without a matrix product there is the default alone.
         """
@@ -111,6 +115,11 @@ class Space:
         """
         if self.product is None:
             return True
+        moves = [move for _, move in schedule.moves]
+        if schedule.tail > 1 and any(
+            m.sm_workers or m.signal != "flag" or m.sum == "epilogue" for m in moves
+        ):
+            return False
         rows, tallest = self.product.names[0], self.product.extent[0]
         world, tall = int(self.kernel["world"]), dict(schedule.tiles).get(rows[0], 0)
         for tensor in self.kernel.find("tensor"):
@@ -153,7 +162,7 @@ class Space:
         return all(t["move"] == "gather" and self.bytes_of(t) <= SMALL_GATHER for t in moved)
 
     def _extras(self, emitter: str, tiles: tuple[tuple[str, int], ...]) -> Iterator[dict[str, Any]]:
-        """The fields beside tiles, warps and stages: group and split."""
+        """The fields beside tiles, warps and stages: group, split and tail."""
         assert self.product is not None
         rows = self.product.names[0]
         tallest = self.product.extent[0]
@@ -163,8 +172,26 @@ class Space:
         if dict(tiles)[rows[0]] not in _fitting(ROW_TILES, tallest):
             # A tile that is stored ends with the slice of its owner; parts of sums are not stored there.
             splits = tuple(split for split in splits if split > 1)
-        for group, split in itertools.product(GROUPS, splits):
-            yield {"group": group, "split": split}
+        tails = self._tails(tiles) if emitter != "library" else (1,)
+        for group, split, tail in itertools.product(GROUPS, splits, tails):
+            if split == 1 or tail == 1:
+                yield {"group": group, "split": split, "tail": tail}
+
+    def _tails(self, tiles: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
+        """Into how many parts the tiles of the last wave may be cut: 1, and what leaves few workers idle."""
+        assert self.product is not None
+        (rows, columns, depth), (tall, wide, deep) = self.product.names, self.product.extent
+        if deep < TAIL_DEPTH or any(op.get("dynamic") for op in self.kernel.find("extent")):
+            return (1,)
+        m, n, k = (dict(tiles)[some[0]] for some in (rows, columns, depth))
+        world = int(self.kernel["world"])
+        cut = world if _moved_rows(self.kernel, rows, ("gather", "scatter")) else 1
+        workers = self.base.workers
+        left = cut * ceil(max(1, tall // cut) / m) * ceil(wide / n) % workers
+        if not 0 < left < FULL_WAVE * workers:
+            return (1,)
+        times = {t: ceil(left * t / workers) / t for t in TAILS if t <= deep // k}
+        return (1, *(t for t, time in times.items() if time <= TAIL_TIME))
 
     def _plain(self, schedule: Schedule) -> Schedule:
         """A library's product has no tiles, warps or stages of ours: those of the default stand for all."""
@@ -284,7 +311,7 @@ class Product:
         slots = schedule.stages * (m * k + self.dots * k * n) * size
         # Tiles wider than a descriptor's limit leave in halves, one after the other; sums of a part of the depth
         # in fp32.
-        leaving = DTYPES["fp32"] if schedule.split > 1 else size
+        leaving = DTYPES["fp32"] if schedule.split > 1 or schedule.tail > 1 else size
         return slots + m * min(n, STORE_COLUMNS) * leaving
 
 
@@ -347,7 +374,7 @@ def estimate_us(product: Product | None, schedule: Schedule, machine: Machine) -
         flops = 2.0 * rows * columns * depth * product.dots
         whole = Task(flops, product.dtype, 1.0, rows, columns * product.dots)
         return library_us(machine, whole, 0.0)
-    split = schedule.split
+    split, tail = schedule.split, schedule.tail
     size = DTYPES[product.dtype]
     steps = ceil(depth / split / k)
     tiles = ceil(rows / m) * ceil(columns / n) * split
@@ -366,13 +393,21 @@ def estimate_us(product: Product | None, schedule: Schedule, machine: Machine) -
     turns = schedule.emitter == "gluon" and roles_of(m, n, product.dots) == TURNS
     code = Code(schedule.emitter, schedule.warps, schedule.stages, schedule.flatten, turns)
     one = task_us(machine, task, code, machine.sms, min(workers, tiles), 0.0)
-    return ceil(tiles / workers) * one + (_adding_us(product, split, machine) if split > 1 else 0.0)
+    if tail > 1 and tiles % workers:
+        parts = tiles % workers * tail
+        few = ceil(steps / tail)
+        part = replace(task, flops=task.flops * few / steps, steps=few * product.dots)
+        part = replace(part, bytes=few * (m * k + product.dots * k * n) * size)
+        short = task_us(machine, part, code, machine.sms, min(workers, parts), 0.0)
+        added = _adding_us(parts * m * n * product.dots, machine)
+        return tiles // workers * one + ceil(parts / workers) * short + added
+    many = rows * columns * product.dots * split
+    return ceil(tiles / workers) * one + (_adding_us(many, machine) if split > 1 else 0.0)
 
 
-def _adding_us(product: Product, split: int, machine: Machine) -> float:
+def _adding_us(elements: int, machine: Machine) -> float:
     """Microseconds until parts of sums, in fp32, are known to be there, read and added."""
-    rows, columns, _ = product.extent
-    size = rows * columns * product.dots * split * DTYPES["fp32"]
+    size = elements * DTYPES["fp32"]
     return machine.store_signal_us + machine.load_us + size / (machine.sum_gbps * 1e3)
 
 

@@ -29,6 +29,7 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
     sum: str = "stage"  # where parts that have arrived are added
     depth: int = 64  # of a step of the product
+    tail: int = 1  # parts of the tiles of the last wave
 
     def tensors(self) -> dict[str, list[torch.Tensor]]:
         """Inputs of all ranks, -1, 0 or 1."""
@@ -64,6 +65,7 @@ class Case:
             tiles=(("K", self.depth), ("M", rows), ("N", columns)),
             stages=stages,
             emitter="gluon",
+            tail=self.tail,
             moves=tuple((name, Move(resource=self.resource, sum=self.sum)) for name in moved),
         )
         return compile_kernel(op, replace(schedule, workers=7))
@@ -93,6 +95,9 @@ CASES = (
     Case("gemm_rs folded", gemm_rs, "epilogue", (1024, 160, 512), (128, 128, 6), (), "epilogue", 32),
     Case("gemm_rs_add folded", gemm_rs_add, "epilogue", (1024, 192, 512), (128, 128, 4), BOTH, "epilogue"),
     Case("gemm_rs_add folded", gemm_rs_add, "copy_engine", (1024, 192, 520), (128, 128, 4), BOTH, "epilogue"),
+    Case("ag_gemm tail", ag_gemm, "copy_engine", (1024, 200, 520), (128, 128, 4), tail=2),
+    Case("gemm_rs tail", gemm_rs, "copy_engine", (1024, 192, 512), (128, 256, 4), tail=3),
+    Case("gemm_rs tail", gemm_rs, "epilogue", (800, 192, 264), (64, 128, 5), tail=2),
     Case("gemm_ar", gemm_ar, "epilogue", (384, 192, 264), (128, 128, 4)),
     Case("gemm_ar", gemm_ar, "epilogue", (512, 192, 264), (128, 256, 3)),
     Case("gemm_ar", gemm_ar, "copy_engine", (512, 192, 264), (128, 256, 4)),

@@ -22,6 +22,7 @@ class Axis:
     vector: str = ""  # index vector, where the tile is not a range
     own_start: bool = True  # starts where the loop tile does
     stride: int | Expr = 1
+    to_end: bool = False  # starts elsewhere, but the last tile of the loop ends with the axis
 
 
 def strides(scope: Scope, symbol: str) -> list[int | Expr]:
@@ -63,7 +64,10 @@ def axes(scope: Scope, op: Op, ref: Ref) -> list[Axis | None]:
 def _axis(scope: Scope, op: Op, item: Index, whole: Expr | int, step: int | Expr) -> Axis:
     if isinstance(item, At):
         name = item.value.name
-        return Axis(scope.expr(item.start), scope.dims[name], name, "", False, step)
+        dim, length = scope.dims[name], scope.program.constant(whole)
+        shift = scope.program.length(Expr.name(f"{name}.start"), item.start)
+        to_end = bool(dim.bound) and shift is not None and int(dim.bound) + shift == length
+        return Axis(scope.expr(item.start), dim, name, "", False, step, to_end)
     if isinstance(item, Value) and item.type.is_tile:
         return Axis(scope.dims[item.name].start, scope.dims[item.name], item.name, "", True, step)
     if isinstance(item, Value):
@@ -144,7 +148,7 @@ def place(
             continue
         stride = scope.expr(axis.stride, 5)
         if axis.dim is None:
-            wide = f"tl.cast({axis.start}, tl.int64)" if big else axis.start
+            wide = f"tl.cast({axis.start}, tl.int64)" if big and axis.start != "0" else axis.start
             scalars.append(times(wide, stride))
             continue
         start = plus(axis.start, token)
@@ -152,10 +156,12 @@ def place(
         text = axis.vector or scope.lanes(axis.name, axis.dim.block, position, rank)
         if start != "0":
             text = f"{start} + {text}"
-        if big:
-            text = f"tl.cast({text}, tl.int64)"
         name = f"{label}_{names[position]}"
         scope.used.add(name)
+        if big and not scope.writer.fits(f"{name} = tl.cast({text}, tl.int64)"):
+            text = scope.writer.let(name, text)
+        if big:
+            text = f"tl.cast({text}, tl.int64)"
         scope.writer.let(name, text)
         lift = lifted(position, rank)
         vectors.append(f"{name}{lift}" if stride == "1" else f"{name}{lift} * {stride}")
@@ -163,10 +169,16 @@ def place(
             if axis.vector:
                 lanes = scope.lanes(axis.name, axis.dim.block, position, rank)
                 mask = f"{lanes} < {axis.dim.length}"
+            elif axis.own_start and axis.dim.bound:
+                # One number for all tiles: neighbours are in or out together, as far as it can be divided.
+                mask = f"{name} < {axis.dim.bound}"
             elif axis.own_start and axis.dim.stop:
                 mask = f"{name} < {axis.dim.stop}"
             else:
-                mask = f"{name} < {plus(axis.start, axis.dim.length)}"
+                limit = plus(axis.start, axis.dim.length)
+                if not scope.writer.fits(f"{label}_mask0 = ({name} < {limit}){lift}"):
+                    limit = scope.writer.let(scope.fresh(f"{name}_end"), limit)
+                mask = f"{name} < {limit}"
             masks.append(f"({mask}){lift}" if lift else mask)
         position += 1
     pointer = base
@@ -372,7 +384,7 @@ def _strays(pair: list[Axis], placed: Mapping[int, str]) -> frozenset[str]:
     found = set()
     for number, axis in enumerate(pair):
         assert axis.dim is not None
-        whole = axis.dim.ends and axis.own_start and number not in placed
+        whole = axis.dim.ends and (axis.own_start or axis.to_end) and number not in placed
         if not axis.dim.exact and not whole:
             found.add(axis.name)
     return frozenset(found)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tilelink.backend.emit import body, sums
+from tilelink.backend.emit import added, body, sums
+from tilelink.backend.emit.columns import by_addresses, divisible, halves, tells
 from tilelink.backend.emit.scope import Dim, Scope, refuse_roles
 from tilelink.ir import DTYPES, Op, Value
 from tilelink.schedules.roles import GROUP_ROWS
 
-_WHOLE = frozenset({"bound", "dot", "transpose", "reshape", "sum", "max", "min"})
 # The least columns of a tile that are added up at a time: 64 bytes of a row.
 COLUMNS = 32
 # With roles a thread holds twice as much of a tile: of less of it, 32 bytes of a row are a sector still. It adds
@@ -34,8 +34,14 @@ def role_each(world: int) -> int:
 
 
 def ops(scope: Scope, task: tuple[Op, ...]) -> None:
-    """The ops of a task; those from a folded sum on part by part, where the tile is large."""
+    """The ops of a task; those from a sum on, over ranks or of parts, some columns after the other."""
     at = next((n for n, op in enumerate(task) if op.name == "load_sum" and op.operands), len(task))
+    parts = added.begins(scope, task)
+    if parts is not None and parts < at:
+        body.ops(scope, task[:parts])
+        if not added.ops(scope, task[parts:]):
+            body.ops(scope, task[parts:])
+        return
     body.ops(scope, task[:at])
     if at < len(task):
         scope.folded = True
@@ -44,7 +50,7 @@ def ops(scope: Scope, task: tuple[Op, ...]) -> None:
 
 
 def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
-    if not _divisible(scope, tail):
+    if not divisible(scope, tail, tail[0].operands[0]):
         if scope.landed:
             raise refuse_roles(
                 tail[0], "parts that land in the ring behind what is no matter of columns"
@@ -56,15 +62,15 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     whole = scope.dims[variable]
     name, rows = scope.names[own.name], scope.blocks(own.type)[0]
     # Signals come once, behind the stores of all parts.
-    at = next((n for n, op in enumerate(tail) if _signals(op)), len(tail))
+    at = next((n for n, op in enumerate(tail) if tells(op)), len(tail))
     tail, signals = tail[:at], tail[at:]
     parts, width = [name], whole.block
     least = ROLE_COLUMNS if scope.grid[0] else COLUMNS
     widest = scope.landed or max(least, scope.each * 32 * scope.warps // rows)
     while width > widest:
         width //= 2
-        parts = [half for part in parts for half in _halves(scope, part, rows, width)]
-    tail = tail if whole.exact else _by_addresses(tail)
+        parts = [half for part in parts for half in halves(scope, part, rows, width)]
+    tail = tail if whole.exact else by_addresses(tail)
     places: list[tuple[str, Dim]] = []
     for number, part in enumerate(parts):
         start = whole.start
@@ -116,54 +122,3 @@ def _ahead(scope: Scope, own: Value, rows: int, width: int) -> int:
     part = each * (scope.program.world - 1) * DTYPES[own.type.dtype]
     held = _ROLE_HELD if rows > GROUP_ROWS else _HALVES_HELD
     return max(1, (held - 4 * each) // part)
-
-
-def _signals(op: Op) -> bool:
-    """Whether an op is a notify, or a loop of notifies."""
-    return op.name == "notify" or (bool(op.blocks) and all(map(_signals, op.body)))
-
-
-def _sent(op: Op) -> bool:
-    """Whether an op is a loop over peers that stores the same into each."""
-    plain = op.name == "for_range" and not op.results
-    return plain and all(inner.name == "store" for inner in op.body)
-
-
-def _by_addresses(tail: tuple[Op, ...]) -> tuple[Op, ...]:
-    """The ops without TMA, whose blocks must begin inside: a part of a short tile may have no column."""
-
-    def plain(op: Op) -> Op:
-        op = op.with_ops(tuple(map(plain, op.body))) if op.blocks else op
-        return op.with_attrs(via=None) if op.get("via") else op
-
-    return tuple(map(plain, tail))
-
-
-def _halves(scope: Scope, name: str, rows: int, width: int) -> tuple[str, str]:
-    """Write the left and the right half of the columns of a tile, ``width`` each; their names."""
-    low, high = scope.fresh(f"{name}_low"), scope.fresh(f"{name}_high")
-    shaped = f"tl.reshape({name}, ({rows}, 2, {width}))"
-    scope.writer.call(f"{low}, {high} = tl.split(", [f"tl.permute({shaped}, (0, 2, 1))"])
-    return low, high
-
-
-def _divisible(scope: Scope, tail: tuple[Op, ...]) -> bool:
-    """Whether ``tail`` does the same to each part of the columns."""
-    own = tail[0].operands[0]
-    if len(own.type.shape) != 2:
-        return False
-    signals = False
-    for op in tail:
-        if signals and not _signals(op):
-            return False
-        signals |= _signals(op)
-        if op.name in _WHOLE or (op.blocks and not (_sent(op) or _signals(op))):
-            return False
-    variable = own.type.shape[1]
-    dim = scope.dims.get(variable)
-    if dim is None or not (dim.exact or dim.stop):
-        return False
-    made = {value.name for op in tail for value in op.results}
-    inside = (o for op in tail for o in op.walk())
-    given: set[Value] = {v for op in inside for v in op.operands if v.name not in made}
-    return all(v == own or variable not in v.type.shape for v in given)

@@ -119,6 +119,8 @@ def _segments(
         if outer is not None:
             scope.names["i"] = outer
         end = multiply(f"({number} + 1)", within)
+        if walk.positions is not None:
+            end = f"tl.minimum({end}, {walk.positions[1]}) - {walk.begin}"
         left = scope.fresh("left")
         writer.line(f"{left} = tl.maximum({end} - q - {step}, 0)")
         writer.line(f"{turns} = tl.cdiv({left}, {step}) * {steps}")
@@ -154,8 +156,8 @@ def flat_by_segment(program: Program, stage: Op) -> bool:
     if not waits or any(op not in before for op in waits):
         return False
     walk = Walk.of(stage)
-    if walk.interleave or walk.positions is not None:
-        return False  # tiles of one segment do not follow each other, or are not all there
+    if walk.interleave:
+        return False  # tiles of one segment do not follow each other
     segment = program.constant(walk.segment) if walk.segment is not None else None
     extent = program.capacity(walk.extent[walk.axis]) if walk.extent else None
     tiled = len(walk.tile) == len(stage.args) and stage.args[walk.axis].type.is_tile

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tilelink.backend.emit import access, body, epilogue
 from tilelink.backend.emit.flat import flat_by_segment, flat_stage
 from tilelink.backend.emit.held import Held
-from tilelink.backend.emit.loops import Walk, decode, ends
+from tilelink.backend.emit.loops import Walk, decode, total
 from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import Writer, identifier
 from tilelink.backend.passes.order_memory import can_flatten
@@ -236,7 +236,7 @@ def _stage(scope: Scope, launch: Op, stage: Op, flushed: bool) -> Held | None:
     writer.line()
     writer.line(f"# Stage {title}.{origin(stage.span).replace('  # ', ' ')}")
     walk, tiles = Walk.of(stage), stage.args
-    begin, count = ends(scope, stage, tiles, walk)
+    count = total(scope, stage, tiles, walk)
     workers = int(launch.get("workers", 1))
     low, high = stage.get("workers") or (0, workers)
     low, high = int(low), int(high)
@@ -246,18 +246,12 @@ def _stage(scope: Scope, launch: Op, stage: Op, flushed: bool) -> Held | None:
         if first:
             worker = scope.fresh(f"{title}_worker")
             writer.line(f"{worker} = {turned(first)}")
-        return _queue(scope, stage, behind(begin, worker), step, count, flushed)
+        return _queue(scope, stage, worker, step, count, flushed)
     worker = "tl.program_id(0)" if low == 0 else f"tl.program_id(0) - {low}"
     if first % (high - low):
         worker = f"({worker} + {high - low - first % (high - low)}) % {high - low}"
-    worker = behind(begin, worker)
     with writer.block(f"if {among(low, high, workers)}:"):
         return _queue(scope, stage, worker, str(high - low), count, flushed)
-
-
-def behind(begin: str, worker: str) -> str:
-    """The first position of a worker, of a queue that begins at position ``begin``."""
-    return worker if begin == "0" else f"{worker} + {begin}"
 
 
 def among(low: int, high: int, workers: int) -> str:

@@ -26,6 +26,11 @@ class Walk:
     interleave: bool = False
     positions: tuple[int, int] | None = None
 
+    @property
+    def begin(self) -> int:
+        """The position of the order that the queue begins with."""
+        return self.positions[0] if self.positions else 0
+
     @staticmethod
     def of(op: Op) -> Walk:
         """The walk that an op's attributes describe."""
@@ -103,8 +108,9 @@ def announce(scope: Scope, loop: Op) -> list[str]:
                 # As `place_tile` finds it: a load is made one way, before the loop and in it.
                 whole = None if limit is None else scope.program.constant(limit)
                 exact, fits = whole is not None and whole % int(size) == 0, block == size
+                bound = str(whole) if fits and whole is not None and not exact else ""
                 scope.dims[variable.name] = Dim(
-                    block, str(size), exact and fits, start, "", fits, fits
+                    block, str(size), exact and fits, start, "", fits, fits, bound
                 )
                 found.append(variable.name)
     return found
@@ -136,13 +142,16 @@ def place_tile(
     block = block_of(scope, variable.name, size)
     length = str(size) if exact else f"({names['stop']} - {names['start']})"
     fits = block == size
+    bound = str(whole) if fits and whole is not None and not exact else ""
     scope.dims[variable.name] = Dim(
-        block, length, exact and fits, names["start"], names["stop"], fits, fits
+        block, length, exact and fits, names["start"], names["stop"], fits, fits, bound
     )
 
 
 def decode(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk, q: str) -> str:
     """Write the tile variables at queue position ``q``; returns the number of tiles a segment."""
+    if walk.begin:
+        q = scope.writer.let(scope.fresh(f"{tiles[walk.axis].name}_place"), f"{q} + {walk.begin}")
     tile_sizes = sizes(scope, op, tiles, walk)
     per, columns, segments = _counts(scope, walk, tile_sizes)
     axis = walk.axis
@@ -275,15 +284,10 @@ def _counts(scope: Scope, walk: Walk, tile_sizes: list[int]) -> tuple[str, list[
     return per, columns, segments
 
 
-def ends(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk) -> tuple[str, str]:
-    """The first position of the queue of a stage, and one past its last, as text."""
-    if walk.positions is not None:
-        return str(walk.positions[0]), str(walk.positions[1])
-    return "0", total(scope, op, tiles, walk)
-
-
 def total(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk) -> str:
-    """The number of positions of an order of tiles, as text."""
+    """The number of positions of the queue, as text."""
+    if walk.positions is not None:
+        return str(walk.positions[1] - walk.positions[0])
     per, columns, segments = _counts(scope, walk, sizes(scope, op, tiles, walk))
     return multiply(segments, per, *columns)
 

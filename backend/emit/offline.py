@@ -206,14 +206,17 @@ def _with_memory(compiled: Compiled, program: Op, kernel: Kernel) -> Compiled:
         for name, op in facts.symbols.items()
         if op.name in ("tensor", "buffer") and (facts.numel(name) or 0) >= 1 << 31
     }
+    made = {op.symbol for op in program.walk() if op.name == "store" and op.ref is not None}
+    made |= {op["to"].symbol for op in program.walk() if op.name == "transfer"}
+    # What a collective alone has written is there when a launch starts, as inputs are.
+    gathered = {op["to"].symbol for op in program.find("collective")} - made
+    inputs = {op.symbol for op in program.find("tensor") if op["role"] == "in"}
     return replace(
         compiled,
         given=tuple(
             p.name
             for p in kernel.parameters
-            if p.kind == "descriptor"
-            and facts.symbols[p.symbol].name == "tensor"
-            and facts.symbols[p.symbol]["role"] == "in"
+            if p.kind == "descriptor" and p.symbol in inputs | gathered
         ),
         read_back=tuple(
             p.name

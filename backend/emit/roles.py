@@ -12,16 +12,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tilelink.backend.emit import access, body, epilogue, sums
+from tilelink.backend.emit import access, added, body, epilogue, sums
 from tilelink.backend.emit.held import Held
-from tilelink.backend.emit.kernel import among, behind, turned
+from tilelink.backend.emit.kernel import among, turned
 from tilelink.backend.emit.loops import (
     Walk,
     announce,
     ceildiv,
     decode,
-    ends,
     place_tile,
+    total,
 )
 from tilelink.backend.emit.scope import (
     TL_DTYPE,
@@ -131,7 +131,7 @@ class Roles:
         title = stage.symbol if stage.ref is not None else "stage"
         scope.writer.line()
         scope.writer.line(f"# Stage {title}.{origin(stage.span).replace('  # ', ' ')}")
-        begin, count = ends(scope, stage, stage.args, Walk.of(stage))
+        count = total(scope, stage, stage.args, Walk.of(stage))
         worker, first = "tl.program_id(0)", int(stage.get("first", 0))
         workers = int(self.launch["workers"])
         low, high = (int(w) for w in stage.get("workers", (0, workers)))
@@ -142,19 +142,21 @@ class Roles:
             turn = f"tl.program_id(0) + {(many - low - first) % many}"
             # A worker that has no part in the queue comes behind its end.
             inside = among(low, high, workers)
-            place = behind(begin, f"({turn}) % {many}")
-            scope.writer.line(f"{name} = tl.where({inside}, {place}, {count})")
+            scope.writer.line(f"{name} = tl.where({inside}, ({turn}) % {many}, {count})")
             worker = name
         elif first:
-            scope.writer.line(f"{name} = {behind(begin, turned(first))}")
+            scope.writer.line(f"{name} = {turned(first)}")
             worker = name
-        else:
-            worker = behind(begin, worker)
         # Behind a main loop that adds parts, what is the same for every tile stays inside of the loop:
         # kept in registers over the main loop, it would not fit.
         # So would the addresses of other ranks' parts not, in the few registers of a loader.
-        sums = [op for op in stage.walk() if op.name == "load_sum"]
-        adds = any(scope is self.multiply or op.get("remote") for op in sums)
+        adds = any(
+            op.get("remote") or (scope is self.multiply and op.name == "load_sum")
+            for op in stage.walk()
+        ) or (
+            scope is self.multiply
+            and any(added.part_of_sum(self.program, op) for op in stage.walk())
+        )
         tail = ", disable_licm=True" if adds else ""
         return f"for q in tl.range({worker}, {count}, {step}{tail}):"
 
@@ -382,7 +384,9 @@ class Roles:
             return
         dim = scope.dims[variable.name]
         block = dim.block // 2
-        if not dim.exact and any(_places(op, variable) for op in product.epilogue):
+        # Parts of a sum are masked wherever they lie: of a half without rows there is none.
+        placed = (o for o in product.epilogue if not added.part_of_sum(self.program, o))
+        if not dim.exact and any(_places(op, variable) for op in placed):
             raise refuse_roles(
                 stage, "a tile with fewer rows in some places, whose halves go elsewhere"
             )
@@ -470,6 +474,11 @@ class Roles:
         """A tile of a tensor by addresses; matrices are laid out anew."""
         if op.get("own") is not None:
             raise refuse_roles(op, "a choice between two places behind the main loop")
+        if added.part_of_sum(self.program, op) and not scope.as_memory:
+            scope.as_products = True
+            access.load(scope, op.with_attrs(wide=True))
+            scope.as_products = False
+            return
         access.load(scope, op.with_attrs(via=None) if op.get("via") else op)
         blocks = scope.blocks(op.results[0].type)
         if len(blocks) == 2 and not scope.as_memory:
@@ -586,6 +595,11 @@ class Roles:
             # Behind a sum over ranks, tiles are worked on part by part.
             summed = any(op.name == "load_sum" for op in ops)
             part = rows * columns
+            parts = sum(o.name == "load" and added.part_of_sum(self.program, o) for o in ops)
+            if parts:
+                sums = len(product.loop.results)
+                width = added.width_of(rows * sums, columns, parts // sums, GROUP_WARPS)
+                most = min(most, width)
             if product.landed is not None:
                 part = rows * int(product.loop["tile"][0])
                 most = min(most, int(product.loop["tile"][0]))
@@ -600,7 +614,9 @@ class Roles:
                     behind.add((rows, columns, dtype))
                 elif id(op) in self.direct and not summed:
                     found.add((rows, columns, dtype))
-                elif op is not product.landed and len(value.type.shape) > 1:
+                elif op is product.landed or added.part_of_sum(self.program, op):
+                    continue
+                elif len(value.type.shape) > 1:
                     extra = max(extra, part * item_bytes(dtype))
         if not found and len(behind) == 1:
             found = behind
@@ -626,6 +642,13 @@ class Roles:
         if decl["dtype"] != value.type.dtype:
             text = f"{text}.to({TL_DTYPE[decl['dtype']]})"
         block = scope.blocks(value.type)
+        if added.part_of_sum(self.program, op) and not scope.as_memory:
+            # As products leave tiles, 32 bytes of a row are a sector, and no shared memory is needed. In 64 bits a
+            # thread has an address a row: columns are constants in the instruction.
+            scope.as_products = True
+            access.scatter(scope, op.with_attrs(wide=True), text)
+            scope.as_products = False
+            return
         direct = self.room is not None and self.room[1] == decl["dtype"] and not scope.as_memory
         where = access.target(scope, op) if direct else None
         if where is not None and self.room is not None:

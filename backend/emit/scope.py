@@ -53,7 +53,8 @@ class Dim:
 
     ``exact`` says that all are; ``ends`` that what lies past them lies past the axis too, where TMA
     reads zeros. ``start`` is the text of the first index of a loop tile, ``stop`` one past its last. ``fits``
-    says that a tile which is not short has no element past its end.
+    says that a tile which is not short has no element past its end. ``bound``: a number that no element of a tile
+    with ``fits`` reaches, but those past the end of a short one do; where there is none, it is empty.
     """
 
     block: int
@@ -63,6 +64,7 @@ class Dim:
     stop: str = ""
     ends: bool = False
     fits: bool = False
+    bound: str = ""
 
 
 def power_of_two(value: int) -> int:
@@ -242,6 +244,9 @@ class Scope:
     over: dict[str, Callable[[Scope, Op], None]] = field(default_factory=dict)
     grid: tuple[str, str] = ("", "")
     as_memory: bool = False
+    as_products: bool = (
+        False  # the next access is of tiles as products leave them, 8 bytes a thread
+    )
     # The name of the parts that the next folded sum adds, where they have been asked for.
     arrived: str = ""
     landed: int = 0  # columns of the parts that a loader fetches at a time for a folded sum; 0 where it does not
@@ -268,7 +273,7 @@ class Scope:
         if rank == 1 and name not in (rows, columns):
             raise CannotEmit(None, detail=f"an index along `{name}` behind the main loop")
         row = name == rows if rank == 1 else position == 0
-        memory = ", True" if rank == 2 or self.as_memory else ""
+        memory = ", True" if (rank == 2 and not self.as_products) or self.as_memory else ""
         if row:
             return f"roles.row_index({block}, {width}{memory})"
         return f"roles.column_index({block}{memory})"

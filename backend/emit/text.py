@@ -169,10 +169,14 @@ class Writer:
         yield
         self.depth -= 1
 
+    def fits(self, text: str) -> bool:
+        """Whether ``text`` is no longer than a line."""
+        return len(text) <= WIDTH - 4 * self.depth
+
     def let(self, name: str, value: str) -> str:
         """``name = value``, dropped by :meth:`prune` if nothing reads it."""
         first = len(self.lines)
-        if len(f"{name} = {value}") <= WIDTH - 4 * self.depth:
+        if self.fits(f"{name} = {value}"):
             self.line(f"{name} = {value}")
         else:
             self.line(f"{name} = (")

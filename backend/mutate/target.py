@@ -189,8 +189,14 @@ def _next_rank(condition: Expr) -> Expr:
 
 
 def wrong_tasks(program: Op) -> Iterator[Mutant]:
-    """A stage that visits some blocks only -> one more or less of them, those of the next rank."""
+    """A stage of some blocks -> one more or less, those of the next rank; of some tasks -> one more or less."""
     for site in sites(program, "stage"):
+        if site.op.get("positions") is not None:
+            lo, hi = site.op["positions"]
+            for first, last in ((lo - 1, hi), (lo + 1, hi), (lo, hi - 1), (lo, hi + 1)):
+                if 0 <= first < last:
+                    op = with_attr(site.op, "positions", (first, last))
+                    yield mutant(program, site, "wrong-tasks", f"{first} to {last}", op)
         segments, visit = site.op.get("segments"), site.op.get("visit")
         if segments is None:
             continue

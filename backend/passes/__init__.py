@@ -17,6 +17,7 @@ from tilelink.backend.passes.place_waits import place_waits
 from tilelink.backend.passes.plan_buffers import plan_buffers
 from tilelink.backend.passes.share_workers import share_workers
 from tilelink.backend.passes.split_depth import split_depth
+from tilelink.backend.passes.split_tail import split_tail
 from tilelink.ir import Op
 
 PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
@@ -24,6 +25,7 @@ PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
     ("choose-shots", choose_shots),
     ("order-tiles", order_tiles),
     ("fold-sums", fold_sums),
+    ("split-tail", split_tail),
     ("choose-emitter", choose_emitter),
     ("choose-channels", choose_channels),
     ("share-workers", share_workers),

@@ -163,10 +163,12 @@ def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
     # With roles, operands stay in shared memory.
     through_registers = frozenset[str]() if roles else touched(launch.body)
     children: list[Op] = []
+    undrained = False  # whether TMA stores of stages so far may be under way, none of which signals
     for number, child in enumerate(launch.body):
         if child.name == "stage":
-            child, held = _stage(program, child, through_registers, roles)
+            child, held = _stage(program, child, through_registers, roles, undrained)
             children.append(child)
+            undrained |= not _signals(child) and any(map(_leaves, child.walk()))
             behind = launch.body[number + 1 : number + 2]
             if held and not (behind and behind[0].name == "flush"):
                 children.append(Op("flush", attrs=(("drain", True),), span=child.span))
@@ -193,9 +195,9 @@ def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
 
 
 def _stage(
-    program: Op, stage: Op, through_registers: frozenset[str], roles: bool
+    program: Op, stage: Op, through_registers: frozenset[str], roles: bool, undrained: bool
 ) -> tuple[Op, bool]:
-    """The stage with its paths, and whether it holds a notify back.
+    """The stage with its paths, and whether it holds a notify back; ``undrained``: stores of an earlier one are.
 
     With ``roles`` a group holds back its own: its next tile, and not the worker's, comes in between. What
     it does not hold back it drains at once: the warps that store are not those that load the next tile.
@@ -248,8 +250,14 @@ def _stage(
         return op.with_attrs(drain=True) if op.name == "notify" else op
 
     stage = rewrite(stage, mark)
-    stores = [op for op in stage.walk() if op.name == "store" and op.get("via") == "tma"]
-    return (rewrite(stage, drain) if (roles or sends) and stores else stage), held
+    stores = any(map(_leaves, stage.walk()))
+    drains = undrained or ((roles or sends) and stores)
+    return (rewrite(stage, drain) if drains else stage), held
+
+
+def _leaves(op: Op) -> bool:
+    """Whether an op stores through TMA."""
+    return op.name == "store" and op.get("via") == "tma"
 
 
 def _lands(program: Op, stage: Op) -> bool:

@@ -101,7 +101,7 @@ def _announce(program: Op, launch: Op, number: int) -> Op:
                 continue
             info = moved(program, name)
             if info.resource == "epilogue":
-                body[-1:] = _to_peers(info, op)
+                body[-1:] = _to_peers(info, op, _suffix(launch, number, name))
             elif info.resource != "none":
                 body.append(_locally(info, stores[-1]))
     return stage.with_ops(tuple(body))
@@ -122,13 +122,19 @@ def _locally(info: Moved, store: Op) -> Op:
     return make("notify", ref=Ref(f"{info.name}.done", index), span=store.span)
 
 
-def _to_peers(info: Moved, op: Op) -> tuple[Op, ...]:
+def _suffix(launch: Op, number: int, name: str) -> str:
+    """What makes names of stage ``number`` differ from those of an earlier one that sends tiles of ``name``."""
+    earlier = (s for stage in launch.body[:number] for s in accesses(stage, name, "store"))
+    return f".{number}" if any(not (s.get("final") or s.get("relay")) for s in earlier) else ""
+
+
+def _to_peers(info: Moved, op: Op, suffix: str) -> tuple[Op, ...]:
     """The store of a tile followed by its notify: to the owner, or for a reduce to every rank."""
     store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
     owner, channel = _place(info, store)
     count = info.tasks_of(channel)
     if not info.spread:
-        return _to_everyone(info, op, ("ready", "arrived"), channel, count)
+        return _to_everyone(info, op, ("ready", "arrived"), channel, count, suffix)
     return (
         op if info.pulled else _with_peer(op, info.name, owner),
         _notify(info, ("ready", "arrived"), channel, count, owner, store.span),
@@ -154,10 +160,15 @@ def _relayed(program: Op, info: Moved, stage: Op, op: Op, before: int) -> tuple[
 
 
 def _to_everyone(
-    info: Moved, op: Op, words: tuple[str, str], channel: Expr, count: Expr | int, again: str = ""
+    info: Moved,
+    op: Op,
+    words: tuple[str, str],
+    channel: Expr,
+    count: Expr | int,
+    suffix: str = "",
 ) -> tuple[Op, ...]:
     """A store into every rank, this one last, then the notifies of all: none waits for another one's store."""
-    d, p = (Value(f"{info.name}.{letter}{again}", INDEX) for letter in "dp")
+    d, p = (Value(f"{info.name}.{letter}{suffix}", INDEX) for letter in "dp")
     store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
     peer = (RANK + 1 + Expr.name(d.name)) % WORLD
     sent = _with_peer(op, info.name, peer)

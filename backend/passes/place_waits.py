@@ -41,7 +41,8 @@ def place_waits(program: Op) -> Op:
           %a = load @A[%m, %k]
 
     A read of a sum waits for every source; one that adds a contribution in registers (`load_sum` with
-    an operand) does so right before it, behind the loop that made the contribution. Invariant: every
+    an operand) does so right before it, behind the loop that made the contribution, and so does one that is
+    `late`: of what other tasks have of a product's depth. Invariant: every
     read of a moved or intermediate tensor is dominated by waits on all channels that its region meets.
     """
     stored: Stored = {}
@@ -73,17 +74,33 @@ def _guard(program: Op, loop: Op, stored: Stored) -> Op:
     waits: list[Op] = []
     for name, tensor in tensors_of(program).items():
         loads = [
-            op for op in _reads(loop, name, program) if name in stored or tensor["move"] == "gather"
+            op
+            for op in _reads(loop, name, program)
+            if (name in stored or tensor["move"] == "gather") and op.get("late") is None
         ]
         for load in loads:
             for wait in _waits(program, tensor, load, loop, stored):
                 if wait not in waits:
                     waits.append(wait)
+    late = _late_waits(program, loop, stored)
     body: list[Op] = []
     for op in loop.body:
         body += _folded_waits(program, op, loop)
+        if op.get("late"):
+            op = op.with_attrs(late=None)
+            body += late
+            late = []
         body.append(_guard_inner(program, op, stored))
     return loop.with_ops((*waits, *body))
+
+
+def _late_waits(program: Op, loop: Op, stored: Stored) -> list[Op]:
+    """The waits of loads of parts that stand behind a main loop, where they come."""
+    waits: list[Op] = []
+    for load in loop.body:
+        if load.name == "load" and load.get("late"):
+            waits += _waits(program, program.declared(load.symbol), load, loop, stored)
+    return list(dict.fromkeys(waits))
 
 
 def _folded_waits(program: Op, op: Op, loop: Op) -> list[Op]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -81,7 +82,7 @@ def _refuse(op: Op, detail: str, help: str = "use `split = 1`") -> NoReturn:
 
 
 @dataclass(frozen=True, slots=True)
-class _Nest:
+class Nest:
     """A loop over output tiles: its ops before, in and behind the loop over the depth."""
 
     before: tuple[Op, ...]
@@ -89,61 +90,84 @@ class _Nest:
     behind: tuple[Op, ...]
 
 
+def plain_nest(program: Op, nest: Op, refuse: Callable[[Op, str], NoReturn]) -> Nest:
+    """The form of a loop nest that is a plain product; ``refuse`` is told the op that is in the way, and why."""
+    at = next((i for i, op in enumerate(nest.body) if op.name != "zeros"), len(nest.body))
+    loop = nest.body[at] if at < len(nest.body) else nest
+    if loop.name != "for_tiles" or len(loop.get("extent", ())) != 1:
+        refuse(loop, f"`{loop.name}` in front of the loop over the depth")
+    if loop.get("part") is not None and program["world"] > 1:
+        refuse(loop, "a depth of which each rank has a part of its own")
+    before, behind = nest.body[:at], nest.body[at + 1 :]
+    zeros = {op.results[0].name for op in before}
+    if not loop.results or {v.name for v in loop.operands} != zeros:
+        refuse(loop, "a loop over the depth that does not carry sums from zeros, and those alone")
+    made = {v.name: op for op in loop.body for v in op.results}
+    sums = [made.get(v.name) for v in loop.body[-1].operands]
+    for carried, result in zip(loop.args[1:], sums, strict=True):
+        if result is None or result.name != "dot" or result.operands[2:] != (carried,):
+            refuse(loop, "a loop over the depth that carries something else than sums of products")
+    stored = {op.symbol for op in nest.walk() if op.name == "store"}
+    held = {v.name for v in (*loop.args[1:], *loop.body[-1].operands)}
+    for op in loop.body:
+        if op.name not in _INSIDE or (op.name == "dot" and op not in sums):
+            refuse(
+                op,
+                f"`{op.name}` in the loop over the depth, which loads and adds products alone",
+            )
+        read = op.operands[:2] if op in sums else op.operands
+        if op.name != "yield" and held & {v.name for v in read}:
+            refuse(op, "a sum that is read in the loop over the depth")
+        if op.name == "load" and op.symbol in stored:
+            refuse(op, f"`{op.symbol}` is stored in the loop nest that multiplies it")
+    for top in behind:
+        for op in top.walk():
+            if op.name in ("dot", "for_tiles") or zeros & {v.name for v in op.operands}:
+                refuse(op, f"`{op.name}` behind the loop over the depth")
+    return Nest(before, loop, behind)
+
+
+def placed(
+    program: Op, op: Op, depth: Value, start: Expr, refuse: Callable[[Op, str], NoReturn]
+) -> Op:
+    """``op`` of a loop over the depth, whose steps begin at ``start``."""
+    if op.name != "load":
+        return op
+    assert op.ref is not None
+    tensor = tensors_of(program)[op.ref.symbol]
+    index: list[Index] = []
+    for axis, item in enumerate(op.ref.index):
+        if item == depth:
+            if tensor["move"] in MOVED and tensor.get("over") == axis:
+                refuse(op, f"`{op.ref.symbol}` is spread over the ranks along the depth")
+            index.append(At(depth, start))
+            continue
+        names = item.start.names if isinstance(item, At) else getattr(item, "names", ())
+        if any(str(name).split(".")[0] == depth.name for name in names):
+            refuse(op, "an index that computes with the tile of the depth")
+        index.append(item)
+    return replace(op, ref=Ref(op.ref.symbol, tuple(index)))
+
+
+def _look(program: Op, nest: Op) -> Nest:
+    """The form of a loop nest of the kernel; ScheduleError at the op that is in the way."""
+    plain = nest.name == "for_tiles" and len(nest.args) == 2 and nest.get("extent") is not None
+    if not plain or nest.get("part") is not None or nest.results:
+        _refuse(nest, "a product that is not over the tiles of rows and columns alone")
+    return plain_nest(program, nest, _refuse)
+
+
 class _Cut:
     """One nest in ``parts`` parts; ``taken`` tensors of parts are there already."""
 
     def __init__(self, program: Op, nest: Op, parts: int, taken: int) -> None:
         self.program, self.nest, self.parts, self.taken = program, nest, parts, taken
-        self.found = self._look()
+        self.found = _look(program, nest)
         loop = self.found.loop
         self.depth = Expr.of(loop["extent"][0])
         length = int(evaluate(self.depth, environment(program), loop))
         if length % parts:
             _refuse(loop, f"{length} elements of `{self.depth}` are no {parts} equal parts")
-
-    def _look(self) -> _Nest:
-        """The nest's form; ScheduleError at the op that is in the way."""
-        nest = self.nest
-        plain = nest.name == "for_tiles" and len(nest.args) == 2 and nest.get("extent") is not None
-        if not plain or nest.get("part") is not None or nest.results:
-            _refuse(nest, "a product that is not over the tiles of rows and columns alone")
-        at = next((i for i, op in enumerate(nest.body) if op.name != "zeros"), len(nest.body))
-        loop = nest.body[at] if at < len(nest.body) else nest
-        if loop.name != "for_tiles" or len(loop.get("extent", ())) != 1:
-            _refuse(loop, f"`{loop.name}` in front of the loop over the depth")
-        if loop.get("part") is not None and self.program["world"] > 1:
-            _refuse(loop, "a depth of which each rank has a part of its own")
-        before, behind = nest.body[:at], nest.body[at + 1 :]
-        zeros = {op.results[0].name for op in before}
-        if not loop.results or {v.name for v in loop.operands} != zeros:
-            _refuse(
-                loop, "a loop over the depth that does not carry sums from zeros, and those alone"
-            )
-        made = {v.name: op for op in loop.body for v in op.results}
-        sums = [made.get(v.name) for v in loop.body[-1].operands]
-        for carried, result in zip(loop.args[1:], sums, strict=True):
-            if result is None or result.name != "dot" or result.operands[2:] != (carried,):
-                _refuse(
-                    loop, "a loop over the depth that carries something else than sums of products"
-                )
-        stored = {op.symbol for op in nest.walk() if op.name == "store"}
-        held = {v.name for v in (*loop.args[1:], *loop.body[-1].operands)}
-        for op in loop.body:
-            if op.name not in _INSIDE or (op.name == "dot" and op not in sums):
-                _refuse(
-                    op,
-                    f"`{op.name}` in the loop over the depth, which loads and adds products alone",
-                )
-            read = op.operands[:2] if op in sums else op.operands
-            if op.name != "yield" and held & {v.name for v in read}:
-                _refuse(op, "a sum that is read in the loop over the depth")
-            if op.name == "load" and op.symbol in stored:
-                _refuse(op, f"`{op.symbol}` is stored in the loop nest that multiplies it")
-        for top in behind:
-            for op in top.walk():
-                if op.name in ("dot", "for_tiles") or zeros & {v.name for v in op.operands}:
-                    _refuse(op, f"`{op.name}` behind the loop over the depth")
-        return _Nest(before, loop, behind)
 
     def made(self) -> tuple[list[Op], list[Op]]:
         """The tensors of parts, and the two nests."""
@@ -184,29 +208,9 @@ class _Cut:
         """The loop over one part of the depth."""
         loop = self.found.loop
         length = self.depth // self.parts
-        body = tuple(self._placed(op, part, length) for op in loop.body)
+        start = Expr.name(part.name) * length + start_of(loop.args[0])
+        body = tuple(placed(self.program, op, loop.args[0], start, _refuse) for op in loop.body)
         return loop.with_ops(body).with_attrs(extent=(length,))
-
-    def _placed(self, op: Op, part: Value, length: Expr) -> Op:
-        """``op`` of the loop, at the place of this part."""
-        depth = self.found.loop.args[0]
-        if op.name != "load":
-            return op
-        assert op.ref is not None
-        start = Expr.name(part.name) * length + start_of(depth)
-        tensor = tensors_of(self.program)[op.ref.symbol]
-        index: list[Index] = []
-        for axis, item in enumerate(op.ref.index):
-            if item == depth:
-                if tensor["move"] in MOVED and tensor.get("over") == axis:
-                    _refuse(op, f"`{op.ref.symbol}` is spread over the ranks along the depth")
-                index.append(At(depth, start))
-                continue
-            names = item.start.names if isinstance(item, At) else getattr(item, "names", ())
-            if any(str(name).split(".")[0] == depth.name for name in names):
-                _refuse(op, "an index that computes with the tile of the depth")
-            index.append(item)
-        return replace(op, ref=Ref(op.ref.symbol, tuple(index)))
 
     def _access(self, kind: str, name: str, part: Expr, value: Value) -> Op:
         """A load or store of ``value`` as one part of a sum."""

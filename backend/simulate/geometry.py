@@ -216,8 +216,8 @@ class Geometry:
         check_rows(count, "this queue or loop of tiles", op.span)
         found = list(self._order(op, env, extents, tiles))
         if op.get("positions") is not None:
-            lo, hi = (int(x) for x in op["positions"])
-            if hi > len(found):
+            lo, hi = op["positions"]
+            if not 0 <= lo < hi <= len(found):
                 detail = f"positions {lo}..{hi} of a queue of {len(found)}"
                 raise BoundsError(op.span, symbol=op.symbol, detail=detail)
             found = found[lo:hi]

@@ -447,6 +447,7 @@ class GroupMachine(RoleMachine):
         return tile
 
     on_roles_to_memory = on_roles_from_memory
+    on_roles_piece = on_roles_from_memory
 
     # Memory -----------------------------------------------------------------------------------
 

@@ -24,22 +24,13 @@ def divided(kernel: Op, out: Expansion) -> Op:
     the depth is the step's; and the nest stores nothing that its loop loads. A nest of another form stays, and
     so does one whose depth is no multiple of the parts: then the program is not this kernel's.
     """
-    known = {op.symbol for op in kernel.body if op.ref is not None}
-    spare = [
-        op
-        for op in out.declarations.values()
-        if op.symbol not in known
-        and out.base(op.symbol) == op.symbol
-        and (op.get("space") == "local" or op.get("role") == "temp")
-        and op.get("dtype") == "fp32"
-        and len(op["dims"]) == 3
-    ]
+    spare = spare_buffers(kernel, out)
     if not spare:
         return kernel
     ops: list[Op] = []
     tensors: list[Op] = []
     for op in kernel.body:
-        sums = _sums(op)
+        sums = sums_of(op)
         held, rest = spare[: len(sums)], spare[len(sums) :]
         parts = {int(evaluate(b["dims"][1], out.env, b)) for b in held}
         if not sums or len(held) < len(sums) or len(parts) != 1:
@@ -68,7 +59,35 @@ def divided(kernel: Op, out: Expansion) -> Op:
     return kernel.with_ops((*tensors, *ops))
 
 
-def _sums(nest: Op) -> tuple[Value, ...]:
+def spare_buffers(kernel: Op, out: Expansion, tails: bool = False) -> list[Op]:
+    """Local buffers of three axes, in fp32, that serve no tensor of the kernel: they can only hold parts of sums.
+
+    Those with ``tails`` that a stage reads which multiplies, else those that none does.
+    """
+    known = {op.symbol for op in kernel.body if op.ref is not None and op.get("role") != "temp"}
+    known |= {
+        op.symbol for op in kernel.walk() if op.name in ("load", "store") and op.ref is not None
+    }
+    added = {
+        op.symbol
+        for stage in out.program.walk()
+        if stage.name == "stage" and any(op.name == "dot" for op in stage.walk())
+        for op in stage.walk()
+        if op.name == "load" and op.ref is not None
+    }
+    return [
+        op
+        for op in out.declarations.values()
+        if op.symbol not in known
+        and out.base(op.symbol) == op.symbol
+        and (op.get("space") == "local" or op.get("role") == "temp")
+        and op.get("dtype") == "fp32"
+        and len(op["dims"]) == 3
+        and (op.symbol in added) == tails
+    ]
+
+
+def sums_of(nest: Op) -> tuple[Value, ...]:
     """The sums over the depth of a nest that may be taken in parts; none where it may not."""
     if nest.name != "for_tiles" or nest.get("extent") is None or len(nest.args) != 2:
         return ()

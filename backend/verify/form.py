@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import numpy as np
+
 from tilelink.backend.copying import copies_of
-from tilelink.backend.expand import environment, evaluate, tile_sizes
+from tilelink.backend.expand import environment, evaluate, loop_tiles, tile_sizes
 from tilelink.backend.passes.bind_emitter import Unfit, split_product
 from tilelink.backend.product import NotAProduct, product_of
 from tilelink.backend.verify.errors import UndecidedError
@@ -87,17 +89,21 @@ class _Checker:
 
     def queue(self, stage: Op) -> None:
         """Its length is made of the program's extents, which are the same on all ranks."""
-        if stage.get("positions") is not None:
-            lo, hi = stage["positions"]
-            if not 0 <= lo < hi:
-                _fail(stage, f"it has no positions {lo}..{hi}")
-            dynamic = {op.symbol for op in self.program.find("extent") if op.get("dynamic")}
-            named = set().union(*(Expr.of(e).names for e in stage["extent"]))
-            if stage.get("queue", "static") != "static" or named & dynamic:
-                _fail(stage, "some `positions` are of a static queue whose length is known")
         for extent in stage.get("extent", ()):
             if not Expr.of(extent).names <= self.env.keys():
                 _fail(stage, f"its extent `{extent}` is not made of the program's extents")
+        if stage.get("positions") is None:
+            return
+        dynamic = {op.symbol for op in self.program.find("extent") if op.get("dynamic")}
+        named = set().union(*(Expr.of(e).names for e in stage["extent"]))
+        if stage.get("queue", "static") != "static" or named & dynamic:
+            _fail(stage, "some `positions` are of a static queue whose length is known")
+        ranks = np.arange(int(self.program["world"]), dtype=np.int64)
+        whole = stage.with_attrs(positions=None)
+        (rows, *_) = loop_tiles(whole, {**self.env, "RANK": ranks}, len(ranks))
+        (lo, hi), count = stage["positions"], rows.start.shape[1]
+        if not 0 <= lo < hi <= count:
+            _fail(stage, f"it has no positions {lo}..{hi}, of {count}")
 
     def library(self, launch: Op) -> None:
         """The library's own kernel: one product a task, of whole matrices or of rows of one segment."""

@@ -5,8 +5,9 @@ load tiles of whole tensors, compute and store. A stage must be one of these nes
 same attributes on the same values, every buffer standing for the tensor that it serves. Tiles and their
 order are free, since the language leaves them open; two stages may share the tiles of a nest, of which the
 second goes on, on the tiles of this rank's own part, with what the kernel does to the sum of what the nest
-stores last (`shared`). Where a tensor moves, the place along the moved axis is
-that of *dataflow*, which follows contents; this rule says which variable it is that the place belongs to.
+stores last (`shared`), and some tiles of a product may be cut along its depth (`in_parts`). Where a tensor moves,
+the place along the moved axis is that of *dataflow*, which follows contents; this rule says which variable it
+is that the place belongs to.
 """
 
 from __future__ import annotations
@@ -20,10 +21,23 @@ from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import Tile, environment, evaluate, loop_tiles, owner_order
 from tilelink.backend.expand_rows import Expansion, Phase
 from tilelink.backend.verify.dataflow import summed_symbols
-from tilelink.backend.verify.depth import divided
+from tilelink.backend.verify.depth import divided, sums_of
 from tilelink.backend.verify.errors import DataflowError
 from tilelink.backend.verify.grid import Ownership, others, partition_fault, parts_of
 from tilelink.backend.verify.sameness import Names, padded
+from tilelink.backend.verify.tail import (
+    Tail,
+    apart,
+    last_body,
+    length_of,
+    loop_of,
+    part_body,
+    same_tiles,
+    stored_at,
+    tail_of,
+    together,
+    with_tails,
+)
 from tilelink.errors import Span
 from tilelink.ir import TILE, All, At, Block, Expr, Op, Ref, Type, Value, make, op_line
 
@@ -41,7 +55,7 @@ ORDERING = ("wait", "notify", "transfer")
 
 def check_meaning(out: Expansion, kernel: Op) -> None:
     """Raise DataflowError for the first op of a stage that is not the kernel's."""
-    _Meaning(out, divided(kernel, out)).check()
+    _Meaning(out, with_tails(divided(kernel, out), out)).check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +120,11 @@ class _Meaning:
             if adders:
                 done = self.shared(makers, adders, done)
                 at += len(makers) + len(adders)
+                continue
+            tail = tail_of(computing[at:], self.kernel, self.out)
+            if tail is not None:
+                self.in_parts(tail, done)
+                at, done = at + tail.count, done + 1
                 continue
             at += 1
             relayed = self.relays(stage)
@@ -301,6 +320,57 @@ class _Meaning:
         if fault:
             self.fail(second.op, f"its tasks, and those of the stages beside it, {fault}")
         return done + (1 if delivered else 2)
+
+    def in_parts(self, tail: Tail, done: int) -> None:
+        """Stages that share nest ``done``: of whole tiles, of parts of the others' depth, and of what adds those.
+
+        Parts are stored, but for the first, which is in registers where the others are added to it, in order.
+        """
+        last = tail.last.op
+        if done == len(self.nests):
+            self.fail(last, "the kernel has no such loop")
+        nest = self.nests[done]
+        totals = sums_of(nest)
+        if not totals:
+            self.fail(last, "the kernel's loop is no sum of products that may be taken in parts")
+        names, row = stored_at(tail.parts[0].op)
+        if len(set(names)) != len(totals) or len(names) != len(totals) or row is None:
+            self.fail(tail.parts[0].op, "it does not store one part of each sum")
+        buffers = [self.tensors.get(name) for name in names]
+        if any(b is None or b["dims"][0] != len(tail.parts) for b in buffers):
+            self.fail(tail.parts[0].op, f"its buffers are not of {len(tail.parts)} parts of sums")
+        lengths = [length_of(phase.op, self.out) for phase in (tail.last, *tail.parts)]
+        whole = int(evaluate(Expr.of(loop_of(nest)["extent"][0]), self.env, nest))
+        if min(lengths) < 1 or sum(lengths) != whole:
+            self.fail(last, f"{' + '.join(map(str, lengths))} of a depth of {whole} are multiplied")
+        for phase in tail.parts:
+            if not apart(phase, stored_at(phase.op)[1] or row, self.out):
+                self.fail(phase.op, "two of its tiles lie in one place")
+            if not same_tiles(phase, tail.last):
+                self.fail(phase.op, "its tiles are not those of the stage that adds its parts")
+        # Where a tile lies, in the kernel's names of the variables.
+        if isinstance(row, At):
+            told = Names(self.env)
+            for one, other in zip(tail.parts[0].op.args, nest.args, strict=True):
+                told.add(one.name, other.name)
+            row = At(nest.args[0], told.expr(row.start))
+        else:
+            row = nest.args[0]
+        self.number, self.final, self.relay = done, False, False
+        if tail.whole is not None:
+            loops = self.loops(tail.whole.op, nest)
+            self.compare(tail.whole.op, loops, (*self.prelude, *loops.body))
+        begin = lengths[0]
+        for number, phase in enumerate(tail.parts, 1):
+            body = part_body(nest, names, number, row, begin, lengths[number])
+            self.compare(phase.op, self.loops(phase.op, nest), (*self.prelude, *body))
+            begin += lengths[number]
+        loops = self.loops(last, nest)
+        body = last_body(nest, names, len(lengths), row, lengths[0])
+        self.compare(last, loops, (*self.prelude, *body))
+        fault = partition_fault(together(tail), loops.lengths, loops.owned)
+        if fault:
+            self.fail(last, f"its tasks, and those of the stages before it, {fault}")
 
     def delivery(self, name: str) -> Op:
         """What the mapping says of an output: each tile of this rank's part is the sum."""

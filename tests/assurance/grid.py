@@ -60,6 +60,7 @@ class Sample:
     slots: int = 1
     streams: int = 1
     split: int = 1
+    tail: int = 1
     signal: str = "flag"
     copies: str = "rows"
     spans: bool = False
@@ -73,6 +74,7 @@ class Sample:
         parts += ["slots"] if self.slots == 2 else []
         parts += [f"q{self.streams}"] if self.streams > 1 else []
         parts += [f"k{self.split}"] if self.split > 1 else []
+        parts += [f"e{self.tail}"] if self.tail > 1 else []
         parts += [f"{self.signal}s"] if self.signal != "flag" else []
         parts += [self.copies] if self.copies != "rows" else []
         parts += ["spans"] if self.spans else []
@@ -83,7 +85,7 @@ class Sample:
         """The kernel (Tile IR)."""
         kernel: Any = getattr(kernels, self.kernel)
         extents = {"M": self.tile * self.tiles, "N": self.tile * self.columns}
-        extents["K"] = self.tile * self.split
+        extents["K"] = self.tile * max(self.split, self.tail)
         return kernel.build(extents, {}, self.world, dtype=self.dtype)  # type: ignore[no-any-return]
 
     def program(self) -> Op:
@@ -101,6 +103,7 @@ class Sample:
             flatten=self.flatten,
             emitter=self.emitter,
             split=self.split,
+            tail=self.tail,
             moves=moves,
         )
         return run_passes(self.op(), schedule)
@@ -145,6 +148,8 @@ def samples() -> list[Sample]:
                 "gemm_ar",
             ):
                 found.append(replace(plain, tiles=2, split=2))
+                # One tile more than there are workers, in two parts.
+                found.append(replace(plain, tiles=4, workers=3, tail=2))
             if resource == "sm:1" and kernel in ("ag_gemm", "gemm_rs", "gemm_ar"):
                 # Rows of a box are 32 bytes at least.
                 boxes = replace(plain, tiles=2, dtype="fp32", copies="boxes")

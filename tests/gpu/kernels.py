@@ -136,6 +136,8 @@ def cases(only: str = "") -> list[Case]:
         # Parts of the depth are equal; of 136, short steps end each.
         first = "copy_engine" if kernel == "ag_gemm" else "epilogue"
         found += [Case(kernel, *shape, resource=f"{first}-split") for shape in shapes[:4]]
+        # Tiles of the last wave in parts; of few tiles, all of them.
+        found += [Case(kernel, *shape, resource=f"{first}-tail") for shape in shapes[:4]]
         found += [Case(kernel, *shapes[0], dtype=d) for d in ("fp16", "fp32")]
         found += [Case(kernel, *shape, resource="none", emitter="library") for shape in shapes]
         # Boxes need rows of whole boxes: shapes whose shards and rows are even.
@@ -165,7 +167,10 @@ def cases(only: str = "") -> list[Case]:
         roles = ["copy_engine", *(r for r in others if r in ("epilogue", *folded))]
         # Two warp groups share tiles of at least 128 rows.
         found += [
-            Case(kernel, *s, r, emitter="gluon") for r in roles for s in shapes if s[0] >= 1024
+            Case(kernel, *s, r, emitter="gluon")
+            for r in (*roles, f"{first}-tail", "none-tail")
+            for s in shapes
+            if s[0] >= 1024
         ]
     texts = only.split(",")
     return [c for c in found if any(t in f"{c.kernel} {c.emitter} {c.resource}" for t in texts)]
@@ -180,8 +185,8 @@ def schedule_for(case: Case, world: int) -> Any:
     )
     # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots;
     # `-streams`: two streams; `-words`, `-sentinels`: data that signals itself, by an epoch beside it or alone;
-    # `-split`: sums in four parts; `-boxes`: workers copy boxes; `-spans`: tiles span shards; `-pull`: parts are
-    # read where they were made; `-turned`: tiles of all ranks take turns.
+    # `-split`: sums in four parts; `-tail`: the last wave's tiles in two; `-boxes`: workers copy boxes; `-spans`:
+    # tiles span shards; `-pull`: parts are read where they were made; `-turned`: tiles of all ranks take turns.
     resource, *words = case.resource.split("-")
     changes: dict[str, Any] = {}
     if words:
@@ -202,6 +207,7 @@ def schedule_for(case: Case, world: int) -> Any:
         # Of few workers, each has so many tiles that own ones are computed beside the others.
         schedule = replace(schedule, order="interleave", workers=16)
     schedule = replace(schedule, emitter=case.emitter, split=4 if "split" in words else 1)
+    schedule = replace(schedule, tail=2 if "tail" in words else 1)
     if case.emitter == "gluon":
         tiles = (("K", 64), ("M", 128), ("N", 128))
         schedule = replace(schedule, tiles=tiles, warps=8, stages=4)

@@ -56,6 +56,7 @@ def schedules(draw: Any, tensor: str | None) -> Schedule:
         "M": (64, 128) if large else (8, 16, 64),
         "N": (64, 128, 256) if large else (8, 16, 64),
     }
+    split = draw(st.sampled_from((1, 1, 2, 3))) if emitter == "triton" else 1
     return Schedule(
         tiles=tuple((name, draw(st.sampled_from(sizes[name]))) for name in "KMN"),
         order=draw(st.sampled_from(ORDERS)),
@@ -65,7 +66,8 @@ def schedules(draw: Any, tensor: str | None) -> Schedule:
         stages=draw(st.sampled_from((1, 2, 4))),
         emitter=emitter,
         flatten=draw(st.booleans()),
-        split=draw(st.sampled_from((1, 1, 2, 3))) if emitter == "triton" else 1,
+        split=split,
+        tail=draw(st.sampled_from((1, 1, 2, 3))) if split == 1 and emitter != "library" else 1,
         moves=((tensor, move),) if tensor else (),
     )
 

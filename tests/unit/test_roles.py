@@ -100,6 +100,9 @@ def test_groups_hold_back_what_they_notify_where_nothing_waits_before_it(case: C
     launch = fused(case).find("launch")[0]
     # An all-reduce by the epilogue tells all ranks in a loop, which nothing can hold back.
     held = not case.name.startswith("gemm_ar") or case.resource == "copy_engine"
+    if case.tail > 1:
+        first = next(n for n, op in enumerate(launch.body) if "positions" in dict(op.attrs) and n)
+        launch = launch.with_ops(launch.body[:first])
     told = [op for op in launch.body[0].walk() if op.name == "notify"]
     assert bool(told) == (not case.name.startswith("ag"))
     assert all((op.get("delay"), op.get("drain")) == (1, True) for op in told if held)

@@ -30,6 +30,7 @@ schedules = st.builds(
     stages=st.integers(1, 7),
     flatten=st.booleans(),
     split=st.integers(1, 16),
+    tail=st.just(1),
     moves=st.dictionaries(st.sampled_from("ABC"), moves).map(lambda d: tuple(sorted(d.items()))),
 )
 
@@ -58,6 +59,10 @@ def test_json_round_trips(schedule: Schedule) -> None:
         ('{"split": 0}', "split"),
         ('{"split": 17}', "split"),
         ('{"split": 2, "emitter": "gluon"}', "split"),
+        ('{"tail": 0}', "tail"),
+        ('{"tail": 9}', "tail"),
+        ('{"tail": 2, "split": 2}', "tail"),
+        ('{"tail": 2, "emitter": "library"}', "tail"),
         ('{"moves": {"A": {"resource": "dma"}}}', "resource"),
         ('{"moves": {"A": {"resource": "sm:0"}}}', "resource"),
         ('{"moves": {"A": {"resource": "sm:132"}}}', "moves.A.resource"),

@@ -236,6 +236,12 @@ def from_memory(value, columns: gl.constexpr):
 
 
 @gluon.jit
+def piece(value, columns: gl.constexpr):
+    """Some columns of a tile of sums, laid out as products leave a tile that has no more of them."""
+    return gl.convert_layout(value, _product(columns))
+
+
+@gluon.jit
 def to_memory(value, columns: gl.constexpr):
     """A tile laid out to be stored by addresses, 16 bytes a thread."""
     return gl.convert_layout(value, _memory(columns))

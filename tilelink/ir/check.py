@@ -204,6 +204,9 @@ class Checker:
         low, high = op.get("workers", (0, 1))
         if not 0 <= low < high:
             raise error(op, f"`workers` is the empty range [{low}, {high}]")
+        low, high = op.get("positions", (0, 1))
+        if not 0 <= low < high:
+            raise error(op, f"`positions` is the empty range [{low}, {high}]")
 
     def loop(self, op: Op) -> None:
         own = 1

@@ -36,7 +36,7 @@ _TABLE = {
     "for_tiles": "bounds extent part part_axis part_of segment segments tile visit",
     "for_range": "hi! lo!",
     "yield": "",
-    "load": "empty own relay via when wide",
+    "load": "empty late own relay via when wide",
     "load_sum": "empty own remote via wide",
     "store": "final peer relay via wide",
     "wait": "compare count epoch if order proxy scope",
