@@ -261,9 +261,9 @@ def test_other_sums_are_refused(old: str, new: str) -> None:
         verify(parse_ir(f"{head}\n  head do{body.replace(old, new)}"))
 
 
-def test_tasks_end_with_the_queue() -> None:
+def test_positions_end_with_the_order() -> None:
     text = print_ir(fused(gemm, tail=3, workers=7, flatten=False))
-    with pytest.raises(tilelink.TilelinkError, match="end at position 19 of 18"):
+    with pytest.raises(tilelink.TilelinkError, match="no positions 14..19, of 18"):
         verify(parse_ir(text.replace("positions = [14, 18]", "positions = [14, 19]")))
     with pytest.raises(tilelink.TilelinkError, match="the empty range"):
         check_types(parse_ir(text.replace("positions = [14, 18]", "positions = [14, 14]")))
