@@ -161,8 +161,7 @@ def cases(only: str = "") -> list[Case]:
         beside = ["copy_engine", *(["copy_engine-folded"] if kernel == "gemm_rs" else [])]
         found += [Case(kernel, *s, r, emitter="library") for r in beside for s in shapes[:4]]
         found += [Case(kernel, *shapes[2], "none", dtype, "library") for dtype in ("fp16", "fp32")]
-        folded: tuple[str, ...]
-        folded = ("copy_engine-folded", "epilogue-folded", "epilogue-two-folded")
+        folded: tuple[str, ...] = ("copy_engine-folded", "epilogue-folded", "epilogue-two-folded")
         folded += ("epilogue-pull", "epilogue-pull-folded", "epilogue-pull-folded-turned")
         folded += ("epilogue-two-pull", "epilogue-two-pull-folded-turned")
         roles = ["copy_engine", *(r for r in others if r in ("epilogue", *folded))]
