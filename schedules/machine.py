@@ -50,7 +50,8 @@ class Emitter:
 class Machine:
     """One host. GB/s are 1e9 bytes a second; times are microseconds.
 
-    ``device`` is the name that CUDA gives its GPUs. ``tflops`` is the sustained rate of matrix products
+    ``device`` is the name that CUDA gives its GPUs, ``kin`` those of GPUs so much alike that the description, and
+    what was tuned on the device, is a first guess for them where they have none of their own. ``tflops`` is the sustained rate of matrix products
     by dtype over all ``sms``; when products begin it is higher by ``burst`` (a share), which power
     limits take back with the time constant ``burst_us``. ``hbm_gbps`` is the bandwidth of memory, and
     ``sum_gbps`` what stages without a product draw of it. ``load_us`` is the latency of a tile's load.
@@ -71,6 +72,7 @@ class Machine:
     name: str
     description: str
     device: str
+    kin: tuple[str, ...]
     world: int
     sms: int
     tflops: Mapping[str, float]
@@ -112,12 +114,19 @@ class Machine:
 
     @staticmethod
     def of_device(device: str, world: int) -> Machine | None:
-        """The description of ``world`` GPUs that CUDA calls ``device``; None if there is none."""
-        found = [m for m in map(Machine.load, Machine.known()) if m.device == device]
+        """The description of ``world`` GPUs that CUDA calls ``device``, or of kin; None if there is none."""
+        known = [Machine.load(name) for name in Machine.known()]
+        found = [m for m in known if m.device == device] or [m for m in known if device in m.kin]
         wide = sorted((m for m in found if m.world >= world), key=lambda m: (m.world, m.name))
         return (
             replace(wide[0], world=world, name=_with_world(wide[0].name, world)) if wide else None
         )
+
+    @staticmethod
+    def kin_of(device: str) -> tuple[str, ...]:
+        """The devices with a description of which CUDA's ``device`` is kin, sorted."""
+        known = map(Machine.load, Machine.known())
+        return tuple(sorted({m.device for m in known if device in m.kin}))
 
     @staticmethod
     def from_json(text: str) -> Machine:
@@ -228,4 +237,5 @@ def _parse(found: dict[str, Any]) -> Machine:
         }
     )
     found.setdefault("read_gbps", found["link_gbps"])
+    found["kin"] = tuple(found.get("kin", ()))
     return Machine(**{field.name: found[field.name] for field in fields(Machine)})

@@ -17,6 +17,7 @@ from typing import Any
 
 from tilelink.errors import TilelinkError
 from tilelink.ir import Op, Ref, print_ir
+from tilelink.schedules.machine import Machine
 from tilelink.schedules.schedule import Schedule, ScheduleError
 
 # Octaves, summed over the extents, from a tuned shape to one that takes over its schedule.
@@ -177,20 +178,22 @@ def lookup(kernel: Op, device: str, tables: Iterable[Table] | None = None) -> Fo
     """The tuned schedule of ``kernel`` on GPUs that CUDA calls ``device``: of its shape, or the nearest one.
 
     Nearest is one within ``NEAR`` octaves on as many ranks; where there is none, on other numbers of ranks, of
-    which an octave counts like one of an extent. None where nothing of the same kernel and device is that near.
-    The same tables give the same answer everywhere.
+    which an octave counts like one of an extent; where there is none of this device, on its kin. None where
+    nothing of the same kernel is that near. The same tables give the same answer everywhere.
     """
     key, world, extents = kernel_key(kernel), world_of(kernel), extents_of(kernel)
+    alike = (device, *Machine.kin_of(device))
     found = [
         Found(entry.schedule, table, entry, entry.distance(extents) + _apart(table.world, world))
         for table in (load_tables() if tables is None else tables)
-        if (table.key, table.device) == (key, device)
+        if table.key == key and table.device in alike
         for entry in table.entries
     ]
     near = [f for f in found if f.distance <= NEAR]
 
     def order(f: Found) -> tuple[object, ...]:
-        return f.table.world != world, f.distance, sorted(f.entry.extents.items()), f.table.name
+        place = alike.index(f.table.device), f.table.world != world
+        return *place, f.distance, sorted(f.entry.extents.items()), f.table.name
 
     return min(near, key=order, default=None)
 
