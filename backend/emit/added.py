@@ -14,8 +14,8 @@ from tilelink.backend.emit.columns import divisible, halves, tells
 from tilelink.backend.emit.scope import Dim, Program, Scope
 from tilelink.ir import Op
 
-# Elements of a tile that a thread adds at a time, beside 128 of its own: of one part, and of each of several.
-EACH, EACH_OF_SEVERAL = 64, 32
+# Elements of a tile that a thread adds at a time, beside 128 of its own: with twice as many some kernels spill.
+EACH = 32
 # The least columns of a piece: 64 bytes of a row of parts are whole sectors in every layout.
 COLUMNS = 16
 
@@ -41,10 +41,10 @@ def begins(scope: Scope, task: tuple[Op, ...]) -> int | None:
     )
 
 
-def width_of(rows: int, columns: int, parts: int, warps: int) -> int:
-    """Columns of a piece of a tile of ``rows`` x ``columns`` that ``warps`` hold and add ``parts`` to."""
-    width, each = columns, EACH if parts == 1 else EACH_OF_SEVERAL
-    while width > COLUMNS and rows * width > each * 32 * warps:
+def width_of(rows: int, columns: int, warps: int) -> int:
+    """Columns of a piece of a tile of ``rows`` x ``columns`` that ``warps`` hold."""
+    width = columns
+    while width > COLUMNS and rows * width > EACH * 32 * warps:
         width //= 2
     return width
 
@@ -69,8 +69,7 @@ def ops(scope: Scope, tail: tuple[Op, ...]) -> bool:
         return False
     variable = owns[0].type.shape[1]
     whole, rows = scope.dims[variable], scope.blocks(owns[0].type)[0]
-    loads = sum(op.name == "load" for op in sums)
-    width = width_of(rows * len(owns), whole.block, loads // len(owns), scope.warps)
+    width = width_of(rows * len(owns), whole.block, scope.warps)
     at = next((n for n, op in enumerate(rest) if tells(op)), len(rest))
     rest, told = rest[:at], rest[at:]
     kept = {v.name: scope.names[v.name] for v in owns}

@@ -595,10 +595,8 @@ class Roles:
             # Behind a sum over ranks, tiles are worked on part by part.
             summed = any(op.name == "load_sum" for op in ops)
             part = rows * columns
-            parts = sum(o.name == "load" and added.part_of_sum(self.program, o) for o in ops)
-            if parts:
-                sums = len(product.loop.results)
-                width = added.width_of(rows * sums, columns, parts // sums, GROUP_WARPS)
+            if any(o.name == "load" and added.part_of_sum(self.program, o) for o in ops):
+                width = added.width_of(rows * len(product.loop.results), columns, GROUP_WARPS)
                 most = min(most, width)
             if product.landed is not None:
                 part = rows * int(product.loop["tile"][0])
