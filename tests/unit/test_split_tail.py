@@ -375,8 +375,8 @@ PARTS = [
     (r"tail_C_to_rows = tl\.cast\((m_p1_start[^\n]*)", r"tail_C_to_rows = tl.cast(64 + \1"),
     (r"k_p1_start \+ 128", "k_p1_start + 64"),
     (r"consumer_tile_wait\(ctx, (\d+), (\d+),", r"consumer_tile_wait(ctx, \1, 1,"),
-    (r"(acc_t_low) = (roles\.piece\()acc_t_low", r"\1 = \2acc_t_high"),
-    (r"(acc_3_t = acc_t_low \+ acc_3_at1_t\b)", r"acc_3_t = acc_t_high + acc_3_at1_t"),
+    (r"(acc_t_low_low = roles\.piece\()acc_t_low_low", r"\1acc_t_low_high"),
+    (r"acc_3_t = acc_t_low_low \+ ", "acc_3_t = acc_t_high_low + "),
     (r"m_t_place = q \+ \d+", "m_t_place = q + 1"),
     (r"roles\.delayed_tile_notify\(ctx, pending\)|device\.producer_tile_notify\(ctx, 3[^\n]*", "pass"),
 ]  # fmt: skip
