@@ -237,10 +237,8 @@ class _Cut:
             for op in stage.walk()
             for v in (*op.results, *op.args)
         }
-        name = stage.symbol.rsplit(".", 1)[0]
-        return replace(substitute(stage, renamed), ref=Ref(f"{name}.{label}")).with_attrs(
-            positions=self.tasks
-        )
+        name = label.join(stage.symbol.rsplit("gemm", 1))
+        return replace(substitute(stage, renamed), ref=Ref(name)).with_attrs(positions=self.tasks)
 
 
 def _look(program: Op, stage: Op) -> tuple[tuple[Op, ...], Nest]:

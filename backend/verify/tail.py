@@ -57,7 +57,11 @@ def tail_of(phases: Sequence[Phase], kernel: Op, out: Expansion) -> Tail | None:
     def touches(phase: Phase, kind: str) -> bool:
         return any(op.name == kind and op.symbol in names for op in phase.op.walk() if op.ref)
 
-    some = 0 if phases and touches(phases[0], "store") else 1
+    if not phases:
+        return None
+    some = 0 if touches(phases[0], "store") else 1
+    if some and phases[0].op.get("tasks") is None:
+        return None  # it has all tiles of its nest
     at = some
     while at < len(phases) and touches(phases[at], "store"):
         at += 1

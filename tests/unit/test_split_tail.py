@@ -333,6 +333,40 @@ def test_bits_do_not_depend_on_timing() -> None:
         assert all(torch.equal(one, two) for one, two in zip(seen[0], other, strict=True))
 
 
+@tilelink.kernel("local A[M, K]")
+def chained(A, B, D, C):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    N, L = D.shape
+    P = tk.empty([M, N], A.dtype)
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        P[m, n] = acc
+    for m, e in tk.tiles(M, L):
+        acc = tk.zeros([m, e], tk.float32)
+        for n in tk.tiles(N):
+            acc = tk.dot(P[m, n], D[n, e], acc)
+        C[m, e] = acc
+
+
+@pytest.mark.parametrize("workers", [4, 5, 9])
+def test_each_product_of_a_kernel_has_a_last_wave(workers: int) -> None:
+    # 18 tiles, then 6: with nine workers the first are two full waves, and all of the second are cut.
+    op = chained.build({"M": 96, "K": 80, "N": 96, "L": 32}, world=1)
+    tiles = tuple((name, 32 if name == "N" else 16) for name in "KMN")
+    how = Schedule(tiles=(("L", 32), *tiles), workers=workers, tail=2, warps=4)
+    program = compile_kernel(op, how)
+    cut = [s.symbol for s in program.find("launch")[0].find("stage") if s.get("tasks")]
+    assert ("P.part1" in cut) == (workers != 9) and "C.part1.1" in cut
+    validate(read_module(Source("emitted.py", emit(program))), program)
+    given = [integers(1, *s, seed=n) for n, s in enumerate(((96, 80), (80, 96), (96, 32)))]
+    wanted = chained.on("reference", world=1)(*given)
+    for backend in ("simulate", "interpret"):
+        found = chained.on(backend, world=1, schedule=how)(*given)
+        assert torch.equal(found[0], wanted[0])
+
+
 @ids
 @pytest.mark.parametrize("flatten", [True, False])
 def test_emitted_modules_are_read_back(kernel: Any, move: Move, flatten: bool) -> None:
