@@ -123,6 +123,7 @@ class Program:
         stream = torch._C._cuda_getCurrentRawStream(device)
         if torch._C._cuda_isCurrentStreamCapturing():
             plan.enqueue(stream, tensors)
+            self.state.note_capture(self._collectives)
         else:
             state = self.state
             if _last.get(device) != stream:
