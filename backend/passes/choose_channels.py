@@ -169,7 +169,7 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
 
 
 def _check_words(program: Op, tensor: Op, info: Moved) -> None:
-    """ScheduleError unless every row of every tile of ``tensor`` is made of whole words."""
+    """ScheduleError unless rows of tiles of ``tensor`` are of whole words, and all parts can be polled."""
     dims, size = global_dims(tensor, environment(program)), DTYPES[tensor["dtype"]]
     inner = info.block if info.axis == len(dims) - 1 else dims[-1]
     stage, _ = storing_stage(program, info.name)
@@ -184,6 +184,8 @@ def _check_words(program: Op, tensor: Op, info: Moved) -> None:
         wrong = f"it has {len(dims)} axes, and words are stored in tiles of two"
     elif inner * size % arena.PAYLOAD or tile * size % arena.PAYLOAD or not tile:
         wrong = f"its rows, {inner} elements in tiles of {tile}, are not of whole words"
+    elif program["world"] > arena.POLLED:
+        wrong = f"a sum of {program['world']} parts, and at most {arena.POLLED} are polled together"
     if wrong:
         raise ScheduleError(
             tensor.span,
