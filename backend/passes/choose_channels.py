@@ -379,7 +379,12 @@ def _per_channel(program: Op, tensor: Op, count: int) -> int | None:
 
 
 def _in_place(program: Op, info: Moved) -> bool:
-    """Whether every read is by a tile of one owner, so that own rows are read where the user left them."""
+    """Whether every read is by a tile of one owner, so that own rows are read where the user left them.
+
+    Both are read the same way, with rows as long in the shard as in the whole: it is cut along its first axis.
+    """
+    if info.axis != 0:
+        return False
     for stage in stages_of(program):
         tiles = {arg for op in stage.walk() for arg in op.args if op.get("segment") is not None}
         for load in accesses(stage, info.name, "load"):
