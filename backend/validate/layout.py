@@ -58,6 +58,9 @@ class Layout:
         sums = [op for op in program.walk() if op.name == "load_sum" and op.ref is not None]
         self.parts = frozenset(op.symbol for op in sums)
         self.own = frozenset(op["own"].symbol for op in sums if op.get("own") is not None)
+        # The sum that each of them is of, by the name of its parts.
+        self.sum_of = {op.symbol: op.symbol for op in sums}
+        self.sum_of |= {op["own"].symbol: op.symbol for op in sums if op.get("own") is not None}
 
         # The axis over which a tensor, or what holds it, is moved: places along it need not be those of the whole.
         self.moved: dict[str, int] = {}
