@@ -13,7 +13,7 @@ from tilelink.backend.emit.scope import TL_DTYPE, Scope, item_bytes, refuse
 from tilelink.backend.passes.common import stages_of
 from tilelink.backend.passes.order_memory import divisor, starts_of
 from tilelink.ir import At, Expr, Index, Op, Range, Ref, Value
-from tilelink.ir.layout import ENCODINGS, PAYLOAD
+from tilelink.ir.layout import ENCODINGS, PAYLOAD, POLLED
 
 # Bytes of words that are read and written at once where rows begin and end at multiples of them.
 VECTOR = 16
@@ -80,6 +80,8 @@ def load_sum(scope: Scope, op: Op) -> None:
     assert ref is not None
     if op.get("own") is not None or op.operands:
         raise refuse(op, "a sum of words and of a part that lies elsewhere")
+    if scope.program.world > POLLED:
+        raise refuse(op, f"a sum of words of more than {POLLED} ranks")
     index, ident = _wait_of(scope, op)
     name = scope.define(value)
     where, dtype, shape = _common(scope, op, value)

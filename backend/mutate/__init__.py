@@ -12,6 +12,7 @@ from tilelink.backend.mutate import count, place, rows, target, weaken
 from tilelink.backend.mutate.deletions import deletions
 from tilelink.backend.mutate.sites import Mutant
 from tilelink.ir import Op, print_ir
+from tilelink.ir.text import Printed
 from tilelink.ir.vocabulary import check_names
 
 OPERATORS: tuple[Callable[[Op], Iterator[Mutant]], ...] = (
@@ -88,10 +89,11 @@ def mutants(program: Op) -> Iterator[Mutant]:
 
     Each is legal text (``check_names``). Where two operators make the same program, the first has it.
     """
-    seen = {print_ir(program)}
+    printed: Printed = {}
+    seen = {print_ir(program, printed)}
     for operator in OPERATORS:
         for found in operator(program):
-            text = print_ir(found.program)
+            text = print_ir(found.program, printed)
             if text not in seen:
                 seen.add(text)
                 check_names(found.program)

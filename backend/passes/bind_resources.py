@@ -31,6 +31,7 @@ from tilelink.ir import (
     make,
     minimum,
 )
+from tilelink.schedules import ScheduleError
 
 # Warps of a kernel that copies alone: it waits, and one thread of it issues the copies.
 COPY_WARPS = 4
@@ -197,10 +198,19 @@ def _copies(
 def _by_workers(program: Op, info: Moved) -> Op:
     """A stage of copies run by the first N workers, which then join the rest.
 
-    Where kernels that multiply are not ours, or their warps have roles, it is a launch of its own before them.
+    Where kernels that multiply are not ours, or their warps have roles, it is a launch of its own before them, and
+    a call is no single kernel: ScheduleError with two slots.
     """
     schedule = schedule_of(program)
     alone = info.kind == "gather" and schedule.emitter != "triton"
+    if alone and schedule.move(info.name).slots != 1:
+        raise ScheduleError(
+            program.declared(info.name).span,
+            field=f"moves.{info.name}.slots",
+            detail="2 slots, where one kernel begins and ends a call, but copies are a kernel of their own "
+            f"with `{schedule.emitter}`",
+            help="use 1 slot, or the emitter triton",
+        )
     stage, workers = copying_stage(program, info, alone), schedule.move(info.name).sm_workers
     if alone:
         return _ahead(program, info, stage.with_attrs(workers=None), workers)

@@ -185,7 +185,7 @@ def _check_pulled(tensor: Op, info: Moved) -> None:
 
 
 def _check_words(program: Op, tensor: Op, info: Moved) -> None:
-    """ScheduleError unless every row of every tile of ``tensor`` is made of whole words."""
+    """ScheduleError unless rows of tiles of ``tensor`` are of whole words, and all parts can be polled."""
     dims, size = global_dims(tensor, environment(program)), DTYPES[tensor["dtype"]]
     inner = info.block if info.axis == len(dims) - 1 else dims[-1]
     stage, _ = storing_stage(program, info.name)
@@ -200,6 +200,8 @@ def _check_words(program: Op, tensor: Op, info: Moved) -> None:
         wrong = f"it has {len(dims)} axes, and words are stored in tiles of two"
     elif inner * size % arena.PAYLOAD or tile * size % arena.PAYLOAD or not tile:
         wrong = f"its rows, {inner} elements in tiles of {tile}, are not of whole words"
+    elif program["world"] > arena.POLLED:
+        wrong = f"a sum of {program['world']} parts, and at most {arena.POLLED} are polled together"
     if wrong:
         raise ScheduleError(
             tensor.span,
@@ -395,7 +397,12 @@ def _per_channel(program: Op, tensor: Op, count: int) -> int | None:
 
 
 def _in_place(program: Op, info: Moved) -> bool:
-    """Whether every read is by a tile of one owner, so that own rows are read where the user left them."""
+    """Whether every read is by a tile of one owner, so that own rows are read where the user left them.
+
+    Both are read the same way, with rows as long in the shard as in the whole: it is cut along its first axis.
+    """
+    if info.axis != 0:
+        return False
     for stage in stages_of(program):
         tiles = {arg for op in stage.walk() for arg in op.args if op.get("segment") is not None}
         for load in accesses(stage, info.name, "load"):

@@ -407,11 +407,20 @@ def _times(left: Expr | int, right: Expr | int) -> Expr | int:
 
 
 def tasks_across(program: Op, stage: Op, skip: int | None) -> Expr | int:
-    """Tasks of ``stage`` over all its variables but number ``skip``."""
+    """Tasks of ``stage`` on one rank over all its variables but number ``skip``; they end at its segments."""
     count: Expr | int = 1
+    cut = stage.get("segment") is not None
     for number, (extent, tile) in enumerate(zip(stage["extent"], stage["tile"], strict=True)):
-        if number != skip:
+        if number == skip:
+            continue
+        if not cut or number != int(stage.get("axis", 0)):
             count = _times(count, _tiles(program, extent, tile))
+            continue
+        segment = int(stage["segment"])
+        length = extent if isinstance(extent, int) else int(extent.evaluate(environment(program)))
+        segments = Expr.of(stage.get("segments", length // segment)).evaluate(environment(program))
+        per = _tiles(program, stage.get("live", segment), int(tile))
+        count = _times(_times(count, int(segments)), per)
     return count
 
 
@@ -420,12 +429,4 @@ def tasks_of_stage(program: Op, stage: Op) -> Expr | int:
     if stage.get("positions") is not None:
         lo, hi = (int(x) for x in stage["positions"])
         return hi - lo
-    if stage.get("segment") is None:
-        return tasks_across(program, stage, None)
-    segment = int(stage["segment"])
-    axis = int(stage.get("axis", 0))
-    extent = stage["extent"][axis]
-    length = extent if isinstance(extent, int) else int(extent.evaluate(environment(program)))
-    segments = Expr.of(stage.get("segments", length // segment)).evaluate(environment(program))
-    per = _tiles(program, stage.get("live", segment), int(stage["tile"][axis]))
-    return _times(_times(tasks_across(program, stage, axis), int(segments)), per)
+    return tasks_across(program, stage, None)

@@ -120,12 +120,13 @@ def _boxes(program: Op, info: Moved, alone: bool) -> Op:
     if alone:
         columns = _widened(program, info, lengths[across], columns, rows * size)
     if min(rows if info.axis else columns, 1 << 20) * size < LEAST_COLUMNS:
-        detail = f"a box of {rows} x {columns} has rows of fewer than {LEAST_COLUMNS} bytes"
+        box = f"{columns} x {rows}" if info.axis else f"{rows} x {columns}"
+        detail = f"a box of {box} has rows of fewer than {LEAST_COLUMNS} bytes"
         raise _unfit(program, info, detail)
     step, last = Value(f"{name}.s", INDEX), Value(f"{name}.p", INDEX)
     tile, column = Value(f"{name}.t", TILE), Value(f"{name}.c", TILE)
     shape = [tile, column] if info.axis == 0 else [column, tile]
-    box = Value(f"{name}.box", Type(str(program.declared(name)["dtype"]), _names(shape)))
+    loaded = Value(f"{name}.box", Type(str(program.declared(name)["dtype"]), _names(shape)))
     start = Expr.name(f"{tile.name}.start")
     channel = info.channel_of(start)
     count = info.tiles_of(channel) * (lengths[across] // columns)
@@ -143,8 +144,8 @@ def _boxes(program: Op, info: Moved, alone: bool) -> Op:
         base = peer * info.shard + start if info.spread else start
         source = Ref(f"{name}.partial", at(At(tile, base) if info.spread else tile))
         target = Ref(f"{name}.parts", (RANK, *at(tile)))
-    load = make("load", results=(box,), ref=source, span=span)
-    store = make("store", ref=target, operands=(box,), peer=peer, span=span)
+    load = make("load", results=(loaded,), ref=source, span=span)
+    store = make("store", ref=target, operands=(loaded,), peer=peer, span=span)
     if info.kind != "gather" and info.spread:
         body = [
             _finished(program, info, peer, channel),

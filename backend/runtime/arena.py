@@ -170,8 +170,14 @@ class CudaState(GroupState):
         else:
             driver().record(self._done.handle, stream)
             self._unmarked = None
-        self.collectives = collectives
+        if collectives:
+            self.collectives = True
         self._called = True
+
+    def note_capture(self, collectives: bool) -> None:
+        """Remembers that a call went into a graph of the user's, whose replays nobody here sees."""
+        if collectives:
+            self.replayed_collectives = True
 
     def idle(self) -> bool:
         """Whether the last call that the host knows of has ended."""
@@ -228,7 +234,6 @@ class CudaState(GroupState):
 
     def stop_collectives(self) -> None:
         """Aborts the library's communicator, whose kernels would wait for the dead rank for minutes."""
-        self.collectives = False
         backend = self.group._get_backend(self.device)
         if hasattr(backend, "abort"):
             threading.Thread(target=backend.abort, daemon=True).start()

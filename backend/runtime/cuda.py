@@ -33,7 +33,7 @@ from tilelink.backend.runtime.image import Image, Slot, image_of
 from tilelink.backend.runtime.plan import Plan, Recorder
 from tilelink.backend.runtime.views import TORCH_DTYPES
 from tilelink.errors import InternalError, TilelinkError
-from tilelink.ir import Op, parse_ir
+from tilelink.ir import FLOATS, Op, parse_ir
 
 PLANS = 256  # recorded calls kept a program
 
@@ -123,6 +123,7 @@ class Program:
         stream = torch._C._cuda_getCurrentRawStream(device)
         if torch._C._cuda_isCurrentStreamCapturing():
             plan.enqueue(stream, tensors)
+            self.state.note_capture(self._collectives)
         else:
             state = self.state
             if _last.get(device) != stream:
@@ -217,7 +218,8 @@ def run_program(
 ) -> tuple[torch.Tensor, ...]:
     """Runs an emitted module: its IR text and host function; see :func:`launch`.
 
-    ``tensors``: by name, or in parameter order (all of them, or those that the program reads).
+    ``tensors``: by name, or in parameter order (all of them, or those that the program reads). ``scalars``: by
+    name, in any order.
     """
     state = state_of(group)
     state.check_usable()
@@ -227,16 +229,17 @@ def run_program(
     program = _programs.get(key)
     if program is None:
         image = image_of(parse_ir(text))
-        given = _by_name(image, tensors)
+        given, numbers = _by_name(image, tensors), _numbers(image, scalars)
         facts = {"program": digest[:16], "emitted source": _source_of(host)}
         program = _programs[key] = _meet(
-            state, image.name, lambda: (image, host, facts), given, scalars
+            state, image.name, lambda: (image, host, facts), given, numbers
         )
     given = _by_name(program.image, tensors)
     extents = program.image.extents_of({n: t.shape for n, t in given.items()})
     _check_extents(program.image, extents)
     _check_tensors(program.slots(extents), given, state.device)
-    return program.call(program.allocate(given, extents), scalars, extents)
+    numbers = _numbers(program.image, scalars)
+    return program.call(program.allocate(given, extents), numbers, extents)
 
 
 def _source_of(host: Host) -> str:
@@ -406,6 +409,20 @@ def _by_name(image: Image, tensors: Any) -> Tensors:
             help=f"pass {', '.join(visible)}, or {', '.join(read)} alone",
         )
     return dict(zip(names, tensors, strict=True))
+
+
+def _numbers(image: Image, scalars: Mapping[str, float]) -> dict[str, float]:
+    """The scalars of a call in the order of the program and of its types; BadArgument for what is none."""
+    found: dict[str, float] = {}
+    for name, dtype in image.scalars.items():
+        value = scalars.get(name)
+        if isinstance(value, float) and value.is_integer() and dtype not in FLOATS:
+            value = int(value)
+        if not isinstance(value, int | float) or (isinstance(value, float) and dtype not in FLOATS):
+            detail = "is missing" if value is None else f"is {value!r}"
+            raise BadArgument(name=name, detail=detail, help=f"it is a number, {dtype}")
+        found[name] = float(value) if dtype in FLOATS else int(value)
+    return found
 
 
 def _check_extents(image: Image, extents: Extents) -> None:

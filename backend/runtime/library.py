@@ -94,11 +94,19 @@ def _reduction(dtype: str) -> tuple[Callable[[], Any], Callable[..., Any], Any]:
     return getattr(_C, f"_get_{name}"), getattr(_C, f"_set_{name}"), _reduced
 
 
+def _set_precision(value: str) -> None:
+    """How products of fp32 are made; what PyTorch allows in general goes on to be what it allows here."""
+    switches = torch.backends.cuda.matmul
+    switches.fp32_precision = "none"
+    if switches.fp32_precision != value:
+        switches.fp32_precision = value
+
+
 # By the dtype of the operands. TF32 rounds operands of fp32; the others round parts of a sum.
 _EXACT: dict[torch.dtype, Callable[..., None]] = {
     torch.float32: _without(
         lambda: torch.backends.cuda.matmul.fp32_precision,
-        lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value),
+        _set_precision,
         lambda value: None if value in ("ieee", "none") else (("ieee",), (value,)),
     ),
     torch.bfloat16: _without(*_reduction("bf16")),

@@ -56,9 +56,10 @@ class GroupState(ABC):
         self._stopped: float | None = None
         self._pending: float | None = None
         self._dead: list[int] = []  # as the watchdog last saw it
-        # Whether the last call meets other ranks in collectives of the library, and the ranks for whose sake such
-        # were ended, until that is said.
+        # Whether a call that is not known to have ended well meets other ranks in collectives of the library, and
+        # whether a graph of the user's may at any time; for which ranks such were ended, until that is said.
         self.collectives = False
+        self.replayed_collectives = False
         self._ended_for: list[int] = []
         self._raising = threading.Lock()
         watch.watch(self)
@@ -176,7 +177,12 @@ class GroupState(ABC):
         A dead rank that had started a call may have sent all that it needs, so that one is left to its
         own time limit; one that it had not started never ends by itself before the limit for arrival.
         """
-        if self.world == 1 or self._given_up:
+        if self.world == 1:
+            return
+        if self._given_up:
+            # Given up for another reason, maybe before this thread saw who is dead.
+            if self.collectives or self.replayed_collectives:
+                self._end_collectives(self.lost(), not self.idle())
             return
         now = time.monotonic()
         self._dead = lost = self.lost()
@@ -199,9 +205,14 @@ class GroupState(ABC):
             stopped = stopped or bool(words[layout.ABORT])
         if stopped and busy and self._stopped is None:
             self._stopped = now
-        if lost and busy and self.collectives:
+        self._end_collectives(lost, busy)
+
+    def _end_collectives(self, lost: list[int], busy: bool) -> None:
+        """Ends collectives of the library that may wait for one of the ranks ``lost``."""
+        if lost and (self.replayed_collectives or (self.collectives and busy)):
             # Said before it happens: who waits for the call goes on once it has.
             self._ended_for = list(lost)
+            self.collectives = self.replayed_collectives = False
             self.stop_collectives()
 
     def settle(self) -> None:
@@ -262,13 +273,20 @@ class GroupState(ABC):
 
         Also where this rank ended no collective of its own: what a peer's sends on once that peer has ended it is
         not what the dead rank would have sent, and nothing in a call tells. A peer that did was ahead in seeing a
-        rank dead, which is therefore seen here now.
+        rank dead, which is therefore seen here now. Until then a call is as doubtful whatever came behind it; one
+        that had ended when all ranks still lived is well.
         """
-        lost = self._ended_for or (self.lost() if self.collectives else [])
+        if not (self._ended_for or self.collectives or self.replayed_collectives):
+            return None
+        ended = self.idle()
+        lost = self._ended_for or self.lost()
         if not lost:
+            self.collectives = self.collectives and not ended
             return None
         who = ", ".join(map(str, lost))
-        self._ended_for, self.collectives = [], False
+        self._end_collectives(lost, not ended)
+        self._ended_for = []
+        self.collectives = self.replayed_collectives = False
         why = f"the process of rank {who} has ended, and with it a collective of the library"
         return PeerTimeout(rank=self.rank, why=why)
 

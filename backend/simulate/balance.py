@@ -44,10 +44,7 @@ def check_counters(geometry: Geometry, memory: Memory) -> None:
 
 def check_flags(geometry: Geometry, memories: list[Memory]) -> None:
     """BalanceError where a flag was set to an epoch that no wait asks for, or twice to one epoch."""
-    slack: dict[str, int] = {}
-    for op in geometry.program.walk():
-        if op.name == "wait" and geometry.decls[op.symbol].kind == "flag":
-            slack[op.symbol] = max(slack.get(op.symbol, 0), -int(op.get("epoch", 0)))
+    slack = geometry.slack
     for memory in memories:
         for name, call in itertools.product(sorted(geometry.decls), (0, 1)):
             place = geometry.slot(name, call)

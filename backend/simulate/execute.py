@@ -6,7 +6,7 @@ A task is a generator. It yields None where the scheduler may run another task, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -133,6 +133,14 @@ def halves(flight: Flight) -> list[Flight]:
     return [flight]
 
 
+def lacking(values: Sequence[int], elements: Sequence[int], need: int, equal: bool) -> list[int]:
+    """The elements of a channel that keep a wait for ``need`` from passing."""
+    if equal:
+        return [e for e in elements if values[e] != need]
+    # Compared cyclically, as 32-bit numbers.
+    return [e for e in elements if (values[e] - need) & 0x80000000]
+
+
 class Machine:
     """What tasks share: the memory of all ranks, and the choices of the scheduler.
 
@@ -214,7 +222,7 @@ class Machine:
 
     def drain(self, task: Task) -> None:
         """The stores through the async proxy have completed."""
-        component = self.apart.get(task.component)
+        component = self.apart.get(task.component) if self.apart else None
         if component is None:
             return
         for rank, region, value, uid in task.streaming:
@@ -289,11 +297,8 @@ class Machine:
             ]
         if not blocked.elements:
             return []
-        values, need = self.memories[rank].channels[blocked.place].values, blocked.need
-        if blocked.equal:
-            return [e for e in blocked.elements if values[e] != need]
-        # Compared cyclically, as 32-bit numbers.
-        return [e for e in blocked.elements if (values[e] - need) & 0x80000000]
+        values = self.memories[rank].channels[blocked.place].values
+        return lacking(values, blocked.elements, blocked.need, blocked.equal)
 
 
 class Runner:
@@ -544,10 +549,11 @@ class Runner:
         machine.control(task, ins.op)
         need = ins.need if ins.counter else self.memory.epoch + ins.need
         place = self.geometry.slot(ins.symbol, task.call)
-        channel = self.memory.channels[place]
-        blocked = Blocked(ins.op, ins.symbol, ins.elements, need, ins.equal, place)
+        channel, blocked = self.memory.channels[place], None
         yield None
-        while machine.missing(task.rank, blocked):
+        while lacking(channel.values, ins.elements, need, ins.equal):
+            if blocked is None:
+                blocked = Blocked(ins.op, ins.symbol, ins.elements, need, ins.equal, place)
             yield blocked
         for element in ins.elements:
             if not ins.relaxed and not ins.carried:

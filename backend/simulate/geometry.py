@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
@@ -108,6 +108,15 @@ class Geometry:
         shared = [d.name for d in self.decls.values() if d.op.get("space") == "symmetric"]
         flags = [d.name for d in self.decls.values() if d.kind == "flag"]
         self.slotted = frozenset([*shared, *flags] if program.get("slots") is not None else [])
+
+    @cached_property
+    def slack(self) -> dict[str, int]:
+        """How many epochs behind the call's a wait for a flag may be content with, at most."""
+        found: dict[str, int] = {}
+        for op in self.program.walk():
+            if op.name == "wait" and self.decls[op.symbol].kind == "flag":
+                found[op.symbol] = max(found.get(op.symbol, 0), -int(op.get("epoch", 0)))
+        return found
 
     def slot(self, symbol: str, call: int) -> str:
         """What ``symbol`` is called in call ``call``: with slots, odd calls have another place for it."""

@@ -136,8 +136,11 @@ class Tracker:
         writes[row] = {component: (at, access)}
 
     def _check(self, earlier: _Stamps, access: Access, view: View) -> None:
+        # As :meth:`View.orders`, once a view.
+        clock, fenced, apart = view.clock, view.fenced, view.apart
         for component, (stamp, first) in earlier.items():
-            if not view.orders(component, stamp):
+            seen = clock if fenced is None or component in apart else fenced
+            if stamp > seen[component]:
                 raise RaceError(
                     access.op.span,
                     symbol=self.symbol,

@@ -16,10 +16,9 @@ from tilelink.backend.simulate.collective import run_collective
 from tilelink.backend.simulate.deadlock import explain
 from tilelink.backend.simulate.errors import DeadlockError, InputError, StepsError, VersionError
 from tilelink.backend.simulate.execute import Blocked, Flight, Machine, Runner, Steps, Task
-from tilelink.backend.simulate.geometry import Geometry
 from tilelink.backend.simulate.hostility import Hostility
 from tilelink.backend.simulate.memory import Access, Channel, Clock, Memory, Tracker, View
-from tilelink.backend.simulate.roles import LOADER, Handed, behind, loader_of, parts_of
+from tilelink.backend.simulate.roles import LOADER, Handed, behind, loader_of
 from tilelink.backend.simulate.trace import Place, Traces, Work
 from tilelink.backend.simulate.versions import Versions
 from tilelink.backend.tile_ops import TORCH_DTYPES
@@ -88,14 +87,11 @@ class Scheduler:
         self._pushed = 0
         # Workers that have left with stores of the async proxy still under way, by launch.
         self._streaming: dict[tuple[int, str], list[Task]] = {}
-        self._components: dict[tuple[int, str, int], int] = {}
-        self._make_components()
-        streams = frozenset(
-            n for a, n in zip(geometry.agents, geometry.agent_names, strict=True)
-            if a.name == "stream"
-        )  # fmt: skip
-        steps = len(inputs) * steps_of(traces)
-        self.hostility = Hostility(seed, list(self._components), streams, steps)
+        self.outline = outline = traces.outline
+        self._components = outline.components
+        steps = len(inputs) * outline.steps
+        self.hostility = Hostility(seed, list(self._components), outline.streams, steps)
+        self._key = self.hostility.key
         self.machine = Machine(
             traces, self.memories, self._wake, self.hostility.late, self.versions,
             self.options.values,
@@ -108,15 +104,6 @@ class Scheduler:
     # Vector clocks: one component a worker, stream, head, collective and host of every rank. A later
     # call uses the components of the earlier one, which it follows. Stores through the async proxy
     # have components of their own, behind all others.
-
-    def _make_components(self) -> None:
-        for rank in range(self.geometry.world):
-            for agent, name in zip(self.geometry.agents, self.geometry.agent_names, strict=True):
-                count = self.geometry.workers[name] if agent.name == "launch" else 1
-                # The parts of a worker with roles stand ``count`` apart.
-                for worker in range(-1 if agent.name == "launch" else 0, count * parts_of(agent)):
-                    self._components[rank, name, worker] = len(self._components)
-            self._components[rank, "<host>", 0] = len(self._components)
 
     def _make_async(self) -> None:
         size = count = len(self._components)
@@ -133,19 +120,14 @@ class Scheduler:
 
     def _make_memory(self) -> None:
         for memory in self.memories:
-            for decl in self.geometry.decls.values():
-                for place in self._places(decl.name):
-                    if decl.kind in ("flag", "counter"):
-                        memory.channels[place] = Channel(int(np.prod(decl.shape)))
-                    elif self.versions is not None and decl.name in self.traces.written:
-                        self.versions.fresh(memory, decl, slot=place)
+            for place, size in self.outline.channels:
+                memory.channels[place] = Channel(size)
+            for decl, place in self.outline.buffers:
+                if self.versions is not None and decl.name in self.traces.written:
+                    self.versions.fresh(memory, decl, slot=place)
             for name, table in self.traces.tables.items():
-                for place in self._places(name):
+                for place in self.outline.places(name):
                     memory.trackers[place] = Tracker(name, memory.rank, table, self.options.races)
-
-    def _places(self, name: str) -> list[str]:
-        """The names of the slots of a symbol."""
-        return sorted({self.geometry.slot(name, call) for call in (0, 1)})
 
     # The run.
 
@@ -153,12 +135,13 @@ class Scheduler:
         """Every call's outputs, a list over ranks each."""
         self._begin()
         ready, ran, most = self._ready, self.hostility.ran, self.options.steps
+        pop, step = heapq.heappop, self._step
         while ready:
-            _, _, task = heapq.heappop(ready)
+            _, _, task = pop(ready)
             self.steps += 1
             if self.steps > most:
                 raise StepsError(self.geometry.program.span, steps=most)
-            self._step(task)
+            step(task)
             ran(task.component)
         if self.tasks or any(call.left for call in self.calls):
             raise self._deadlock()
@@ -203,9 +186,9 @@ class Scheduler:
         return [call.number for call in self.calls]
 
     def _push(self, task: Task) -> None:
-        self._pushed += 1
-        key = self.hostility.key(task.component, bool(task.held), task.draws)
-        heapq.heappush(self._ready, (key, self._pushed, task))
+        self._pushed = number = self._pushed + 1
+        key = self._key(task.component, bool(task.held), task.draws)
+        heapq.heappush(self._ready, (key, number, task))
 
     def _wake(self, rank: int, place: str) -> None:
         """A word of a channel, or of its slot called ``place``, has changed."""
@@ -230,19 +213,15 @@ class Scheduler:
             return
         self._bind_inputs(rank, number, self.inputs[number][rank])
         agents = self.geometry.agents
-        waiting = {
-            name: len(agent.get("after", ()))
-            for agent, name in zip(agents, self.geometry.agent_names, strict=True)
-        }
+        waiting = dict(self.outline.waiting)
         if self.hostility.one_queue:
             for index, name in enumerate(self.geometry.agent_names):
                 waiting[name] += index
         began = self._host_clock(rank).copy()
         self.machine.began[rank, number] = began
         self.calls[rank] = _Call(number, waiting, began, left=len(agents))
-        for agent in agents:
-            for position in range(len(agent.body) if agent.name == "launch" else 0):
-                self.positions[rank, agent.symbol, position] = 0
+        for symbol, position in self.outline.queues:
+            self.positions[rank, symbol, position] = 0
         for index in [i for i, n in enumerate(self.geometry.agent_names) if waiting[n] == 0]:
             self._start_agent(rank, index, [began])
 
@@ -268,15 +247,13 @@ class Scheduler:
 
     def _bind_inputs(self, rank: int, call: int, given: Mapping[str, Any]) -> None:
         memory = self.memories[rank]
-        for op in self.geometry.program.find("scalar"):
+        for op in self.outline.scalars:
             if op.symbol not in given:
                 raise InputError(op.span, rank=rank, name=op.symbol, detail="it is missing")
             if not isinstance(given[op.symbol], int | float):
                 raise InputError(op.span, rank=rank, name=op.symbol, detail="it is not a number")
             memory.scalars[op.symbol] = given[op.symbol]
-        for decl in self.geometry.decls.values():
-            if decl.kind != "tensor":
-                continue
+        for decl in self.outline.tensors:
             inputs = decl.op["role"] in ("in", "inout")
             if self.versions is not None and decl.name in self.traces.written:
                 self.versions.fresh(memory, decl, call if inputs else None)
@@ -308,7 +285,7 @@ class Scheduler:
             return
         count = self.geometry.workers[name]
         call.workers[name] = count
-        call.parts[name] = [parts_of(agent)] * count
+        call.parts[name] = [self.outline.parts[name]] * count
         call.handed[name] = [Handed() for _ in range(count)]
         order = list(range(count))
         resident = min(int(agent.get("resident", count)), count)
@@ -322,7 +299,8 @@ class Scheduler:
 
     def _start_worker(self, rank: int, launch: Op, worker: int, after: list[Clock]) -> None:
         """Start a worker; where its warps have roles, each of them."""
-        name, parts = launch.symbol, parts_of(launch)
+        name = launch.symbol
+        parts = self.outline.parts[name]
         if parts == 1:
             self._start_task(rank, name, worker, after, lambda t: self._worker(t, launch))
             return
@@ -402,10 +380,10 @@ class Scheduler:
                     self._leave_queue(rank, index)
             if call.workers[name]:
                 return
-            finish = agent.find("finish")
-            if finish:
+            finish = self.outline.finish[name]
+            if finish is not None:
                 clocks = self._worker_clocks(rank, name)
-                steps = lambda t: self._block(t, finish[0])  # noqa: E731
+                steps = lambda t: self._block(t, finish)  # noqa: E731
                 self._start_task(rank, name, -1, clocks, steps)
                 return
         self._finish_launch(rank, index, name)
@@ -415,8 +393,7 @@ class Scheduler:
 
     def _parts(self, name: str) -> range:
         """The workers of a launch; where their warps have roles, all parts of them."""
-        agent = self.geometry.agents[self.traces.agents[name]]
-        return range(self.geometry.workers[name] * parts_of(agent))
+        return range(self.geometry.workers[name] * self.outline.parts[name])
 
     def _finish_launch(self, rank: int, index: int, name: str) -> None:
         """With the launch, its stores through the async proxy are complete, drained or not."""
@@ -425,7 +402,7 @@ class Scheduler:
         self.machine.land_all(rank)
         clocks = self._worker_clocks(rank, name)
         finish = self._components[rank, name, -1]
-        if self.geometry.agents[index].find("finish"):
+        if self.outline.finish[name] is not None:
             clocks.append(self.clocks[finish])
         ended = np.maximum.reduce(clocks)
         for worker in self._parts(name) if self.machine.apart else ():
@@ -448,11 +425,8 @@ class Scheduler:
             self._finish_call(rank)
 
     def _clocks_after(self, rank: int, agent: Op) -> list[Clock]:
-        return [
-            self.clocks[c]
-            for (r, a, _), c in self._components.items()
-            if r == rank and a in agent.get("after", ())
-        ]
+        after = agent.get("after", ())
+        return [self.clocks[c] for name in after for c in self.outline.of.get((rank, name), ())]
 
     def _finish_call(self, rank: int) -> None:
         """The user may read outputs and write inputs now."""
@@ -461,14 +435,13 @@ class Scheduler:
         user = _User(rank, call)
         access = Access(_READ_BY_USER, False, user, None)
         view = View(component, self.clocks[component])
-        for decl in self.geometry.decls.values():
-            if decl.kind == "tensor" and decl.op["role"] in ("out", "inout"):
-                if decl.name in self.traces.written and 0 not in decl.shape:
-                    row = self.traces.tables[decl.name].row(tuple((0, s) for s in decl.shape))
-                    memory.trackers[decl.name].read(row, access, view)
-                    self._check_output(memory, decl, call, user)
-                if self.options.values:
-                    self.outputs[call][rank][decl.name] = memory.tensor(decl)
+        for decl in self.outline.outputs:
+            if decl.name in self.traces.written and 0 not in decl.shape:
+                row = self.traces.tables[decl.name].row(tuple((0, s) for s in decl.shape))
+                memory.trackers[decl.name].read(row, access, view)
+                self._check_output(memory, decl, call, user)
+            if self.options.values:
+                self.outputs[call][rank][decl.name] = memory.tensor(decl)
         self.clocks[component][component] += 1
         balance.check_counters(self.geometry, memory)
         self._start_call(rank)
@@ -611,17 +584,4 @@ def _elements(traces: Traces) -> int:
 
 def steps_of(traces: Traces) -> int:
     """About how many steps one call of all ranks takes."""
-    geometry: Geometry = traces.geometry
-    # A store of words is two flights at most to each rank, tasks of their own that begin and land.
-    landings, total = 4 * geometry.world, 0
-    words = {name for name, held in geometry.decls.items() if held.op.get("words")}
-    for agent in geometry.agents:
-        for op in agent.body if agent.name == "launch" else (agent,):
-            tasks = 1
-            if op.name == "stage":
-                tasks = len(geometry.queue(op, geometry.env(0)))
-            inside = list(op.walk())
-            each = 1 + sum(o.name in ("wait", "notify", "transfer") for o in inside)
-            each += landings * sum(o.name == "store" and o.symbol in words for o in inside)
-            total += tasks * each
-    return max(1, total * geometry.world)
+    return traces.outline.steps

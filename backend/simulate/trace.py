@@ -20,6 +20,7 @@ from tilelink.backend.simulate.batch import BATCH, may_batch
 from tilelink.backend.simulate.boxes import BoxTable
 from tilelink.backend.simulate.errors import BoundsError
 from tilelink.backend.simulate.geometry import Box, Env, Geometry, Tile, bind_args
+from tilelink.backend.simulate.outline import Outline
 from tilelink.backend.tile_ops import TORCH_DTYPES, apply
 from tilelink.errors import InternalError, TilelinkError
 from tilelink.ir import Expr, Op, Ref
@@ -221,6 +222,7 @@ class Traces:
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
+        self.outline = Outline(geometry)
         self.written = _written_symbols(geometry)
         self.tables = {name: BoxTable() for name in sorted(self.written)}
         self.cleared = [

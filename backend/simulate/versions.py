@@ -21,6 +21,7 @@ from tilelink.backend.simulate.memory import Memory
 from tilelink.backend.simulate.trace import Load, Place, Region, Traces, Transfer
 from tilelink.ir import Op
 
+FEW = 64  # elements up to which all versions are compared and kept
 CALLS = 16  # bits of a version that hold the call
 UNWRITTEN = -1
 
@@ -30,7 +31,7 @@ class Versions:
 
     def __init__(self, traces: Traces) -> None:
         self.traces = traces
-        # All versions of a read, or the one that all its elements have.
+        # All versions of a read, or, of a large one, that which all its elements have.
         self._seen: dict[tuple[int, int, int], bytes | int] = {}
 
     def fresh(
@@ -65,8 +66,8 @@ class Versions:
         """Compare what a read sees with what it saw before; VersionError where it differs."""
         held = memory.versions[place][region.mask]
         key = (ins.uid, part, call if self.traces.dynamic else 0)
-        # Most reads see one write alone, and then its number says all.
-        if held.size and (held == held.flat[0]).all():
+        # Most large reads see one write alone, and then its number says all.
+        if held.size > FEW and (held == held.flat[0]).all():
             seen: bytes | int = int(held.flat[0]) - call
         else:
             seen = (held - call).tobytes()

@@ -62,6 +62,20 @@ def is_flat(node: ast.AST) -> bool:
     return isinstance(node, ast.For) and ast.unparse(node.target) == "_"
 
 
+class Loose(set[tiles.Site]):
+    """Loads whose turns may come in any order, where what flows on does not follow their places.
+
+    Those of a product whose order the program's rows decide, and all of what is moved: each rank begins elsewhere.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.moved = layout.moved
+
+    def __contains__(self, site: object) -> bool:
+        return super().__contains__(site) or (isinstance(site, tuple) and site[2] in self.moved)
+
+
 class AccessMachine(TileCalls):
     """``workers`` lanes a rank, rank-major. ``streamed``: counters that streams wait for."""
 
@@ -81,6 +95,7 @@ class AccessMachine(TileCalls):
             workers,
             streamed,
         )
+        self.loose = Loose(layout)
         self.rank: Ints = np.repeat(np.arange(layout.world, dtype=np.int64), workers)
         self.worker: Ints = np.tile(np.arange(workers, dtype=np.int64), layout.world)
         self.trace = Trace(self.lanes)
@@ -262,7 +277,7 @@ class AccessMachine(TileCalls):
         lane = np.flatnonzero(some)
         limits = [hi[:, a] - lo[:, a] if a >= 0 else np.ones(self.lanes, np.int64) for a in axes]
         cut: dict[Key, Flow] = {}
-        for key, flow in flows.items():
+        for key, flow in tiles.collapsed(flows, self.on, self.loose).items():
             # Of a region only what reaches the elements that are stored.
             f = tiles.limited(flow, limits)
             cut[key] = replace(
@@ -445,12 +460,19 @@ class AccessMachine(TileCalls):
             have |= flow.have
         return (rank, have) if have.any() else None
 
-    def summing(self, op: type[ast.operator], x: Data, y: Data) -> None:
-        """Parts of a sum over ranks are added from the left, in rank order, in fp32."""
-        known = self.layout.parts | self.layout.own
-        sites = [{k[:2] for k in t.flows if k[2] in known} for t in (x, y)]
-        if not sites[0] or not sites[1] or sites[0] == sites[1]:
-            return
+    def summing(self, op: type[ast.operator], x: Data, y: Data) -> bool:
+        """Parts of a sum over ranks are added from the left, in rank order, in fp32.
+
+        Those of different sums may meet in anything, and no more of either is added to what comes of it.
+        """
+        sums = self.layout.sum_of
+        known = [{sums[k[2]] for k in t.flows if k[2] in sums} for t in (x, y)]
+        both = known[0] & known[1]
+        if not both:
+            return not known[0] or not known[1]
+        sites = [{k[:2] for k in t.flows if sums.get(k[2]) in both} for t in (x, y)]
+        if sites[0] == sites[1]:
+            return True
         known_here = all(t.sums is None or not np.any(self.on & ~t.sums) for t in (x, y))
         if op is not ast.Add or not known_here or not x.terms or len(y.terms or ()) != 1:
             raise Misfit(
@@ -461,3 +483,4 @@ class AccessMachine(TileCalls):
         before, after = self.slot(x, x.terms[-1]), self.slot(y, (y.terms or x.terms)[0])
         if before is None or after is None or np.any((before[0] + 1 != after[0]) & self.on):
             raise Misfit("parts of a sum over ranks are not added in rank order")
+        return True

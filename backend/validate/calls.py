@@ -118,21 +118,22 @@ class TileCalls(Machine):
     def other(self, op: type[ast.operator], a: Any, b: Any, node: ast.AST) -> Any:
         """Arithmetic of tiles."""
         x, y = self.data(a), self.data(b)
-        self.summing(op, x, y)
+        goes_on = self.summing(op, x, y)
         shape = tiles.shared(x.shape, y.shape)
         made = tiles.merged(
             [tiles.lifted(x, shape), tiles.lifted(y, shape)], shape, self.on, self.loose
         )
         # Only a sum from the left keeps its order of additions.
-        if op is ast.Add and x.terms and y.terms and len(y.terms) == 1:
+        if goes_on and op is ast.Add and x.terms and y.terms and len(y.terms) == 1:
             sums = None
             for side in (x.sums, y.sums):
                 sums = side if sums is None else sums & side if side is not None else sums
             return replace(made, terms=x.terms + y.terms, single=x.single and y.single, sums=sums)
         return made
 
-    def summing(self, op: type[ast.operator], x: Data, y: Data) -> None:
-        """Called with the operands of every operator."""
+    def summing(self, op: type[ast.operator], x: Data, y: Data) -> bool:
+        """Called with the operands of every operator; whether a sum of them is one sum from the left."""
+        return True
 
     def compared(self, op: type[ast.cmpop], a: Any, b: Any, node: ast.AST) -> Any:
         """A comparison of tiles."""

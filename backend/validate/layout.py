@@ -60,6 +60,9 @@ class Layout:
         # Those of which each part lies on the rank that made it, where others read it.
         self.remote = frozenset(op.symbol for op in sums if op.get("remote"))
         self.own = frozenset(op["own"].symbol for op in sums if op.get("own") is not None)
+        # The sum that each of them is of, by the name of its parts.
+        self.sum_of = {op.symbol: op.symbol for op in sums}
+        self.sum_of |= {op["own"].symbol: op.symbol for op in sums if op.get("own") is not None}
 
         # The axis over which a tensor, or what holds it, is moved: places along it need not be those of the whole.
         self.moved: dict[str, int] = {}

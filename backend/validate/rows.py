@@ -377,6 +377,8 @@ class Rows:
                 continue
             size = np.prod(access.hi - access.lo, axis=1)
             held = self.volume.get(id(access))
+            if held is not None and not access.write:
+                held = _shared(access, held)
             if held is not None and np.array_equal(held, size):
                 continue
             if held is None and not access.write and self.twin(access):
@@ -691,3 +693,12 @@ def _columns(syncs: Sequence[Sync], names: dict[str, int]) -> list[Ints]:
         for s in syncs
     ]
     return [np.concatenate([empty, *(row[n] for row in table)]) for n in range(8)]
+
+
+def _shared(access: Access, held: Ints) -> Ints:
+    """What is read of each row of an access: of one that a task reads again, as much as of the first."""
+    rows = np.column_stack((access.task, access.home, access.lo, access.hi))
+    _, same = np.unique(rows, axis=0, return_inverse=True)
+    most = np.zeros(len(rows), dtype=np.int64)
+    np.maximum.at(most, same.reshape(-1), held)
+    return np.asarray(most[same.reshape(-1)])

@@ -62,17 +62,11 @@ def gather(flows: dict[Key, Flow], key: Key, flow: Flow, on: Mask, loose: bool) 
 
     What it holds, is held by or continues becomes one box with it. With ``loose``, where the tile does not follow
     the axis (a sum has been taken over it), boxes may come in any order and lie apart: then each is a part of
-    its own. In lanes of ``on`` any other two regions are refused.
+    its own. In lanes of ``on`` any other two regions are refused. What flows in along other axes stays apart, so
+    that places are known where one of two operands follows them; see :func:`collapsed`.
     """
-    parts = _parts(flows, key)
+    parts = [part for part in _parts(flows, key) if flows[part].axes == flow.axes]
     axes = flow.axes
-    for part in parts:
-        # The same load along other axes: nothing can be said of places any more.
-        held = flows[part].axes
-        axes = tuple(x if x == y else -1 for x, y in zip(held, axes, strict=False))
-    flow = replace(flow, axes=axes)
-    for part in parts:
-        flows[part] = replace(flows[part], axes=axes)
     summed = np.ones(flow.lo.shape[1], dtype=bool)
     summed[[axis for axis in axes if axis >= 0]] = False
     lo, hi, left = flow.lo, flow.hi, flow.have
@@ -125,6 +119,8 @@ def _keep(flows: dict[Key, Flow], key: Key, flow: Flow) -> None:
     left = flow.have
     for part in _parts(flows, key):
         held = flows[part]
+        if held.axes != flow.axes:
+            continue
         free = left & ~held.have
         wide = free[:, None]
         flows[part] = Flow(
@@ -139,6 +135,24 @@ def _keep(flows: dict[Key, Flow], key: Key, flow: Flow) -> None:
     parts = _parts(flows, key)
     if left.any() or not parts:
         flows[(*key[:3], len(parts))] = replace(flow, have=left)
+
+
+def collapsed(
+    flows: Mapping[Key, Flow], on: Mask, loose: Container[Site] = ()
+) -> Mapping[Key, Flow]:
+    """The same regions, each once: of a load that flows in along several axes no place is known any more."""
+    axes: dict[Site, tuple[int, ...]] = {}
+    several = False
+    for key, flow in flows.items():
+        held = axes.setdefault(key[:3], flow.axes)
+        several = several or held != flow.axes
+        axes[key[:3]] = tuple(x if x == y else -1 for x, y in zip(held, flow.axes, strict=False))
+    if not several:
+        return flows
+    found: dict[Key, Flow] = {}
+    for key, flow in flows.items():
+        gather(found, key, replace(flow, axes=axes[key[:3]]), on, key[:3] in loose)
+    return found
 
 
 def _fresh(flows: Mapping[Key, Flow], key: Key, flow: Flow) -> Mask:

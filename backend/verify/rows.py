@@ -329,19 +329,27 @@ class _Rows:
 
 
 def _transfers(out: Expansion) -> dict[int, tuple[Op, Ints]]:
-    """For each transfer, by its number: rank, peer, and where both sides begin."""
+    """For each transfer, by its number in the program: rank, peer, and where both sides begin.
+
+    Of one whose rows are not there in a call there is nothing, so those that are there are not counted.
+    """
+    numbers = {id(op): number for number, op in enumerate(out.program.walk())}
     sides: dict[int, list[Any]] = {}
     for access in out.accesses:
         if access.pair >= 0:
             sides.setdefault(access.pair, []).append(access)
     found: dict[int, tuple[Op, Ints]] = {}
-    for number, pair in enumerate(sides.values()):
+    for pair in sides.values():
         source, target = sorted(pair, key=lambda access: access.write)
         length = [a.hi - a.lo for a in (source, target)]
         if np.any(length[0].prod(axis=1) != length[1].prod(axis=1)):
             _fail(source.op, "it copies from another number of elements than to")
         columns = (source.rank[:, None], target.home[:, None], source.lo, target.lo)
-        found[number] = (source.op, np.concatenate(columns, axis=1))
+        places = np.concatenate(columns, axis=1)
+        number = numbers[id(source.op)]
+        if number in found:
+            places = np.concatenate((found[number][1], places))
+        found[number] = (source.op, places)
     return found
 
 

@@ -60,7 +60,7 @@ def tail_of(phases: Sequence[Phase], kernel: Op, out: Expansion) -> Tail | None:
     if not phases:
         return None
     some = 0 if touches(phases[0], "store") else 1
-    if some and phases[0].op.get("tasks") is None:
+    if some and phases[0].op.get("positions") is None:
         return None  # it has all tiles of its nest
     at = some
     while at < len(phases) and touches(phases[at], "store"):

@@ -17,11 +17,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tests.assurance.grid import Sample, prepared, samples, wide_grid
-from tilelink.backend.mutate import mutants
+from tilelink.backend.mutate import Mutant, mutants
 from tilelink.backend.mutate.judge import (
     DIFFERENT,
     EQUIVALENT,
@@ -78,17 +79,22 @@ def _safely(check: Callable[[Any], str], program: Any) -> str:
         return ""
 
 
+@lru_cache(maxsize=2)
+def _chosen(sample: Sample, step: int) -> list[Mutant]:
+    """Every ``step``-th mutant of a sample: jobs of one sample follow each other."""
+    return [m for n, m in enumerate(mutants(prepared(sample)[0])) if n % step == 0]
+
+
 def explore(job: tuple[Sample, int, tuple[int, ...], float]) -> list[tuple[int, str, str, str]]:
     """The truth of the mutants of a sample with these numbers: (number, text, word, why).
 
     Past the deadline (seconds since the epoch) what is left is undecided.
     """
     sample, step, wanted, deadline = job
-    program, trial = prepared(sample)
+    _, trial = prepared(sample)
     found = []
-    chosen = [m for n, m in enumerate(mutants(program)) if n % step == 0]
     for number in wanted:
-        mutant = chosen[number]
+        mutant = _chosen(sample, step)[number]
         if time.time() > deadline:
             truth = Truth(UNDECIDED, "no time left")
         else:

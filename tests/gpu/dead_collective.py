@@ -1,6 +1,8 @@
 """A rank dies while the others wait for it in a collective of the library: they hear of it, and go on without it.
 
     python -m tests.gpu.dead_collective --world 2
+    python -m tests.gpu.dead_collective --world 2 --form followed
+    python -m tests.gpu.dead_collective --world 2 --form graph
 
 Processes are started here and not by torchrun, which would end all of them with the first.
 """
@@ -15,10 +17,12 @@ import subprocess
 import sys
 import time
 
+# A call alone; with one behind it that meets nobody; as a replay of a captured graph.
+FORMS = ("alone", "followed", "graph")
 MOST = 5.0  # seconds from the call to the error: two rounds of the watchdog, and the end of the communicator
 
 
-def rank_main(world: int) -> int:
+def rank_main(world: int, form: str) -> int:
     """One rank: some calls of which nothing is wrong, then one that the last rank does not live to make."""
     import torch
     import torch.distributed as dist
@@ -41,12 +45,27 @@ def rank_main(world: int) -> int:
         torch.arange(1, world + 1, device="cuda").repeat_interleave(64)[:, None].expand(-1, 256)
     )
     assert torch.equal(out.float(), wanted.float())
+    local = kernels.gemm.on(group=dist.group.WORLD)
+    local(a, b)
+    graph = torch.cuda.CUDAGraph()
+    if form == "graph":
+        with torch.cuda.graph(graph):
+            out = call(a, b)
+        out.zero_()
+        graph.replay()
+        tilelink.synchronize()
+        assert torch.equal(out.float(), wanted.float())
     dist.barrier()
     torch.cuda.synchronize()
     if rank == world - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     since = time.monotonic()
-    call(a, b)
+    if form == "graph":
+        graph.replay()
+    else:
+        call(a, b)
+    if form == "followed":
+        local(a, b)
     try:
         tilelink.synchronize()
     except tilelink.WaitTimeout as error:
@@ -80,15 +99,18 @@ def main() -> int:
     """Starts the ranks; 1 unless all but the last, which is killed, find all as it should be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--world", type=int, default=2)
-    world: int = parser.parse_args().world
+    parser.add_argument("--form", choices=FORMS, default=FORMS[0])
+    given = parser.parse_args()
+    world: int = given.world
     if "RANK" in os.environ:
-        return rank_main(world)
+        return rank_main(world, given.form)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     quiet = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-    command = [sys.executable, "-m", "tests.gpu.dead_collective", "--world", str(world)]
+    module = ["-m", "tests.gpu.dead_collective", "--world", str(world), "--form", given.form]
+    command = [sys.executable, *module]
     ranks = [
         subprocess.Popen(command, env={**os.environ, **quiet, **common, "RANK": str(rank)})
         for rank in range(world)

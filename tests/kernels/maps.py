@@ -73,6 +73,18 @@ def ag_over_depth(A: Any, B: Any, C: Any) -> None:
         C[m, n] = acc
 
 
+@tilelink.kernel("gather A[M, K] over K", example=EXAMPLE)
+def ag_inner(A: Any, B: Any, C: Any) -> None:
+    """The same, of rows that are cut: a shard's are shorter than those of the whole."""
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        C[m, n] = acc
+
+
 @tilelink.kernel("gather B[K, N] over N", example=EXAMPLE)
 def ag_columns(A: Any, B: Any, C: Any) -> None:
     """The gathered axis is the second tile variable."""
@@ -131,6 +143,47 @@ def ar_norm(A: Any, B: Any, R: Any, C: Any) -> None:
         x = P[m, :].to(tk.float32) + R[m, :].to(tk.float32)
         mean = tk.sum(x * x, axis=1, keepdims=True) / N
         C[m, :] = x * tk.rsqrt(mean + 1e-6)
+
+
+@tilelink.kernel("reduce P[M, N] sum; reduce Q[M, N] sum", example=EXAMPLE)
+def ar_gate(A: Any, B: Any, D: Any, C: Any) -> None:
+    """Two all-reduces of one loop nest, and the product of their sums."""
+    M, K = A.shape
+    N = B.shape[1]
+    P = tk.empty([M, N], A.dtype)
+    Q = tk.empty([M, N], A.dtype)
+    for m, n in tk.tiles(M, N):
+        left = tk.zeros([m, n], tk.float32)
+        right = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            left = tk.dot(A[m, k], B[k, n], left)
+            right = tk.dot(A[m, k], D[k, n], right)
+        P[m, n] = left
+        Q[m, n] = right
+    for m, n in tk.tiles(M, N):
+        C[m, n] = tk.sigmoid(P[m, n]) * Q[m, n].to(tk.float32)
+
+
+@tilelink.kernel(
+    "gather K[S, D] over S; gather V[S, D] over S; shard Q[S, D] over S; shard O[S, D] over S",
+    example={"S": 64, "D": 16},
+)
+def softmax_rows(Q: Any, K: Any, V: Any, O: Any) -> None:  # noqa: E741
+    """Attention of all keys, whose shards come in another order on each rank; queries are read for each."""
+    S, D = Q.shape
+    for q in tk.tiles(S):
+        top = tk.full([q], float("-inf"), tk.float32)
+        total = tk.zeros([q], tk.float32)
+        acc = tk.zeros([q, D], tk.float32)
+        for s in tk.tiles(S):
+            x = tk.dot(Q[q, :], K[s, :].T)
+            new = tk.maximum(top, tk.max(x, axis=1))
+            p = tk.exp(x - new[:, None])
+            scale = tk.exp(top - new)
+            total = total * scale + tk.sum(p, axis=1)
+            acc = acc * scale[:, None] + tk.dot(p.to(Q.dtype), V[s, :])
+            top = new
+        O[q, :] = acc / total[:, None]
 
 
 @tilelink.kernel("reduce P[M, N] sum", example=EXAMPLE)

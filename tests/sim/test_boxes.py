@@ -203,6 +203,12 @@ def test_what_has_no_boxes_or_spans_nothing_is_refused_at_its_field(
     assert caught.value.span is not None
 
 
+def test_a_box_is_told_as_it_lies_in_its_tensor() -> None:
+    op = kernels.gemm_ar.build({"M": 6, "K": 32, "N": 16}, world=4)  # parts are columns
+    with pytest.raises(ScheduleError, match="a box of 2 x 4 has rows of fewer than 32 bytes"):
+        run_passes(op, schedule("gemm_ar", shots=2))
+
+
 def test_rows_known_at_run_time_span_nothing_and_have_no_boxes() -> None:
     op = kernels.ag_gemm.build({"M": 64, "K": 32, "N": 32}, world=4, dynamic=("M",))
     moves: list[dict[str, Any]] = [{"copies": "rows", "spans": True}, {}]

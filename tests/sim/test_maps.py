@@ -22,10 +22,13 @@ CASES: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "rs_cyclic": (lambda w: [(64, 32), (32, 48)], SUMS, ("C",)),
     "ag_signals": (lambda w: [(64 // w, 32), (32, 48)], GATHERS, ("A",)),
     "ag_over_depth": (lambda w: [(32 // w, 64), (32, 48)], GATHERS, ("A",)),
+    "ag_inner": (lambda w: [(32, 64 // w), (64, 48)], GATHERS, ("A",)),
     "ag_columns": (lambda w: [(64, 32), (32, 64 // w)], GATHERS, ("B",)),
     "ag_gemm_rs": (lambda w: [(64 // w, 32), (32, 48)], GATHERS, ("A", "C")),
     "mlp": (lambda w: [(64 // w, 32), (32, 24), (24, 48)], GATHERS, ("A",)),
     "ar_norm": (lambda w: [(20, 32), (32, 48), (20, 48)], SUMS, ("P",)),
+    "ar_gate": (lambda w: [(20, 32), (32, 48), (32, 48)], SUMS, ("P", "Q")),
+    "softmax_rows": (lambda w: [(64 // w, 16)] * 3, GATHERS, ("K", "V")),
 }
 RUNS = [(name, resource) for name, (_, resources, _) in CASES.items() for resource in resources]
 
@@ -41,7 +44,7 @@ def run(name: str, resource: str, backend: str, world: int, seed: int) -> float:
     if name == "ar_norm":
         args[2] = [args[2][0]] * world
     moves = tuple((tensor, Move(resource=resource)) for tensor in moved)
-    tiles = (("H", 16), ("K", 16), ("M", 16), ("N", 32))
+    tiles = (("H", 16), ("K", 16), ("M", 16), ("N", 32), ("S", 16))
     schedule = Schedule(tiles=tiles, workers=4, group=2, moves=moves)
     kernel = KERNELS[name]
     got = kernel.on(backend, world=world, schedule=schedule, seed=seed)(*args)

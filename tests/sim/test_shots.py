@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +13,18 @@ from hypothesis import strategies as st
 
 from tests.emitted_mutants import mutants as text_mutants
 from tilelink import kernels
+from tilelink.backend import simulate
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.mutate import mutants
 from tilelink.backend.mutate.judge import Trial, judge
 from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.reference import relative_error
 from tilelink.backend.reference import run as reference
 from tilelink.backend.validate import EmittedError, read_module, validate
 from tilelink.cli.inputs import random_inputs
 from tilelink.errors import Source
 from tilelink.ir import Op
+from tilelink.kernel import load_kernels
 from tilelink.schedules import Move, Schedule, ScheduleError, default_schedule
 
 TENSOR = {"gemm_ar": "C", "gemm_ar_add": "P"}
@@ -139,6 +143,23 @@ def test_small_sums_take_one_shot_and_large_ones_two() -> None:
 def test_two_shots_of_what_cannot_be_cut_are_an_error() -> None:
     with pytest.raises(ScheduleError, match=r"moves\.C\.shots.*4 parts"):
         parts(3, 6, shots=2)
+
+
+@pytest.mark.parametrize("cut", ("P", "Q"))
+@pytest.mark.parametrize("resource", ("epilogue", "copy_engine", "sm:1"))
+def test_sums_of_one_loop_nest_are_exchanged_each_in_its_own_way(cut: str, resource: str) -> None:
+    """Ranks share out the columns of one sum, at whose parts the tiles of the other one end too."""
+    kernel = load_kernels(Path(__file__).parents[1] / "kernels" / "maps.py")["ar_gate"]
+    moves = tuple((name, Move(resource, shots=1 + (name == cut))) for name in "PQ")
+    tiles = tuple((name, 16) for name in "KMN")
+    chosen = Schedule(tiles=tiles, workers=9, moves=moves)
+    op = kernel.build({"M": 20, "K": 16, "N": 15}, world=3)
+    program = compile_kernel(op, chosen)
+    assert next(op for op in program.walk() if op.name == "stage")["axis"] == 1
+    validate(read_module(Source("emitted.py", emit(program))), program)
+    inputs = random_inputs(op, 1)
+    for mine, right in zip(simulate.run(program, inputs), reference(op, inputs), strict=True):
+        assert relative_error(mine["C"], right["C"]) < 1e-2
 
 
 @pytest.mark.parametrize("resource", ("epilogue", "copy_engine", "sm:1"))

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import tilelink
+import tilelink.language as tk
 from tests.sim.test_shots import TENSOR, agrees, schedule
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
@@ -176,6 +178,27 @@ def test_places_outside_of_a_slot_are_refused(place: str) -> None:
     old = "offset = 4096" if place.endswith("67584") else "offset = 262144"
     with pytest.raises(VerifyError):
         verify(parse_ir(text.replace(old, place)))
+
+
+@tilelink.kernel("gather A[M, K] over M")
+def largest(A: Any, C: Any) -> None:
+    """Nothing is multiplied, so all emitters write the same kernel."""
+    M, K = A.shape
+    for m in tk.tiles(M):
+        top = tk.full([m], float("-inf"), tk.float32)
+        for k in tk.tiles(K):
+            top = tk.maximum(top, tk.max(A[m, k].to(tk.float32), axis=1))
+        C[m] = top
+
+
+@pytest.mark.parametrize("emitter", ["library", "gluon"])
+def test_slots_beside_copies_that_are_a_kernel_of_their_own_are_refused(emitter: str) -> None:
+    op = largest.build({"M": 64, "K": 32}, world=2)
+    moves = (("A", Move("sm:2", slots=2)),)
+    compile_kernel(op, Schedule(moves=moves))
+    with pytest.raises(ScheduleError, match="copies are a kernel of their own") as caught:
+        run_passes(op, Schedule(emitter=emitter, moves=moves))
+    assert "`moves.A.slots`" in str(caught.value)
 
 
 def test_slots_are_of_all_moved_tensors_and_of_workers_alone() -> None:

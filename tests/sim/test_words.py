@@ -237,6 +237,21 @@ def test_half_a_word_is_refused() -> None:
     compile_kernel(wide, words("gemm_ar", shots=2))
 
 
+def test_a_sum_of_more_parts_than_are_polled_together_is_refused() -> None:
+    most = layout.POLLED
+    for world in (most, most + 1):
+        op = kernels.gemm_ar.build({"M": 4, "K": 8, "N": 8}, world=world)
+        if world == most:
+            program = run_passes(op, words("gemm_ar", shots=1))
+            emit(program)
+            continue
+        with pytest.raises(ScheduleError, match="a sum of 32 parts, and at most 31"):
+            run_passes(op, words("gemm_ar", shots=1))
+    edited = parse_ir(print_ir(program).replace(f"world = {most}", f"world = {most + 1}"))
+    with pytest.raises(TilelinkError, match="more than 31 ranks"):
+        emit(edited)
+
+
 @pytest.mark.parametrize(
     "move",
     [

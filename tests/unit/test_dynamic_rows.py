@@ -96,6 +96,16 @@ def test_rows_that_depend_on_each_other_are_refused(write: Write, what: str) -> 
     compile_kernel(plain.build({"M": 64, "K": 16}, world=2))
 
 
+@pytest.mark.parametrize("streams", [1, 2])
+def test_copies_of_rows_that_a_call_does_not_have_are_not_there(streams: int) -> None:
+    """Of a stream of its own they are no copies at all; those of another tensor that come behind are the same."""
+    kernel = load_kernels(Path(__file__).parents[1] / "kernels" / "maps.py")["ag_gemm_rs"]
+    move = Move(tile=8, streams=streams)
+    schedule = Schedule(tiles=(("K", 16), ("M", 16), ("N", 16)), moves=(("A", move), ("C", move)))
+    op = kernel.build({"M": 64, "K": 32, "N": 32}, world=4, dynamic=("M",))
+    assert verify(run_passes(op, schedule)).rules[-1] == "rows"
+
+
 def test_what_cannot_be_dynamic_is_refused_by_the_passes() -> None:
     op = kernels.gemm_rs.build({"M": 64, "K": 32, "N": 32}, world=2, dynamic=("N",))
     with pytest.raises(UnsupportedProgram, match="is not the first axis of"):

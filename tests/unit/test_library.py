@@ -356,6 +356,24 @@ def test_switches_of_pytorch_are_off_in_a_product_and_put_back() -> None:
         switches.fp32_precision, switches.allow_bf16_reduced_precision_reduction = before
 
 
+def test_a_switch_that_follows_a_general_one_follows_it_behind_a_product() -> None:
+    general: Any = torch.backends
+    switches = general.cuda.matmul
+    before = general.fp32_precision, switches.fp32_precision
+    a = torch.ones(4, 4)
+    try:
+        switches.fp32_precision, general.fp32_precision = "none", "tf32"
+        matmul(a, a, torch.empty(4, 4))
+        assert switches.fp32_precision == "tf32"
+        general.fp32_precision = "ieee"
+        assert switches.fp32_precision == "ieee"
+        switches.fp32_precision = "tf32"
+        matmul(a, a, torch.empty(4, 4))
+        assert (general.fp32_precision, switches.fp32_precision) == ("ieee", "tf32")
+    finally:
+        general.fp32_precision, switches.fp32_precision = before
+
+
 def test_parameters_of_a_model_are_multiplied() -> None:
     weight = torch.nn.Parameter(torch.eye(4))
     bias = torch.nn.Parameter(torch.ones(4))

@@ -246,6 +246,39 @@ def test_an_emitted_module_takes_the_lengths_it_was_proven_for(
         cuda.run_program(module.TEXT, module.host, [matrix(65, 32), matrix(32, 64)], {})
 
 
+def test_scalars_of_an_emitted_module_are_known_by_name(
+    rank: tuple[State, Driver, Launched],
+) -> None:
+    """In whatever order a call names them, and as what the program has them."""
+    text = """
+program @scaled {world = 2} do {
+  extent @M {value = 16}
+  scalar @alpha {dtype = "fp32"}
+  scalar @count {dtype = "int32"}
+  tensor @X {dims = [M], dtype = "fp32", move = "local", role = "in"}
+  head do { }
+}
+"""
+    recorded: list[tuple[Any, ...]] = []
+
+    def host(call: Any) -> None:
+        call.head()
+        recorded.append((call.scalar("alpha"), call.scalar("count")))
+
+    x = torch.zeros(16)
+    for numbers in (
+        {"alpha": 2.0, "count": 3},
+        {"count": 2, "alpha": 3.0},
+        {"alpha": 3, "count": 2.0},
+    ):
+        cuda.run_program(text, host, [x], numbers)
+    assert recorded == [(2.0, 3), (3.0, 2)]
+    assert [type(value) for value in recorded[1]] == [float, int]
+    for wrong, why in (({"alpha": 2.0}, "is missing"), ({"alpha": 2.0, "count": 2.5}, "is 2.5")):
+        with pytest.raises(BadArgument, match=f"argument `count`: {why}"):
+            cuda.run_program(text, host, [x], wrong)
+
+
 def test_an_edited_kernel_of_the_same_program_is_another_one(
     rank: tuple[State, Driver, Launched],
 ) -> None:

@@ -236,14 +236,57 @@ def test_no_communicator_is_aborted_that_nothing_waits_in(busy: bool, collective
 def test_a_collective_that_ended_is_no_good_where_a_rank_is_dead() -> None:
     """A peer that saw it first may have ended its own, and sent on what it never received."""
     state = Fake(arenas=0)
-    state.collectives = True
+    state.collectives = state.busy = True
     state.check()
-    state.dead = [2]  # no round of the watchdog has seen it
+    state.busy, state.dead = False, [2]  # no round of the watchdog has seen it
     with pytest.raises(PeerTimeout, match="the process of rank 2 has ended, and with it a coll"):
         state.check()
     state.check()  # raised once
     with pytest.raises(PeerTimeout, match="given up"):
         state.check_usable()
+
+
+def test_a_collective_that_ended_while_all_ranks_lived_is_good() -> None:
+    state = Fake(arenas=0)
+    state.collectives = True
+    state.check()
+    state.dead = [2]
+    state.check()
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_collectives_behind_which_other_calls_stand_are_ended_too(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of a graph of the user's, whose replays are not known here."""
+    state, told = Fake(), gpu_state(Events(), monkeypatch)
+    if captured:
+        told.note_capture(True)
+        told.note_capture(False)
+    else:
+        told.note_call(True, True, 5)
+    told.note_call(False, False, 5)
+    state.collectives, state.replayed_collectives = told.collectives, told.replayed_collectives
+    state.busy = not captured
+    state.tend()
+    assert state.ended == []
+    state.dead = [2]
+    state.tend()
+    assert state.ended == [True]
+    with pytest.raises(PeerTimeout, match="and with it a collective"):
+        state.check()
+
+
+def test_collectives_are_ended_though_the_group_was_given_up_first() -> None:
+    """An agreement that a dead rank does not come to is an error before the watchdog looks."""
+    state = Fake(arenas=0)
+    state.busy = state.collectives = True
+    state.dead = [2]
+    state.give_up("rank 2 did not come")
+    state.tend()
+    assert state.ended == [True]
+    state.tend()
+    assert state.ended == [True]
 
 
 def test_a_fused_call_that_ended_is_good_though_a_rank_is_dead() -> None:
@@ -277,6 +320,7 @@ def gpu_state(events: Events, monkeypatch: pytest.MonkeyPatch) -> Any:
     state: Any = object.__new__(arena.CudaState)
     state._done, state._called, state.arenas, state.world = SimpleNamespace(handle=1), False, [], 2
     state._unmarked = state._marked = None
+    state.collectives = state.replayed_collectives = False
     return state
 
 

@@ -357,7 +357,7 @@ def test_each_product_of_a_kernel_has_a_last_wave(workers: int) -> None:
     tiles = tuple((name, 32 if name == "N" else 16) for name in "KMN")
     how = Schedule(tiles=(("L", 32), *tiles), workers=workers, tail=2, warps=4)
     program = compile_kernel(op, how)
-    cut = [s.symbol for s in program.find("launch")[0].find("stage") if s.get("tasks")]
+    cut = [s.symbol for s in program.find("launch")[0].find("stage") if s.get("positions")]
     assert ("P.part1" in cut) == (workers != 9) and "C.part1.1" in cut
     validate(read_module(Source("emitted.py", emit(program))), program)
     given = [integers(1, *s, seed=n) for n, s in enumerate(((96, 80), (80, 96), (96, 32)))]

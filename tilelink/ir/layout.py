@@ -33,6 +33,8 @@ SLOT_BYTES: Final = 32 << 20
 # Words that signal themselves lie behind both slots, those of each encoding in an area of their own, in a slot for
 # each parity. PAYLOAD bytes of data lie in a word.
 PAYLOAD: Final = 4
+# Parts of a sum of words at most: one bit each, but for the sign, says which are not there yet.
+POLLED: Final = 31
 # Words of eight bytes: the data and the epoch of the call that wrote it. Nothing else is ever written there, so
 # no data of any program is taken for an epoch. They are zero at first; the epoch of the first call is 1.
 WORDS: Final = 2 * SLOT_BYTES

@@ -112,7 +112,10 @@ class Op:
 
     def get(self, key: str, default: Any = None) -> Any:
         """The attribute ``key``, or ``default``."""
-        return next((value for name, value in self.attrs if name == key), default)
+        for name, value in self.attrs:
+            if name == key:
+                return value
+        return default
 
     def with_attrs(self, **attrs: Any) -> Op:
         """A copy with attributes set; a value of None removes one."""
@@ -146,10 +149,12 @@ class Op:
 
     def walk(self) -> Iterator[Op]:
         """This op and every op inside it, in program order."""
-        yield self
-        for block in self.blocks:
-            for op in block.ops:
-                yield from op.walk()
+        left = [self]
+        while left:
+            op = left.pop()
+            yield op
+            for block in reversed(op.blocks):
+                left += reversed(block.ops)
 
     def find(self, name: str) -> tuple[Op, ...]:
         """The direct children named ``name``, in order."""

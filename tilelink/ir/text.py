@@ -34,10 +34,18 @@ _TOKEN = re.compile(
 )
 
 
-def print_ir(op: Op) -> str:
-    """The text of ``op`` and all inside it, ending in a newline."""
+# Lines of ops that have been printed, by identity and depth; with the op, so that its identity is not used again.
+Printed = dict[tuple[int, int], tuple[Op, list[str]]]
+
+
+def print_ir(op: Op, printed: Printed | None = None) -> str:
+    """The text of ``op`` and all inside it, ending in a newline.
+
+    ``printed``: what earlier calls have printed, and then this one too. Programs that share most of their ops are
+    printed faster with it.
+    """
     lines: list[str] = []
-    _print(op, 0, lines)
+    _print(op, 0, lines, printed)
     return "\n".join(lines) + "\n"
 
 
@@ -58,7 +66,18 @@ def op_line(op: Op) -> str:
     return " ".join(parts)
 
 
-def _print(op: Op, depth: int, lines: list[str]) -> None:
+def _print(op: Op, depth: int, lines: list[str], printed: Printed | None) -> None:
+    if printed is not None:
+        held = printed.get((id(op), depth))
+        if held is None:
+            held = printed[id(op), depth] = op, []
+            _print_new(op, depth, held[1], printed)
+        lines += held[1]
+        return
+    _print_new(op, depth, lines, printed)
+
+
+def _print_new(op: Op, depth: int, lines: list[str], printed: Printed | None) -> None:
     pad = "  " * depth
     if not op.blocks:
         lines.append(pad + op_line(op))
@@ -68,7 +87,7 @@ def _print(op: Op, depth: int, lines: list[str]) -> None:
         args = f" ({', '.join(f'{a}: {a.type}' for a in block.args)})" if block.args else ""
         lines.append(f"{lead} do{args} {{")
         for child in block.ops:
-            _print(child, depth + 1, lines)
+            _print(child, depth + 1, lines, printed)
         lead = pad + "}"
     lines.append(pad + "}")
 

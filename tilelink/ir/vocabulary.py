@@ -93,6 +93,11 @@ _WHOLE = (
     "workspace",
     "slots",
 )
+# Of each op: its attributes, and those of them that it must have.
+_KNOWN = {
+    op: ([n.rstrip("!") for n in names], [n[:-1] for n in names if n.endswith("!")])
+    for op, names in _ATTRIBUTES.items()
+}
 _AGENTS = ("head", "stream", "launch", "collective")
 
 
@@ -123,7 +128,7 @@ def check_names(top: Op) -> None:
 def _check_op(op: Op) -> None:
     if op.name not in _ATTRIBUTES:
         _fail(op, f"there is no op `{op.name}`", op.name, OPS)
-    known = [name.rstrip("!") for name in _ATTRIBUTES[op.name]]
+    known, needed = _KNOWN[op.name]
     for key, value in op.attrs:
         if key not in known:
             _fail(op, f"`{op.name}` has no attribute `{key}`", key, known)
@@ -135,12 +140,12 @@ def _check_op(op: Op) -> None:
                 what=f"`{key}` of `{op.name}` is not a whole number",
                 advice="write a whole number",
             )
-    given = dict(op.attrs)
-    for name in _ATTRIBUTES[op.name]:
-        if name.endswith("!") and name[:-1] not in given:
+    given = dict(op.attrs) if needed else {}
+    for name in needed:
+        if name not in given:
             raise IRNameError(
                 op.span,
-                what=f"`{op.name}` lacks its attribute `{name[:-1]}`",
+                what=f"`{op.name}` lacks its attribute `{name}`",
                 advice="docs/ir.md lists the attributes of every op",
             )
 
