@@ -40,7 +40,7 @@ STAGES = (4, 3, 5, 6, 2)
 RING_STAGES = (6, 5, 4, 3)  # of a loader with a warp of its own: the deeper its ring, the better
 GROUPS = (8, 4, 16)
 SPLITS = (1, 2, 4, 8)
-TAILS = (2, 3, 4)
+TAILS = (2, 3)  # kernels that add three parts at once to 128 elements a thread spill a few bytes
 # Of the workers, those that have a tile in the last wave, from which on it is worth no parts; the shortest depth
 # that is; and the part of a tile's time that the last wave may take in parts.
 FULL_WAVE, TAIL_DEPTH, TAIL_TIME = 0.7, 1024, 0.75
