@@ -51,7 +51,7 @@ class Machine:
     """One host. GB/s are 1e9 bytes a second; times are microseconds.
 
     ``device`` is the name that CUDA gives its GPUs, ``kin`` those of GPUs so much alike that the description, and
-    what was tuned on the device, is a first guess for them where they have none of their own. ``tflops`` is the sustained rate of matrix products
+    what was tuned on one of them, is a first guess for the others where they have none of their own. ``tflops`` is the sustained rate of matrix products
     by dtype over all ``sms``; when products begin it is higher by ``burst`` (a share), which power
     limits take back with the time constant ``burst_us``. ``hbm_gbps`` is the bandwidth of memory, and
     ``sum_gbps`` what stages without a product draw of it. ``load_us`` is the latency of a tile's load.
@@ -124,9 +124,9 @@ class Machine:
 
     @staticmethod
     def kin_of(device: str) -> tuple[str, ...]:
-        """The devices with a description of which CUDA's ``device`` is kin, sorted."""
-        known = map(Machine.load, Machine.known())
-        return tuple(sorted({m.device for m in known if device in m.kin}))
+        """The other devices that share a description with CUDA's ``device``, sorted."""
+        known = [(m.device, *m.kin) for m in map(Machine.load, Machine.known())]
+        return tuple(sorted({kin for some in known if device in some for kin in some} - {device}))
 
     @staticmethod
     def from_json(text: str) -> Machine:

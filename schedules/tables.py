@@ -124,7 +124,9 @@ class Table:
     @property
     def file_name(self) -> str:
         """``ag_gemm.bf16.h200x4.json``, with the key where arguments are not the usual ones."""
-        device = self.device.split()[-1].lower()
+        # Of a name such as `NVIDIA H100 80GB HBM3`, the model.
+        words = self.device.removeprefix("NVIDIA ").split() or ["gpu"]
+        device = words[0].lower()
         variant = f".{self.key[:6]}" if self.present is not None or self.constants else ""
         return f"{self.kernel}{variant}.{self.dtype}.{device}x{self.world}.json"
 

@@ -184,16 +184,17 @@ def test_the_callers_schedule_and_the_knob_go_first(monkeypatch: pytest.MonkeyPa
 
 
 def test_kin_of_a_device_takes_what_was_tuned_there() -> None:
-    """A guess where nothing of its own is near; and where there is, whatever is tuned nearer on the other."""
+    """Where it has nothing near of its own; that comes first, whatever is tuned nearer on the other."""
     kin = "NVIDIA H100 80GB HBM3"
-    assert Machine.kin_of(kin) == (DEVICE,) and Machine.kin_of(DEVICE) == ()
+    assert Machine.kin_of(kin) == (DEVICE,) and Machine.kin_of(DEVICE) == (kin,)
     there = table(entry(1024, 512, 512))
     op = built(1024, 512, 512)
     found = lookup(op, kin, [there])
     assert found is not None and found.table is there and found.distance == 0.0
     own = replace(there, device=kin, entries=(entry(2048, 512, 512),))
     assert lookup(op, kin, [there, own]).table is own  # type: ignore[union-attr]
-    assert lookup(op, DEVICE, [own]) is None
+    assert lookup(op, DEVICE, [own]).table is own  # type: ignore[union-attr]
+    assert lookup(op, "NVIDIA H100 PCIe", [there, own]) is None
     assert Machine.of_device(kin, 4) == Machine.of_device(DEVICE, 4)
 
 
