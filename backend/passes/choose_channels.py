@@ -20,7 +20,7 @@ from tilelink.backend.passes.common import (
     tasks_across,
     tensors_of,
 )
-from tilelink.ir import DTYPES, Expr, Op, Ref, make
+from tilelink.ir import DTYPES, Expr, Op, Ref, Value, make
 from tilelink.ir import layout as arena
 from tilelink.schedules import Move, ScheduleError
 
@@ -60,7 +60,8 @@ def choose_channels(program: Op) -> Op:
 
     A program with two slots has no acknowledgements. Flags of a tensor whose words signal themselves are carried
     by them, `flag @C.ready {carried = @C.parts}`: nothing is raised, and nothing has to be counted. Invariant: a
-    channel holds whole communication tiles and, of a stored tensor, whole compute tiles.
+    channel holds whole communication tiles and, of a stored tensor, whole compute tiles. Where these span the shards of
+    several ranks, channels lie along another axis, ``channel_axis``, and each rank has those of its shard.
     """
     flags: list[Op] = []
     counters: list[Op] = []
@@ -156,9 +157,11 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             _check_words(program, tensor, info)
         if move.signal == "sentinel":
             _check_emptied(program, tensor)
-        program = _count_tasks(program, name)
+        spans = info.kind == "scatter" and move.spans
+        program = (_count_spanning if spans else _count_tasks)(program, name)
         info = moved(program, name)
-        tile, rows = _output_channels(program, tensor, info, move)
+        choose = _spanning_channels if spans else _output_channels
+        tile, rows = choose(program, tensor, info, move)
     if folded(program, name):
         program = _in_channel_order(program, name, rows)
     return replace_declaration(
@@ -286,6 +289,54 @@ def _count_tasks(program: Op, name: str) -> Op:
         )
     tensor = program.declared(name).with_attrs(task_rows=rows, tasks_across=across)
     return replace_declaration(program, tensor)
+
+
+def _count_spanning(program: Op, name: str) -> Op:
+    """Record how tasks that span shards tile the tensor: along its moved axis, along another, and beside these."""
+    tensor = program.declared(name)
+    info, move = moved(program, name), schedule_of(program).move(name)
+    stage, variable = storing_stage(program, name)
+    store = next(s for s in accesses(stage, name, "store") if not s.get("final"))
+    assert store.ref is not None
+    others = [
+        axis
+        for axis, item in enumerate(store.ref.index)
+        if axis != info.axis and isinstance(item, Value) and item in stage.args
+    ]
+    detail = ""
+    if variable is None or not others:
+        detail = f"no two axes of `{name}` are tiles of the outer loops"
+    elif stage.get("segment") is not None:
+        detail = f"the tiles that store `{name}` end with the shards of another tensor"
+    elif (
+        move.tile is not None or tensor.get("tile") is not None or tensor.get("signal") is not None
+    ):
+        detail = f"the rows of `{name}` that share a signal are given"
+    if detail or variable is None:
+        raise ScheduleError(
+            tensor.span, field=f"moves.{name}.spans", detail=detail, help="use false"
+        )
+    column = stage.args.index(store.ref.index[others[-1]])
+    across = tasks_across(program, stage, variable, column)
+    assert isinstance(
+        across, int
+    )  # rows alone are known at run time only, and such tensors have been refused
+    tensor = tensor.with_attrs(
+        channel_axis=others[-1],
+        task_rows=int(stage["tile"][variable]),
+        task_columns=int(stage["tile"][column]),
+        tasks_across=across,
+    )
+    return replace_declaration(program, tensor)
+
+
+def _spanning_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[int, int]:
+    """The communication tile of a tensor whose tasks span shards, and the length of a channel along its axis."""
+    units = -(-info.across // info.task_columns)
+    alone = info.owners_of_all and info.tasks_across == 1 and units <= FINE_TILES
+    channels = move.channels or (units if alone else FINE_CHANNELS)
+    wanted = info.task_columns * -(-units // min(channels, units))
+    return info.shard, min(wanted, info.across)
 
 
 def _row_bytes(program: Op, tensor: Op, info: Moved) -> int:

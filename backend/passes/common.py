@@ -105,7 +105,9 @@ class Moved:
     that one task stores, ``tasks_across``: tasks beside each other over all other axes. ``dynamic``: the moved
     extent, where only its capacity is known. ``pulled``: contributions stay where they are made, and whoever
     sums them reads them there. ``words``: the encoding in which what peers write says itself that it
-    is there; "" where flags do.
+    is there; "" where flags do. ``channel_axis``: the axis along which channels lie, ``across`` elements long, where
+    that is not the moved one: tasks span the shards of several ranks then, and ``channel_rows`` and ``task_columns``,
+    of which each task stores so many, count along it. Else None.
     """
 
     name: str
@@ -125,6 +127,9 @@ class Moved:
     shots: int = 1
     words: str = ""
     pulled: bool = False
+    channel_axis: int | None = None
+    across: int = 0
+    task_columns: int = 1
 
     @property
     def live(self) -> Expr | int:
@@ -152,7 +157,12 @@ class Moved:
     @property
     def channels(self) -> int:
         """Channels of one source."""
-        return -(-self.shard // self.channel_rows)
+        return -(-self.length // self.channel_rows)
+
+    @property
+    def length(self) -> int:
+        """Elements of the axis along which channels lie."""
+        return self.shard if self.channel_axis is None else self.across
 
     def owner_of(self, start: Expr) -> Expr:
         """The rank that owns the block of element ``start``."""
@@ -212,11 +222,12 @@ class Moved:
     def rows_of(self, channel: Expr) -> Expr | int:
         """Local elements of ``channel``; the last channel may be shorter."""
         if self.channels == 1:
-            return self.live
-        if self.dynamic is None and self.shard % self.channel_rows == 0:
+            return self.live if self.channel_axis is None else self.across
+        if self.dynamic is None and self.length % self.channel_rows == 0:
             return self.channel_rows
+        end = self.live if self.channel_axis is None else self.across
         return (
-            minimum(channel * self.channel_rows + self.channel_rows, self.live)
+            minimum(channel * self.channel_rows + self.channel_rows, end)
             - channel * self.channel_rows
         )
 
@@ -229,6 +240,28 @@ class Moved:
             return rows // self.block * (-(-self.block // self.task_rows) * self.tasks_across)
         return (rows + (self.task_rows - 1)) // self.task_rows * self.tasks_across
 
+    @property
+    def owners_of_all(self) -> bool:
+        """Whether every task that spans shards meets those of all ranks."""
+        return self.task_rows >= self.extent
+
+    def owners_met(self, start: Expr, stop: Expr) -> tuple[Expr | int, Expr | int]:
+        """The ranks lo..hi (half open) whose shards ``start``..``stop`` of the moved axis meet."""
+        if self.owners_of_all:
+            return 0, WORLD
+        return start // self.shard, (stop - 1) // self.shard + 1
+
+    def tasks_meeting(self, owner: Expr, channel: Expr) -> Expr | int:
+        """Tasks that span shards and store something of ``channel`` into the shard of ``owner``."""
+        rows: Expr | int = 1
+        if self.shard % self.task_rows == 0:
+            rows = self.shard // self.task_rows
+        elif not self.owners_of_all and self.task_rows % self.shard:
+            first = owner * self.shard
+            rows = (first + (self.shard - 1)) // self.task_rows - first // self.task_rows + 1
+        columns = (self.rows_of(channel) + (self.task_columns - 1)) // self.task_columns
+        return _times(rows, _times(columns, self.tasks_across))
+
     def tiles_of(self, channel: Expr) -> Expr | int:
         """Communication tiles of one channel of one source."""
         if self.channel_rows == self.tile:
@@ -239,6 +272,10 @@ class Moved:
         """Channels lo..hi (half open) that a tile, ``tile`` long at most, of one block lies in."""
         if self.channels == 1:
             return Expr.const(0), Expr.const(1)
+        if self.channel_axis is not None:
+            if self.channel_rows % tile == 0:
+                return self.channel_of(start), self.channel_of(start) + 1
+            return self.channel_of(start), self.channel_of(stop - 1) + 1
         local = self.local_of(start)
         aligned = self.block == self.shard or self.block % tile == 0
         if (self.channel_rows % tile == 0 and aligned) or self.channel_rows % self.block == 0:
@@ -279,6 +316,9 @@ def moved(program: Op, name: str) -> Moved:
         shots=shots,
         words=op.get("polled", ""),
         pulled=bool(op.get("pulled", False)),
+        channel_axis=op.get("channel_axis"),
+        across=dims[int(op.get("channel_axis", axis))],
+        task_columns=int(op.get("task_columns", 1)),
     )
 
 
@@ -406,12 +446,12 @@ def _times(left: Expr | int, right: Expr | int) -> Expr | int:
     return product if product.value is None else product.value
 
 
-def tasks_across(program: Op, stage: Op, skip: int | None) -> Expr | int:
-    """Tasks of ``stage`` on one rank over all its variables but number ``skip``; they end at its segments."""
+def tasks_across(program: Op, stage: Op, *skip: int | None) -> Expr | int:
+    """Tasks of ``stage`` on one rank over all its variables but the numbers ``skip``; they end at its segments."""
     count: Expr | int = 1
     cut = stage.get("segment") is not None
     for number, (extent, tile) in enumerate(zip(stage["extent"], stage["tile"], strict=True)):
-        if number == skip:
+        if number in skip:
             continue
         if not cut or number != int(stage.get("axis", 0)):
             count = _times(count, _tiles(program, extent, tile))

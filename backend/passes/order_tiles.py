@@ -53,7 +53,8 @@ def order_tiles(program: Op) -> Op:
             %acc = for_tiles (%z) {extent = [K], tile = [64]} do (%k: tile, …) {…}
 
     A reduce in two shots gets a stage behind the last that stores it, in which each rank sums its part.
-    Invariant: a stage visits every tile once; no tile crosses the boundary of two owners' blocks. Where the
+    Invariant: a stage visits every tile once; no tile crosses the boundary of two owners' blocks, unless the schedule
+    lets it span them: of a gather tiles that are read, of a pulled scatter tiles that are stored. Where the
     moved extent is dynamic, segments are those of its capacity, and ``live`` says how much of each is there.
     """
     schedule = schedule_of(program)
@@ -79,7 +80,8 @@ def order_tiles(program: Op) -> Op:
     for name, tensor in tensors_of(program).items():
         if tensor["move"] in ("scatter", "reduce") and tensor["role"] != "temp":
             stage = _sum_stage(program, schedule, name)
-            if tensor["move"] == "scatter" and schedule.move(name).signal != "flag":
+            few = schedule.move(name).signal != "flag" or schedule.move(name).spans
+            if tensor["move"] == "scatter" and few:
                 stage = stage.with_attrs(tile=_spread(program, schedule, stage))
             stages.append(_copied(program, schedule, stage))
     launch = make(
@@ -301,12 +303,20 @@ def apart(schedule: Schedule, name: str) -> bool:
 
 
 def _spans(program: Op, schedule: Schedule, info: Moved) -> bool:
-    """Whether tiles that read a gathered tensor may be of rows of several ranks; ScheduleError where none can."""
-    if info.kind == "shard" or not schedule.move(info.name).spans:
+    """Whether tiles of a gather that are read, or of a pulled scatter that are stored, may be of rows of several
+    ranks; ScheduleError where none can."""
+    move = schedule.move(info.name)
+    if info.kind == "shard" or not move.spans:
         return False
-    detail = ""
-    if info.kind != "gather":
+    detail, advice = "", "use false"
+    if info.kind == "reduce":
+        detail = f"`{info.name}` is neither a gather nor a scatter"
+    elif info.kind == "scatter" and move.direction != "pull":
         detail = f"`{info.name}` is no gather: its tiles are stored, each at the rank that owns it"
+        advice = "use false, or the direction `pull`"
+    elif info.kind == "scatter" and move.sum != "stage":
+        detail = f"`{info.name}` is summed in the epilogue of tiles that this rank owns"
+        advice = "use false, or the sum `stage`"
     elif info.block != info.shard:
         detail = f"the shards of `{info.name}` do not lie one behind the other"
     elif info.dynamic is not None:
@@ -318,7 +328,7 @@ def _spans(program: Op, schedule: Schedule, info: Moved) -> bool:
             program.declared(info.name).span,
             field=f"moves.{info.name}.spans",
             detail=detail,
-            help="use false",
+            help=advice,
         )
     return True
 
@@ -353,7 +363,7 @@ def _segments(
         stored = any(True for _ in accesses(probe, info.name, "store"))
         read = any(True for _ in accesses(probe, info.name, "load"))
         order = "arrival" if info.kind == "gather" else "departure"
-        if _spans(program, schedule, info):
+        if (stored or info.kind == "gather") and _spans(program, schedule, info):
             continue
         if info.kind == "shard" or (info.kind == "scatter" and read and not stored):
             order = "own"
@@ -445,6 +455,9 @@ def _spread(program: Op, schedule: Schedule, stage: Op) -> tuple[int, ...]:
     axis = int(stage.get("axis") or 0)
     lengths = [int(Expr.of(e).evaluate(names)) for e in stage["extent"]]
     lengths[axis] = int(stage["segment"]) * int(stage["segments"])
+    if schedule.move(stage.body[0].symbol).spans:
+        # Tiles of the product are longer than what a rank owns; those of its sum end with that.
+        tiles[axis] = _clip(tiles[axis], int(stage["segment"]), names)
 
     def tasks() -> int:
         return math.prod(-(-n // t) for n, t in zip(lengths, tiles, strict=True))

@@ -13,6 +13,7 @@ from tilelink.backend.passes.common import (
     handed_on,
     moved,
     start_of,
+    stop_of,
     tasks_across,
     tensors_of,
 )
@@ -37,7 +38,14 @@ def place_notifies(program: Op) -> Op:
 
           notify @C.ready[RANK, 0] {peer = m.start / 1024, count = 32, through = @C.arrived[m.start / 1024, 0]}
 
-    What is pulled is stored here, and notified there.
+    What is pulled is stored here, and notified there; a tile that spans shards is stored once, and all who own some of
+    it are notified::
+
+          store @C[%m, %n] (%c)
+          for_range {lo = m.start / 32, hi = (m.stop - 1) / 32 + 1} do (%d) {
+            notify @C.ready[RANK, n.start / 64] {peer = d}
+          }
+
     The head of a call waits until every rank has acknowledged the call before, and the last worker
     acknowledges this one. With two slots nobody does, and the head is folded into the launch. A notify of a
     flag that words carry has no counter. Invariant: one notify a task and channel, behind the task's last
@@ -131,6 +139,8 @@ def _suffix(launch: Op, number: int, name: str) -> str:
 def _to_peers(info: Moved, op: Op, suffix: str) -> tuple[Op, ...]:
     """The store of a tile followed by its notify: to the owner, or for a reduce to every rank."""
     store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
+    if info.channel_axis is not None:
+        return _to_owners(info, op, store, suffix)
     owner, channel = _place(info, store)
     count = info.tasks_of(channel)
     if not info.spread:
@@ -139,6 +149,20 @@ def _to_peers(info: Moved, op: Op, suffix: str) -> tuple[Op, ...]:
         op if info.pulled else _with_peer(op, info.name, owner),
         _notify(info, ("ready", "arrived"), channel, count, owner, store.span),
     )
+
+
+def _to_owners(info: Moved, op: Op, store: Op, suffix: str) -> tuple[Op, ...]:
+    """The store of a tile that spans shards, and a notify to every rank that owns some of its rows."""
+    assert store.ref is not None and info.channel_axis is not None
+    rows, columns = store.ref.index[info.axis], store.ref.index[info.channel_axis]
+    assert isinstance(rows, Value) and isinstance(columns, Value)
+    variable = Value(f"{info.name}.d{suffix}", INDEX)
+    owner, channel = Expr.name(variable.name), info.channel_of(start_of(columns))
+    lo, hi = info.owners_met(start_of(rows), stop_of(rows))
+    count = info.tasks_meeting(owner, channel)
+    told = _notify(info, ("ready", "arrived"), channel, count, owner, store.span)
+    loop = make("for_range", lo=lo, hi=hi, blocks=(Block((variable,), (told,)),), span=store.span)
+    return op, loop
 
 
 def _relays(stage: Op, name: str) -> bool:

@@ -202,6 +202,11 @@ def _total_waits(info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op
 
 def _sum_waits(program: Op, info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op]:
     lo, hi = Expr.const(0), Expr.const(info.channels)
+    if info.channel_axis is not None:
+        assert load.ref is not None
+        column = load.ref.index[info.channel_axis] if load.ref.index else All()
+        known = isinstance(column, Value) and column in loop.args and column.type.is_tile
+        tile = column if isinstance(column, Value) and known else None
     if tile is not None:
         lo, hi = info.channel_range(start_of(tile), stop_of(tile), _length(loop, tile))
     ready = f"{info.name}.ready"

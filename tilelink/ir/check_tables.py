@@ -22,9 +22,9 @@ ATTRIBUTES = {
     "exprs": "dims extent tile",
     "expr": "hi lo peer owner signal visit if when epoch segment segments live",
     "count": "world value:extent workers:launch resident warps stages group block channel_rows "
-    "task_rows tasks_across delay least shots slots",
+    "task_columns task_rows tasks_across delay least shots slots",
     "arrivals": "count",
-    "whole": "offset bytes workspace over axis first flatten_axis part_axis",
+    "whole": "offset bytes workspace over axis first flatten_axis part_axis channel_axis",
     "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded interleave relay "
     "empty pulled remote",
     "text": "file kernel schedule into offsets source table",
