@@ -141,21 +141,17 @@ class _Builder:
             tiles = stage_tiles(stage, self.env, rank)
             if info.kind == "gather":
                 for load in loads:
-                    self._needs(
-                        info, nodes[rank], self._interval(info.axis, info, load, tiles), rank
-                    )
+                    self._needs(info, nodes[rank], self._channels(info, load, tiles), rank)
                 continue
             for store in stores:
-                interval = self._interval(info.axis, info, store, tiles)
-                self._gives(info, nodes[rank], interval, rank, bool(store.get("relay")))
+                met = self._channels(info, store, tiles)
+                self._gives(info, nodes[rank], met, rank, bool(store.get("relay")))
             for added in accesses(stage, info.name, "load_sum"):
                 # The own part is in registers.
-                interval = self._interval(info.axis, info, added, tiles)
-                self._needs(info, nodes[rank], interval, rank, False)
+                self._needs(info, nodes[rank], self._channels(info, added, tiles), rank, False)
             for load in loads:
-                interval = self._interval(info.axis, info, load, tiles)
                 total = info.shots == 2 and not load.get("relay")
-                self._needs(info, nodes[rank], interval, rank, total)
+                self._needs(info, nodes[rank], self._channels(info, load, tiles), rank, total)
                 assert load.ref is not None
                 boxes = [
                     self._interval(axis, info, load, tiles) for axis in range(len(load.ref.index))
@@ -176,10 +172,24 @@ class _Builder:
     def _extent(self, info: Moved, axis: int) -> int:
         return global_dims(self.program.declared(info.name), self.env)[axis]
 
-    def _channels(self, info: Moved, interval: Interval) -> list[tuple[int, int, int]]:
-        """(task, owner, channel) for every channel that a task's interval meets."""
+    def _channels(
+        self, info: Moved, access: Op, tiles: dict[str, Tile]
+    ) -> list[tuple[int, int, int]]:
+        """(task, owner, channel) for every channel that what a task touches meets."""
         found: list[tuple[int, int, int]] = []
-        start, stop = interval
+        start, stop = self._interval(info.axis, info, access, tiles)
+        if info.channel_axis is not None:
+            begin, end = self._interval(info.channel_axis, info, access, tiles)
+            bounds = (
+                start // info.shard,
+                (stop - 1) // info.shard,
+                begin // info.channel_rows,
+                (end - 1) // info.channel_rows,
+            )
+            for task, (o, p, c, d) in enumerate(zip(*(b.tolist() for b in bounds), strict=True)):
+                both = itertools.product(range(o, p + 1), range(c, d + 1))
+                found += [(task, owner, channel) for owner, channel in both]
+            return found
         one_block = bool(np.all(start // info.block == (stop - 1) // info.block)) and info.spread
         if one_block:
             e = Expr.name("e")
@@ -206,13 +216,13 @@ class _Builder:
         self,
         info: Moved,
         nodes: list[str],
-        interval: Interval,
+        met: list[tuple[int, int, int]],
         rank: int,
         total: bool = False,
     ) -> None:
         """Tasks read what arrives, parts or their ``total``; the next call's transfers wait for them."""
         label = f"{info.name}.summed" if total else info.name
-        for task, owner, channel in self._channels(info, interval):
+        for task, owner, channel in met:
             sources = [owner] if info.kind == "gather" or total else range(self.world)
             for source in sources:
                 if source != rank:
@@ -222,11 +232,16 @@ class _Builder:
                     self.graph.add_edge(nodes[task], transfer, kind="WAR", tensor=info.name, call=1)
 
     def _gives(
-        self, info: Moved, nodes: list[str], interval: Interval, rank: int, total: bool
+        self,
+        info: Moved,
+        nodes: list[str],
+        met: list[tuple[int, int, int]],
+        rank: int,
+        total: bool,
     ) -> None:
         """Transfers carry what tasks stored, parts or their ``total``."""
         label = f"{info.name}.summed" if total else info.name
-        for task, owner, channel in self._channels(info, interval):
+        for task, owner, channel in met:
             targets = [owner] if info.spread and not total else range(self.world)
             for target in targets:
                 if target != rank:

@@ -53,6 +53,9 @@ SMALL_SUM = 32 << 20
 # Bytes of a gathered tensor up to which tiles may span its shards: of more, there is enough to compute with each
 # shard while the next is on its way.
 SMALL_GATHER = 16 << 20
+# Rows of a rank's slice below which tiles of a product that is scattered may span slices: tiles of fewer rows read
+# the other operand more often than tensor cores need it.
+SMALL_SLICE = 64
 # The same of a sum as words that signal themselves: with the number of the call, which is twice as many bytes, and
 # without.
 SMALL_WORDS = {"flag": 1 << 62, "word": 4 << 20, "sentinel": 8 << 20}
@@ -126,10 +129,12 @@ class Space:
             move = schedule.move(tensor.symbol)
             if schedule.emitter == "gluon" and move.sm_workers and tensor["move"] != "gather":
                 return False
-            if tensor["move"] != "gather" or schedule.emitter == "library":
+            if tensor["move"] not in ("gather", "scatter") or schedule.emitter == "library":
                 continue
             over = str(tensor["dims"][tensor["over"]]) in rows
             cut = tall in _fitting(ROW_TILES, max(1, tallest // world))
+            # Parts of sums are not stored where the sum goes: its own tiles are no product's.
+            cut = cut or (tensor["move"] == "scatter" and schedule.split > 1)
             if over and move.spans == cut and schedule.tiles != self.base.tiles:
                 return False
         return True
@@ -161,6 +166,20 @@ class Space:
         moved = [t for t in self.kernel.find("tensor") if t["move"] in ("gather", "shard")]
         return all(t["move"] == "gather" and self.bytes_of(t) <= SMALL_GATHER for t in moved)
 
+    def _scattered(self) -> bool:
+        """Whether tiles that are stored may span slices: all that cuts them is scattered, to slices of few rows."""
+        moved = [t for t in self.kernel.find("tensor") if t["move"] in ("scatter", "shard")]
+        return all(t["move"] == "scatter" and self._low(t) for t in moved)
+
+    def _low(self, tensor: Op) -> bool:
+        """Whether the slices of a scatter have few rows, and nothing says which of them share a signal."""
+        length = tensor["dims"][tensor["over"]]
+        told = tensor.get("tile") is not None or tensor.get("signal") is not None
+        if told or any(op.get("dynamic") for op in self.kernel.find("extent")):
+            return False
+        whole = length if isinstance(length, int) else int(length.evaluate(self.extents))
+        return whole // int(self.kernel["world"]) < SMALL_SLICE
+
     def _extras(self, emitter: str, tiles: tuple[tuple[str, int], ...]) -> Iterator[dict[str, Any]]:
         """The fields beside tiles, warps and stages: group, split and tail."""
         assert self.product is not None
@@ -169,7 +188,7 @@ class Space:
         if _moved_rows(self.kernel, rows, ("scatter", "shard")):
             tallest = max(1, tallest // int(self.kernel["world"]))
         splits: tuple[int, ...] = SPLITS if emitter == "triton" else (1,)
-        if dict(tiles)[rows[0]] not in _fitting(ROW_TILES, tallest):
+        if dict(tiles)[rows[0]] not in _fitting(ROW_TILES, tallest) and not self._scattered():
             # A tile that is stored ends with the slice of its owner; parts of sums are not stored there.
             splits = tuple(split for split in splits if split > 1)
         tails = self._tails(tiles) if emitter != "library" else (1,)
@@ -206,7 +225,8 @@ class Space:
         for channels, resource in itertools.product(CHANNELS, _resources(kind)):
             if channels is not None and resource == "none":
                 continue
-            for extra in _move_extras(kind, resource, size):
+            low = kind == "scatter" and self._low(tensor)
+            for extra in _move_extras(kind, resource, size, low):
                 move = _made(Move(), resource=resource, channels=channels, **extra)
                 if move is not None:
                     found.setdefault(move)
@@ -224,8 +244,9 @@ def _resources(kind: str) -> tuple[str, ...]:
     return ("copy_engine", *workers, *direct, "none")
 
 
-def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
-    """Combinations of the further fields of a move that mean something for it."""
+def _move_extras(kind: str, resource: str, size: int, low: bool) -> list[dict[str, Any]]:
+    """Combinations of the further fields of a move that mean something for it; ``low``: of a scatter to slices of few
+    rows."""
     axes: dict[str, tuple[Any, ...]] = {}
     if resource == "none":
         return [{}]
@@ -241,18 +262,28 @@ def _move_extras(kind: str, resource: str, size: int) -> list[dict[str, Any]]:
         axes["signal"] = tuple(s for s in SIGNALS if size <= SMALL_WORDS[s])
     if resource == "epilogue" and kind == "scatter":
         axes["direction"] = DIRECTIONS
+        axes["spans"] = (False, True) if low else (False,)
     axes["slots"] = (1, 2) if size <= SMALL_SUM else (1,)
     found = [dict(zip(axes, some, strict=True)) for some in itertools.product(*axes.values())]
-    # A stage of its own would read all that is pulled when everything else is done.
-    found = [one for one in found if not (one.get("direction") == "pull" and one["sum"] == "stage")]
+    if kind == "scatter":
+        found = [one for one in found if _pulls(one)]
     # In one shot no rank owns a part of the sum.
     return [one for one in found if not (one.get("shots") == 1 and one.get("sum") == "epilogue")]
+
+
+def _pulls(move: dict[str, Any]) -> bool:
+    """Whether a sum that is pulled is added in an epilogue, or what spans slices in a stage, which nothing else can: of
+    more rows that would read all when everything else is done."""
+    spans = move.get("spans", False)
+    if move.get("direction") != "pull":
+        return not spans
+    return bool((move["sum"] == "stage") == spans)
 
 
 def _moving(schedule: Schedule, moves: tuple[tuple[str, Move], ...]) -> Schedule | None:
     """``schedule`` with ``moves``, or None; tiles of all ranks take turns where a sum is pulled, so that reads
     are spread over the call."""
-    pulled = any(move.direction == "pull" for _, move in moves)
+    pulled = any(move.direction == "pull" and not move.spans for _, move in moves)
     found: Schedule | None = _made(
         schedule, moves=moves, order="interleave" if pulled else schedule.order
     )

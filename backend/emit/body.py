@@ -390,16 +390,24 @@ def _transfer(scope: Scope, op: Op) -> None:
 
 def tells_everyone(scope: Scope, op: Op) -> bool:
     """Whether a loop over all ranks only notifies them, or all but this one, which one call does for all."""
+    return _whole(scope.program, op) and tells_ranks(scope, op)
+
+
+def _whole(program: Program, op: Op) -> bool:
+    return (program.constant(op["lo"]), program.constant(op["hi"])) == (0, program.world)
+
+
+def tells_ranks(scope: Scope, op: Op) -> bool:
+    """The same of a loop over some ranks, one behind the other."""
     notify = op.body[0] if len(op.body) == 1 else None
     if notify is None or notify.name != "notify" or notify.ref is None or op.results:
         return False
     program, d = scope.program, op.args[0].name
-    whole = (program.constant(op["lo"]), program.constant(op["hi"])) == (0, program.world)
     own = program.symbols[notify.symbol].name == "flag" and str(notify.get("peer")) == d
     free = all(isinstance(i, Expr) and d not in i.names for i in notify.ref.index)
     count, through = Expr.of(notify.get("count", 1)), notify.get("through")
     guard = notify.get("if")
-    if not (whole and own and free) or d in count.names:
+    if not (own and free) or d in count.names:
         return False
     if guard is not None and not _but_this_rank(guard, d):
         return False
@@ -415,21 +423,23 @@ def _but_this_rank(guard: Expr | int, variable: str) -> bool:
     return str(guard) in (f"{variable} != RANK", f"RANK != {variable}")
 
 
-def tell_everyone(scope: Scope, op: Op) -> None:
+def tell_ranks(scope: Scope, op: Op) -> None:
     """The call for such a loop, behind what was stored."""
     program, (notify,) = scope.program, op.body
     assert notify.ref is not None
     plain_notify(program, notify)
     args = ["ctx", word(scope, notify, notify.symbol, element(notify, notify.ref.index))]
     count, through = notify.get("count", 1), notify.get("through")
-    others = ["others=True"] if notify.get("if") is not None else []
+    told = ["others=True"] if notify.get("if") is not None else []
+    if not _whole(program, op):
+        told += [f"low={scope.expr(op['lo'])}", f"high={scope.expr(op['hi'])}"]
     if program.constant(count) == 1:
-        scope.writer.call("device.all_tile_notify(", [*args, *others])
+        scope.writer.call("device.all_tile_notify(", [*args, *told])
         return
     first = (Expr.const(0), *through.index[1:])
     counter = word(scope, notify, through.symbol, element(notify, first))
     step = scope.expr(access.strides(scope, through.symbol)[0])
-    args += [counter, step, scope.expr(count), *others]
+    args += [counter, step, scope.expr(count), *told]
     scope.writer.call("device.counted_all_tile_notify(", args)
 
 
@@ -437,10 +447,10 @@ def for_range(scope: Scope, op: Op) -> None:
     """A loop over numbers."""
     if all(o.name == "notify" and scope.program.carried(o) for o in op.body):
         return
-    if tells_everyone(scope, op):
+    if tells_ranks(scope, op):
         if op.body[0].get("drain"):
             scope.writer.line("device.drain_tma_stores()")
-        tell_everyone(scope, op)
+        tell_ranks(scope, op)
         return
     variable, *_ = op.args
     name = scope.define(variable)

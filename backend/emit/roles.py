@@ -79,6 +79,7 @@ class Roles:
         self.room: tuple[tuple[int, ...], str] | None = None
         self.room_of = ""
         self.landing: dict[int, str] = {}  # the tiles of the ring that parts land in, by their sum
+        self.rows: tuple[str, Dim] | None = None  # of the whole tile, where a group has half of them
         self.pieces = 0  # of a tile whose parts land there, still to be added up
         self.direct: set[int] = set()  # stores that can leave through TMA, by their identity
         stages = launch.find("stage")
@@ -383,6 +384,7 @@ class Roles:
         if not self.halves:
             return
         dim = scope.dims[variable.name]
+        self.rows = (variable.name, dim)
         block = dim.block // 2
         # Parts of a sum are masked wherever they lie: of a half without rows there is none.
         placed = (o for o in product.epilogue if not added.part_of_sum(self.program, o))
@@ -674,11 +676,18 @@ class Roles:
         self._first(scope, op, lambda: body.notify(scope, op.with_attrs(drain=None)))
 
     def _range(self, scope: Scope, op: Op) -> None:
-        """A loop; one that tells all ranks at once is a notify too."""
-        if not self.halves or not body.tells_everyone(scope, op):
+        """A loop; one that tells ranks does so of the whole tile, and at once is a notify too."""
+        if not self.halves or not all(o.name == "notify" for o in op.body):
             body.for_range(scope, op)
             return
-        self._first(scope, op.body[0], lambda: body.tell_everyone(scope, op))
+        assert self.rows is not None
+        name, whole = self.rows
+        half, scope.dims[name] = scope.dims[name], whole
+        if body.tells_ranks(scope, op):
+            self._first(scope, op.body[0], lambda: body.tell_ranks(scope, op))
+        else:
+            body.for_range(scope, op)
+        scope.dims[name] = half
 
     def _first(self, scope: Scope, notify: Op, tell: Callable[[], None]) -> None:
         """What the first of two groups tells, when both have stored their half of the tile."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tilelink.backend.expand import environment
 from tilelink.backend.passes.common import (
     MOVED,
+    RANK,
     Moved,
     UnsupportedProgram,
     accesses,
@@ -333,7 +334,7 @@ def _count_spanning(program: Op, name: str) -> Op:
 def _spanning_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[int, int]:
     """The communication tile of a tensor whose tasks span shards, and the length of a channel along its axis."""
     units = -(-info.across // info.task_columns)
-    alone = info.owners_of_all and info.tasks_across == 1 and units <= FINE_TILES
+    alone = info.rows_meeting(RANK) == info.tasks_across == 1 and units <= FINE_TILES
     channels = move.channels or (units if alone else FINE_CHANNELS)
     wanted = info.task_columns * -(-units // min(channels, units))
     return info.shard, min(wanted, info.across)

@@ -240,27 +240,25 @@ class Moved:
             return rows // self.block * (-(-self.block // self.task_rows) * self.tasks_across)
         return (rows + (self.task_rows - 1)) // self.task_rows * self.tasks_across
 
-    @property
-    def owners_of_all(self) -> bool:
-        """Whether every task that spans shards meets those of all ranks."""
-        return self.task_rows >= self.extent
-
     def owners_met(self, start: Expr, stop: Expr) -> tuple[Expr | int, Expr | int]:
         """The ranks lo..hi (half open) whose shards ``start``..``stop`` of the moved axis meet."""
-        if self.owners_of_all:
+        if self.task_rows >= self.extent:
             return 0, WORLD
         return start // self.shard, (stop - 1) // self.shard + 1
 
+    def rows_meeting(self, owner: Expr) -> Expr | int:
+        """Rows of tasks that span shards and meet the shard of ``owner``."""
+        if self.shard % self.task_rows == 0:
+            return self.shard // self.task_rows
+        if self.task_rows >= self.extent or self.task_rows % self.shard == 0:
+            return 1
+        first = owner * self.shard
+        return (first + (self.shard - 1)) // self.task_rows - first // self.task_rows + 1
+
     def tasks_meeting(self, owner: Expr, channel: Expr) -> Expr | int:
         """Tasks that span shards and store something of ``channel`` into the shard of ``owner``."""
-        rows: Expr | int = 1
-        if self.shard % self.task_rows == 0:
-            rows = self.shard // self.task_rows
-        elif not self.owners_of_all and self.task_rows % self.shard:
-            first = owner * self.shard
-            rows = (first + (self.shard - 1)) // self.task_rows - first // self.task_rows + 1
         columns = (self.rows_of(channel) + (self.task_columns - 1)) // self.task_columns
-        return _times(rows, _times(columns, self.tasks_across))
+        return _times(self.rows_meeting(owner), _times(columns, self.tasks_across))
 
     def tiles_of(self, channel: Expr) -> Expr | int:
         """Communication tiles of one channel of one source."""

@@ -431,25 +431,38 @@ class KernelMachine(AccessMachine):
         mine = self.binary(ast.Add, self.number(word), Num(self.rank), self.node or ast.Pass())
         self.on_device_all_tile_notify(ctx, mine)
 
-    def on_device_all_tile_notify(self, ctx: Any, word: Any, others: Any = False) -> None:
+    def on_device_all_tile_notify(
+        self, ctx: Any, word: Any, others: Any = False, low: Any = None, high: Any = None
+    ) -> None:
         """``device.all_tile_notify``: one notify a peer."""
         self.context(ctx)
-        self.each_peer(others, lambda peer: self.flagged(word, Num(peer)))
+        self.each_peer(others, low, high, lambda peer: self.flagged(word, Num(peer)))
 
-    def each_peer(self, others: Any, tell: Callable[[int], None]) -> None:
-        """``tell`` every rank, or with ``others`` every rank but the one that runs."""
-        if not isinstance(others, bool):
+    def each_peer(self, others: Any, low: Any, high: Any, tell: Callable[[int], None]) -> None:
+        """``tell`` every rank, those from ``low`` to ``high`` (half open) if given, or with ``others`` every rank but
+        the one that runs."""
+        if not isinstance(others, bool) or (low is None) != (high is None):
             self.unclear("which ranks are told")
         before = self.on, self.all
         for peer in range(self.layout.world):
             lanes = before[0] & (self.rank != peer) if others else before[0]
+            if low is not None:
+                lanes = lanes & (self.number(low).v <= peer) & (peer < self.number(high).v)
             if lanes.any():
                 self.on, self.all = lanes, bool(lanes.all())
                 tell(peer)
         self.on, self.all = before
 
     def on_device_counted_all_tile_notify(
-        self, ctx: Any, word: Any, through: Any, step: Any, count: Any, others: Any = False
+        self,
+        ctx: Any,
+        word: Any,
+        through: Any,
+        step: Any,
+        count: Any,
+        others: Any = False,
+        low: Any = None,
+        high: Any = None,
     ) -> None:
         """``device.counted_all_tile_notify``: one notify a peer, each counted by a counter of its own."""
         node = self.node or ast.Pass()
@@ -459,7 +472,7 @@ class KernelMachine(AccessMachine):
             at = self.arithmetic(ast.Add, self.number(through), shift, node)
             self.on_device_counted_tile_notify(ctx, word, Num(peer), at, count)
 
-        self.each_peer(others, tell)
+        self.each_peer(others, low, high, tell)
 
     def on_device_tile_sum_parts(
         self, own: Any, parts: Any, step: Any, inside: Any, rank: Any, world: Any

@@ -20,6 +20,13 @@ def schedule(name: str, value: object, *words: str, code: int = 2) -> Command:
     return Command(f"schedule: {name}", arguments, words, code=code, files=files)
 
 
+def scattered(name: str, move: dict[str, object], *words: str) -> Command:
+    """``check --schedule`` of a kernel that scatters C, with a move of it."""
+    files = {"s.json": json.dumps({"moves": {"C": move}})}
+    arguments = ("check", str(ROOT / "examples" / "gemm_rs.py"), "--schedule", "s.json")
+    return Command(f"schedule: {name}", arguments, words, code=2, files=files)
+
+
 def option(name: str, *arguments: str, words: tuple[str, ...], code: int = 2) -> Command:
     """``check`` with options for the schedule."""
     return Command(f"schedule: {name}", ("check", FILE, *arguments), words, code=code)
@@ -145,6 +152,14 @@ CASES: tuple[Case, ...] = (
     schedule("copies of letters", move(resource="sm:4", copies="letters"), "copies", "letters"),
     schedule("boxes by copy engine", move(copies="boxes"), "copies", "copy_engine"),
     schedule("spans that are a number", move(spans=1), "spans", "1"),
+    scattered("spans of what is pushed", {"spans": True}, "spans", "`C`", "pull"),
+    scattered(
+        "spans of own tiles",
+        {"resource": "epilogue", "direction": "pull", "sum": "epilogue", "spans": True},
+        "spans",
+        "`C`",
+        "stage",
+    ),
     schedule("words in one slot", move(resource="epilogue", signal="word"), "signal", "slots"),
     schedule("a move's shots text", move(shots="two"), "shots", "'two'"),
     schedule("a move's shots 2.0", move(shots=2.0), "shots", "2.0"),

@@ -139,6 +139,12 @@ def samples() -> list[Sample]:
                 found.append(replace(plain, resource=folded, tiles=2, columns=2, shots=2))
             if resource in ("epilogue", "sm:1", *PULLED):
                 found.append(replace(plain, tiles=2, slots=2))
+            if resource == "epilogue-pull":
+                # The second of three tiles meets the slices of both ranks; of one, each meets all.
+                low = replace(plain, spans=True)
+                found += [replace(low, tiles=3), replace(low, tiles=3, slots=2)]
+                found.append(replace(low, tiles=1, columns=2, slots=2))
+                found.append(replace(low, tiles=1, columns=2, channels=1))
             if resource == "epilogue-pull-folded" and kernel == "gemm_rs":
                 # Own tiles are computed beside the others'.
                 found.append(replace(plain, tiles=20, workers=3, order="interleave"))

@@ -98,6 +98,10 @@ SHAPES = {
 }
 
 
+# Slices of so few rows that tiles span them: of all ranks, of some, and of one and a part of the next.
+LOW = [(128, 3584, 8192), (256, 512, 768), (64, 136, 72), (200, 1000, 328), (640, 512, 1376)]
+
+
 def cases(only: str = "") -> list[Case]:
     """Every shape on the default resource, a few on the others, one in each other dtype.
 
@@ -113,6 +117,17 @@ def cases(only: str = "") -> list[Case]:
             others += ["epilogue-slots-words", "epilogue-slots-sentinels"]
             others += ["epilogue-pull", "epilogue-pull-folded", "epilogue-pull-folded-turned"]
             others += ["epilogue-pull-slots", "epilogue-pull-folded-slots"]
+            found += [
+                Case(kernel, *shape, resource=r, emitter=emitter)
+                for shape in LOW
+                for r, emitter in (
+                    ("epilogue-pull-spans", "triton"),
+                    ("epilogue-pull-slots-spans", "triton"),
+                    ("epilogue-pull-spans", "gluon"),
+                )
+                # Roles have whole tiles of 128 rows.
+                if emitter == "triton" or shape[0] % 128 == 0
+            ]
         if kernel == "ag_gemm":
             others += ["sm:16-slots", "copy_engine-streams"]
             others += ["sm:16-spans", "copy_engine-spans"]
@@ -186,7 +201,7 @@ def schedule_for(case: Case, world: int) -> Any:
     # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots;
     # `-streams`: two streams; `-words`, `-sentinels`: data that signals itself, by an epoch beside it or alone;
     # `-split`: sums in four parts; `-tail`: the last wave's tiles in two; `-boxes`: workers copy boxes; `-spans`:
-    # tiles span shards; `-pull`: parts are read where they were made; `-turned`: tiles of all ranks take turns.
+    # tiles span shards, of a scatter that is pulled those which are stored; `-pull`: parts are read where they were made; `-turned`: tiles of all ranks take turns.
     resource, *words = case.resource.split("-")
     changes: dict[str, Any] = {}
     if words:
@@ -208,6 +223,10 @@ def schedule_for(case: Case, world: int) -> Any:
         schedule = replace(schedule, order="interleave", workers=16)
     schedule = replace(schedule, emitter=case.emitter, split=4 if "split" in words else 1)
     schedule = replace(schedule, tail=2 if "tail" in words else 1)
+    if "spans" in words and "pull" in words:
+        # The default's tiles end with the slice of a rank.
+        tiles = dict(schedule.tiles) | {"M": 64 if case.M <= 64 else 128, "N": 64, "K": 64}
+        schedule = replace(schedule, tiles=tuple(sorted(tiles.items())), warps=4, stages=4)
     if case.emitter == "gluon":
         tiles = (("K", 64), ("M", 128), ("N", 128))
         schedule = replace(schedule, tiles=tiles, warps=8, stages=4)

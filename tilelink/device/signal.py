@@ -345,24 +345,26 @@ def _words(peers, world, word):
 
 
 @triton.jit
-def all_tile_notify(ctx, word, others: tl.constexpr = False):
+def all_tile_notify(ctx, word, others: tl.constexpr = False, low=None, high=None):
     """Release: flag ``word`` of every rank becomes this call's epoch, after every thread's stores.
 
-    ``others``: of every rank but this one.
+    ``others``: of every rank but this one. ``low``, ``high``: of the ranks from ``low`` to ``high`` (half open).
     """
     tl.debug_barrier()
-    _tell_all(ctx, word, others)
+    _tell_all(ctx, word, others, low, high)
 
 
 @triton.jit
-def counted_all_tile_notify(ctx, word, through, step, count, others: tl.constexpr = False):
+def counted_all_tile_notify(
+    ctx, word, through, step, count, others: tl.constexpr = False, low=None, high=None
+):
     """Release: as :func:`all_tile_notify`, by the ``count``-th caller of this call.
 
     The local counters ``through``, ``through + step``, … count for one rank each. Whoever counts last
     also releases what the others stored.
     """
     tl.debug_barrier()
-    _tell_all_counted(ctx, word, through, step, count, others)
+    _tell_all_counted(ctx, word, through, step, count, others, low, high)
 
 
 @triton.jit
@@ -371,7 +373,7 @@ def delayed_all_notify(ctx, pending):
     :func:`delayed_peer_notify`."""
     if pending >= 0:
         word = _stored(pending)
-        _tell_all(ctx, word, False)
+        _tell_all(ctx, word, False, None, None)
 
 
 @triton.jit
@@ -380,26 +382,35 @@ def delayed_counted_all_notify(ctx, pending, through, count, step):
     :func:`delayed_peer_notify`."""
     if pending >= 0:
         word = _stored(pending)
-        _tell_all_counted(ctx, word, through, step, count, False)
+        _tell_all_counted(ctx, word, through, step, count, False, None, None)
 
 
 @triton.jit
-def _tell_all(ctx, word, others: tl.constexpr):
-    flags, inside = _words(ctx.peers, ctx.world, word)
+def _told(inside, rank, others: tl.constexpr, low, high):
+    # Of the ranks that are ``inside``, those that a notify tells.
+    ranks = axis(MAX_WORLD)
     if others:
-        inside = inside & (axis(MAX_WORLD) != ctx.rank)
+        inside = inside & (ranks != rank)
+    if low is not None:
+        inside = inside & (ranks >= low) & (ranks < high)
+    return inside
+
+
+@triton.jit
+def _tell_all(ctx, word, others: tl.constexpr, low, high):
+    flags, inside = _words(ctx.peers, ctx.world, word)
+    inside = _told(inside, ctx.rank, others, low, high)
     value = inside.to(tl.int32) * 0 + ctx.epoch
     tl.atomic_xchg(flags, value, mask=inside, sem="release", scope="sys")
 
 
 @triton.jit
-def _tell_all_counted(ctx, word, through, step, count, others: tl.constexpr):
+def _tell_all_counted(ctx, word, through, step, count, others: tl.constexpr, low, high):
     ranks = axis(MAX_WORLD)
     one = ranks * 0 + 1
     counters = ctx.arena + through + ranks * step
     flags, inside = _words(ctx.peers, ctx.world, word)
-    if others:
-        inside = inside & (ranks != ctx.rank)
+    inside = _told(inside, ctx.rank, others, low, high)
     before = tl.atomic_add(counters, one, mask=inside, sem="acq_rel", scope="sys")
     value = inside.to(tl.int32) * 0 + ctx.epoch
     last = inside & (before == count - 1)
