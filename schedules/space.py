@@ -167,7 +167,7 @@ class Space:
         return all(t["move"] == "gather" and self.bytes_of(t) <= SMALL_GATHER for t in moved)
 
     def _scattered(self) -> bool:
-        """Whether tiles that are stored may span slices: all that cuts them is scattered, to slices of few rows."""
+        """Whether tiles that are stored may span slices: all that cuts them is scatters to slices of few rows."""
         moved = [t for t in self.kernel.find("tensor") if t["move"] in ("scatter", "shard")]
         return all(t["move"] == "scatter" and self._low(t) for t in moved)
 
@@ -245,8 +245,7 @@ def _resources(kind: str) -> tuple[str, ...]:
 
 
 def _move_extras(kind: str, resource: str, size: int, low: bool) -> list[dict[str, Any]]:
-    """Combinations of the further fields of a move that mean something for it; ``low``: of a scatter to slices of few
-    rows."""
+    """Combinations of the further fields of a move that mean something for it; ``low``: its slices have few rows."""
     axes: dict[str, tuple[Any, ...]] = {}
     if resource == "none":
         return [{}]
@@ -272,8 +271,10 @@ def _move_extras(kind: str, resource: str, size: int, low: bool) -> list[dict[st
 
 
 def _pulls(move: dict[str, Any]) -> bool:
-    """Whether a sum that is pulled is added in an epilogue, or what spans slices in a stage, which nothing else can: of
-    more rows that would read all when everything else is done."""
+    """Whether what is pulled is added in an epilogue, or in a stage where tiles span slices, and no other way.
+
+    A stage of its own would read all that is pulled when everything else is done; of few rows that is little.
+    """
     spans = move.get("spans", False)
     if move.get("direction") != "pull":
         return not spans

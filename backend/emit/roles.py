@@ -79,7 +79,9 @@ class Roles:
         self.room: tuple[tuple[int, ...], str] | None = None
         self.room_of = ""
         self.landing: dict[int, str] = {}  # the tiles of the ring that parts land in, by their sum
-        self.rows: tuple[str, Dim] | None = None  # of the whole tile, where a group has half of them
+        self.rows: tuple[str, Dim] | None = (
+            None  # of the whole tile, where a group has half of them
+        )
         self.pieces = 0  # of a tile whose parts land there, still to be added up
         self.direct: set[int] = set()  # stores that can leave through TMA, by their identity
         stages = launch.find("stage")

@@ -61,8 +61,8 @@ def choose_channels(program: Op) -> Op:
 
     A program with two slots has no acknowledgements. Flags of a tensor whose words signal themselves are carried
     by them, `flag @C.ready {carried = @C.parts}`: nothing is raised, and nothing has to be counted. Invariant: a
-    channel holds whole communication tiles and, of a stored tensor, whole compute tiles. Where these span the shards of
-    several ranks, channels lie along another axis, ``channel_axis``, and each rank has those of its shard.
+    channel holds whole communication tiles and, of a stored tensor, whole compute tiles. Where these span the
+    shards of several ranks, channels lie along another axis, ``channel_axis``, and each rank has those of its shard.
     """
     flags: list[Op] = []
     counters: list[Op] = []

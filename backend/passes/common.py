@@ -105,9 +105,9 @@ class Moved:
     that one task stores, ``tasks_across``: tasks beside each other over all other axes. ``dynamic``: the moved
     extent, where only its capacity is known. ``pulled``: contributions stay where they are made, and whoever
     sums them reads them there. ``words``: the encoding in which what peers write says itself that it
-    is there; "" where flags do. ``channel_axis``: the axis along which channels lie, ``across`` elements long, where
-    that is not the moved one: tasks span the shards of several ranks then, and ``channel_rows`` and ``task_columns``,
-    of which each task stores so many, count along it. Else None.
+    is there; "" where flags do. ``channel_axis``: the axis along which channels lie, ``across`` elements long,
+    where that is not the moved one: tasks span the shards of several ranks then, and ``channel_rows`` and
+    ``task_columns``, of which each task stores so many, count along it. Else None.
     """
 
     name: str

@@ -53,8 +53,8 @@ def order_tiles(program: Op) -> Op:
             %acc = for_tiles (%z) {extent = [K], tile = [64]} do (%k: tile, …) {…}
 
     A reduce in two shots gets a stage behind the last that stores it, in which each rank sums its part.
-    Invariant: a stage visits every tile once; no tile crosses the boundary of two owners' blocks, unless the schedule
-    lets it span them: of a gather tiles that are read, of a pulled scatter tiles that are stored. Where the
+    Invariant: a stage visits every tile once; no tile crosses the boundary of two owners' blocks, unless the
+    schedule lets it span them: of a gather tiles that are read, of a pulled scatter tiles that are stored. Where the
     moved extent is dynamic, segments are those of its capacity, and ``live`` says how much of each is there.
     """
     schedule = schedule_of(program)

@@ -38,8 +38,8 @@ def place_notifies(program: Op) -> Op:
 
           notify @C.ready[RANK, 0] {peer = m.start / 1024, count = 32, through = @C.arrived[m.start / 1024, 0]}
 
-    What is pulled is stored here, and notified there; a tile that spans shards is stored once, and all who own some of
-    it are notified::
+    What is pulled is stored here, and notified there; a tile that spans shards is stored once, and all who own
+    some of it are notified::
 
           store @C[%m, %n] (%c)
           for_range {lo = m.start / 32, hi = (m.stop - 1) / 32 + 1} do (%d) {

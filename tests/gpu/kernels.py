@@ -201,7 +201,8 @@ def schedule_for(case: Case, world: int) -> Any:
     # `-folded`: the sum in the epilogue of the own slice; `-one`, `-two`: shots; `-slots`: two slots;
     # `-streams`: two streams; `-words`, `-sentinels`: data that signals itself, by an epoch beside it or alone;
     # `-split`: sums in four parts; `-tail`: the last wave's tiles in two; `-boxes`: workers copy boxes; `-spans`:
-    # tiles span shards, of a scatter that is pulled those which are stored; `-pull`: parts are read where they were made; `-turned`: tiles of all ranks take turns.
+    # tiles span shards, those that read a gather or store what is pulled; `-pull`: parts are read where they were
+    # made; `-turned`: tiles of all ranks take turns.
     resource, *words = case.resource.split("-")
     changes: dict[str, Any] = {}
     if words:

@@ -176,3 +176,27 @@ def test_small_sums_may_travel_as_words() -> None:
         assert {(r, s) for r, s, signal in small if signal != "flag"} == {("epilogue", 2)}
         large = signals(build(kernel, 1024, 3584, 8192))
         assert {signal for _, _, signal in large} == {"flag"}
+
+
+def test_tiles_of_a_scatter_span_slices_of_few_rows() -> None:
+    def found(rows: int) -> set[tuple[int, bool]]:
+        space = Space(build(gemm_rs, rows, 1024, 1024, world=4), H200)
+        return {
+            (dict(s.tiles)["M"], m.spans)
+            for c in space.computations()
+            if c.emitter == "triton" and c.split == 1 and c.tiles != space.base.tiles
+            for s in space.moves(c)
+            for _, m in s.moves
+        }
+
+    # Taller than a slice of 32 rows by spanning alone, and never otherwise.
+    assert found(128) == {(16, False), (32, False), (64, True), (128, True)}
+    assert found(256) == {(16, False), (32, False), (64, False)}
+    op = build(gemm_rs, 128, 1024, 1024, world=4)
+    space = Space(op, H200)
+    tall = next(c for c in space.computations() if dict(c.tiles)["M"] == 128 and c.split == 1)
+    moves = [m for s in space.moves(tall) for _, m in s.moves]
+    assert {(m.resource, m.direction, m.sum) for m in moves} == {("epilogue", "pull", "stage")}
+    assert {m.slots for m in moves} == {1, 2}
+    for schedule in space.moves(tall)[:4]:
+        run_passes(op, schedule)
