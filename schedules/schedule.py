@@ -66,7 +66,7 @@ class Move:
     columns, by TMA where that can have them, loaded once and stored into every peer. ``spans``: the tiles that
     read a gathered tensor are as long as ``tiles`` says, though they span the shards of several ranks: they wait
     for all of them, and this rank's rows are copied too. Else tiles end with each shard, and wait for that alone.
-    The same of the tiles that store a scatter which is pulled and summed in a stage: all owners of rows are notified.
+    The same of tiles that store a scatter which is pulled and summed in a stage: all owners of rows are notified.
     ``direction``: who carries the contributions to a scatter, or to a reduce in two shots, over the link.
     ``push``: the rank that made them, into memory of the rank that sums them; ``pull``: that rank, which reads
     them where they were made when it adds them. That is for the ``epilogue`` and the signal ``flag``: nothing is

@@ -245,7 +245,7 @@ def _resources(kind: str) -> tuple[str, ...]:
 
 
 def _move_extras(kind: str, resource: str, size: int, low: bool) -> list[dict[str, Any]]:
-    """Combinations of the further fields of a move that mean something for it; ``low``: its slices have few rows."""
+    """Combinations of the further fields of a move that mean something for it; ``low``: of slices of few rows."""
     axes: dict[str, tuple[Any, ...]] = {}
     if resource == "none":
         return [{}]

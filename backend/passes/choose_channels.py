@@ -62,7 +62,7 @@ def choose_channels(program: Op) -> Op:
     A program with two slots has no acknowledgements. Flags of a tensor whose words signal themselves are carried
     by them, `flag @C.ready {carried = @C.parts}`: nothing is raised, and nothing has to be counted. Invariant: a
     channel holds whole communication tiles and, of a stored tensor, whole compute tiles. Where these span the
-    shards of several ranks, channels lie along another axis, ``channel_axis``, and each rank has those of its shard.
+    shards of several ranks, channels lie along another axis, ``channel_axis``, and each rank has all of them.
     """
     flags: list[Op] = []
     counters: list[Op] = []
@@ -309,9 +309,7 @@ def _count_spanning(program: Op, name: str) -> Op:
         detail = f"no two axes of `{name}` are tiles of the outer loops"
     elif stage.get("segment") is not None:
         detail = f"the tiles that store `{name}` end with the shards of another tensor"
-    elif (
-        move.tile is not None or tensor.get("tile") is not None or tensor.get("signal") is not None
-    ):
+    elif any(given is not None for given in (move.tile, tensor.get("tile"), tensor.get("signal"))):
         detail = f"the rows of `{name}` that share a signal are given"
     if detail or variable is None:
         raise ScheduleError(
@@ -321,7 +319,7 @@ def _count_spanning(program: Op, name: str) -> Op:
     across = tasks_across(program, stage, variable, column)
     assert isinstance(
         across, int
-    )  # rows alone are known at run time only, and such tensors have been refused
+    )  # what is known at run time only is rows, refused where tiles are made
     tensor = tensor.with_attrs(
         channel_axis=others[-1],
         task_rows=int(stage["tile"][variable]),

@@ -54,7 +54,7 @@ def order_tiles(program: Op) -> Op:
 
     A reduce in two shots gets a stage behind the last that stores it, in which each rank sums its part.
     Invariant: a stage visits every tile once; no tile crosses the boundary of two owners' blocks, unless the
-    schedule lets it span them: of a gather tiles that are read, of a pulled scatter tiles that are stored. Where the
+    schedule lets it span them: of a gather what is read, of a pulled scatter what is stored. Where the
     moved extent is dynamic, segments are those of its capacity, and ``live`` says how much of each is there.
     """
     schedule = schedule_of(program)

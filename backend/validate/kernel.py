@@ -439,7 +439,7 @@ class KernelMachine(AccessMachine):
         self.each_peer(others, low, high, lambda peer: self.flagged(word, Num(peer)))
 
     def each_peer(self, others: Any, low: Any, high: Any, tell: Callable[[int], None]) -> None:
-        """``tell`` every rank, from ``low`` to ``high`` (half open) if given; with ``others`` none that runs this."""
+        """``tell`` every rank, or those from ``low`` to ``high`` (half open); with ``others``, not this one."""
         if not isinstance(others, bool) or (low is None) != (high is None):
             self.unclear("which ranks are told")
         before = self.on, self.all

@@ -226,8 +226,8 @@ def schedule_for(case: Case, world: int) -> Any:
     schedule = replace(schedule, tail=2 if "tail" in words else 1)
     if "spans" in words and "pull" in words:
         # The default's tiles end with the slice of a rank.
-        tiles = dict(schedule.tiles) | {"M": 64 if case.M <= 64 else 128, "N": 64, "K": 64}
-        schedule = replace(schedule, tiles=tuple(sorted(tiles.items())), warps=4, stages=4)
+        schedule = schedule.with_tiles(M=64 if case.M <= 64 else 128, N=64, K=64)
+        schedule = replace(schedule, warps=4, stages=4)
     if case.emitter == "gluon":
         tiles = (("K", 64), ("M", 128), ("N", 128))
         schedule = replace(schedule, tiles=tiles, warps=8, stages=4)
