@@ -199,6 +199,9 @@ class Move:
             plain = replace(plain, sum="stage")
         if resource == "epilogue" and self.signal == "flag":
             plain = replace(plain, direction=self.direction)
+        if self.direction != plain.direction:
+            # What is stored spans slices only where it stays.
+            plain = replace(plain, spans=False)
         fits = resource == "epilogue" and plain.slots == 2 and plain.sum == "stage"
         return replace(plain, signal=self.signal) if fits else plain
 

@@ -34,6 +34,8 @@ LIMIT = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-5}
 FOLDED = ("copy_engine-folded", "sm:2-folded", "epilogue-folded")
 # Parts of a scatter that are read where they were made.
 PULLED = ("epilogue-pull", "epilogue-pull-folded")
+# The same, by tiles that span the slices of several ranks.
+SPANNING = ("epilogue-pull-spans",)
 PULLED_TWO = ("epilogue-two-pull", "epilogue-two-pull-folded")
 # The same of a reduce, in two shots.
 FOLDED_TWO = ("copy_engine-two-folded", "sm:2-two-folded", "epilogue-two-folded")
@@ -47,14 +49,16 @@ MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
 
 def move_of(text: str, channels: int | None = None, tile: int | None = None) -> Move:
     """The move of a resource's name; ``-folded`` behind it puts the sum into the epilogue, ``-two`` asks for
-    two shots, ``-pull`` lets parts be read where they were made."""
+    two shots, ``-pull`` lets parts be read where they were made, by ``-spans`` of tiles that span slices."""
+    spans = text.endswith("-spans")
+    text = text.removesuffix("-spans")
     folded = text.endswith("-folded")
     text = text.removesuffix("-folded")
     direction = "pull" if text.endswith("-pull") else "push"
     text = text.removesuffix("-pull")
     resource, shots = text.removesuffix("-two"), 2 if text.endswith("-two") else None
     move = Move(resource, tile, channels, "epilogue" if folded else "stage", shots)
-    return replace(move, direction=direction)
+    return replace(move, direction=direction, spans=spans)
 
 
 @dataclass(frozen=True)

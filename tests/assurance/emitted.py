@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from tests.emitted_mutants import Mutant, mutants
-from tests.strategies import FOLDED, FOLDED_TWO, PULLED, PULLED_TWO, move_of
+from tests.strategies import FOLDED, FOLDED_TWO, PULLED, PULLED_TWO, SPANNING, move_of
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
@@ -34,8 +34,8 @@ from tilelink.schedules import default_schedule
 RESOURCES = {
     "ag_gemm": ("copy_engine", "sm:2", "none"),
     "ag_gemm_swiglu": ("copy_engine", "sm:2", "none"),
-    "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED, *PULLED),
-    "gemm_rs_add": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED, *PULLED),
+    "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED, *PULLED, *SPANNING),
+    "gemm_rs_add": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED, *PULLED, *SPANNING),
     "gemm_ar": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED_TWO, *PULLED_TWO),
     "gemm_ar_add": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED_TWO, *PULLED_TWO),
 }
@@ -45,10 +45,12 @@ BESIDE = ("copy_engine", "none")
 EVEN = {"M": 512, "N": 256, "K": 128}
 # Several tasks a worker, so that what one task leaves to the next counts.
 TILES = (("K", 64), ("M", 64), ("N", 128))
+# Slices of fewer rows than a tile.
+LOW = {"M": 128, "N": 256, "K": 128}
 ODD = {"M": 360, "N": 136, "K": 72}
 WIDE = {"M": 1024, "N": 1024, "K": 256}
 # What products with roles can be beside, and the tiles of both structures.
-ROLES = ("copy_engine", "epilogue", "none", *PULLED)
+ROLES = ("copy_engine", "epilogue", "none", *PULLED, *SPANNING)
 ROLE_TILES = {
     "turns": (("K", 64), ("M", 64), ("N", 128)),
     "halves": (("K", 64), ("M", 128), ("N", 256)),
@@ -103,7 +105,7 @@ def intact() -> Iterator[Case]:
     """All kernels and resources, several shapes, schedules, worlds and forms of the kernels."""
     for kernel, resources in RESOURCES.items():
         for resource in resources:
-            for shape in (EVEN, ODD, WIDE):
+            for shape in (EVEN, ODD, WIDE, *([LOW] if resource in SPANNING else [])):
                 yield case(kernel, resource, shape)
             yield case(kernel, resource, EVEN, world=2, workers=3)
             small = (("M", 32), ("N", 32), ("K", 32))
@@ -262,7 +264,8 @@ def run(count: int, seed: int, *, all_intact: bool = True) -> Result:
     for kernel in MUTATED:
         for resource in RESOURCES[kernel]:
             before = replace(result)
-            shapes = (EVEN, ODD) if count >= 2 else (EVEN,)
+            even = LOW if resource in SPANNING else EVEN
+            shapes = (even, ODD) if count >= 2 else (even,)
             for number, shape in enumerate(shapes):
                 part = count // len(shapes)
                 one = case(kernel, resource, shape, workers=5, tiles=TILES)

@@ -371,3 +371,14 @@ def test_what_is_gathered_and_scattered_in_one_nest_may_both_be_spanned() -> Non
         maps.ag_gemm_rs.build(SMALL, {}, 2), replace(schedule(), moves=tuple(sorted(moves)))
     )
     assert product(program).get("segment") is None
+
+
+def test_what_leaves_its_rank_does_not_span() -> None:
+    given = schedule()
+    assert Schedule.from_json(given.to_json()) == given
+    assert given.to_sparse()["moves"]["C"]["spans"] is True
+    assert given.with_resource("epilogue").move("C").spans
+    moved = given.with_resource("copy_engine")
+    assert not moved.move("C").spans
+    compile_kernel(build(48, 32, 2), moved.with_tiles(M=8))
+    assert Schedule(moves=(("A", Move(spans=True)),)).with_resource("sm:4").move("A").spans
