@@ -47,7 +47,8 @@ def schedules(draw: Any, tensor: str | None) -> Schedule:
     )
     if move.resource == "epilogue":
         move = replace(move, direction=draw(st.sampled_from(("push", "push", "pull"))))
-    if (move.resource, move.slots, move.sum) == ("epilogue", 2, "stage"):
+    place = move.resource, move.direction, move.slots, move.sum
+    if place == ("epilogue", "push", 2, "stage"):
         move = replace(move, signal=draw(st.sampled_from(SIGNALS)))
     emitter = draw(st.sampled_from(EMITTERS))
     large = emitter == "gluon"
