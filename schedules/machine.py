@@ -51,22 +51,20 @@ class Machine:
     """One host. GB/s are 1e9 bytes a second; times are microseconds.
 
     ``device`` is the name that CUDA gives its GPUs, ``kin`` those of GPUs so much alike that the description, and
-    what was tuned on one of them, is a first guess for the others where they have none of their own. ``tflops`` is the sustained rate of matrix products
-    by dtype over all ``sms``; when products begin it is higher by ``burst`` (a share), which power
-    limits take back with the time constant ``burst_us``. ``hbm_gbps`` is the bandwidth of memory, and
-    ``sum_gbps`` what stages without a product draw of it. ``load_us`` is the latency of a tile's load.
-    ``emitters`` says what code costs on top. ``contention`` is the share of the computing rate that is
-    lost while the links of the GPU are busy. ``link_gbps`` is one direction of one GPU's links, to one
-    peer or to all together. ``copy_us`` is the fixed cost of a copy-engine copy, ``copy_signal_us`` of the
-    four-byte copy that signals it, ``store_signal_us`` the time from a release in a kernel to its sight by
-    a peer. ``worker_copy_gbps`` is what one worker moves with loads and stores, ``bulk_copy_gbps`` with
-    TMA, ``push_gbps`` with the stores of a tile alone. ``read_gbps`` is what all workers together read from
-    memory of all peers; ``link_gbps`` where a description does not say. ``poll_us`` is one look of a worker at
-    a flag.
-    ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the start and of the
-    end of a call, ``stream_us`` of handing over to a side stream and ``stream_wait_us`` of a
-    stream's wait for a counter. ``collective_gbps`` is bus bandwidth by
-    number of ranks, collective and bytes of the whole tensor.
+    what was tuned on one of them, is a first guess for the others where they have none of their own. ``tflops``
+    is the sustained rate of matrix products by dtype over all ``sms``; when products begin it is higher by
+    ``burst`` (a share), which power limits take back with the time constant ``burst_us``. ``hbm_gbps`` is the
+    bandwidth of memory, and ``sum_gbps`` what stages without a product draw of it. ``load_us`` is the latency of
+    a tile's load. ``emitters`` says what code costs on top. ``contention`` is the share of the computing rate
+    that is lost while the links of the GPU are busy. ``link_gbps`` is one direction of one GPU's links, to one
+    peer or to all together. ``copy_us`` is the fixed cost of a copy-engine copy, ``copy_signal_us`` of the four-
+    byte copy that signals it, ``store_signal_us`` the time from a release in a kernel to its sight by a peer.
+    ``worker_copy_gbps`` is what one worker moves with loads and stores, ``bulk_copy_gbps`` with TMA,
+    ``push_gbps`` with the stores of a tile alone. ``read_gbps`` is what all workers together read from memory of
+    all peers; ``link_gbps`` where a description does not say. ``poll_us`` is one look of a worker at a flag.
+    ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the start and of the end of a
+    call, ``stream_us`` of handing over to a side stream and ``stream_wait_us`` of a stream's wait for a counter.
+    ``collective_gbps`` is bus bandwidth by number of ranks, collective and bytes of the whole tensor.
     """
 
     name: str

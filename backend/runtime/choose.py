@@ -88,10 +88,16 @@ def predicted_choice(kernel: Op, device: str, near: Schedule | None = None) -> C
 
     trials = prune(space, of, keep=effort, effort=effort)
     (known_us,) = of([space.base if near is None else near])
-    best = trials[0]
-    if best.predicted_us > (1.0 - GAIN) * known_us:
+    best = next((trial for trial in trials if _known_to_pay(trial.schedule)), None)
+    if best is None or best.predicted_us > (1.0 - GAIN) * known_us:
         return None
     return Choice(best.schedule, f"predicted {best.predicted_us:.0f} us on {machine.name}")
+
+
+def _known_to_pay(schedule: Schedule) -> bool:
+    """Whether what is predicted has ever been measured to be faster: sums that are pulled have not. A search that
+    measures may take them."""
+    return all(move.direction == "push" for _, move in schedule.moves)
 
 
 def _tasks(space: Space) -> int:

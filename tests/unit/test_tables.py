@@ -229,3 +229,19 @@ def test_a_schedule_that_does_not_compile_gives_way(monkeypatch: pytest.MonkeyPa
     program, origin = choose.compile_chosen(op, None, DEVICE)
     assert origin == "default"
     assert Schedule.from_json(program["schedule"]) == default_schedule(op)
+
+
+def test_a_prediction_alone_has_no_call_pull(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilelink.backend.runtime import choose
+
+    op = gemm_rs.build({"M": 128, "K": 512, "N": 1024}, {}, 4)
+
+    def predicted(_: Op, schedule: Schedule, __: Machine) -> float:
+        pulled = any(move.direction == "pull" for _, move in schedule.moves)
+        return 1.0 if pulled else 20.0 if schedule.workers == 132 else 30.0
+
+    monkeypatch.setattr(choose, "_predicted_us", predicted)
+    near = replace(default_schedule(op), workers=66)
+    found = predicted_choice(op, DEVICE, near)
+    assert found is not None
+    assert all(move.direction == "push" for _, move in found.schedule.moves)  # type: ignore[union-attr]
