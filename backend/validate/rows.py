@@ -95,6 +95,17 @@ class Rows:
                     f"the program {phase.count}",
                 )
             if drawn is None:
+                # Whoever has one task more than others comes first in the queue: no worker stands in for another.
+                share = -(-(phase.count - turned[lanes % workers]) // (high - low))
+                inside = (lanes % workers >= low) & (lanes % workers < high)
+                other = counts[lanes] != np.where(inside, np.maximum(share, 0), 0)
+                if np.any(other):
+                    lane = lanes[int(np.argmax(other))]
+                    self.differs(
+                        site,
+                        f"worker {lane % workers} of rank {r} runs {counts[lane]} tasks of the stage "
+                        f"@{phase.op.symbol}, the program has it run another number",
+                    )
                 # Turn by turn, worker by worker: the order in which one worker would run them.
                 grid = np.arange(most)[None, :] < counts[lanes][:, None]
                 turn, who = np.nonzero(grid.T)
