@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tilelink.backend.emit import body
-from tilelink.backend.emit.columns import divisible, halves, tells
+from tilelink.backend.emit.columns import by_addresses, divisible, halves, tells, to_owners
 from tilelink.backend.emit.scope import Dim, Program, Scope
 from tilelink.ir import Op
 
@@ -72,6 +72,8 @@ def ops(scope: Scope, tail: tuple[Op, ...]) -> bool:
     width = width_of(rows * len(owns), whole.block, scope.warps)
     at = next((n for n, op in enumerate(rest) if tells(op)), len(rest))
     rest, told = rest[:at], rest[at:]
+    if not whole.exact:
+        rest = to_owners(scope, by_addresses(rest), variable)
     kept = {v.name: scope.names[v.name] for v in owns}
     pieces: dict[str, list[str]] = {}
     for own in owns:

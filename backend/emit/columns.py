@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tilelink.backend.emit.scope import Scope
-from tilelink.ir import Op, Value
+from tilelink.ir import Expr, Op, Value
 
 _WHOLE = frozenset({"bound", "dot", "transpose", "reshape", "sum", "max", "min"})
 
@@ -27,6 +27,23 @@ def by_addresses(tail: tuple[Op, ...]) -> tuple[Op, ...]:
         return op.with_attrs(via=None) if op.get("via") else op
 
     return tuple(map(plain, tail))
+
+
+def to_owners(scope: Scope, tail: tuple[Op, ...], variable: str) -> tuple[Op, ...]:
+    """The ops with the peer of the whole tile: a part of a short tile may begin where no rank owns anything."""
+    whole = scope.dims[variable]
+    names = {f"{variable}.{side}": f"{variable}.whole.{side}" for side in ("start", "stop")}
+    scope.names |= {f"{variable}.whole.start": whole.start, f"{variable}.whole.stop": whole.stop}
+
+    def owned(op: Op) -> Op:
+        op = op.with_ops(tuple(map(owned, op.body))) if op.blocks else op
+        peer = op.get("peer")
+        if peer is None:
+            return op
+        kept = {old: Expr.name(new) for old, new in names.items()}
+        return op.with_attrs(peer=Expr.of(peer).substitute(kept))
+
+    return tuple(map(owned, tail))
 
 
 def halves(scope: Scope, name: str, rows: int, width: int) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tilelink.backend.emit import added, body, sums
-from tilelink.backend.emit.columns import by_addresses, divisible, halves, tells
+from tilelink.backend.emit.columns import by_addresses, divisible, halves, tells, to_owners
 from tilelink.backend.emit.scope import Dim, Scope, refuse_roles
 from tilelink.ir import DTYPES, Op, Value
 from tilelink.schedules.roles import GROUP_ROWS
@@ -70,7 +70,8 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     while width > widest:
         width //= 2
         parts = [half for part in parts for half in halves(scope, part, rows, width)]
-    tail = tail if whole.exact else by_addresses(tail)
+    if not whole.exact:
+        tail = to_owners(scope, by_addresses(tail), variable)
     places: list[tuple[str, Dim]] = []
     for number, part in enumerate(parts):
         start = whole.start

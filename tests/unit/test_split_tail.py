@@ -403,6 +403,22 @@ def test_kernels_compile_clean_for_sm_90(
     assert "HGMMA" in kernel.stages["sass"]
 
 
+@pytest.mark.parametrize("columns", [24, 40, 72])
+def test_a_part_of_a_short_tile_goes_to_the_owner_of_the_tile(columns: int) -> None:
+    """Its first column may be one of the next slice, or of none."""
+    given = Schedule(
+        tiles=(("K", 16), ("M", 64), ("N", 32)),
+        workers=5,
+        warps=1,
+        tail=2,
+        moves=(("C", Move("epilogue", shots=2, channels=3)),),
+    )
+    program = compile_kernel(gemm_ar.build({"M": 192, "N": columns, "K": 80}, world=WORLD), given)
+    text = emit(program)
+    assert "n_t_part" in text and f"peer_pointer(peers, n_t_start // {columns // WORLD}," in text
+    validate(read_module(Source("emitted.py", text)), program)
+
+
 TURNS = next(c for c in ROLES if c.tail > 1 and c.name.startswith("ag"))
 PARTS = [
     # Another part's place, another tile's, a piece of another tile; a tile of parts added to the wrong columns.
