@@ -115,6 +115,8 @@ class _Checker:
         stage = launch.body[0]
         if stage.get("queue", "static") != "static" or stage.get("workers") is not None:
             _fail(stage, "the library takes its tasks in their order")
+        if stage.get("positions") is not None:
+            _fail(stage, "the library takes all tasks of its queue")
         try:
             product = product_of(stage)
         except NotAProduct as error:

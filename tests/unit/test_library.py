@@ -224,6 +224,7 @@ EDITS = [
     (ag_gemm, 'launch @ag_gemm {after = ["A"], ', "launch @ag_gemm {", VerifyError),
     (ag_gemm, "workers = 1}", "workers = 2}", UndecidedError),
     (ag_gemm, "tile = [32, 16]", "tile = [16, 16]", UndecidedError),
+    (ag_gemm, "tile = [32, 16]", "positions = [0, 1], tile = [32, 16]", UndecidedError),
     (ag_gemm, "{extent = [K], tile = [24]}", "{extent = [K], tile = [16]}", UndecidedError),
     (ag_gemm, "dot (%a, %b, %acc.1)", "dot (%a, %b, %acc.1) : fp32[m, n]\n%x = neg (%acc.2)", UndecidedError),
     (ag_gemm, "emitter = \"library\", ", "emitter = \"library\", resident = 1, ", UndecidedError),

@@ -35,7 +35,7 @@ MOVED = {
     "ag_gemm_swiglu": "A",
     "gemm": "",
     "gemm_rs": "C",
-    "gemm_rs_add": "C",
+    "gemm_rs_add": "P",
     "gemm_ar": "C",
 }
 CASES = [
