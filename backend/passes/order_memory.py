@@ -209,7 +209,7 @@ def _stage(
     sends = sums or copied
     static = stage.get("queue", "static") == "static"
     tells = sums and static and all(_tells(op) for op in stage.body if _signals(op))
-    held = signals and (can_flatten(program, stage) or (tells and not roles))
+    held = signals and _ends(stage) and (can_flatten(program, stage) or (tells and not roles))
     blocks, starts = _blocks(program, stage), starts_of(program, stage)
     short = any(op.get("words") for op in program.find("buffer"))
     landed = roles and not held and _lands(program, stage)
@@ -253,6 +253,13 @@ def _stage(
     stores = any(map(_leaves, stage.walk()))
     drains = undrained or ((roles or sends) and stores)
     return (rewrite(stage, drain) if drains else stage), held
+
+
+def _ends(stage: Op) -> bool:
+    """Whether no access of a task stands behind a notify of it: what is held back releases all of them."""
+    first = next((n for n, op in enumerate(stage.body) if _signals(op)), len(stage.body))
+    behind = (op for after in stage.body[first:] for op in after.walk())
+    return not any(op.name in ("load", "load_sum", "store", "transfer") for op in behind)
 
 
 def _leaves(op: Op) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.kernels import maps
 from tilelink import kernels
 from tilelink.backend.emit.scope import CannotEmit
 from tilelink.backend.emit.triton import emit
@@ -280,3 +281,18 @@ def test_tiles_of_whole_slices_go_through_tma() -> None:
     moves = (("C", Move("copy_engine", shots=2)),)
     program = compile_kernel(kernel, Schedule(tiles=(("N", 64),), moves=moves))
     assert {"A", "B"} <= {op.symbol for op in program.walk() if op.get("via") == "tma"}
+
+
+@pytest.mark.parametrize("tail", [1, 2])
+@pytest.mark.parametrize("direction", ["push", "pull"])
+def test_a_notify_before_another_store_is_not_held_back(direction: str, tail: int) -> None:
+    """One of two sums is told of, and then the other is stored for a collective."""
+    kernel = maps.ar_two.build({"M": 32, "N": 48, "K": 32}, world=2)
+    moves = (("C", Move("epilogue", shots=2, direction=direction)), ("D", Move("none")))
+    tiles = tuple((name, 16) for name in "KMN")
+    program = compile_kernel(kernel, Schedule(tiles=tiles, workers=4, tail=tail, moves=moves))
+    made = program.find("launch")[0].find("stage")[-1]
+    names = [op.name for op in made.body]
+    told = names.index("notify")
+    assert "store" in names[told:] and made.body[told].get("delay") is None
+    validate(read_module(Source("emitted.py", emit(program))), program)
