@@ -79,9 +79,8 @@ class Roles:
         self.room: tuple[tuple[int, ...], str] | None = None
         self.room_of = ""
         self.landing: dict[int, str] = {}  # the tiles of the ring that parts land in, by their sum
-        self.rows: tuple[str, Dim] | None = (
-            None  # of the whole tile, where a group has half of them
-        )
+        # The rows of the whole tile, where a group has half of them.
+        self.rows: tuple[str, Dim] | None = None
         self.pieces = 0  # of a tile whose parts land there, still to be added up
         self.direct: set[int] = set()  # stores that can leave through TMA, by their identity
         stages = launch.find("stage")
@@ -150,15 +149,14 @@ class Roles:
         elif first:
             scope.writer.line(f"{name} = {turned(first)}")
             worker = name
-        # Behind a main loop that adds parts, what is the same for every tile stays inside of the loop:
-        # kept in registers over the main loop, it would not fit.
-        # So would the addresses of other ranks' parts not, in the few registers of a loader.
+        # Behind a main loop that adds parts, what is the same for every tile stays inside of the loop: kept in
+        # registers over the main loop, it would not fit. Nor would the addresses of other ranks' parts fit the few
+        # registers of a loader.
+        multiplies = scope is self.multiply
         adds = any(
-            op.get("remote") or (scope is self.multiply and op.name == "load_sum")
+            op.get("remote")
+            or (multiplies and (op.name == "load_sum" or added.part_of_sum(self.program, op)))
             for op in stage.walk()
-        ) or (
-            scope is self.multiply
-            and any(added.part_of_sum(self.program, op) for op in stage.walk())
         )
         tail = ", disable_licm=True" if adds else ""
         return f"for q in tl.range({worker}, {count}, {step}{tail}):"

@@ -317,9 +317,8 @@ def _count_spanning(program: Op, name: str) -> Op:
         )
     column = stage.args.index(store.ref.index[others[-1]])
     across = tasks_across(program, stage, variable, column)
-    assert isinstance(
-        across, int
-    )  # what is known at run time only is rows, refused where tiles are made
+    # What is known at run time only is rows, which are refused where tiles are made.
+    assert isinstance(across, int)
     tensor = tensor.with_attrs(
         channel_axis=others[-1],
         task_rows=int(stage["tile"][variable]),

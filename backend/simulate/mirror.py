@@ -13,9 +13,8 @@ from tilelink.backend.simulate.geometry import Geometry, bind_args
 from tilelink.backend.simulate.walk import Event, Notify, Walker
 from tilelink.ir import Op
 
-KEPT = (
-    4096  # walks of tasks: several for each worker of each rank, whose tasks are under way at once
-)
+# Walks of tasks: several for each worker of each rank, whose tasks are under way at once.
+KEPT = 4096
 
 
 class Asymmetric(Exception):
