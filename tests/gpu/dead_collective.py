@@ -22,6 +22,21 @@ FORMS = ("alone", "followed", "graph")
 MOST = 5.0  # seconds from the call to the error: two rounds of the watchdog, and the end of the communicator
 
 
+def _part(ranks: list[int], rank: int) -> None:
+    """Returns when all have come here, on rank 0, which holds the store, when all others have returned.
+
+    A rank that ends while another is in its last call is a death in a collective like any other.
+    """
+    import torch.distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{one}" for one in ranks])
+    store.set(f"left/{rank}", "")
+    if rank == 0:
+        store.wait([f"left/{one}" for one in ranks])
+
+
 def rank_main(world: int, form: str) -> int:
     """One rank: some calls of which nothing is wrong, then one that the last rank does not live to make."""
     import torch
@@ -89,6 +104,7 @@ def rank_main(world: int, form: str) -> int:
         again = kernels.ag_gemm.on(group=fresh, schedule=schedule)(a, b)
         tilelink.synchronize()
         wrong = wrong or not torch.equal(again.float(), wanted[: again.shape[0]].float())
+        _part(list(range(world - 1)), rank)
     print(f"rank {rank}: {'WRONG' if wrong else 'right'}", flush=True)
     sys.stdout.flush()
     # Exit handlers would wait for the dead rank.

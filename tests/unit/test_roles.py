@@ -470,7 +470,9 @@ def test_stores_to_peers_leave_through_tma_and_no_barrier_is_another_groups(case
     assert len(stores) >= 2 * WORLD  # each of two groups to each rank
     assert not re.findall(r"bar\.sync\s+0;", ptx)
     for role in ptx.split("setmaxnreg"):
-        for release in re.finditer(r"atom\.global\.sys\.(?:acq_rel|release)\.(?:add|exch)", role):
+        for release in re.finditer(
+            r"atom\.global\.(?:sys|gpu)\.(?:acq_rel|release)\.(?:add|exch)", role
+        ):
             before = role[: release.start()]
             last = max(before.rfind("bulk.tensor.2d.global.shared::cta"), 0)
             drained = re.search(r"bulk\.wait_group 0;.*bar\.sync", before[last:], re.DOTALL)

@@ -315,7 +315,7 @@ def delayed_counted_notify(ctx, pending, peer, through, count):
     :func:`delayed_peer_notify`."""
     if pending >= 0:
         word = _stored(pending)
-        if tl.atomic_add(ctx.arena + through, 1, sem="acq_rel", scope="sys") == count - 1:
+        if tl.atomic_add(ctx.arena + through, 1, sem="acq_rel", scope="gpu") == count - 1:
             tl.atomic_xchg(_word(ctx.peers, peer, word), ctx.epoch, sem="release", scope="sys")
 
 
@@ -329,9 +329,14 @@ def peer_tile_notify(ctx, word, peer):
 @triton.jit
 def counted_tile_notify(ctx, word, peer, through, count):
     """Release: as :func:`peer_tile_notify`, by the ``count``-th caller of this call, counted by the
-    local counter ``through``. Whoever counts last also releases what the others stored."""
+    local counter ``through``. Whoever counts last also releases what the others stored.
+
+    All that count are on this GPU, so its scope will do for the count: causality order is transitive over
+    scopes (PTX ISA, memory consistency model), and only the flag, which a peer reads, needs the system's.
+    Measured: counting at system scope costs a worker 2 to 3 microseconds more a tile.
+    """
     tl.debug_barrier()
-    if tl.atomic_add(ctx.arena + through, 1, sem="acq_rel", scope="sys") == count - 1:
+    if tl.atomic_add(ctx.arena + through, 1, sem="acq_rel", scope="gpu") == count - 1:
         tl.atomic_xchg(_word(ctx.peers, peer, word), ctx.epoch, sem="release", scope="sys")
 
 
@@ -411,7 +416,7 @@ def _tell_all_counted(ctx, word, through, step, count, others: tl.constexpr, low
     counters = ctx.arena + through + ranks * step
     flags, inside = _words(ctx.peers, ctx.world, word)
     inside = _told(inside, ctx.rank, others, low, high)
-    before = tl.atomic_add(counters, one, mask=inside, sem="acq_rel", scope="sys")
+    before = tl.atomic_add(counters, one, mask=inside, sem="acq_rel", scope="gpu")
     value = inside.to(tl.int32) * 0 + ctx.epoch
     last = inside & (before == count - 1)
     tl.atomic_xchg(flags, value, mask=last, sem="release", scope="sys")
