@@ -47,7 +47,7 @@ class Lowerer(Calls):
         self._idle: list[IdleLoop] = []
 
     def kernel(self, source: FunctionSource, names: dict[str, Any]) -> None:
-        """Lowers the whole body of a kernel; ``names`` binds its parameters. IdleLoop where a loop does nothing."""
+        """Lowers the whole body of a kernel; ``names`` binds its parameters. IdleLoop where one is idle."""
         scope = Scope(source, names)
         with contextlib.suppress(_Returned):
             self.statements(source.node.body, scope)

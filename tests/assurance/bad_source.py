@@ -151,9 +151,9 @@ CASES: tuple[Case, ...] = (
     body(
         "an attribute of a class",
         STORE,
-        "C[m, n] = acc * E.a",
-        "the class `E`",
-        before="class E:\n    a = 1",
+        "C[m, n] = acc * Cfg.a",
+        "the class `Cfg`",
+        before="class Cfg:\n    a = 1",
     ),
     body(
         "a lambda from outside",

@@ -85,6 +85,7 @@ def execute(args: argparse.Namespace) -> int:
         from tilelink.cli.cuda import execute_cuda
 
         return execute_cuda(args)
+    from tilelink.backend.reference_tilings import check_tilings
     from tilelink.backend.runtime.image import has_roles
 
     rows: list[list[str]] = []
@@ -100,14 +101,21 @@ def execute(args: argparse.Namespace) -> int:
                 outputs = run_calls(program, inputs, args.seed, args.schedules)
             else:
                 outputs = [run_program(program, inputs[0], args.backend, args.seed)]
-            for call, (given, found) in enumerate(zip(inputs, outputs, strict=True)):
-                of_call = compare(unit, program, given, found, args.backend)
-                for row in of_call if args.calls > 1 else ():
-                    row[OUTPUT] += f" (call {call})"
-                rows += of_call
+            wanted = [reference_of(unit, given) for given in inputs]
         except TilelinkError as error:
             failures.append(error)
             rows.append([*describe(unit, unit.op, args.backend), "-", "-", "-", "refused"])
+            continue
+        for call, (found, expected) in enumerate(zip(outputs, wanted, strict=True)):
+            of_call = compare(unit, program, found, expected, args.backend)
+            for row in of_call if args.calls > 1 else ():
+                row[OUTPUT] += f" (call {call})"
+            rows += of_call
+        try:
+            if wanted[0] is not None:
+                check_tilings(unit.op, inputs[0], wanted[0], error_of, LIMITS)
+        except TilelinkError as error:
+            failures.append(error)
     print(table.render(HEADER, rows))
     if roles:
         print(f"{', '.join(roles)}: interpreted as Triton kernels; Gluon has no interpreter")
@@ -145,17 +153,23 @@ def run_calls(program: Op, inputs: list[Arguments], seed: int, schedules: int) -
     return simulate.run_calls(program, inputs, seed)
 
 
+def reference_of(unit: Unit, inputs: Arguments) -> Tensors | None:
+    """What the outputs of every rank should be; None for a fused program, whose kernel is not known."""
+    if unit.fused:
+        return None
+    from tilelink.backend import reference
+
+    return reference.run(unit.op, inputs)
+
+
 def compare(
-    unit: Unit, program: Op, inputs: Arguments, outputs: Tensors, backend: str
+    unit: Unit, program: Op, outputs: Tensors, expected: Tensors | None, backend: str
 ) -> list[list[str]]:
     """A table row for each output: its worst error over the ranks against the reference."""
     lead = describe(unit, program, backend)
-    if unit.fused:
+    if expected is None:
         names = ", ".join(outputs[0])
         return [[*lead, names, "no reference", "-", "ran"]]
-    from tilelink.backend import reference
-
-    expected = reference.run(unit.op, inputs)
     rows = []
     for name in expected[0]:
         dtype = unit.op.declared(name)["dtype"]
