@@ -309,7 +309,7 @@ class _Round:
         extents = self.facts.extents
         for expr in exprs:
             for name in _in_order(expr):
-                if extents.is_extent(name):
+                if extents.is_extent(name) and extents.find(name) != "WORLD":
                     names.setdefault(extents.find(name))
         missing = [n for n in names if extents.lookup(n) is None]
         if missing:

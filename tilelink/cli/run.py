@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from tilelink.cli import table
 from tilelink.cli.env import lacking
-from tilelink.cli.errors import SimulatedOnly, Unavailable
-from tilelink.cli.inputs import random_inputs
+from tilelink.cli.errors import BadUsage, SimulatedOnly, Unavailable
+from tilelink.cli.inputs import check_memory, random_inputs
 from tilelink.cli.options import add_common, positive, seed
 from tilelink.cli.source import Unit, load
 from tilelink.errors import TilelinkError
 from tilelink.ir import FLOATS, Op
+from tilelink.schedules import ScheduleError
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +94,8 @@ def execute(args: argparse.Namespace) -> int:
     roles: list[str] = []
     for unit in load(args):
         try:
+            if not unit.fused:
+                check_memory(unit.op)  # before minutes are spent on a program that cannot be run
             program = unit.program(args)
             if args.backend == "interpret" and has_roles(program):
                 roles.append(unit.name)
@@ -121,6 +124,8 @@ def execute(args: argparse.Namespace) -> int:
         print(f"{', '.join(roles)}: interpreted as Triton kernels; Gluon has no interpreter")
     for failure in failures:
         print(failure, file=sys.stderr)
+    if failures and all(isinstance(error, BadUsage | ScheduleError) for error in failures):
+        return 2
     return int(bool(failures) or any(row[-1] == "WRONG" for row in rows))
 
 
@@ -212,12 +217,11 @@ def describe(unit: Unit, program: Op, backend: str) -> list[str]:
 
 def resources(program: Op) -> str:
     """What moves the bytes: one word, or ``A=… C=…`` where the tensors differ."""
-    from tilelink.schedules import Schedule
-
-    text = program.get("schedule")
-    if not text:
-        return "-"
-    moves = {name: move.resource for name, move in Schedule.from_json(text).moves}
+    moves = {
+        tensor.symbol: str(tensor["resource"])
+        for tensor in program.find("tensor")
+        if tensor.get("resource") is not None
+    }
     if len(set(moves.values())) <= 1:
         return next(iter(moves.values()), "-")
     return " ".join(f"{name}={resource}" for name, resource in sorted(moves.items()))
