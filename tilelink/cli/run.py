@@ -116,7 +116,7 @@ def execute(args: argparse.Namespace) -> int:
             rows += of_call
         try:
             if wanted[0] is not None:
-                check_tilings(unit.op, inputs[0], wanted[0], error_of, LIMITS)
+                check_tilings(unit.op, inputs[0], wanted[0], LIMITS)
         except TilelinkError as error:
             failures.append(error)
     print(table.render(HEADER, rows))
