@@ -1,13 +1,14 @@
-"""Whether what a kernel means depends on how its loops are cut into tiles, which the schedule decides.
+"""Whether what a kernel means depends on how its loops are cut into tiles, and on the order of these.
 
-Nothing in the language keeps a body from it: it may keep the last tile of a loop only, or take the largest
-element of a tile for that of a row. Two tilings of the reference show it.
+The schedule decides both. Nothing in the language keeps a body from it: it may keep the last tile of a loop only,
+or take the largest element of a tile for that of a row. Two runs of the reference show it: one with one tile a
+loop, one with shorter tiles from the last on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -20,16 +21,16 @@ Tensors = dict[str, torch.Tensor]
 
 
 class TileDependentError(TilelinkError):
-    """A kernel whose result depends on the lengths of its tiles, so that two schedules give two results."""
+    """A kernel whose result depends on lengths or order of its tiles, so that two schedules give two results."""
 
     code: ClassVar[str] = "tile-dependent"
     message: ClassVar[str] = (
-        "`{tensor}` depends on how long the tiles of `{variable}` are: with one tile it differs by "
-        "{error:.1e} from the result with tiles of {length}"
+        "`{tensor}` depends on the tiles of `{variable}`: with one tile it differs by {error:.1e} from the "
+        "result with tiles of {length} in another order"
     )
     hint: ClassVar[str] = (
-        "the schedule sets the lengths of tiles: carry a sum through the loop, `acc = tk.dot(a, b, acc)`, "
-        "and reduce whole axes, `A[m, :]`"
+        "the schedule sets lengths and order of tiles: carry a sum through the loop, "
+        "`acc = tk.dot(a, b, acc)`, and reduce whole axes, `A[m, :]`"
     )
 
 
@@ -37,21 +38,21 @@ def check_tilings(
     kernel: Op,
     inputs: Sequence[Mapping[str, torch.Tensor | float]],
     expected: list[Tensors],
-    limits: Mapping[str, float],
+    limit_of: Callable[[Op, str], float],
 ) -> None:
-    """TileDependentError where the reference gives something else with shorter tiles.
+    """TileDependentError where the reference gives something else with shorter tiles in another order.
 
     ``inputs`` and ``expected`` are those of :func:`tilelink.backend.reference.run`, with one tile an extent.
-    ``limits`` says how far tensors of an element type may be :func:`apart` for the order in which sums are taken;
-    it is 0 where there is none. The place is that of the first loop which makes the difference by itself.
+    ``limit_of`` gives for an output how far it may be :func:`apart` for the order in which sums are taken. The
+    place is that of the first loop which makes the difference by itself.
     """
     loops = _loops(kernel)
-    found = _difference(kernel, inputs, expected, limits, {n: s for n, _, s in loops})
+    found = _difference(kernel, inputs, expected, limit_of, {n: s for n, _, s in loops})
     if found is None:
         return
     for name, span, size in loops:
         whole = {other: size if other == name else _WHOLE for other, _, _ in loops}
-        alone = _difference(kernel, inputs, expected, limits, whole)
+        alone = _difference(kernel, inputs, expected, limit_of, whole)
         if alone is not None:
             _refuse(span, name, size, *alone)
     name, span, size = loops[0]
@@ -89,14 +90,14 @@ def _difference(
     kernel: Op,
     inputs: Sequence[Mapping[str, torch.Tensor | float]],
     expected: list[Tensors],
-    limits: Mapping[str, float],
+    limit_of: Callable[[Op, str], float],
     tiles: Mapping[str, int],
 ) -> tuple[str, float] | None:
     """The first output that another tiling changes beyond its limit, and by how much."""
-    other = reference.run(kernel, inputs, tiles)
+    other = reference.run(kernel, inputs, tiles, backwards=True)
     for name in expected[0]:
         worst = max(apart(a[name], b[name]) for a, b in zip(other, expected, strict=True))
-        if worst > limits.get(kernel.declared(name)["dtype"], 0.0):
+        if worst > limit_of(kernel, name):
             return name, worst
     return None
 

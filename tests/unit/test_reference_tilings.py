@@ -11,7 +11,7 @@ from tilelink.backend import reference
 from tilelink.backend.reference_tilings import TileDependentError, apart, check_tilings
 from tilelink.backend.simulate.batch import may_batch
 from tilelink.cli.inputs import random_inputs
-from tilelink.cli.run import LIMITS, error_of
+from tilelink.cli.run import LIMITS, error_of, limit_of
 from tilelink.ir import Op
 from tilelink.kernel import load_kernels
 
@@ -46,7 +46,7 @@ def build(
 
 def check(kernel: Op) -> None:
     inputs = random_inputs(kernel, 0)
-    check_tilings(kernel, inputs, reference.run(kernel, inputs), LIMITS)
+    check_tilings(kernel, inputs, reference.run(kernel, inputs), limit_of)
 
 
 def inner_loop(kernel: Op) -> Op:
@@ -117,6 +117,43 @@ def test_the_kernels_of_the_tests_do_not_depend_on_tiles(name: str) -> None:
         check(kernel)
 
 
+def test_a_kernel_that_depends_on_the_order_of_tiles(tmp_path: Path) -> None:
+    """The last positive element of a row: tiles in increasing order find it, whatever their length."""
+    text = """@tilelink.kernel("gather A[M, K] over K; local C[M]")
+def f(A, C):
+    M, K = A.shape
+    for m in tk.tiles(M):
+        last = tk.full([m], -1.0)
+        for k in tk.tiles(K):
+            here = tk.max(tk.where(A[m, k] > 0, k.index[None, :].to(tk.float32), -1.0), axis=1)
+            last = {}
+        C[m] = last
+"""
+    wrong = build(tmp_path, text.format("tk.where(here >= 0, here, last)"))
+    inputs = random_inputs(wrong, 0)
+    whole, cut = reference.run(wrong, inputs), reference.run(wrong, inputs, {"k": 8})
+    assert all(torch.equal(a["C"], b["C"]) for a, b in zip(whole, cut, strict=True))
+    with pytest.raises(TileDependentError, match="tiles of `k`"):
+        check(wrong)
+    check(build(tmp_path, text.format("tk.maximum(here, last)")))
+
+
+def test_the_limit_of_an_output_is_that_of_what_is_rounded_on_the_way(tmp_path: Path) -> None:
+    assert limit_of(build(tmp_path, GEMM), "C") == LIMITS["fp32"]
+    cast = GEMM.replace(STORE, "C[m, n] = acc.to(tk.bfloat16)")
+    assert limit_of(build(tmp_path, cast), "C") == LIMITS["bf16"]
+    text = """@tilelink.kernel("reduce P[M, N] sum")
+def f(A, C):
+    M, N = A.shape
+    P = tk.empty([M, N], tk.float16)
+    for m, n in tk.tiles(M, N):
+        P[m, n] = A[m, n]
+    for m, n in tk.tiles(M, N):
+        C[m, n] = P[m, n]
+"""
+    assert limit_of(build(tmp_path, text), "C") == LIMITS["fp16"]
+
+
 def test_a_row_of_one_small_number_is_no_mistake(tmp_path: Path) -> None:
     """gelu of a large negative number is the difference of two that are nearly equal."""
     kernel = build(
@@ -125,7 +162,7 @@ def test_a_row_of_one_small_number_is_no_mistake(tmp_path: Path) -> None:
     inputs = random_inputs(kernel, 0)
     whole, cut = reference.run(kernel, inputs), reference.run(kernel, inputs, {"k": 32})
     assert error_of(cut[0]["C"], whole[0]["C"]) > LIMITS["fp32"]
-    check_tilings(kernel, inputs, whole, LIMITS)
+    check_tilings(kernel, inputs, whole, limit_of)
 
 
 def test_how_far_tensors_are_apart() -> None:
