@@ -66,8 +66,8 @@ def run(
     tensor has ``over``) and a number for every scalar. The result holds every ``out`` and ``inout``
     tensor, shards likewise, in new memory. ``tiles`` gives tile lengths by loop variable or by extent;
     the rest have one tile an extent. ``backwards``: tile loops begin with their last tile. Elements that
-    the kernel never stores are NaN (0 in integers),
-    rows of an exchange's result past the last arrived are 0.
+    the kernel never stores are NaN (0 in integers), rows of an exchange's result past the last arrived
+    are 0.
 
     Raises InputError for inputs that do not fit, and the errors of `reference_moves` for tables and
     capacities that are not kept.

@@ -515,3 +515,26 @@ def test_a_program_that_does_not_fit_is_refused_before_it_is_compiled(
     file = str(ROOT / "examples" / "ag_gemm.py")
     assert main(["run", file, "--set", "M=1048576,N=65536,K=65536"]) == 1
     assert "error[too-large]" in capsys.readouterr().err
+
+
+def test_an_edited_program_is_held_against_the_kernel_that_it_carries(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, path = str(ROOT / "examples" / "ag_gemm.py"), tmp_path / "edited.ir"
+    assert main(["ir", file, "--fused", "--set", "M=64,N=32,K=32"]) == 0
+    text = capsys.readouterr().out
+    path.write_text(text)
+    assert main(["run", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "ok"
+    store = next(line for line in text.splitlines() if line.lstrip().startswith("store @C"))
+    for edited in (
+        text.replace(store + "\n", ""),
+        text.replace("\n      %acc = zeros", "\n      %acc = full {value = 1.0}"),
+    ):
+        path.write_text(edited)
+        assert main(["run", str(path)]) == 1
+        assert capsys.readouterr().out.splitlines()[1].split()[-1] == "WRONG"
+    # A kernel of other extents is another kernel: its text is the first that names an extent's value.
+    path.write_text(text.replace("value = 64}", "value = 32}", 1))
+    assert main(["run", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "ran"

@@ -70,7 +70,7 @@ def run_unit(unit: Unit, args: argparse.Namespace, rank: int, device: Any) -> li
     from tilelink.backend.emit.triton import emit
     from tilelink.backend.runtime import load_module, run_module, write_module
     from tilelink.backend.runtime.watch import synchronize
-    from tilelink.cli.run import compare, reference_of
+    from tilelink.cli.run import compare, kernel_of, reference_of
 
     program = program_of(unit, args, torch.cuda.get_device_name(device))
     inputs = random_inputs(unit.op, args.seed)
@@ -86,4 +86,5 @@ def run_unit(unit: Unit, args: argparse.Namespace, rank: int, device: Any) -> li
     distributed.gather_object(outputs, gathered)
     if gathered is None:
         return []
-    return compare(unit, program, gathered, reference_of(unit, inputs), "cuda")
+    kernel = kernel_of(unit)
+    return compare(unit, program, gathered, reference_of(kernel, inputs), kernel, "cuda")

@@ -104,19 +104,20 @@ def execute(args: argparse.Namespace) -> int:
                 outputs = run_calls(program, inputs, args.seed, args.schedules)
             else:
                 outputs = [run_program(program, inputs[0], args.backend, args.seed)]
-            wanted = [reference_of(unit, given) for given in inputs]
+            kernel = kernel_of(unit)
+            wanted = [reference_of(kernel, given) for given in inputs]
         except TilelinkError as error:
             failures.append(error)
             rows.append([*describe(unit, unit.op, args.backend), "-", "-", "-", "refused"])
             continue
         for call, (found, expected) in enumerate(zip(outputs, wanted, strict=True)):
-            of_call = compare(unit, program, found, expected, args.backend)
+            of_call = compare(unit, program, found, expected, kernel, args.backend)
             for row in of_call if args.calls > 1 else ():
                 row[OUTPUT] += f" (call {call})"
             rows += of_call
         try:
-            if wanted[0] is not None:
-                check_tilings(unit.op, inputs[0], wanted[0], limit_of)
+            if kernel is not None and wanted[0] is not None:
+                check_tilings(kernel, inputs[0], wanted[0], limit_of)
         except TilelinkError as error:
             failures.append(error)
     print(table.render(HEADER, rows))
@@ -158,26 +159,46 @@ def run_calls(program: Op, inputs: list[Arguments], seed: int, schedules: int) -
     return simulate.run_calls(program, inputs, seed)
 
 
-def reference_of(unit: Unit, inputs: Arguments) -> Tensors | None:
-    """What the outputs of every rank should be; None for a fused program, whose kernel is not known."""
-    if unit.fused:
+def kernel_of(unit: Unit) -> Op | None:
+    """The kernel whose reference a unit is held against: of a fused program that which it carries.
+
+    None where it carries none, or one for other extents or ranks.
+    """
+    if not unit.fused:
+        return unit.op
+    from tilelink.backend.expand import environment
+    from tilelink.backend.verify import carried
+
+    kernel = carried(unit.op)
+    same = kernel is not None and environment(kernel) == environment(unit.op)
+    return kernel if same else None
+
+
+def reference_of(kernel: Op | None, inputs: Arguments) -> Tensors | None:
+    """What the outputs of every rank should be; None where no kernel says so."""
+    if kernel is None:
         return None
     from tilelink.backend import reference
 
-    return reference.run(unit.op, inputs)
+    return reference.run(kernel, inputs)
 
 
 def compare(
-    unit: Unit, program: Op, outputs: Tensors, expected: Tensors | None, backend: str
+    unit: Unit,
+    program: Op,
+    outputs: Tensors,
+    expected: Tensors | None,
+    kernel: Op | None,
+    backend: str,
 ) -> list[list[str]]:
-    """A table row for each output: its worst error over the ranks against the reference."""
+    """A table row for each output: its worst error over the ranks against the reference of ``kernel``."""
     lead = describe(unit, program, backend)
-    if expected is None:
+    if kernel is None or expected is None:
         names = ", ".join(outputs[0])
         return [[*lead, names, "no reference", "-", "ran"]]
     rows = []
     for name in expected[0]:
-        limit = limit_of(unit.op, name)
+        limit = limit_of(kernel, name)
         pairs = [(got[name], want[name]) for got, want in zip(outputs, expected, strict=True)]
         error = max(error_of(got, want) for got, want in pairs)
         odd = sum(int((~want.isfinite()).sum()) for _, want in pairs)
