@@ -429,8 +429,11 @@ class Tracer:
         carried = tuple(v.name for v in op.operands[carried_from:])
         loop_args = op.args[: len(op.args) - len(carried)]
         names = tuple(a.name for a in op.args[len(loop_args) :])
+        counted = [a.name for a in loop_args if not a.type.is_tile]
         for tiles in positions:
             bind_args(loop_args, tiles, self.env, self.values)
+            for name in counted:
+                yield Set(name, self.values[name])
             if names:
                 yield self._copy(names, carried)
             carried = yield from self.block(op.body)
