@@ -37,10 +37,10 @@ def _check_names(kernel: Op, schedule: Schedule) -> None:
     Tile lengths may be shared by kernels with extents of different names, as long as one is of this one.
     """
     extents = [op.symbol for op in kernel.find("extent")]
-    tensors = [op.symbol for op in kernel.find("tensor")]
-    for field, names, known in (
-        ("tiles", [name for name, _ in schedule.tiles], extents),
-        ("moves", [name for name, _ in schedule.moves], tensors),
+    tensors = [op.symbol for op in kernel.find("tensor") if op["move"] not in ("local", "shard")]
+    for field, what, names, known in (
+        ("tiles", "extent", [name for name, _ in schedule.tiles], extents),
+        ("moves", "moved tensor", [name for name, _ in schedule.moves], tensors),
     ):
         unknown = [name for name in names if name not in known]
         if field == "tiles" and len(unknown) < len(names):
@@ -48,8 +48,8 @@ def _check_names(kernel: Op, schedule: Schedule) -> None:
         if unknown:
             raise ScheduleError(
                 field=f"{field}.{unknown[0]}",
-                detail=f"`{kernel.symbol}` has no `{unknown[0]}`",
-                help=f"known: {', '.join(known)}",
+                detail=f"`{kernel.symbol}` has no {what} `{unknown[0]}`",
+                help=f"known: {', '.join(known) or '(none)'}",
             )
 
 

@@ -57,14 +57,17 @@ def run(
     kernel: Op,
     inputs: Sequence[Mapping[str, torch.Tensor | float]],
     tiles: Mapping[str, int] | None = None,
+    *,
+    backwards: bool = False,
 ) -> list[Tensors]:
     """The outputs of ``kernel`` on every rank.
 
     ``inputs`` holds, for each rank, a tensor for every ``in`` and ``inout`` tensor (its shard where the
     tensor has ``over``) and a number for every scalar. The result holds every ``out`` and ``inout``
     tensor, shards likewise, in new memory. ``tiles`` gives tile lengths by loop variable or by extent;
-    the rest have one tile an extent. Elements that the kernel never stores are NaN (0 in integers),
-    rows of an exchange's result past the last arrived are 0.
+    the rest have one tile an extent. ``backwards``: tile loops begin with their last tile. Elements that
+    the kernel never stores are NaN (0 in integers), rows of an exchange's result past the last arrived
+    are 0.
 
     Raises InputError for inputs that do not fit, and the errors of `reference_moves` for tables and
     capacities that are not kept.
@@ -75,7 +78,7 @@ def run(
     storage = initial_storage(kernel, plan, extents, inputs)
     moves = Moves(kernel, plan, extents, storage)
     ranks = [
-        _Rank(plan, moves, extents, rank, dict(inputs[rank]), dict(tiles or {}))
+        _Rank(plan, moves, extents, rank, dict(inputs[rank]), dict(tiles or {}), backwards)
         for rank in range(world)
     ]
     _lockstep([rank.block(kernel.body) for rank in ranks], moves)
@@ -109,6 +112,7 @@ class _Rank:
     rank: int
     inputs: dict[str, torch.Tensor | float]
     tiles: dict[str, int]
+    backwards: bool = False
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     loop_tiles: dict[str, Tile] = field(default_factory=dict)
 
@@ -143,7 +147,7 @@ class _Rank:
         self.values.update(zip((r.name for r in op.results), state, strict=True))
 
     def points(self, op: Op, variables: Sequence[Value]) -> Iterator[tuple[Tile | int, ...]]:
-        """The iterations of a loop, row-major."""
+        """The iterations of a loop, row-major; ``backwards``, tiles from the last one on."""
         if op.name == "for_range":
             lo, hi = self.number(op["lo"]), self.number(op["hi"])
             runs = self.runs(variables[0], lo, hi)
@@ -164,7 +168,8 @@ class _Rank:
         size = next((self.tiles[key] for key in keys if key in self.tiles), max(1, hi - lo))
         runs = self.runs(variable, lo, hi)
         pieces = [(i, min(i + size, b)) for a, b in runs for i in range(a, b, size)]
-        return [Tile(a, b, number) for number, (a, b) in enumerate(pieces)]
+        found = [Tile(a, b, number) for number, (a, b) in enumerate(pieces)]
+        return found[::-1] if self.backwards else found
 
     def runs(self, variable: Value, lo: int, hi: int) -> list[tuple[int, int]]:
         """``[lo, hi)``, or what this rank owns of it where the loop walks its part only."""

@@ -1,7 +1,7 @@
 """The value ops of Tile IR in PyTorch: the slow and plain meaning of each.
 
-Integers are held as int64, whatever their declared width. Arithmetic of 16-bit floats is done in fp32
-and rounded once to the type of the result.
+Integers are held as int64, whatever their declared width; those of 32 bits wrap around. Arithmetic of 16-bit
+floats is done in fp32 and rounded once to the type of the result.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def compute(op: Op, operands: Sequence[torch.Tensor]) -> torch.Tensor:
         result = BINARY[op.name](*(_lift(x, meet) for x in operands))
     else:
         result = UNARY[op.name](_lift(operands[0], kinds[0] if out == "bool" else out))
-    return result.to(HELD[out])
+    return result.to(STORED[out]).to(HELD[out])
 
 
 def _lift(x: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from tilelink.errors import Span
 from tilelink.frontend.build import Request
 from tilelink.frontend.errors import (
     BadCall,
@@ -111,7 +112,9 @@ def _uses(source: FunctionSource, names: frozenset[str], depth: int) -> tuple[se
                 inspect.isfunction(inspect.unwrap(callee))
                 and callee.__module__ != "tilelink.language"
             ):
-                inner, written = _callee_uses(inspect.unwrap(callee), node, names, depth)
+                inner, written = _callee_uses(
+                    inspect.unwrap(callee), node, names, depth, source.span(node)
+                )
                 used |= inner
                 stored |= written
     return used, stored
@@ -128,9 +131,9 @@ def _callee(source: FunctionSource, node: ast.expr) -> Any:
 
 
 def _callee_uses(
-    function: Any, node: ast.Call, names: frozenset[str], depth: int
+    function: Any, node: ast.Call, names: frozenset[str], depth: int, span: Span
 ) -> tuple[set[str], set[str]]:
-    inner = read_function(function)
+    inner = read_function(function, span)
     parameters = list(inspect.signature(function).parameters)
     passed = dict(zip(parameters, node.args, strict=False)) | {
         k.arg: k.value for k in node.keywords if k.arg is not None

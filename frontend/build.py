@@ -14,6 +14,7 @@ from tilelink.frontend.errors import (
     BadCall,
     DtypeMismatch,
     MissingExtent,
+    NoOutput,
     NotAnExtent,
     NotDivisible,
     UnknownName,
@@ -70,6 +71,8 @@ def build_kernel(source: FunctionSource, mapping: Mapping, request: Request) -> 
         result.lower()
         if facts.version == before:
             kernel = result.finish()
+            if not any(op["role"] in ("out", "inout") for op in kernel.find("tensor")):
+                raise NoOutput(kernel.span, kernel=source.name)
             check_kernel(kernel)
             return kernel
     raise InternalError(source.span(source.node), detail="the extents of a kernel do not settle")
@@ -306,7 +309,7 @@ class _Round:
         extents = self.facts.extents
         for expr in exprs:
             for name in _in_order(expr):
-                if extents.is_extent(name):
+                if extents.is_extent(name) and extents.find(name) != "WORLD":
                     names.setdefault(extents.find(name))
         missing = [n for n in names if extents.lookup(n) is None]
         if missing:

@@ -161,11 +161,10 @@ class Builder:
                 what=f"a tuple of {len(value)}, where one value is needed,",
                 advice="write one value; a store takes one tile",
             )
-        raise UnsupportedSyntax(
-            span,
-            what=f"{describe(value)} as a number",
-            advice="read a tile of a tensor with `A[m, k]`, global indices of a tile with `m.index`",
-        )
+        advice = "read a tile of a tensor with `A[m, k]`, global indices of a tile with `m.index`"
+        if value is None:
+            advice = "an argument that was left out is None, and so is what a function without `return` gives"
+        raise UnsupportedSyntax(span, what=f"{describe(value)} as a number", advice=advice)
 
     def cast(self, x: Value, dtype: str, span: Span | None, hint: str | None = None) -> Value:
         """``x`` as ``dtype``; nothing is emitted where it is that already."""

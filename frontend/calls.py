@@ -35,6 +35,7 @@ _UNARY = (
 _BY_NAME = {name: function for function, name in BUILTINS.items()}
 # Python functions that may be called on numbers known at compile time.
 _FOLDED = (builtins.abs, builtins.float, builtins.int, builtins.bool, builtins.round, builtins.len)
+_CONVERTED = {"float": "tk.float32", "int": "tk.int32", "bool": "tk.bool_"}
 
 
 class Calls(Expressions):
@@ -94,10 +95,16 @@ class Calls(Expressions):
     ) -> Any:
         values = [self.builder.literal(a) for a in args]
         if kwargs or not all(isinstance(v, int | float | str | tuple) for v in values):
+            name = text.rpartition(".")[2]
+            advice = f"use `tk.{name}` on tiles" if name in _BY_NAME else ""
+            if function in (builtins.float, builtins.int, builtins.bool):
+                advice = f"convert tiles with `x.to({_CONVERTED[name]})`"
+            if function is builtins.len:
+                advice = "the length of an axis is its extent, `A.shape[0]`, of a tile `m.size`"
             raise self.unsupported(
                 span,
                 f"`{text}` of anything but numbers known when the kernel is compiled",
-                f"use `tk.{text.rpartition('.')[2]}` on tiles",
+                advice or "tilelink.language has the operations on tiles",
             )
         try:
             return function(*values)

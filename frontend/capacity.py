@@ -43,7 +43,9 @@ def read_capacities(kernel: str, mapping: TileMapping, given: Any) -> dict[str, 
         if dim.op == "name" and str(dim) != "WORLD"
     }
     for name in names:
-        sizes = tuple(given[name]) if isinstance(given, Mapping) else ()
+        named = given[name] if isinstance(given, Mapping) else ()
+        several = isinstance(named, Iterable) and not isinstance(named, str)
+        sizes = tuple(named) if several else (named,)
         if name not in known:
             raise BadCall(
                 what=f"`{name}` is no extent of the mapping of `{kernel}`",

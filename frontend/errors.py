@@ -85,6 +85,38 @@ class EmptyLoop(TilelinkError):
     hint = "{advice}"
 
 
+class UnusedValue(TilelinkError):
+    """An expression that stands as a statement: operations change nothing, so its value is lost."""
+
+    code = "unused-value"
+    message = "nothing uses the value of `{text}`"
+    hint = "{advice}"
+
+
+class IdleLoop(TilelinkError):
+    """An outermost loop that reads tensors and stores nothing."""
+
+    code = "idle-loop"
+    message = "this loop reads {tensors}, but stores nothing"
+    hint = "store tiles of a result in it, `C[m, n] = x`, or take it out"
+
+
+class NoOutput(TilelinkError):
+    """A kernel that stores to no parameter."""
+
+    code = "no-output"
+    message = "`{kernel}` stores to none of its parameters, so a call has no result"
+    hint = "store tiles of the result in a parameter: `C[m, n] = x`"
+
+
+class NoSuchAxis(TilelinkError):
+    """An axis of a shape that the tensor does not have."""
+
+    code = "no-such-axis"
+    message = "`{shape}` has {rank} {axes}: there is no axis {axis}"
+    hint = "axes count from 0; `-1` is the last one"
+
+
 class StoreOutsideLoop(TilelinkError):
     """A store that belongs to no task."""
 

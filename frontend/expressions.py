@@ -11,19 +11,21 @@ from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any
 
+from tilelink import language
 from tilelink.errors import Span
 from tilelink.frontend.builder import Builder
 from tilelink.frontend.errors import (
     DtypeMismatch,
+    NoSuchAxis,
     NotCompileTime,
     ShapeMismatch,
     UnknownName,
     UnsupportedSyntax,
-    WrongRank,
 )
 from tilelink.frontend.source import FunctionSource
 from tilelink.frontend.tensors import Tensors
 from tilelink.frontend.values import Method, MovedTile, Num, TensorRef, TileVar, describe
+from tilelink.frontend.variables import assigned_names
 from tilelink.ir import DTYPES, FLOATS, Expr, Type, Value, binary
 from tilelink.language import BUILTINS, DType
 
@@ -69,6 +71,20 @@ class Scope:
     names: dict[str, Any]
     lost: dict[str, str] = field(default_factory=dict)
     depth: int = 0
+
+
+def _use(function: ast.FunctionDef, name: ast.Name) -> ast.AST | None:
+    """The call or the indexing that the name at this place is the head of."""
+    place = (name.lineno, name.col_offset)
+    for node in ast.walk(function):
+        head: ast.AST | None = None
+        if isinstance(node, ast.Call):
+            head = node.func
+        elif isinstance(node, ast.Subscript):
+            head = node.value
+        if isinstance(head, ast.Name) and (head.lineno, head.col_offset) == place:
+            return node
+    return None
 
 
 def dtype_name(value: Any) -> str | None:
@@ -161,17 +177,30 @@ class Expressions(ABC):
                 span,
                 name=node.id,
                 where=f" in `{scope.source.name}`",
-                advice=self._spelling(node.id, scope),
+                advice=self._spelling(node, scope),
             )
         return self.check_outer(found, node.id, span)
 
-    def _spelling(self, name: str, scope: Scope) -> str:
+    def _spelling(self, node: ast.Name, scope: Scope) -> str:
         """What may have been meant by a name that stands for nothing."""
+        name = node.id
         close = difflib.get_close_matches(name, scope.names, 1)
         if close:
             return f"did you mean `{close[0]}`?"
         if name == "tk":
             return "the file needs `import tilelink.language as tk`"
+        if name in ("RANK", "WORLD"):
+            return "a kernel names no rank: what each rank holds and gets is said by the mapping"
+        if name in assigned_names(scope.source.node.body):
+            return f"it is assigned further down: give `{name}` a value before this line"
+        use = _use(scope.source.node, node)
+        if isinstance(use, ast.Call):
+            known = (
+                f"`tk.{name}`" if hasattr(language, name) else "the operations are those of `tk`"
+            )
+            return f"{known}; functions of your own are defined at the top of a file, or imported"
+        if isinstance(use, ast.Subscript):
+            return f"tensors are parameters, or intermediates: `{name} = tk.empty([M, N], dtype)`"
         return "extents are named by unpacking a shape: `M, K = A.shape`"
 
     def check_outer(self, found: Any, name: str, span: Span) -> Any:
@@ -271,13 +300,12 @@ class Expressions(ABC):
         if isinstance(owner, tuple):
             axis = self.literal(node.slice, scope)
             if not isinstance(axis, int) or not -len(owner) <= axis < len(owner):
-                raise WrongRank(
+                raise NoSuchAxis(
                     span,
-                    tensor=ast.unparse(node.value),
+                    shape=ast.unparse(node.value),
                     rank=len(owner),
-                    axes="axes",
-                    given=axis,
-                    are="is",
+                    axes="axis" if len(owner) == 1 else "axes",
+                    axis=axis if isinstance(axis, int) else describe(axis),
                 )
             return owner[axis]
         index = self.index(node.slice, scope)

@@ -14,9 +14,11 @@ from tilelink.frontend.calls import Calls
 from tilelink.frontend.errors import (
     BadCall,
     EmptyLoop,
+    IdleLoop,
     LoopCarried,
     NotAnExtent,
     ShapeMismatch,
+    UnusedValue,
 )
 from tilelink.frontend.expressions import Scope
 from tilelink.frontend.source import FunctionSource, read_function
@@ -42,12 +44,15 @@ class Lowerer(Calls):
         super().__init__(builder, tensors)
         self.temps: dict[str, tuple[tuple[Expr, ...], str, Span]] = {}
         self._loops = 0
+        self._idle: list[IdleLoop] = []
 
     def kernel(self, source: FunctionSource, names: dict[str, Any]) -> None:
-        """Lowers the whole body of a kernel; ``names`` binds its parameters."""
+        """Lowers the whole body of a kernel; ``names`` binds its parameters. IdleLoop where one is idle."""
         scope = Scope(source, names)
         with contextlib.suppress(_Returned):
             self.statements(source.node.body, scope)
+        if self._idle:
+            raise self._idle[0]
 
     def statements(self, body: list[ast.stmt], scope: Scope) -> None:
         """Lowers statements in order."""
@@ -88,6 +93,8 @@ class Lowerer(Calls):
                 return
             case ast.Expr():
                 self.value(node.value, scope)
+                if not self._calls_function(node.value, scope):
+                    raise _unused(node.value, span)
             case _:
                 words = {
                     ast.While: "`while`",
@@ -111,6 +118,17 @@ class Lowerer(Calls):
                     "kernels are made of assignments, `for` over tk.tiles and tk.range, and "
                     "`if` on what is known when the kernel is compiled",
                 )
+
+    def _calls_function(self, node: ast.expr, scope: Scope) -> bool:
+        """Whether a statement calls a function of the user's, which may store to tensors."""
+        if not isinstance(node, ast.Call):
+            return False
+        root = node.func
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        if not isinstance(root, ast.Name) or root.id in scope.names:
+            return False
+        return self.builtin(self.value(node.func, scope)) is None
 
     # --- assignments ---------------------------------------------------------------------------
 
@@ -316,13 +334,26 @@ class Lowerer(Calls):
             del self.builder.stack[-1][ops:]
             del self.tensors.accesses[accesses:]
             self.builder.restore(names)
+        outermost = len(self.builder.stack) == 1
+        if outermost and not empty:
+            empty = self._is_idle(self.builder.stack[-1][ops:], span)
         if empty:
             dead = [replace(a, dead=True) for a in self.tensors.accesses[accesses:]]
             self.tensors.accesses[accesses:] = dead
-        if empty and len(self.builder.stack) == 1:
+        if empty and outermost:
             # A stage of no tasks. Its body was checked; what it carries keeps the value from before.
             del self.builder.stack[-1][ops:]
             scope.names = {n: saved[n] for n in scope.names if n in saved}
+
+    def _is_idle(self, ops: list[Op], span: Span) -> bool:
+        """Whether an outermost loop, the last of ``ops``, does nothing; noted where it reads tensors for that."""
+        inner = list(ops[-1].walk())
+        if ops[-1].results or any(op.name == "store" for op in inner):
+            return False
+        read = sorted({f"`{op.symbol}`" for op in inner if op.name == "load"})
+        if read:
+            self._idle.append(IdleLoop(span, tensors=" and ".join(read)))
+        return True
 
     def _is_empty(self, name: str, args: list[Any], node: ast.For, span: Span) -> bool:
         """Whether a loop over bounds is known to run no iteration.
@@ -548,7 +579,7 @@ class Lowerer(Calls):
     def inline(
         self, function: Any, args: list[Any], kwargs: dict[str, Any], span: Span, scope: Scope
     ) -> Any:
-        source = read_function(function)
+        source = read_function(function, span)
         if scope.depth >= MAX_DEPTH:
             raise self.unsupported(span, f"recursion in `{source.name}`", "use a loop")
         try:
@@ -569,3 +600,17 @@ class Lowerer(Calls):
         finally:
             self._loops = loops
         return None
+
+
+def _unused(node: ast.expr, span: Span) -> UnusedValue:
+    """The error for an expression that is a statement, with what was probably meant."""
+    text = ast.unparse(node)
+    advice = "take it out, or give its value a name"
+    if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq):
+        left, right = ast.unparse(node.left), ast.unparse(node.comparators[0])
+        advice = f"`==` compares; write `{left} = {right}`"
+    elif isinstance(node, ast.Call):
+        last = node.args[-1] if node.args else None
+        name = last.id if isinstance(last, ast.Name) else "x"
+        advice = f"operations change nothing and give a new value: `{name} = {text}`"
+    return UnusedValue(span, text=text, advice=advice)

@@ -182,6 +182,13 @@ class _Checker:
         token = _tokens(_children(tree, "over")[0])[0]
         span = self.locator.span(token)
         count = dims.count(Expr.name(str(token)))
+        if token == "WORLD":
+            raise errors.ReservedName(
+                span,
+                name=token,
+                what="the axis that the ranks divide",
+                reason="WORLD is their number; give the extent a name of its own: `A[M, K] over M`",
+            )
         if count == 0:
             choices = [f"`{d}`" for d in dims if d.op == "name" and str(d) != "WORLD"]
             raise errors.OverNotADimension(

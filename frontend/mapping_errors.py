@@ -227,8 +227,21 @@ class MissingSeparator(MappingSyntaxError):
         "gather A[M, K] over M { tile 1 } gather B[M] over M",
         "reduce C[M] sum gather B[M] over M",
         "local B[K] local C[K]",
-        "gather A[M, K] over M dynamic",
         "gather A[M, K] over M 3",
+    )
+
+
+class MissingComma(MappingSyntaxError):
+    """A mark with no comma before it, or without its extent."""
+
+    code = "missing-comma"
+    message = "expected the end of the statement, found {found}"
+    hint = "a mark stands behind a comma and names its extent: `gather A[M, K] over M, M dynamic`"
+    examples = (
+        "gather A[M, K] over M dynamic",
+        "scatter C[M, N] over M sum dynamic",
+        "local B[K, N] dynamic",
+        "gather A[M, K] over M { tile 1 x K } dynamic",
     )
 
 
@@ -327,6 +340,22 @@ class BadOperator(MappingSyntaxError):
     )
 
 
+class NotAnInteger(MappingSyntaxError):
+    """A number with a point in it."""
+
+    code = "not-an-integer"
+    message = "{found} is not a whole number"
+    hint = "extents and maps are of whole numbers; `/` floors"
+    examples = (
+        "gather A[M] over M { owner m / 2.5 }",
+        "gather A[M] over M { owner (m / 2.5) }",
+        "gather A[M] over M { owner 2.5 * m }",
+        "gather A[M] over M { tile 2.5 }",
+        "gather A[M, K] over M { tile 2.5 x K }",
+        "gather A[2.5, K] over K",
+    )
+
+
 class MissingOperand(MappingSyntaxError):
     """An operator or a parenthesis with nothing behind it."""
 
@@ -394,12 +423,14 @@ SYNTAX_MISTAKES: tuple[type[MappingSyntaxError], ...] = (
     IncompleteCombine,
     BadMark,
     MissingSeparator,
+    MissingComma,
     BlockNotHere,
     UnknownMap,
     UnclosedBlock,
     MissingMapValue,
     TileSeparator,
     BadOperator,
+    NotAnInteger,
     MissingOperand,
     UnclosedParenthesis,
     CallNotHere,

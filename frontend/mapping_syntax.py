@@ -16,6 +16,8 @@ from lark.lark import PostLex
 from tilelink.errors import Source, Span
 from tilelink.frontend.mapping_errors import SYNTAX_MISTAKES, MappingSyntaxError
 
+# What the lexer reads in parts, and stops inside of.
+_WHOLE = re.compile(r"//|\*\*|\d+\.\d*|\.\d+")
 STATEMENTS = ("combine", "exchange", "gather", "local", "reduce", "ring", "scatter", "shard")
 
 
@@ -135,6 +137,10 @@ def _place(error: UnexpectedInput, locator: Locator) -> tuple[Span, str]:
         found = names["$END" if token.type == "$END" else token[:1]]
         return locator.at(line, column, column + 1), found
     line, column = error.line, error.column
+    parts = _WHOLE.finditer(lines[line - 1])
+    whole = next((part for part in parts if part.start() < column <= part.end()), None)
+    if whole is not None:
+        return locator.at(line, whole.start() + 1, whole.end() + 1), f"`{whole[0]}`"
     if token is not None:
         return locator.at(line, column, column + max(1, len(token))), f"`{token}`"
     rest = re.match(r"[=<>!]=|\w+|.", lines[line - 1][column - 1 :])

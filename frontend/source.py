@@ -88,23 +88,25 @@ def _tree(text: str) -> ast.Module:
     return ast.parse(text)
 
 
-def read_function(function: Callable[..., Any]) -> FunctionSource:
-    """The source of ``function``; NoSource where Python does not know it."""
+def read_function(function: Callable[..., Any], span: Span | None = None) -> FunctionSource:
+    """The source of ``function``; NoSource, at ``span``, where Python does not know it."""
     name = getattr(function, "__name__", repr(function))
     if not isinstance(function, FunctionType):
-        raise NoSource(name=name, why="it is not a plain Python function")
+        raise NoSource(span, name=name, why="it is not a plain Python function")
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise NoSource(name=name, why="it is an `async` function, and a kernel is a plain one")
+        raise NoSource(
+            span, name=name, why="it is an `async` function, and a kernel is a plain one"
+        )
     path = function.__code__.co_filename
     linecache.checkcache(path)
     text = "".join(linecache.getlines(path, function.__globals__))
     if not text:
-        raise NoSource(name=name, why=f"there is no text for {path}")
+        raise NoSource(span, name=name, why=f"there is no text for {path}")
     try:
         tree = _tree(text)
     except SyntaxError as error:
         raise NoSource(
-            name=name, why=f"{path} has changed and does not parse ({error.msg})"
+            span, name=name, why=f"{path} has changed and does not parse ({error.msg})"
         ) from None
     first = function.__code__.co_firstlineno
     for node in ast.walk(tree):
@@ -112,4 +114,6 @@ def read_function(function: Callable[..., Any]) -> FunctionSource:
             start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             if first in (start, node.lineno):
                 return FunctionSource(function, node, Source(display_name(path), text))
-    raise NoSource(name=name, why=f"{path} has changed since it was imported, or it is a lambda")
+    if name == "<lambda>":
+        raise NoSource(span, name=name, why="it is a lambda, and not a `def`")
+    raise NoSource(span, name=name, why=f"{path} has changed since it was imported")

@@ -73,4 +73,14 @@ def describe(value: Any) -> str:
         return f"`{value.expr}`"
     if isinstance(value, Method):
         return f"the method `{value.name}`"
-    return f"`{value!r}`" if isinstance(value, int | float | str | None) else type(value).__name__
+    if isinstance(value, tuple):
+        return f"`({', '.join(map(_bare, value))})`"
+    if isinstance(value, int | float | str | None):
+        return f"`{value!r}`"
+    return f"the class `{value.__name__}`" if isinstance(value, type) else type(value).__name__
+
+
+def _bare(value: Any) -> str:
+    """An item of a tuple, without quotes around it."""
+    text = describe(value)
+    return text[text.find("`") + 1 : text.rfind("`")] if "`" in text else text

@@ -385,7 +385,7 @@ class Schedule:
         for name, value in (("tiles", tiles), ("moves", moves)):
             if not isinstance(value, dict):
                 raise ScheduleError(field=name, detail="not an object", help='write {"NAME": …}')
-        made = {n: Move(**_checked(m, Move, f"moves.{n}.")) for n, m in moves.items()}
+        made = {n: _move(m, f"moves.{n}.") for n, m in moves.items()}
         return Schedule(
             tiles=tuple(sorted(tiles.items())), moves=tuple(sorted(made.items())), **data
         )
@@ -428,10 +428,22 @@ _KINDS: dict[str, type] = {
 _SPOKEN = {str: "a string", int: "a whole number", bool: "true or false"}
 
 
+def _move(data: object, prefix: str) -> Move:
+    """A move of JSON data; ScheduleError names its field with ``prefix``."""
+    values = _checked(data, Move, prefix)
+    try:
+        return Move(**values)
+    except ScheduleError as error:
+        field, detail, hint = (error.values[key] for key in ("field", "detail", "help"))
+        raise ScheduleError(field=f"{prefix}{field}", detail=detail, help=hint) from None
+
+
 def _checked(data: object, cls: type[Any], prefix: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ScheduleError(
-            field=prefix or "(all)", detail="not an object", help="write one JSON object"
+            field=prefix.rstrip(".") or "(all)",
+            detail="not an object",
+            help="write one JSON object",
         )
     known = [f.name for f in fields(cls)]
     for key, value in data.items():

@@ -98,6 +98,17 @@ class Kernel:
             if (name in present if present is not None else name not in signature.defaults)
             or name in signature.stored
         )
+        unknown = [n for n in signature.names if n in signature.constants and n not in values]
+        if unknown:
+            from tilelink.frontend.errors import BadCall
+
+            raise _clean(
+                BadCall(
+                    self.source.span(self.source.node),
+                    what=f"`{unknown[0]}` of `{self.name}` is known when it is compiled, and has no value",
+                    advice=f"give it a default: `*, {unknown[0]}=…`",
+                )
+            )
         constants = {n: v for n, v in values.items() if self._is_constant(n, v)}
         runtime = {
             n: "int32" if isinstance(values.get(n, 0.0), int) else "fp32"
@@ -249,7 +260,10 @@ class Kernel:
         if backend is not None and backend not in BACKENDS:
             wrong = f"there is no backend `{backend}`", ", ".join(BACKENDS)
         elif schedule is not None and not isinstance(schedule, Schedule):
-            wrong = f"`schedule` is a {type(schedule).__name__}", "pass a tilelink.Schedule"
+            wrong = (
+                f"`schedule` is a {type(schedule).__name__}",
+                "pass a tilelink.schedules.Schedule: `Schedule.from_json` reads one",
+            )
         elif not isinstance(seed, int) or not 0 <= seed < 2**63:
             wrong = f"`seed` is {seed!r}", "pass an integer from 0 to 2^63 - 1"
         elif group is not None and backend not in (None, "cuda"):

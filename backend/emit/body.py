@@ -16,8 +16,6 @@ _INFIX = {
     "sub": "-",
     "mul": "*",
     "div": "/",
-    "floordiv": "//",
-    "mod": "%",
     "lt": "<",
     "le": "<=",
     "gt": ">",
@@ -44,6 +42,9 @@ _CALLS = {
     "gelu": "0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476))",
     "neg": "-{}",
 }
+_DEVICE = {"pow": "device.power", "floordiv": "device.floordiv", "mod": "device.floormod"}
+# Where no operand is negative, Triton's operators round as they should.
+_NATURAL = {"floordiv": "//", "mod": "%"}
 _NEUTRAL = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
 _SYNC = frozenset({"wait", "notify", "transfer"})
 
@@ -61,6 +62,7 @@ def assign(scope: Scope, op: Op, text: str, dirty: frozenset[str] | None = None)
     """Gives the result of ``op`` a name and ``text`` for its value; ``dirty``: where it may be short."""
     value = op.results[0]
     name = scope.define(value)
+    scope.natural.discard(value.name)
     scope.writer.assign(name, text, origin(op.span))
     scope.dirty[value.name] = scope.loose(value.type) if dirty is None else dirty
 
@@ -73,18 +75,19 @@ def _elementwise(scope: Scope, op: Op) -> None:
     if len(op.results) != 1:
         raise refuse(op, f"the op `{op.name}`")
     type_ = op.results[0].type
-    narrow = type_.dtype in ("bf16", "fp16")
-    if op.name in ("maximum", "minimum", "pow") or op.name in _INFIX:
+    narrow, natural = type_.dtype in ("bf16", "fp16"), False
+    if op.name in ("maximum", "minimum", *_DEVICE) or op.name in _INFIX:
         if len(op.operands) != 2:
             raise refuse(op, f"`{op.name}` of {len(op.operands)} operands")
         left, right = (scope.wide(v, len(type_.shape)) for v in op.operands)
         if op.name == "div" and type_.dtype in ("bf16", "fp16", "fp32"):
             left, right = (_floating(v, t) for v, t in zip(op.operands, (left, right), strict=True))
-        if op.name in _INFIX:
-            text = f"{left} {_INFIX[op.name]} {right}"
+        natural = all(v.name in scope.natural for v in op.operands)
+        infix = _INFIX.get(op.name) or (_NATURAL.get(op.name) if natural else None)
+        if infix is not None:
+            text = f"{left} {infix} {right}"
         else:
-            name = "device.power" if op.name == "pow" else f"tl.{op.name}"
-            text = f"{name}({left}, {right})"
+            text = f"{_DEVICE.get(op.name, f'tl.{op.name}')}({left}, {right})"
     elif op.name in _CALLS:
         text = _CALLS[op.name].format(scope.wide(op.operands[0]))
     elif op.name == "not":
@@ -99,6 +102,8 @@ def _elementwise(scope: Scope, op: Op) -> None:
         text = f"{text if text.endswith(')') and one_call(text) else f'({text})'}"
         text += f".to({TL_DTYPE[type_.dtype]})"
     assign(scope, op, text)
+    if natural and op.name in ("add", "mul", "maximum", "minimum", *_NATURAL):
+        scope.natural.add(op.results[0].name)
 
 
 def _floating(value: Value, text: str) -> str:
@@ -135,12 +140,16 @@ def number(value: object) -> str:
 
 def _constant(scope: Scope, op: Op) -> None:
     scope.names[op.results[0].name] = number(op["value"])
+    scope.natural.discard(op.results[0].name)
+    if isinstance(op["value"], int) and op["value"] >= 0:
+        scope.natural.add(op.results[0].name)
     scope.literals.add(op.results[0].name)
 
 
 def _param(scope: Scope, op: Op) -> None:
     assert op.ref is not None
     text = scope.scalars.setdefault(op.ref.symbol, op.ref.symbol)
+    scope.natural.discard(op.results[0].name)
     scope.names[op.results[0].name] = text
     scope.literals.add(op.results[0].name)
 
@@ -149,11 +158,13 @@ def _index(scope: Scope, op: Op) -> None:
     dim = scope.dims[op.operands[0].name]
     start = "" if dim.start == "0" else f"{dim.start} + "
     assign(scope, op, f"{start}{scope.lanes(op.operands[0].name, dim.block)}")
+    scope.natural.add(op.results[0].name)
 
 
 def _bound(scope: Scope, op: Op) -> None:
     dim = scope.dims[op.operands[0].name]
     assign(scope, op, dim.start if op["which"] == "start" else dim.stop)
+    scope.natural.add(op.results[0].name)
 
 
 def _clean(scope: Scope, value: Value, axis: int, neutral: str = "0.0") -> str:

@@ -24,9 +24,11 @@ from tilelink.backend.simulate.outline import Outline
 from tilelink.backend.tile_ops import TORCH_DTYPES, apply
 from tilelink.errors import InternalError, TilelinkError
 from tilelink.ir import Expr, Op, Ref
+from tilelink.ir.limits import TooLarge
 
 NARROW = 2**31 - 1  # the largest offset of an element that 32 bits hold
 CONTROL = "<epoch and counters>"
+MAX_ITERATIONS = 2**20  # of the loops of one task: its trace is kept, some hundred bytes an op
 
 
 @dataclass(slots=True, eq=False)
@@ -372,6 +374,7 @@ class Tracer:
         self.place, self.key = place, key
         self.env, self.values, self.live = env, values, live
         self._number = 0
+        self._iterations = 0
 
     def block(self, ops: tuple[Op, ...]) -> Generator[Instruction, None, tuple[str, ...]]:
         """The instructions of ``ops``; returns the names that a final ``yield`` gives on."""
@@ -395,23 +398,42 @@ class Tracer:
 
     # Control and values.
 
+    def _count(self, op: Op, iterations: int) -> None:
+        """TooLarge where the loops of this block have more iterations than a trace can be kept of."""
+        self._iterations += max(0, iterations)
+        if self._iterations > MAX_ITERATIONS:
+            raise TooLarge(
+                op.span,
+                what=f"with this loop of `{op.args[0].name}` a task comes to {self._iterations:,} iterations",
+                most=MAX_ITERATIONS,
+                unit="iterations of a simulated task",
+                advice="take larger tiles, or smaller extents",
+            )
+
     def _loop(self, op: Op) -> Generator[Instruction, None, None]:
         carried_from = 0
         positions: list[tuple[Tile, ...]]
         if op.name == "for_range":
             lo, hi = (self.geometry.value(op[k], self.env) for k in ("lo", "hi"))
+            self._count(op, hi - lo)
             positions = [(Tile(i, i + 1, i),) for i in range(lo, hi)]
         elif op.get("bounds"):
             lo, hi = (int(self.values[v.name]) for v in op.operands[:2])
             carried_from = 2
+            size = int(op.get("tile", (1,))[0]) * self.traces.batch(op)
+            self._count(op, -(-(hi - lo) // size))
             positions = self.geometry.bounded(op, lo, hi, self.traces.batch(op))
         else:
             positions = self.geometry.queue(op, self.env, self.traces.batch(op))
+            self._count(op, len(positions))
         carried = tuple(v.name for v in op.operands[carried_from:])
         loop_args = op.args[: len(op.args) - len(carried)]
         names = tuple(a.name for a in op.args[len(loop_args) :])
+        counted = [a.name for a in loop_args if not a.type.is_tile]
         for tiles in positions:
             bind_args(loop_args, tiles, self.env, self.values)
+            for name in counted:
+                yield Set(name, self.values[name])
             if names:
                 yield self._copy(names, carried)
             carried = yield from self.block(op.body)

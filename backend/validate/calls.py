@@ -312,6 +312,24 @@ class TileCalls(Machine):
         """``device.power``."""
         return self.other(ast.Pow, a, b, self.node or ast.Pass())
 
+    def on_device_floordiv(self, a: Any, b: Any) -> Any:
+        """``device.floordiv``."""
+        return self.floored(ast.FloorDiv, a, b)
+
+    def on_device_floormod(self, a: Any, b: Any) -> Any:
+        """``device.floormod``."""
+        return self.floored(ast.Mod, a, b)
+
+    def floored(self, op: type[ast.operator], a: Any, b: Any) -> Any:
+        """A division that rounds down: of numbers exactly, of tiles what flows into it."""
+        if isinstance(a, Data | Lattice) or isinstance(b, Data | Lattice):
+            return self.other(op, a, b, self.node or ast.Pass())
+        before, self.floor = self.floor, True
+        try:
+            return self.binary(op, a, b, self.node or ast.Pass())
+        finally:
+            self.floor = before
+
     def on_tl_reshape(self, value: Any, shape: Any) -> Data:
         """``tl.reshape`` of a matrix to (rows, 2, half): the first step of splitting it."""
         tile, sizes = self.data(value), self.shape(shape)

@@ -101,6 +101,9 @@ CASES: tuple[Case, ...] = (
         "ranks of different types", ("rank 1", "`A`"), lambda t, a, b: (one(a, a[1].half()), b)
     ),
     *changed("extents that differ", ("`K`",), lambda t, a, b: (a, [x[:8] for x in b])),
+    on("one capacity that is a text", ("`M`", "64"), dynamic={"M": "64"}),
+    on("one capacity that is a float", ("`M`", "64.0"), dynamic={"M": 64.0}),
+    on("capacities that fall", ("`M`", "[64, 32]"), dynamic={"M": (64, 32)}),
     *changed("too few axes", ("`A`",), lambda t, a, b: ([x[0] for x in a], b)),
     *changed("too many axes", ("`A`",), lambda t, a, b: ([x[None] for x in a], b)),
     *changed("a scalar tensor", ("`A`",), lambda t, a, b: (t.tensor(1.0), b)),

@@ -7,6 +7,7 @@ from tests.assurance.bad_source import DOT, STORE, ZEROS, body, kernel_text, who
 
 FILE = str(ROOT / "examples" / "ag_gemm.py")
 FUSED = (ROOT / "tests" / "programs" / "ag_gemm.sm.ir").read_text(encoding="utf-8")
+COPIES = (ROOT / "tests" / "programs" / "ag_gemm.copy_engine.ir").read_text(encoding="utf-8")
 READ_K = "for k in tk.tiles(K):"
 
 
@@ -149,6 +150,15 @@ CASES: tuple[Case, ...] = (
         ZEROS,
         ZEROS + "\n    for e in tk.range(10**9):\n        acc = acc + B[e, n]",
         "10",
+    ),
+    *(
+        Command(
+            f"large: a loop of 10^12 copies, {command}",
+            (command, "p.ir"),
+            ("error[too-large]", "p.ir:16", "`s`"),
+            files={"p.ir": COPIES.replace("hi = WORLD, lo = 1", "hi = 1000000000000, lo = 1")},
+        )
+        for command in ("run", "simulate", "check")
     ),
     large("check", "M=2000000000", "axis 0 of `A`", "2,000,000,000"),
     large("run", "M=2000000000", "axis 0 of `A`", "2,000,000,000"),

@@ -48,6 +48,15 @@ def move(**fields: object) -> dict[str, object]:
 
 
 CASES: tuple[Case, ...] = (
+    schedule("a field of a move", move(resource="sm2"), "`moves.A.resource`", "`sm2`"),
+    schedule("a move that is a text", {"moves": {"A": "sm:2"}}, "`moves.A`", "object"),
+    on(
+        "a move of a local tensor",
+        Schedule(moves=(("B", Move("sm:2")),)),
+        "moves.B",
+        "moved tensor",
+    ),
+    on("a dict in place of a schedule", {"workers": 4}, "`schedule`", "from_json"),
     schedule("empty file", "", "JSON", "(all)"),
     schedule("not JSON", "{workers: 3}", "JSON"),
     schedule("cut off", '{"workers": 3', "JSON"),

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tilelink import __version__
 from tilelink.cli.main import main
 from tilelink.ir import parse_ir
 
@@ -478,3 +479,62 @@ def test_run_says_how_many_values_are_not_finite(
     row = capsys.readouterr().out.splitlines()[1]
     found = re.search(r"C \((\d+) not finite\) +0\.0e\+00", row)
     assert found is not None and 0 < int(found[1]) < 2 * 64 * 32
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tilelink {__version__}\n"
+
+
+def test_what_moves_the_bytes_is_told_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    """A schedule that says nothing of a tensor leaves it to a copy engine."""
+    file = str(ROOT / "examples" / "gemm_rs.py")
+    for schedule, resource in (
+        ('{"workers": 64}', "copy_engine"),
+        ('{"moves": {"C": {"resource": "sm:2"}}}', "sm:2"),
+    ):
+        assert main(["run", file, "--set", "M=64,N=32,K=32", "--schedule", schedule]) == 0
+        row = capsys.readouterr().out.splitlines()[1].split()
+        assert resource in row, row
+
+
+def test_a_kernel_in_ir_with_a_dynamic_extent(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(PROGRAMS / "kernels" / "ag_gemm.ir")
+    assert main(["ir", file, "--dynamic", "M"]) == 0
+    assert "extent @M {dynamic = true, value = " in capsys.readouterr().out
+    assert main(["ir", file, "--dynamic", "K,Q"]) == 2
+    assert "--dynamic: there is no extent `Q`" in capsys.readouterr().err
+
+
+def test_a_program_that_does_not_fit_is_refused_before_it_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tilelink.cli.source import Unit
+
+    monkeypatch.setattr(Unit, "program", lambda *_: pytest.fail("compiled"))
+    file = str(ROOT / "examples" / "ag_gemm.py")
+    assert main(["run", file, "--set", "M=1048576,N=65536,K=65536"]) == 1
+    assert "error[too-large]" in capsys.readouterr().err
+
+
+def test_an_edited_program_is_held_against_the_kernel_that_it_carries(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, path = str(ROOT / "examples" / "ag_gemm.py"), tmp_path / "edited.ir"
+    assert main(["ir", file, "--fused", "--set", "M=64,N=32,K=32"]) == 0
+    text = capsys.readouterr().out
+    path.write_text(text)
+    assert main(["run", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "ok"
+    store = next(line for line in text.splitlines() if line.lstrip().startswith("store @C"))
+    for edited in (
+        text.replace(store + "\n", ""),
+        text.replace("\n      %acc = zeros", "\n      %acc = full {value = 1.0}"),
+    ):
+        path.write_text(edited)
+        assert main(["run", str(path)]) == 1
+        assert capsys.readouterr().out.splitlines()[1].split()[-1] == "WRONG"
+    # A kernel of other extents is another kernel: its text is the first that names an extent's value.
+    path.write_text(text.replace("value = 64}", "value = 32}", 1))
+    assert main(["run", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "ran"

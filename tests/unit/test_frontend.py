@@ -296,3 +296,17 @@ def test_arithmetic_promotes_and_literals_take_the_other_type(write: Write) -> N
     ]
     assert ops(op, "add")[-1].results[0].type.dtype == "fp32"
     assert ops(op, "lt")[0].results[0].type == Type("bool", ("m", "1"))
+
+
+def test_a_loop_over_an_axis_that_is_as_long_as_there_are_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.py"
+    path.write_text(
+        "import tilelink\nimport tilelink.language as tk\n\n\n"
+        '@tilelink.kernel("gather A[M, K] over M; local S[WORLD, K]")\n'
+        "def f(A, S, C, D):\n    M, K = A.shape\n    W = S.shape[0]\n"
+        "    for w, k in tk.tiles(W, K):\n        C[w, k] = S[w, k]\n"
+        "    for m, k in tk.tiles(M, K):\n        D[m, k] = A[m, k]\n"
+    )
+    kernel = load_kernels(path)["f"].build({"M": 32, "K": 8}, world=4)
+    assert [op.symbol for op in kernel.find("extent")] == ["M", "K"]
+    assert str(kernel.declared("C")["dims"][0]) == "WORLD"

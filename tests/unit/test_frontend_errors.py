@@ -57,6 +57,14 @@ MISTAKES = [
         "A[m, n] & A[m, n]",
     ),
     ("gather A[M, N] over M", COPY.format("x"), "unknown-name", "x"),
+    (
+        "gather A[M, N] over M",
+        COPY.format("A[m, n]") + "\n    tk.exp(A[m, n])",
+        "unused-value",
+        "tk.exp(A[m, n])",
+    ),
+    ("gather A[M, N] over M", COPY.format("A[m, n]") + "\n    m.index", "unused-value", "m.index"),
+    ("gather A[M, N] over M", COPY.format("A.shape[2]"), "no-such-axis", "A.shape[2]"),
     ("gather A[M, N] over M", COPY.format("tk.blah(A[m, n])"), "unknown-name", "tk.blah"),
     (
         "gather A[M, N] over M; gather Z[M, N] over M",

@@ -30,6 +30,7 @@ LAYERS = (
         "tilelink.backend.reference_moves",
         "tilelink.backend.reference_ops",
         "tilelink.backend.reference_plan",
+        "tilelink.backend.reference_tilings",
         "tilelink.backend.tile_ops",
     ),
     ("tilelink.backend.verify",),

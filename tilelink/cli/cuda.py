@@ -70,7 +70,7 @@ def run_unit(unit: Unit, args: argparse.Namespace, rank: int, device: Any) -> li
     from tilelink.backend.emit.triton import emit
     from tilelink.backend.runtime import load_module, run_module, write_module
     from tilelink.backend.runtime.watch import synchronize
-    from tilelink.cli.run import compare
+    from tilelink.cli.run import compare, kernel_of, reference_of
 
     program = program_of(unit, args, torch.cuda.get_device_name(device))
     inputs = random_inputs(unit.op, args.seed)
@@ -84,4 +84,7 @@ def run_unit(unit: Unit, args: argparse.Namespace, rank: int, device: Any) -> li
     outputs = {n: value.cpu() for n, value in zip(names, results, strict=True)}
     gathered: list[Any] | None = [None] * unit.world if rank == 0 else None
     distributed.gather_object(outputs, gathered)
-    return compare(unit, program, inputs, gathered, "cuda") if gathered is not None else []
+    if gathered is None:
+        return []
+    kernel = kernel_of(unit)
+    return compare(unit, program, gathered, reference_of(kernel, inputs), kernel, "cuda")

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from tilelink import knobs
+from tilelink import __version__, knobs
 from tilelink.cli import check, emit, env, graph, ir, mutate, run, simulate, tune
 from tilelink.cli.errors import BadUsage, TooLarge
 from tilelink.cli.source import is_ir
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"tilelink {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.register(commands)

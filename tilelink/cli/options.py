@@ -45,7 +45,8 @@ def add_common(parser: argparse.ArgumentParser, *, file_optional: bool = False) 
     )
     shape.add_argument(
         "--dynamic",
-        action="append",
+        type=names,
+        action="extend",
         default=[],
         metavar="M",
         help="extents that vary from call to call: their values here are capacities",
@@ -76,7 +77,7 @@ def add_common(parser: argparse.ArgumentParser, *, file_optional: bool = False) 
     )
     how.add_argument(
         "--emitter",
-        choices=("triton", "gluon"),
+        choices=("triton", "gluon", "library"),
         help="what launches are emitted as (default: triton)",
     )
     how.add_argument("--workers", type=positive, metavar="P", help="persistent CTAs a rank")
@@ -111,6 +112,11 @@ def extents(text: str) -> dict[str, int]:
             )
         found[name.strip()] = positive(value.strip())
     return found
+
+
+def names(text: str) -> list[str]:
+    """``M,N`` as a list."""
+    return [part.strip() for part in text.split(",")]
 
 
 def dtypes(text: str) -> dict[str, str]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from tilelink.cli import table
 from tilelink.cli.env import lacking
-from tilelink.cli.errors import SimulatedOnly, Unavailable
-from tilelink.cli.inputs import random_inputs
+from tilelink.cli.errors import BadUsage, SimulatedOnly, Unavailable
+from tilelink.cli.inputs import check_memory, random_inputs
 from tilelink.cli.options import add_common, positive, seed
 from tilelink.cli.source import Unit, load
 from tilelink.errors import TilelinkError
 from tilelink.ir import FLOATS, Op
+from tilelink.schedules import ScheduleError
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,7 @@ def execute(args: argparse.Namespace) -> int:
         from tilelink.cli.cuda import execute_cuda
 
         return execute_cuda(args)
+    from tilelink.backend.reference_tilings import check_tilings
     from tilelink.backend.runtime.image import has_roles
 
     rows: list[list[str]] = []
@@ -92,6 +94,8 @@ def execute(args: argparse.Namespace) -> int:
     roles: list[str] = []
     for unit in load(args):
         try:
+            if not unit.fused:
+                check_memory(unit.op)  # before minutes are spent on a program that cannot be run
             program = unit.program(args)
             if args.backend == "interpret" and has_roles(program):
                 roles.append(unit.name)
@@ -100,19 +104,29 @@ def execute(args: argparse.Namespace) -> int:
                 outputs = run_calls(program, inputs, args.seed, args.schedules)
             else:
                 outputs = [run_program(program, inputs[0], args.backend, args.seed)]
-            for call, (given, found) in enumerate(zip(inputs, outputs, strict=True)):
-                of_call = compare(unit, program, given, found, args.backend)
-                for row in of_call if args.calls > 1 else ():
-                    row[OUTPUT] += f" (call {call})"
-                rows += of_call
+            kernel = kernel_of(unit)
+            wanted = [reference_of(kernel, given) for given in inputs]
         except TilelinkError as error:
             failures.append(error)
             rows.append([*describe(unit, unit.op, args.backend), "-", "-", "-", "refused"])
+            continue
+        for call, (found, expected) in enumerate(zip(outputs, wanted, strict=True)):
+            of_call = compare(unit, program, found, expected, kernel, args.backend)
+            for row in of_call if args.calls > 1 else ():
+                row[OUTPUT] += f" (call {call})"
+            rows += of_call
+        try:
+            if kernel is not None and wanted[0] is not None:
+                check_tilings(kernel, inputs[0], wanted[0], limit_of)
+        except TilelinkError as error:
+            failures.append(error)
     print(table.render(HEADER, rows))
     if roles:
         print(f"{', '.join(roles)}: interpreted as Triton kernels; Gluon has no interpreter")
     for failure in failures:
         print(failure, file=sys.stderr)
+    if failures and all(isinstance(error, BadUsage | ScheduleError) for error in failures):
+        return 2
     return int(bool(failures) or any(row[-1] == "WRONG" for row in rows))
 
 
@@ -145,21 +159,46 @@ def run_calls(program: Op, inputs: list[Arguments], seed: int, schedules: int) -
     return simulate.run_calls(program, inputs, seed)
 
 
-def compare(
-    unit: Unit, program: Op, inputs: Arguments, outputs: Tensors, backend: str
-) -> list[list[str]]:
-    """A table row for each output: its worst error over the ranks against the reference."""
-    lead = describe(unit, program, backend)
-    if unit.fused:
-        names = ", ".join(outputs[0])
-        return [[*lead, names, "no reference", "-", "ran"]]
+def kernel_of(unit: Unit) -> Op | None:
+    """The kernel whose reference a unit is held against: of a fused program that which it carries.
+
+    None where it carries none, or one for other extents or ranks.
+    """
+    if not unit.fused:
+        return unit.op
+    from tilelink.backend.expand import environment
+    from tilelink.backend.verify import carried
+
+    kernel = carried(unit.op)
+    same = kernel is not None and environment(kernel) == environment(unit.op)
+    return kernel if same else None
+
+
+def reference_of(kernel: Op | None, inputs: Arguments) -> Tensors | None:
+    """What the outputs of every rank should be; None where no kernel says so."""
+    if kernel is None:
+        return None
     from tilelink.backend import reference
 
-    expected = reference.run(unit.op, inputs)
+    return reference.run(kernel, inputs)
+
+
+def compare(
+    unit: Unit,
+    program: Op,
+    outputs: Tensors,
+    expected: Tensors | None,
+    kernel: Op | None,
+    backend: str,
+) -> list[list[str]]:
+    """A table row for each output: its worst error over the ranks against the reference of ``kernel``."""
+    lead = describe(unit, program, backend)
+    if kernel is None or expected is None:
+        names = ", ".join(outputs[0])
+        return [[*lead, names, "no reference", "-", "ran"]]
     rows = []
     for name in expected[0]:
-        dtype = unit.op.declared(name)["dtype"]
-        limit = LIMITS.get(dtype, 0.0)
+        limit = limit_of(kernel, name)
         pairs = [(got[name], want[name]) for got, want in zip(outputs, expected, strict=True)]
         error = max(error_of(got, want) for got, want in pairs)
         odd = sum(int((~want.isfinite()).sum()) for _, want in pairs)
@@ -167,6 +206,19 @@ def compare(
         verdict = "ok" if error <= limit else "WRONG"
         rows.append([*lead, label, f"{error:.1e}", f"{limit:.0e}", verdict])
     return rows
+
+
+def limit_of(kernel: Op, name: str) -> float:
+    """How far an output may be from the reference: by what rounds it, or something on the way to it.
+
+    0 for integers. Of floats the coarsest type counts that the kernel stores or converts to: what is stored in
+    bf16 and read again is rounded in other places where sums are taken in another order.
+    """
+    if kernel.declared(name)["dtype"] not in LIMITS:
+        return 0.0
+    rounded = {kernel.declared(op.symbol)["dtype"] for op in kernel.walk() if op.name == "store"}
+    rounded |= {op.results[0].type.dtype for op in kernel.walk() if op.name == "cast"}
+    return max(LIMITS[dtype] for dtype in rounded if dtype in LIMITS)
 
 
 def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -198,12 +250,11 @@ def describe(unit: Unit, program: Op, backend: str) -> list[str]:
 
 def resources(program: Op) -> str:
     """What moves the bytes: one word, or ``A=… C=…`` where the tensors differ."""
-    from tilelink.schedules import Schedule
-
-    text = program.get("schedule")
-    if not text:
-        return "-"
-    moves = {name: move.resource for name, move in Schedule.from_json(text).moves}
+    moves = {
+        tensor.symbol: str(tensor["resource"])
+        for tensor in program.find("tensor")
+        if tensor.get("resource") is not None
+    }
     if len(set(moves.values())) <= 1:
         return next(iter(moves.values()), "-")
     return " ".join(f"{name}={resource}" for name, resource in sorted(moves.items()))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -156,19 +157,25 @@ def _from_ir(op: Op, path: str, args: argparse.Namespace) -> Unit:
             "--resource": args.resource,
             "--workers": args.workers,
             "--emitter": args.emitter,
+            "--dynamic": args.dynamic,
             "--world": args.world not in (None, unit.world),
         }
         for option, value in given.items():
             if value:
                 raise FusedIsFixed(option=option, path=path)
         return unit
-    _check_extents(sets, [child.symbol for child in op.find("extent")])
+    extents = [child.symbol for child in op.find("extent")]
+    _check_extents("--set", sets, extents)
+    _check_extents("--dynamic", args.dynamic, extents)
     if args.dtype:
         raise UnknownName(option="--dtype", what="choice for", name=path, known="IR has its types")
     world = world_of(args, int(op["world"]))
     body = tuple(
-        child.with_attrs(value=sets[child.symbol])
-        if child.name == "extent" and child.symbol in sets
+        child.with_attrs(
+            value=sets.get(child.symbol, child["value"]),
+            dynamic=True if child.symbol in args.dynamic else child.get("dynamic"),
+        )
+        if child.name == "extent"
         else child
         for child in op.body
     )
@@ -204,7 +211,6 @@ def _build(kernel: Kernel, name: str, path: str, args: argparse.Namespace) -> Un
     from tilelink.frontend.errors import MissingExtent
 
     sets = merged(args.set)
-    # An extent may have several names in the source, of which the IR keeps one.
     spoken = set(re.findall(r"\w+", kernel.source.source.text))
     named = {tensor: dtype for tensor, dtype in args.dtype.items() if tensor}
     try:
@@ -222,20 +228,29 @@ def _build(kernel: Kernel, name: str, path: str, args: argparse.Namespace) -> Un
             error.span, kernel=name, names=values["names"], first=values["first"]
         ) from None
     extents = [child.symbol for child in op.find("extent")]
-    _check_extents({n: v for n, v in sets.items() if n not in spoken}, extents)
-    for extent in args.dynamic:
-        if extent not in extents:
-            raise UnknownName(
-                option="--dynamic", what="extent", name=extent, known=", ".join(extents)
-            )
+    # An extent may have several names in the source, of which the IR keeps one.
+    _check_extents("--set", [name for name in sets if name not in _named_extents(kernel)], extents)
+    _check_extents("--dynamic", args.dynamic, extents)
     _check_tensors(named, [child.symbol for child in op.find("tensor")])
     return Unit(name, path, op)
 
 
-def _check_extents(sets: dict[str, int], known: list[str]) -> None:
-    for name in sets:
+def _named_extents(kernel: Kernel) -> set[str]:
+    """The names that a kernel's source unpacks shapes into, those in its mapping, and its parameters."""
+    from tilelink.frontend.tensors import mapping_extents
+
+    found = {*mapping_extents(kernel.mapping), *kernel.params}
+    for node in ast.walk(kernel.source.node):
+        if isinstance(node, ast.Assign) and ".shape" in ast.unparse(node.value):
+            targets = [name for target in node.targets for name in ast.walk(target)]
+            found |= {name.id for name in targets if isinstance(name, ast.Name)}
+    return found
+
+
+def _check_extents(option: str, names: Iterable[str], known: list[str]) -> None:
+    for name in names:
         if name not in known:
-            raise UnknownName(option="--set", what="extent", name=name, known=", ".join(known))
+            raise UnknownName(option=option, what="extent", name=name, known=", ".join(known))
 
 
 def _check_tensors(named: dict[str, str], known: list[str]) -> None:

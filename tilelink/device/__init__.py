@@ -20,7 +20,7 @@ from tilelink.device.data import (
     tile_sum_parts,
     tile_sum_remote,
 )
-from tilelink.device.math import erf, power, tanh
+from tilelink.device.math import erf, floordiv, floormod, power, tanh
 from tilelink.device.program import (
     acknowledge_kernel,
     begin_call,
@@ -78,6 +78,8 @@ __all__ = [
     "erf",
     "finish_arrive",
     "finish_leave",
+    "floordiv",
+    "floormod",
     "grouped_tile",
     "head_kernel",
     "load_words",

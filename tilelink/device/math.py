@@ -21,6 +21,20 @@ def erf(x):
 
 
 @triton.jit
+def floordiv(x, y):
+    """Integer ``x / y`` rounded down, as Python has it; Triton's own ``//`` rounds towards zero."""
+    rounded = x // y
+    return tl.where((x % y != 0) & ((x < 0) != (y < 0)), rounded - 1, rounded)
+
+
+@triton.jit
+def floormod(x, y):
+    """The rest of :func:`floordiv`: it has the sign of ``y``."""
+    rest = x % y
+    return tl.where((rest != 0) & ((rest < 0) != (y < 0)), rest + y, rest)
+
+
+@triton.jit
 def power(x, y):
     """``x`` to the power ``y`` in fp32; a negative base takes integral exponents only, else NaN."""
     size = tl.exp2(y * tl.log2(tl.abs(x)))
