@@ -155,6 +155,11 @@ class Moved:
         return self.shard // self.block
 
     @property
+    def along(self) -> int:
+        """The axis along which channels lie."""
+        return self.axis if self.channel_axis is None else self.channel_axis
+
+    @property
     def channels(self) -> int:
         """Channels of one source."""
         return -(-self.length // self.channel_rows)
@@ -233,6 +238,8 @@ class Moved:
 
     def tasks_of(self, channel: Expr) -> Expr | int:
         """Tasks that store one channel of one owner."""
+        if self.channel_axis is not None:
+            return self.tasks_meeting(RANK, channel)
         if self.channel_rows == self.task_rows and self.block == self.shard:
             return self.tasks_across
         rows = self.rows_of(channel)
