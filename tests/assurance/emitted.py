@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from tests.emitted_mutants import Mutant, mutants
-from tests.strategies import FOLDED, FOLDED_TWO, PULLED, PULLED_TWO, SPANNING, move_of
+from tests.strategies import FOLDED, FOLDED_TWO, PULLED, PULLED_TWO, SPANNING, move_of, order_of
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
@@ -79,8 +79,10 @@ class Case:
             present = [n for n in kernel.signature.tensors if n in ("A", "B", *self.extra)]
         op = kernel.build(dict(self.shape), {}, self.world, present, dict(self.flags))
         schedule = default_schedule(op)
-        moves = tuple((name, move_of(self.resource)) for name, _ in schedule.moves)
-        schedule = replace(schedule, moves=moves, emitter=self.emitter)
+        move = move_of(self.resource)
+        moves = tuple((name, move) for name, _ in schedule.moves)
+        order = order_of(move, schedule.order)
+        schedule = replace(schedule, moves=moves, emitter=self.emitter, order=order)
         schedule = schedule.with_tiles(**dict(self.tiles))
         if self.emitter == "gluon":
             schedule = replace(schedule, warps=8, stages=3)

@@ -18,7 +18,7 @@ from tilelink.backend.pipeline import run_passes
 from tilelink.cli.inputs import random_inputs
 from tilelink.ir import Op
 from tilelink.schedules import Schedule
-from tilelink.schedules.schedule import SIGNALS
+from tilelink.schedules.schedule import OWNS, SIGNALS
 
 CALLS = 2
 ADD = ("bias", "residual")
@@ -64,6 +64,7 @@ class Sample:
     signal: str = "flag"
     copies: str = "rows"
     spans: bool = False
+    own: str = "last"
 
     @property
     def name(self) -> str:
@@ -78,6 +79,7 @@ class Sample:
         parts += [f"{self.signal}s"] if self.signal != "flag" else []
         parts += [self.copies] if self.copies != "rows" else []
         parts += ["spans"] if self.spans else []
+        parts += [self.own] if self.own != "last" else []
         parts += ["flat" if self.flatten else "nested", self.dtype]
         return ".".join([*parts, *([self.emitter] if self.emitter != "triton" else [])])
 
@@ -93,6 +95,7 @@ class Sample:
         plain = move_of(self.resource, self.channels)
         move = replace(plain, shots=self.shots, slots=self.slots, streams=self.streams)
         move = replace(move, signal=self.signal, copies=self.copies, spans=self.spans)
+        move = replace(move, own=self.own)
         moves = ((self.tensor, move),)
         tiles = tuple((name, self.tile) for name in "KMN")
         schedule = Schedule(
@@ -175,6 +178,10 @@ def samples() -> list[Sample]:
                 found += [replace(two, signal=s) for s in SIGNALS]
                 folded = f"{resource}-folded"
                 found.append(replace(plain, resource=folded, tiles=4, shots=2, slots=2))
+                # Of two rows of a slice, channels are columns; of more, rows.
+                own = replace(plain, resource=folded, shots=2, workers=3, order="interleave")
+                found += [replace(own, tiles=4, columns=8, own=o) for o in OWNS[1:]]
+                found.append(replace(own, tiles=20, own="beside"))
     return found
 
 
