@@ -65,7 +65,8 @@ def choose_channels(program: Op) -> Op:
     A program with two slots has no acknowledgements. Flags of a tensor whose words signal themselves are carried
     by them, `flag @C.ready {carried = @C.parts}`: nothing is raised, and nothing has to be counted. Invariant: a
     channel holds whole communication tiles and, of a stored tensor, whole compute tiles. Where these span the
-    shards of several ranks, channels lie along another axis, ``channel_axis``, and each rank has all of them.
+    shards of several ranks, channels lie along another axis, ``channel_axis``, and each rank has all of them; so
+    they do where own tiles do not come last and a slice has few rows: a column of it is complete early.
     """
     flags: list[Op] = []
     counters: list[Op] = []
@@ -247,7 +248,8 @@ def _in_channel_order(program: Op, name: str, channel_rows: int) -> Op:
     """Let the stages of a folded sum walk one channel after the other.
 
     Tiles that are walked together lie in one channel, so that the first channels leave, and are read,
-    while the last are computed.
+    while the last are computed. Of columns, all rows are walked together, of all ranks in turn where sums are
+    read.
     """
 
     columns = moved(program, name).channel_axis is not None

@@ -106,8 +106,8 @@ class Moved:
     extent, where only its capacity is known. ``pulled``: contributions stay where they are made, and whoever
     sums them reads them there. ``words``: the encoding in which what peers write says itself that it
     is there; "" where flags do. ``channel_axis``: the axis along which channels lie, ``across`` elements long,
-    where that is not the moved one: tasks span the shards of several ranks then, and ``channel_rows`` and
-    ``task_columns``, of which each task stores so many, count along it. Else None.
+    where that is not the moved one: tasks span the shards of several ranks, or own tiles do not come last.
+    ``channel_rows`` and ``task_columns``, of which each task stores so many, count along it then. Else None.
     """
 
     name: str

@@ -89,7 +89,9 @@ def _shared(program: Op, launch: Op, name: str, how: str) -> Op:
         return launch
     # What else these stages store is counted by stages.
     stored = {op.symbol for s in (others, own) for op in s.walk() if op.name == "store"} - {name}
-    if any(handed_on(program, symbol) for symbol in stored):
+    # Nor may a tile read what an own one, which now comes before it, stores in its place.
+    read = {op.symbol for s in (others, own) for op in s.walk() if op.name == "load"}
+    if stored & read or any(handed_on(program, symbol) for symbol in stored):
         return launch
     places, ranks = _count(program, own), int(program["world"])
     if not places or _count(program, others) != (ranks - 1) * places:

@@ -245,7 +245,8 @@ class _Meaning:
         """The stages at the head of ``phases`` that may share one nest: those that store what is summed, of which
         the first is one, and those behind it that add it to what they hold. None of either otherwise.
 
-        Their order is no matter of what they compute: what is read when, *cover* and *progress* hold.
+        Their order is no matter of what they compute, where none reads what one in front of it changes for the
+        next nest (see :meth:`shared`): *cover* and *progress* hold what is read when.
         """
         stored = _stored(phases[0].op)
         makers: list[Phase] = []
@@ -268,6 +269,12 @@ class _Meaning:
         nest's, those of the stages that add this rank's part.
         """
         first, second = makers[0], adders[0]
+        phases = self.out.phases
+        late = [p for p in makers if phases.index(p) > phases.index(second)]
+        changed = {self.out.base(name) for adder in adders for name in _stored(adder.op)}
+        for op in (op for phase in late for op in phase.op.walk() if op.name == "load"):
+            if self.out.base(op.symbol) in changed:
+                self.fail(op, "a stage in front of it, which goes on with the next loop, stores it")
         if done == len(self.nests):
             self.fail(first.op, "the kernel has no such loop")
         nest = self.nests[done]
