@@ -128,14 +128,16 @@ def _pace(program: Op, launch: Op, own: Op, name: str) -> _Pace:
     depth = max(1, sum(int(Expr.of(op["extent"][0]).evaluate(names)) for op in loops))
     roles = schedule_of(program).emitter == "gluon"
     part = FETCHED if info.pulled and roles else READ
+    channel = int(Expr.of(info.tasks_of(Expr.const(0))).evaluate(names))
     return _Pace(
         ranks=ranks,
         workers=int(launch["workers"]),
-        channel=int(Expr.of(info.tasks_of(Expr.const(0))).evaluate(names)),
+        channel=channel,
         cost=min(MOST, 1 + part * (ranks - 1) / depth),
         link=SENT / depth,
         held=2.0 if roles else 1.0,
         pulled=info.pulled,
+        unit=1 if info.channel_axis is None else channel,
     )
 
 
@@ -156,7 +158,7 @@ class _Pace:
 
     ``cost``: an own tile; ``link``: the link of a GPU with one tile; ``held``: a notify until it is seen. With
     ``pulled``, own tiles bring what they add over the link, else every tile sends what it stores. ``channel``:
-    tiles that are announced together.
+    tiles that are announced together. Parts of own tiles are of whole ``unit``.
     """
 
     ranks: int
@@ -166,6 +168,7 @@ class _Pace:
     link: float
     held: float
     pulled: bool
+    unit: int
 
     def cut(self, places: int, how: str) -> tuple[_Part, ...] | None:
         """The parts of both queues that are done first; None where they would be too small."""
@@ -182,7 +185,7 @@ class _Pace:
                 if not 0 < few < workers or lag >= places:
                     continue
                 ahead, total = others * lag, others * places
-                beside = int((total - ahead) / (workers - few) * few / self.cost)
+                beside = self._whole((total - ahead) / (workers - few) * few / self.cost)
                 if places <= 2 * beside < 2 * places:
                     yield self._parts(
                         (False, (0, ahead), (0, workers)),
@@ -198,7 +201,7 @@ class _Pace:
             for notice in range(2 * NOTICE + 1):
                 lag = self.channel + notice * self.workers // (2 * others)
                 ahead = [places * turn // 8 for turn in turns]
-                owns = [max(0, before - lag) for before in ahead]
+                owns = [self._whole(max(0, before - lag)) for before in ahead]
                 if 2 * owns[-1] < places or owns[0] == 0:
                     continue
                 parts: list[tuple[bool, tuple[int, int], tuple[int, int]]] = []
@@ -207,6 +210,9 @@ class _Pace:
                     parts.append((False, (others * low, others * high), everyone))
                     parts.append((True, (first, last), everyone))
                 yield self._parts(*parts)
+
+    def _whole(self, tiles: float) -> int:
+        return int(tiles / self.unit) * self.unit
 
     def _parts(self, *parts: tuple[bool, tuple[int, int], tuple[int, int]]) -> tuple[_Part, ...]:
         load = np.zeros(self.workers)
