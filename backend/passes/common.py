@@ -10,7 +10,7 @@ import numpy as np
 
 from tilelink.backend.expand import environment, evaluate
 from tilelink.errors import TilelinkError
-from tilelink.ir import At, Block, Expr, Index, Op, Range, Ref, Type, Value, minimum
+from tilelink.ir import At, Block, Expr, Index, Op, Range, Ref, Type, Value, make, minimum
 from tilelink.ir.node import DECLARATIONS
 from tilelink.schedules import Schedule
 
@@ -475,3 +475,12 @@ def tasks_of_stage(program: Op, stage: Op) -> Expr | int:
         lo, hi = (int(x) for x in stage["positions"])
         return hi - lo
     return tasks_across(program, stage, None)
+
+
+def drawn(stage: Op) -> tuple[Op, Op]:
+    """``stage`` with a dynamic queue, and the counter that it draws from."""
+    queue = f"{stage.symbol}.queue"
+    counter = make("counter", ref=Ref(queue), dims=(1,))
+    return stage.with_attrs(
+        queue="dynamic", counter=Ref(queue, (Expr.const(0),)), first=None
+    ), counter

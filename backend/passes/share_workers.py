@@ -10,6 +10,8 @@ import numpy as np
 from tilelink.backend.expand import environment
 from tilelink.backend.passes.common import (
     accesses,
+    add_declarations,
+    drawn,
     folded,
     handed_on,
     moved,
@@ -63,20 +65,41 @@ def share_workers(program: Op) -> Op:
     schedule), so goes over the link all along. Beside the others about as many workers take them, in the same
     order of places, as keep pace with those that have the tiles of all other ranks. Own tiles begin when the
     others are ahead by a channel and by what notifies take; the last are left to all workers. That is for tiles of
-    all ranks that take turns, of a number known before, where at least half of the own ones are computed so.
-    Invariants: the parts of a queue are the queue; where one worker runs all of them, in the order of the text,
-    each own tile comes behind all tiles of its place.
+    all ranks that take turns, of a number known before, where at least half of the own ones are computed so. As
+    workers are through at different times then, and sums there already, what reads these next is drawn from one
+    queue. Invariants: the parts of a queue are the queue; where one worker runs all of them, in the order of the
+    text, each own tile comes behind all tiles of its place.
     """
     for name, tensor in tensors_of(program).items():
         own = "beside" if tensor.get("pulled") else schedule_of(program).move(name).own
         if own != "last" and folded(program, name):
-            program = program.with_ops(
-                tuple(
-                    _shared(program, op, name, own) if op.name == "launch" else op
-                    for op in program.body
-                )
-            )
+            program = _share(program, name, own)
     return program
+
+
+def _share(program: Op, name: str, how: str) -> Op:
+    ops: list[Op] = []
+    counters: list[Op] = []
+    for op in program.body:
+        shared = _shared(program, op, name, how) if op.name == "launch" else op
+        if shared is not op and schedule_of(program).emitter != "gluon":
+            shared, drawn = _drawn(shared, name)
+            counters += drawn
+        ops.append(shared)
+    return add_declarations(program.with_ops(tuple(ops)), *counters)
+
+
+def _drawn(launch: Op, name: str) -> tuple[Op, list[Op]]:
+    """The launch in which whoever has no tile left takes the next of those that read the sums of all ranks, and
+    the counters that these are drawn from."""
+    stages: list[Op] = []
+    counters: list[Op] = []
+    for stage in launch.body:
+        if any(accesses(stage, name, "load")):
+            stage, counter = drawn(stage)
+            counters.append(counter)
+        stages.append(stage)
+    return launch.with_ops(tuple(stages)), counters
 
 
 def _shared(program: Op, launch: Op, name: str, how: str) -> Op:

@@ -107,6 +107,8 @@ def test_some_own_tiles_come_before_the_last_of_the_others(
     assert 2 * parts[2 if own == "beside" else 1]["positions"][1] >= (
         reached[True] if own == "beside" else 0
     )
+    copies = stages(program)[-1]
+    assert (copies["queue"], copies["interleave"]) == ("dynamic", True)
     if own == "beside":
         few = parts[2]["workers"][1]
         assert parts[1]["workers"] == (few, launch["workers"])
@@ -195,7 +197,7 @@ def test_both_oracles_see_tasks_of_another_part(own: str) -> None:
 
 @pytest.mark.parametrize("own", OWNS)
 def test_every_interleaving_of_a_small_instance_is_right(own: str) -> None:
-    op = gemm_ar.build({"M": 32, "K": 16, "N": 96}, {}, 2)
+    op = gemm_ar.build({"M": 32, "K": 16, "N": 64}, {}, 2)
     program = compile_kernel(op, schedule(own, workers=3 if own == "beside" else 2))
     assert len(stages(program)) >= 5
     found = explore.explore(program, calls=1)
