@@ -151,6 +151,10 @@ def samples() -> list[Sample]:
             if resource == "epilogue-pull-folded" and kernel == "gemm_rs":
                 # Own tiles are computed beside the others'.
                 found.append(replace(plain, tiles=20, workers=3, order="interleave"))
+            if resource == "epilogue-folded":
+                # Some own tiles are computed before the last of the others: of two rows, and of one.
+                own = replace(plain, columns=4, workers=3, order="interleave")
+                found += [replace(own, tiles=t, own=o) for t in (4, 2) for o in OWNS[1:]]
             if resource in ("copy_engine", "epilogue") and kernel in (
                 "ag_gemm",
                 "gemm_rs",
@@ -178,10 +182,9 @@ def samples() -> list[Sample]:
                 found += [replace(two, signal=s) for s in SIGNALS]
                 folded = f"{resource}-folded"
                 found.append(replace(plain, resource=folded, tiles=4, shots=2, slots=2))
-                # Of two rows of a slice, channels are columns; of more, rows.
-                own = replace(plain, resource=folded, shots=2, workers=3, order="interleave")
-                found += [replace(own, tiles=4, columns=8, own=o) for o in OWNS[1:]]
-                found.append(replace(own, tiles=20, own="beside"))
+                own = replace(plain, resource=folded, shots=2, columns=4, order="interleave")
+                own = replace(own, own="between")
+                found += [replace(own, tiles=4, workers=1), replace(own, tiles=2, workers=2)]
     return found
 
 
