@@ -28,6 +28,9 @@ SIGNALS = ("flag", "word", "sentinel")
 COPIES = ("rows", "boxes")
 # Who carries the contributions to a sum over the link: whoever made them, or whoever adds them.
 DIRECTIONS = ("push", "pull")
+# When the tiles of a rank's own slice are computed, whose epilogue adds what has arrived: behind all others,
+# beside them by some workers, or between them by all.
+OWNS = ("last", "beside", "between")
 _RESOURCE = re.compile(r"copy_engine|epilogue|none|sm:[1-9]\d{0,4}")
 
 
@@ -70,7 +73,12 @@ class Move:
     ``direction``: who carries the contributions to a scatter, or to a reduce in two shots, over the link.
     ``push``: the rank that made them, into memory of the rank that sums them; ``pull``: that rank, which reads
     them where they were made when it adds them. That is for the ``epilogue`` and the signal ``flag``: nothing is
-    copied, and no contribution stored to a peer.
+    copied, and no contribution stored to a peer. ``own``: when the tiles of this rank's own slice are computed,
+    with the sum in their ``epilogue``. ``last``: behind all others; ``beside`` them, by some workers, a little
+    behind the others; ``between`` them, by all workers, some after a part of the others and the rest behind the
+    rest. So what these tiles send leaves all along. That is for contributions that are stored by the ``epilogue``
+    of tiles of all ranks that take turns (order ``interleave``); where they are pulled, own tiles are computed
+    beside the others in that order anyway. Not ``between`` with the emitter ``gluon``.
     """
 
     resource: str = "copy_engine"
@@ -84,6 +92,7 @@ class Move:
     copies: str = "rows"
     spans: bool = False
     direction: str = "push"
+    own: str = "last"
 
     def __post_init__(self) -> None:
         if not isinstance(self.resource, str) or not _RESOURCE.fullmatch(self.resource):
@@ -129,6 +138,7 @@ class Move:
 
         self._check_signal()
         self._check_direction()
+        self._check_own()
         if self.copies not in COPIES:
             raise ScheduleError(
                 field="copies", detail=f"`{self.copies}`", help="use one of " + ", ".join(COPIES)
@@ -178,6 +188,21 @@ class Move:
                     help=f"`pull` needs {field} `{needed}`; or use the direction `push`",
                 )
 
+    def _check_own(self) -> None:
+        if self.own not in OWNS:
+            raise ScheduleError(
+                field="own", detail=f"`{self.own}`", help="use one of " + ", ".join(OWNS)
+            )
+        if self.own == "last":
+            return
+        for field, needed in (("resource", "epilogue"), ("sum", "epilogue"), ("direction", "push")):
+            if getattr(self, field) != needed:
+                raise ScheduleError(
+                    field="own",
+                    detail=f"{self.own}, but {field} is `{getattr(self, field)}`",
+                    help=f"`{self.own}` needs {field} `{needed}`; or use `last`",
+                )
+
     def by(self, resource: str) -> Move:
         """This move by another resource, without what only the old one has."""
         plain = replace(
@@ -187,6 +212,7 @@ class Move:
             signal="flag",
             copies="rows",
             direction="push",
+            own="last",
             resource=resource,
         )
         if plain.sm_workers:
@@ -202,6 +228,8 @@ class Move:
         if self.direction != plain.direction:
             # What is stored spans slices only where it stays.
             plain = replace(plain, spans=False)
+        if resource == "epilogue":
+            plain = replace(plain, own=self.own)
         fits = resource == "epilogue" and plain.slots == 2 and plain.sum == "stage"
         return replace(plain, signal=self.signal) if fits else plain
 
@@ -309,6 +337,18 @@ class Schedule:
                     field=f"moves.{name}.resource",
                     detail=f"{move.resource} leaves none of {self.workers} workers to compute",
                     help="use fewer communication workers",
+                )
+            if move.own != "last" and self.order != "interleave":
+                raise ScheduleError(
+                    field=f"moves.{name}.own",
+                    detail=f"{move.own} the others, but the order is `{self.order}`",
+                    help="use the order `interleave`, or `last`",
+                )
+            if move.own == "between" and self.emitter == "gluon":
+                raise ScheduleError(
+                    field=f"moves.{name}.own",
+                    detail="between the others, but warps with roles have no registers for that",
+                    help="use the emitter triton, `beside` or `last`",
                 )
 
     def _check_tail(self) -> None:

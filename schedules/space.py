@@ -21,6 +21,7 @@ from tilelink.schedules.schedule import (
     COPIES,
     DIRECTIONS,
     EMITTERS,
+    OWNS,
     SIGNALS,
     SUMS,
     Move,
@@ -50,6 +51,8 @@ CHANNELS = (None, 1, 2, 4, 8)
 SMALLEST_TILE = 16 * 32
 # Bytes of a sum from which on one shot, or a second set of slots, costs more than it can gain.
 SMALL_SUM = 32 << 20
+# Bytes of a sum from which on there are so many own tiles that some can be computed before the last of the others.
+LARGE_SUM = 8 << 20
 # Bytes of a gathered tensor up to which tiles may span its shards: of more, there is enough to compute with each
 # shard while the next is on its way.
 SMALL_GATHER = 16 << 20
@@ -262,6 +265,8 @@ def _move_extras(kind: str, resource: str, size: int, low: bool) -> list[dict[st
     if resource == "epilogue" and kind == "scatter":
         axes["direction"] = DIRECTIONS
         axes["spans"] = (False, True) if low else (False,)
+    if resource == "epilogue" and kind == "reduce" and size >= LARGE_SUM:
+        axes["own"] = OWNS
     axes["slots"] = (1, 2) if size <= SMALL_SUM else (1,)
     found = [dict(zip(axes, some, strict=True)) for some in itertools.product(*axes.values())]
     if kind == "scatter":
@@ -282,11 +287,13 @@ def _pulls(move: dict[str, Any]) -> bool:
 
 
 def _moving(schedule: Schedule, moves: tuple[tuple[str, Move], ...]) -> Schedule | None:
-    """``schedule`` with ``moves``, or None; tiles of all ranks take turns where a sum is pulled, so that reads
-    are spread over the call."""
-    pulled = any(move.direction == "pull" and not move.spans for _, move in moves)
+    """``schedule`` with ``moves``, or None; tiles of all ranks take turns where a sum is pulled, or own tiles do
+    not come last, so that what goes over the link is spread over the call."""
+    turns = any(
+        (move.direction == "pull" and not move.spans) or move.own != "last" for _, move in moves
+    )
     found: Schedule | None = _made(
-        schedule, moves=moves, order="interleave" if pulled else schedule.order
+        schedule, moves=moves, order="interleave" if turns else schedule.order
     )
     return found
 

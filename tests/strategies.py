@@ -27,7 +27,7 @@ from tilelink.ir import (
     make,
 )
 from tilelink.schedules import Move, Schedule
-from tilelink.schedules.schedule import ORDERS
+from tilelink.schedules.schedule import ORDERS, OWNS
 
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LIMIT = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-5}
@@ -37,8 +37,9 @@ PULLED = ("epilogue-pull", "epilogue-pull-folded")
 # The same, by tiles that span the slices of several ranks.
 SPANNING = ("epilogue-pull-spans",)
 PULLED_TWO = ("epilogue-two-pull", "epilogue-two-pull-folded")
-# The same of a reduce, in two shots.
-FOLDED_TWO = ("copy_engine-two-folded", "sm:2-two-folded", "epilogue-two-folded")
+# The same of a reduce, in two shots; own tiles come last, beside the others or between them.
+OWN_TWO = ("epilogue-two-folded-beside", "epilogue-two-folded-between")
+FOLDED_TWO = ("copy_engine-two-folded", "sm:2-two-folded", "epilogue-two-folded", *OWN_TWO)
 RESOURCES = {
     "ag_gemm": ("copy_engine", "sm:2", "none"),
     "gemm_rs": ("copy_engine", "sm:2", "epilogue", "none", *FOLDED, *PULLED),
@@ -49,7 +50,10 @@ MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
 
 def move_of(text: str, channels: int | None = None, tile: int | None = None) -> Move:
     """The move of a resource's name; ``-folded`` behind it puts the sum into the epilogue, ``-two`` asks for
-    two shots, ``-pull`` lets parts be read where they were made, by ``-spans`` of tiles that span slices."""
+    two shots, ``-pull`` lets parts be read where they were made, by ``-spans`` of tiles that span slices. Own
+    tiles are computed ``-beside`` the others or ``-between`` them."""
+    own = next((word for word in OWNS if text.endswith(f"-{word}")), "last")
+    text = text.removesuffix(f"-{own}")
     spans = text.endswith("-spans")
     text = text.removesuffix("-spans")
     folded = text.endswith("-folded")
@@ -58,7 +62,12 @@ def move_of(text: str, channels: int | None = None, tile: int | None = None) -> 
     text = text.removesuffix("-pull")
     resource, shots = text.removesuffix("-two"), 2 if text.endswith("-two") else None
     move = Move(resource, tile, channels, "epilogue" if folded else "stage", shots)
-    return replace(move, direction=direction, spans=spans)
+    return replace(move, direction=direction, spans=spans, own=own)
+
+
+def order_of(move: Move, order: str = "auto") -> str:
+    """``order``, or that in which own tiles need not come last."""
+    return order if move.own == "last" else "interleave"
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,7 @@ class Case:
             tiles=(("K", k), ("M", m), ("N", n)),
             workers=self.workers,
             group=2,
+            order=order_of(move),
             emitter=self.emitter,
             moves=((MOVED[self.kernel], move),),
         )

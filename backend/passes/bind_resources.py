@@ -12,6 +12,7 @@ from tilelink.backend.passes.common import (
     Moved,
     accesses,
     add_declarations,
+    drawn,
     moved,
     schedule_of,
     tensors_of,
@@ -281,7 +282,7 @@ def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op
         counters = []
         for i in users:
             if stages[i].get("queue") is None:
-                stages[i], counter = _dynamic(stages[i])
+                stages[i], counter = drawn(stages[i])
                 counters.append(counter)
         return launch.with_ops((stage, *stages)), counters
     at = max(
@@ -301,17 +302,10 @@ def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op
         # Own tiles are computed while others push still: whoever is free takes the next.
         folded = any(op.operands for op in accesses(own, f"{info.name}.parts", "load_sum"))
         if folded and own.get("queue") is None:
-            stages[i], counter = _dynamic(own)
+            stages[i], counter = drawn(own)
             counters.append(counter)
     stages.insert(at + 1, stage)
     return launch.with_ops(tuple(stages)), counters
-
-
-def _dynamic(stage: Op) -> tuple[Op, Op]:
-    """``stage`` with a dynamic queue, and the counter that it draws from."""
-    queue = f"{stage.symbol}.queue"
-    drawn = stage.with_attrs(queue="dynamic", counter=Ref(queue, (Expr.const(0),)), first=None)
-    return drawn, make("counter", ref=Ref(queue), dims=(1,))
 
 
 def _by_collective(program: Op, info: Moved) -> Op:

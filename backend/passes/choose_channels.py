@@ -42,6 +42,9 @@ FINE_CHANNELS = 8
 FINE_TILES = 256
 # Channels of one source whose parts are pulled: the fewer tiles one has, the sooner who adds them can follow.
 PULLED_CHANNELS = 32
+# Rows of tiles of a slice up to which its channels are columns of tiles, where own tiles are computed beside the
+# others: all rows of a wave of such columns lie in the cache, and a column is soon whole.
+COLUMN_ROWS = 8
 # How words say that they are there, by the signal of a move.
 ENCODING = {"word": "epoch", "sentinel": "sentinel"}
 
@@ -62,7 +65,8 @@ def choose_channels(program: Op) -> Op:
     A program with two slots has no acknowledgements. Flags of a tensor whose words signal themselves are carried
     by them, `flag @C.ready {carried = @C.parts}`: nothing is raised, and nothing has to be counted. Invariant: a
     channel holds whole communication tiles and, of a stored tensor, whole compute tiles. Where these span the
-    shards of several ranks, channels lie along another axis, ``channel_axis``, and each rank has all of them.
+    shards of several ranks, channels lie along another axis, ``channel_axis``, and each rank has all of them; so
+    they do where own tiles do not come last and a slice has few rows: a column of it is complete early.
     """
     flags: list[Op] = []
     counters: list[Op] = []
@@ -160,8 +164,10 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             _check_emptied(program, tensor)
         spans = info.kind == "scatter" and move.spans
         program = (_count_spanning if spans else _count_tasks)(program, name)
+        if move.own != "last":
+            program = _count_columns(program, name)
         info = moved(program, name)
-        choose = _spanning_channels if spans else _output_channels
+        choose = _output_channels if info.channel_axis is None else _column_channels
         tile, rows = choose(program, tensor, info, move)
     if folded(program, name):
         program = _in_channel_order(program, name, rows)
@@ -242,15 +248,26 @@ def _in_channel_order(program: Op, name: str, channel_rows: int) -> Op:
     """Let the stages of a folded sum walk one channel after the other.
 
     Tiles that are walked together lie in one channel, so that the first channels leave, and are read,
-    while the last are computed.
+    while the last are computed. Of columns, all rows are walked together, of all ranks in turn where sums are
+    read.
     """
+
+    columns = moved(program, name).channel_axis is not None
 
     def narrowed(stage: Op) -> Op:
         stored = any(not op.get("final") for op in accesses(stage, name, "store"))
-        if stage.name != "stage" or not (stored or any(accesses(stage, name, "load_sum"))):
+        stored |= any(accesses(stage, name, "load_sum"))
+        read = columns and any(accesses(stage, name, "load")) and stage.get("segment") is not None
+        if stage.name != "stage" or not (stored or read):
             return stage
         axis = int(stage.get("axis", 0))
-        group = min(int(stage.get("group", 1)), max(1, channel_rows // int(stage["tile"][axis])))
+        length = int(stage["tile"][axis])
+        if columns:
+            group = -(-int(stage["segment"]) // length)
+            if read:
+                stage = stage.with_attrs(interleave=True)
+        else:
+            group = min(int(stage.get("group", 1)), max(1, channel_rows // length))
         return stage.with_attrs(group=None if group == 1 else group)
 
     launches = (
@@ -295,8 +312,42 @@ def _count_tasks(program: Op, name: str) -> Op:
 def _count_spanning(program: Op, name: str) -> Op:
     """Record how tasks that span shards tile the tensor: along its moved axis, along another, and beside these."""
     tensor = program.declared(name)
-    info, move = moved(program, name), schedule_of(program).move(name)
     stage, variable = storing_stage(program, name)
+    axis = _column_axis(program, name)
+    detail = ""
+    if variable is None or axis is None:
+        detail = f"no two axes of `{name}` are tiles of the outer loops"
+    elif stage.get("segment") is not None:
+        detail = f"the tiles that store `{name}` end with the shards of another tensor"
+    elif _given(program, name):
+        detail = f"the rows of `{name}` that share a signal are given"
+    if detail or axis is None:
+        raise ScheduleError(
+            tensor.span, field=f"moves.{name}.spans", detail=detail, help="use false"
+        )
+    return _along_columns(program, name, axis)
+
+
+def _count_columns(program: Op, name: str) -> Op:
+    """The same of tasks that end with a shard and are computed beside own ones, of shards of few whole rows of
+    tasks; channels of others are rows."""
+    info, axis = moved(program, name), _column_axis(program, name)
+    rows, rest = divmod(info.shard, info.task_rows)
+    plain = info.block == info.shard and info.dynamic is None and not rest
+    if axis is None or not plain or rows > COLUMN_ROWS or _given(program, name):
+        return program
+    return _along_columns(program, name, axis)
+
+
+def _given(program: Op, name: str) -> bool:
+    """Whether something says which rows of a tensor share a signal."""
+    tensor, move = program.declared(name), schedule_of(program).move(name)
+    return any(given is not None for given in (move.tile, tensor.get("tile"), tensor.get("signal")))
+
+
+def _column_axis(program: Op, name: str) -> int | None:
+    """The last axis, beside the moved one, that tasks which store a tensor cut; None where none do."""
+    info, (stage, _) = moved(program, name), storing_stage(program, name)
     store = next(s for s in accesses(stage, name, "store") if not s.get("final"))
     assert store.ref is not None
     others = [
@@ -304,23 +355,20 @@ def _count_spanning(program: Op, name: str) -> Op:
         for axis, item in enumerate(store.ref.index)
         if axis != info.axis and isinstance(item, Value) and item in stage.args
     ]
-    detail = ""
-    if variable is None or not others:
-        detail = f"no two axes of `{name}` are tiles of the outer loops"
-    elif stage.get("segment") is not None:
-        detail = f"the tiles that store `{name}` end with the shards of another tensor"
-    elif any(given is not None for given in (move.tile, tensor.get("tile"), tensor.get("signal"))):
-        detail = f"the rows of `{name}` that share a signal are given"
-    if detail or variable is None:
-        raise ScheduleError(
-            tensor.span, field=f"moves.{name}.spans", detail=detail, help="use false"
-        )
-    column = stage.args.index(store.ref.index[others[-1]])
+    return others[-1] if others else None
+
+
+def _along_columns(program: Op, name: str, axis: int) -> Op:
+    """Record that channels lie along ``axis``, and how tasks tile that and the moved one."""
+    tensor, (stage, variable) = program.declared(name), storing_stage(program, name)
+    store = next(s for s in accesses(stage, name, "store") if not s.get("final"))
+    assert store.ref is not None and variable is not None
+    column = stage.args.index(store.ref.index[axis])
     across = tasks_across(program, stage, variable, column)
     # What is known at run time only is rows, which are refused where tiles are made.
     assert isinstance(across, int)
     tensor = tensor.with_attrs(
-        channel_axis=others[-1],
+        channel_axis=axis,
         task_rows=int(stage["tile"][variable]),
         task_columns=int(stage["tile"][column]),
         tasks_across=across,
@@ -328,11 +376,11 @@ def _count_spanning(program: Op, name: str) -> Op:
     return replace_declaration(program, tensor)
 
 
-def _spanning_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[int, int]:
-    """The communication tile of a tensor whose tasks span shards, and the length of a channel along its axis."""
+def _column_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[int, int]:
+    """The communication tile of a tensor whose channels are columns, and the length of one along their axis."""
     units = -(-info.across // info.task_columns)
-    alone = info.rows_meeting(RANK) == info.tasks_across == 1 and units <= FINE_TILES
-    channels = move.channels or (units if alone else FINE_CHANNELS)
+    alone = info.rows_meeting(RANK) == info.tasks_across == 1 or move.own != "last"
+    channels = move.channels or (units if alone and units <= FINE_TILES else FINE_CHANNELS)
     wanted = info.task_columns * -(-units // min(channels, units))
     return info.shard, min(wanted, info.across)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tilelink.backend.expand import environment, evaluate
 from tilelink.errors import TilelinkError
-from tilelink.ir import At, Block, Expr, Index, Op, Range, Ref, Type, Value, minimum
+from tilelink.ir import At, Block, Expr, Index, Op, Range, Ref, Type, Value, make, minimum
 from tilelink.ir.node import DECLARATIONS
 from tilelink.schedules import Schedule
 
@@ -106,8 +106,8 @@ class Moved:
     extent, where only its capacity is known. ``pulled``: contributions stay where they are made, and whoever
     sums them reads them there. ``words``: the encoding in which what peers write says itself that it
     is there; "" where flags do. ``channel_axis``: the axis along which channels lie, ``across`` elements long,
-    where that is not the moved one: tasks span the shards of several ranks then, and ``channel_rows`` and
-    ``task_columns``, of which each task stores so many, count along it. Else None.
+    where that is not the moved one: tasks span the shards of several ranks, or own tiles do not come last.
+    ``channel_rows`` and ``task_columns``, of which each task stores so many, count along it then. Else None.
     """
 
     name: str
@@ -153,6 +153,11 @@ class Moved:
     def blocks(self) -> int:
         """Blocks of one owner."""
         return self.shard // self.block
+
+    @property
+    def along(self) -> int:
+        """The axis along which channels lie."""
+        return self.axis if self.channel_axis is None else self.channel_axis
 
     @property
     def channels(self) -> int:
@@ -233,6 +238,8 @@ class Moved:
 
     def tasks_of(self, channel: Expr) -> Expr | int:
         """Tasks that store one channel of one owner."""
+        if self.channel_axis is not None:
+            return self.tasks_meeting(RANK, channel)
         if self.channel_rows == self.task_rows and self.block == self.shard:
             return self.tasks_across
         rows = self.rows_of(channel)
@@ -468,3 +475,12 @@ def tasks_of_stage(program: Op, stage: Op) -> Expr | int:
         lo, hi = (int(x) for x in stage["positions"])
         return hi - lo
     return tasks_across(program, stage, None)
+
+
+def drawn(stage: Op) -> tuple[Op, Op]:
+    """``stage`` with a dynamic queue, and the counter that it draws from."""
+    queue = f"{stage.symbol}.queue"
+    counter = make("counter", ref=Ref(queue), dims=(1,))
+    return stage.with_attrs(
+        queue="dynamic", counter=Ref(queue, (Expr.const(0),)), first=None
+    ), counter

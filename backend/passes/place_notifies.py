@@ -109,7 +109,9 @@ def _announce(program: Op, launch: Op, number: int) -> Op:
                 continue
             info = moved(program, name)
             if info.resource == "epilogue":
-                body[-1:] = _to_peers(info, op, _suffix(launch, number, name))
+                suffix = _suffix(launch, number, name)
+                spans = info.channel_axis is not None and stage.get("segment") is None
+                body[-1:] = (_to_owners if spans else _to_peers)(info, op, suffix)
             elif info.resource != "none":
                 body.append(_locally(info, stores[-1]))
     return stage.with_ops(tuple(body))
@@ -118,10 +120,10 @@ def _announce(program: Op, launch: Op, number: int) -> Op:
 def _place(info: Moved, store: Op) -> tuple[Expr, Expr]:
     """Owner and channel of the tile that ``store`` writes."""
     assert store.ref is not None
-    element = store.ref.index[info.axis]
-    assert isinstance(element, Value)
-    start = start_of(element)
-    return info.owner_of(start), info.channel_of(info.local_of(start))
+    element, along = store.ref.index[info.axis], store.ref.index[info.along]
+    assert isinstance(element, Value) and isinstance(along, Value)
+    place = start_of(along) if info.channel_axis is not None else info.local_of(start_of(along))
+    return info.owner_of(start_of(element)), info.channel_of(place)
 
 
 def _locally(info: Moved, store: Op) -> Op:
@@ -139,8 +141,6 @@ def _suffix(launch: Op, number: int, name: str) -> str:
 def _to_peers(info: Moved, op: Op, suffix: str) -> tuple[Op, ...]:
     """The store of a tile followed by its notify: to the owner, or for a reduce to every rank."""
     store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
-    if info.channel_axis is not None:
-        return _to_owners(info, op, store, suffix)
     owner, channel = _place(info, store)
     count = info.tasks_of(channel)
     if not info.spread:
@@ -151,8 +151,9 @@ def _to_peers(info: Moved, op: Op, suffix: str) -> tuple[Op, ...]:
     )
 
 
-def _to_owners(info: Moved, op: Op, store: Op, suffix: str) -> tuple[Op, ...]:
+def _to_owners(info: Moved, op: Op, suffix: str) -> tuple[Op, ...]:
     """The store of a tile that spans shards, and a notify to every rank that owns some of its rows."""
+    store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
     assert store.ref is not None and info.channel_axis is not None
     rows, columns = store.ref.index[info.axis], store.ref.index[info.channel_axis]
     assert isinstance(rows, Value) and isinstance(columns, Value)
@@ -174,7 +175,7 @@ def _relayed(program: Op, info: Moved, stage: Op, op: Op, before: int) -> tuple[
     """The store of a part's sum into every rank, and its notifies; ``before``: stages that did that already."""
     store = next(s for s in op.walk() if s.name == "store" and s.symbol == info.name)
     _, channel = _place(info, store)
-    element = store.ref.index[info.axis]  # type: ignore[union-attr]
+    element = store.ref.index[info.along]  # type: ignore[union-attr]
     variable = stage.args.index(element)
     across = tasks_across(program, stage, variable)
     rows = info.rows_of(channel)

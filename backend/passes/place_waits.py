@@ -109,7 +109,7 @@ def _folded_waits(program: Op, op: Op, loop: Op) -> list[Op]:
         return []
     assert op.ref is not None
     info = moved(program, op.ref.symbol)
-    tile = op.ref.index[info.axis]
+    tile = op.ref.index[info.along]
     assert isinstance(tile, Value)
     channels = _span(*info.channel_range(start_of(tile), stop_of(tile), _length(loop, tile)))
     ready = f"{info.name}.ready"
@@ -195,8 +195,12 @@ def _total_waits(info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op
     if tile is None or loop.get("segment") is None or int(loop.get("axis", 0)) != number:
         everything = (Range(Expr.const(0), WORLD), Range(Expr.const(0), Expr.const(info.channels)))
         return [make("wait", ref=Ref(summed, everything), span=load.span)]
-    span = _span(*info.channel_range(start_of(tile), stop_of(tile), _length(loop, tile)))
-    index = (info.owner_of(start_of(tile)), span)
+    assert load.ref is not None
+    lo, hi = Expr.const(0), Expr.const(info.channels)
+    along = load.ref.index[info.along]
+    if isinstance(along, Value) and along in loop.args and along.type.is_tile:
+        lo, hi = info.channel_range(start_of(along), stop_of(along), _length(loop, along))
+    index = (info.owner_of(start_of(tile)), _span(lo, hi))
     return [make("wait", ref=Ref(summed, index), span=load.span)]
 
 

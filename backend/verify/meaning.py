@@ -243,16 +243,22 @@ class _Meaning:
 
     def sharers(self, phases: list[Phase]) -> tuple[list[Phase], list[Phase]]:
         """The stages at the head of ``phases`` that may share one nest: those that store what is summed, of which
-        the first is one, and those behind them that add it to what they hold. None of either otherwise."""
+        the first is one, and those behind it that add it to what they hold. None of either otherwise.
+
+        Their order is no matter of what they compute, where none reads what one in front of it changes for the
+        next nest (see :meth:`shared`): *cover* and *progress* hold what is read when.
+        """
         stored = _stored(phases[0].op)
-        count = next(
-            (n for n, p in enumerate(phases) if self.sums_own(p.op) or _stored(p.op) != stored),
-            len(phases),
-        )
-        end = next(
-            (n for n, p in enumerate(phases) if n >= count and not self.sums_own(p.op)), len(phases)
-        )
-        return (phases[:count], phases[count:end]) if 0 < count < end else ([], [])
+        makers: list[Phase] = []
+        adders: list[Phase] = []
+        for phase in phases:
+            if makers and self.sums_own(phase.op):
+                adders.append(phase)
+            elif not self.sums_own(phase.op) and _stored(phase.op) == stored:
+                makers.append(phase)
+            else:
+                break
+        return (makers, adders) if adders else ([], [])
 
     def shared(self, makers: list[Phase], adders: list[Phase], done: int) -> int:
         """Stages that share the tiles of nest ``done``; the number of nests that are done with them.
@@ -263,6 +269,12 @@ class _Meaning:
         nest's, those of the stages that add this rank's part.
         """
         first, second = makers[0], adders[0]
+        phases = self.out.phases
+        late = [p for p in makers if phases.index(p) > phases.index(second)]
+        changed = {self.out.base(name) for adder in adders for name in _stored(adder.op)}
+        for op in (op for phase in late for op in phase.op.walk() if op.name == "load"):
+            if self.out.base(op.symbol) in changed:
+                self.fail(op, "a stage in front of it, which goes on with the next loop, stores it")
         if done == len(self.nests):
             self.fail(first.op, "the kernel has no such loop")
         nest = self.nests[done]

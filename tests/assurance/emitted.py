@@ -20,7 +20,16 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from tests.emitted_mutants import Mutant, mutants
-from tests.strategies import FOLDED, FOLDED_TWO, PULLED, PULLED_TWO, SPANNING, move_of
+from tests.strategies import (
+    FOLDED,
+    FOLDED_TWO,
+    OWN_TWO,
+    PULLED,
+    PULLED_TWO,
+    SPANNING,
+    move_of,
+    order_of,
+)
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
@@ -79,8 +88,10 @@ class Case:
             present = [n for n in kernel.signature.tensors if n in ("A", "B", *self.extra)]
         op = kernel.build(dict(self.shape), {}, self.world, present, dict(self.flags))
         schedule = default_schedule(op)
-        moves = tuple((name, move_of(self.resource)) for name, _ in schedule.moves)
-        schedule = replace(schedule, moves=moves, emitter=self.emitter)
+        move = move_of(self.resource)
+        moves = tuple((name, move) for name, _ in schedule.moves)
+        order = order_of(move, schedule.order)
+        schedule = replace(schedule, moves=moves, emitter=self.emitter, order=order)
         schedule = schedule.with_tiles(**dict(self.tiles))
         if self.emitter == "gluon":
             schedule = replace(schedule, warps=8, stages=3)
@@ -108,6 +119,8 @@ def intact() -> Iterator[Case]:
             for shape in (EVEN, ODD, WIDE, *([LOW] if resource in SPANNING else [])):
                 yield case(kernel, resource, shape)
             yield case(kernel, resource, EVEN, world=2, workers=3)
+            if resource in OWN_TWO:
+                yield case(kernel, resource, WIDE, workers=5)
             small = (("M", 32), ("N", 32), ("K", 32))
             yield case(kernel, resource, ODD, world=8 if kernel != "ag_gemm" else 4, tiles=small)
             if kernel in ("gemm_rs_add", "gemm_ar_add"):

@@ -18,7 +18,7 @@ from tilelink.backend.pipeline import run_passes
 from tilelink.cli.inputs import random_inputs
 from tilelink.ir import Op
 from tilelink.schedules import Schedule
-from tilelink.schedules.schedule import SIGNALS
+from tilelink.schedules.schedule import OWNS, SIGNALS
 
 CALLS = 2
 ADD = ("bias", "residual")
@@ -64,6 +64,7 @@ class Sample:
     signal: str = "flag"
     copies: str = "rows"
     spans: bool = False
+    own: str = "last"
 
     @property
     def name(self) -> str:
@@ -78,6 +79,7 @@ class Sample:
         parts += [f"{self.signal}s"] if self.signal != "flag" else []
         parts += [self.copies] if self.copies != "rows" else []
         parts += ["spans"] if self.spans else []
+        parts += [self.own] if self.own != "last" else []
         parts += ["flat" if self.flatten else "nested", self.dtype]
         return ".".join([*parts, *([self.emitter] if self.emitter != "triton" else [])])
 
@@ -93,6 +95,7 @@ class Sample:
         plain = move_of(self.resource, self.channels)
         move = replace(plain, shots=self.shots, slots=self.slots, streams=self.streams)
         move = replace(move, signal=self.signal, copies=self.copies, spans=self.spans)
+        move = replace(move, own=self.own)
         moves = ((self.tensor, move),)
         tiles = tuple((name, self.tile) for name in "KMN")
         schedule = Schedule(
@@ -148,6 +151,10 @@ def samples() -> list[Sample]:
             if resource == "epilogue-pull-folded" and kernel == "gemm_rs":
                 # Own tiles are computed beside the others'.
                 found.append(replace(plain, tiles=20, workers=3, order="interleave"))
+            if resource == "epilogue-folded":
+                # Some own tiles are computed before the last of the others: of two rows, and of one.
+                own = replace(plain, columns=4, workers=3, order="interleave")
+                found += [replace(own, tiles=t, own=o) for t in (4, 2) for o in OWNS[1:]]
             if resource in ("copy_engine", "epilogue") and kernel in (
                 "ag_gemm",
                 "gemm_rs",
@@ -175,6 +182,9 @@ def samples() -> list[Sample]:
                 found += [replace(two, signal=s) for s in SIGNALS]
                 folded = f"{resource}-folded"
                 found.append(replace(plain, resource=folded, tiles=4, shots=2, slots=2))
+                own = replace(plain, resource=folded, shots=2, columns=4, order="interleave")
+                own = replace(own, own="between")
+                found += [replace(own, tiles=4, workers=1), replace(own, tiles=2, workers=2)]
     return found
 
 

@@ -136,7 +136,13 @@ def cases(only: str = "") -> list[Case]:
             others += ["epilogue-two-slots", "epilogue-one-slots"]
             others += ["copy_engine-two-folded", "sm:16-two-folded", "epilogue-two-folded"]
             others += ["epilogue-two-folded-slots"]
+            others += ["epilogue-two-folded-beside", "epilogue-two-folded-between"]
+            others += ["epilogue-two-folded-beside-slots"]
             others += ["epilogue-two-pull", "epilogue-two-pull-folded-turned"]
+            found += [
+                Case(kernel, *shapes[-1], resource=f"epilogue-two-folded-{own}")
+                for own in ("beside", "between")
+            ]
             others += ["epilogue-two-slots-words", "epilogue-one-slots-words"]
             others += ["epilogue-two-slots-sentinels", "epilogue-one-slots-sentinels"]
         found += [
@@ -179,6 +185,7 @@ def cases(only: str = "") -> list[Case]:
         folded: tuple[str, ...] = ("copy_engine-folded", "epilogue-folded", "epilogue-two-folded")
         folded += ("epilogue-pull", "epilogue-pull-folded", "epilogue-pull-folded-turned")
         folded += ("epilogue-two-pull", "epilogue-two-pull-folded-turned")
+        folded += ("epilogue-two-folded-beside",)
         roles = ["copy_engine", *(r for r in others if r in ("epilogue", *folded))]
         # Two warp groups share tiles of at least 128 rows.
         found += [
@@ -202,7 +209,7 @@ def schedule_for(case: Case, world: int) -> Any:
     # `-streams`: two streams; `-words`, `-sentinels`: data that signals itself, by an epoch beside it or alone;
     # `-split`: sums in four parts; `-tail`: the last wave's tiles in two; `-boxes`: workers copy boxes; `-spans`:
     # tiles span shards, those that read a gather or store what is pulled; `-pull`: parts are read where they were
-    # made; `-turned`: tiles of all ranks take turns.
+    # made; `-turned`: tiles of all ranks take turns; `-beside`, `-between`: where own ones are, of the others.
     resource, *words = case.resource.split("-")
     changes: dict[str, Any] = {}
     if words:
@@ -219,7 +226,8 @@ def schedule_for(case: Case, world: int) -> Any:
     changes["copies"] = "boxes" if "boxes" in words else "rows"
     changes["spans"] = "spans" in words
     schedule = default_schedule(op).with_resource(resource)
-    if "turned" in words:
+    changes["own"] = next((word for word in ("beside", "between") if word in words), "last")
+    if "turned" in words or changes["own"] != "last":
         # Of few workers, each has so many tiles that own ones are computed beside the others.
         schedule = replace(schedule, order="interleave", workers=16)
     schedule = replace(schedule, emitter=case.emitter, split=4 if "split" in words else 1)

@@ -184,7 +184,7 @@ def test_few_places_leave_own_tiles_to_the_end() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("positions = [0, ", "positions = [1, ", "cover"),
+        (r"(stage @C\.own \{[^\n]*positions = \[)0, ", r"\g<1>1, ", "cover"),
         (r"positions = \[(\d+), 10\]", r"positions = [\1, 11]", "positions"),
         ("positions = [0, ", 'queue = "dynamic", positions = [0, ', "queue"),
         (r"positions = \[0, \d+\]", "positions = [3, 3]", "positions"),

@@ -17,7 +17,7 @@ from tilelink.backend.verify import verify
 from tilelink.errors import InternalError, Source, TilelinkError
 from tilelink.ir import parse_ir, print_ir
 from tilelink.schedules import Move, Schedule
-from tilelink.schedules.schedule import COPIES, EMITTERS, ORDERS, SIGNALS, SUMS
+from tilelink.schedules.schedule import COPIES, EMITTERS, ORDERS, OWNS, SIGNALS, SUMS
 
 MOVED = {
     "ag_gemm": "A",
@@ -47,10 +47,14 @@ def schedules(draw: Any, tensor: str | None) -> Schedule:
     )
     if move.resource == "epilogue":
         move = replace(move, direction=draw(st.sampled_from(("push", "push", "pull"))))
+    order = draw(st.sampled_from(ORDERS))
+    emitter = draw(st.sampled_from(EMITTERS))
+    own_tiles = (move.resource, move.direction, move.sum) == ("epilogue", "push", "epilogue")
+    if order == "interleave" and own_tiles:
+        move = replace(move, own=draw(st.sampled_from(OWNS[:2] if emitter == "gluon" else OWNS)))
     place = move.resource, move.direction, move.slots, move.sum
     if place == ("epilogue", "push", 2, "stage"):
         move = replace(move, signal=draw(st.sampled_from(SIGNALS)))
-    emitter = draw(st.sampled_from(EMITTERS))
     large = emitter == "gluon"
     sizes = {
         "K": (64,) if large else (8, 32),
@@ -60,7 +64,7 @@ def schedules(draw: Any, tensor: str | None) -> Schedule:
     split = draw(st.sampled_from((1, 1, 2, 3))) if emitter == "triton" else 1
     return Schedule(
         tiles=tuple((name, draw(st.sampled_from(sizes[name]))) for name in "KMN"),
-        order=draw(st.sampled_from(ORDERS)),
+        order=order,
         group=draw(st.sampled_from((1, 3, 8))),
         workers=draw(st.sampled_from((3, 5, 9, 132))),
         warps=8 if large else draw(st.sampled_from((1, 4, 8))),

@@ -9,6 +9,7 @@ import pytest
 
 from tilelink.backend.runtime.choose import choices, compile_chosen, predicted_choice
 from tilelink.ir import Op, Ref
+from tilelink.kernel import Kernel
 from tilelink.kernels import ag_gemm, gemm, gemm_ar, gemm_rs
 from tilelink.schedules import Schedule, default_schedule
 from tilelink.schedules.machine import Machine
@@ -231,17 +232,21 @@ def test_a_schedule_that_does_not_compile_gives_way(monkeypatch: pytest.MonkeyPa
     assert Schedule.from_json(program["schedule"]) == default_schedule(op)
 
 
-def test_a_prediction_alone_has_no_call_pull(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kernel", "rows"), [(gemm_rs, 128), (gemm_ar, 4096)])
+def test_a_prediction_alone_has_no_call_pull_or_share(
+    kernel: Kernel, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tilelink.backend.runtime import choose
 
-    op = gemm_rs.build({"M": 128, "K": 512, "N": 1024}, {}, 4)
+    op = kernel.build({"M": rows, "K": 512, "N": 1024}, {}, 4)
 
     def predicted(_: Op, schedule: Schedule, __: Machine) -> float:
-        pulled = any(move.direction == "pull" for _, move in schedule.moves)
-        return 1.0 if pulled else 20.0 if schedule.workers == 132 else 30.0
+        new = any(m.direction == "pull" or m.own != "last" for _, m in schedule.moves)
+        return 1.0 if new else 20.0 if schedule.workers == 132 else 30.0
 
     monkeypatch.setattr(choose, "_predicted_us", predicted)
     near = replace(default_schedule(op), workers=66)
     found = predicted_choice(op, DEVICE, near)
     assert found is not None
-    assert all(move.direction == "push" for _, move in found.schedule.moves)  # type: ignore[union-attr]
+    moves = [move for _, move in found.schedule.moves]  # type: ignore[union-attr]
+    assert all(move.direction == "push" and move.own == "last" for move in moves)
