@@ -13,7 +13,7 @@ from typing import Any
 
 from tilelink.backend.mutate.sites import Mutant
 from tilelink.backend.simulate.attack import Outputs, attack
-from tilelink.backend.simulate.explore import explore
+from tilelink.backend.simulate.explore import explorations
 from tilelink.backend.verify import verify
 from tilelink.errors import TilelinkError
 from tilelink.ir import Op
@@ -99,8 +99,8 @@ def decide(program: Op, trial: Trial, limit: int = LIMIT, seed: int = 0) -> Trut
     if failure is not None and failure.oracle in _PLAIN:
         return Truth(DIFFERENT, str(failure))
     states = 0
-    for one_queue in (False, True):
-        found = explore(program, len(trial.inputs), limit=limit, one_queue=one_queue)
+    found_in = explorations(program, len(trial.inputs), limit=limit)
+    for one_queue, found in zip((False, True), found_in, strict=True):
         states += found.states
         if found.bad is not None:
             queue = ", one hardware queue" if one_queue else ""

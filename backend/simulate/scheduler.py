@@ -17,7 +17,7 @@ from tilelink.backend.simulate.deadlock import explain
 from tilelink.backend.simulate.errors import DeadlockError, InputError, StepsError, VersionError
 from tilelink.backend.simulate.execute import Blocked, Flight, Machine, Runner, Steps, Task
 from tilelink.backend.simulate.hostility import Hostility
-from tilelink.backend.simulate.memory import Access, Channel, Clock, Memory, Tracker, View
+from tilelink.backend.simulate.memory import Channel, Clock, Memory, Tracker, View
 from tilelink.backend.simulate.roles import LOADER, Handed, behind, loader_of
 from tilelink.backend.simulate.trace import Place, Traces, Work
 from tilelink.backend.simulate.versions import Versions
@@ -134,15 +134,17 @@ class Scheduler:
     def run(self) -> list[list[dict[str, torch.Tensor]]]:
         """Every call's outputs, a list over ranks each."""
         self._begin()
-        ready, ran, most = self._ready, self.hostility.ran, self.options.steps
-        pop, step = heapq.heappop, self._step
+        ready, most, step = self._ready, self.options.steps, self._step
+        pop, ran = heapq.heappop, self.hostility.ran
+        counts = self.hostility.counts
         while ready:
-            _, _, task = pop(ready)
+            task = pop(ready)[2]
             self.steps += 1
             if self.steps > most:
                 raise StepsError(self.geometry.program.span, steps=most)
             step(task)
-            ran(task.component)
+            if counts:
+                ran(task.component)
         if self.tasks or any(call.left for call in self.calls):
             raise self._deadlock()
         if self.machine.stale is not None:
@@ -433,12 +435,11 @@ class Scheduler:
         component = self._components[rank, "<host>", 0]
         memory, call = self.memories[rank], self.calls[rank].number
         user = _User(rank, call)
-        access = Access(_READ_BY_USER, False, user, None)
         view = View(component, self.clocks[component])
         for decl in self.outline.outputs:
             if decl.name in self.traces.written and 0 not in decl.shape:
                 row = self.traces.tables[decl.name].row(tuple((0, s) for s in decl.shape))
-                memory.trackers[decl.name].read(row, access, view)
+                memory.trackers[decl.name].read(row, _READ_BY_USER, user, None, view)
                 self._check_output(memory, decl, call, user)
             if self.options.values:
                 self.outputs[call][rank][decl.name] = memory.tensor(decl)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, TypeAlias
 
@@ -47,7 +48,7 @@ class Place:
         return f" stage @{self.stage} tile {tile_text(self.op, self.tiles)}"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Region:
     """A box of a tensor or buffer of one rank; ``row`` is its row in the tables of boxes, or -1."""
 
@@ -57,6 +58,25 @@ class Region:
     box: Box
     row: int
     shape: tuple[int, ...] | None  # None where an index is a tile of integers
+
+    @cached_property
+    def halves(self) -> tuple[tuple[Region, tuple[slice, ...]], ...]:
+        """The region in two, each with where it lies in a value of the whole; () where it has a single row."""
+        for axis, part in enumerate(self.key):
+            whole = not isinstance(part, slice) or part.start is None
+            length = 1 if whole else part.stop - part.start
+            if length < 2:
+                continue
+            middle, found = part.start + length // 2, []
+            before = sum(not isinstance(k, int) for k in self.key[:axis])
+            for lo, hi in ((part.start, middle), (middle, part.stop)):
+                new = (*self.key[:axis], slice(lo, hi), *self.key[axis + 1 :])
+                box = (*self.box[:axis], (lo, hi), *self.box[axis + 1 :])
+                inside = slice(lo - part.start, hi - part.start)
+                at = (*(slice(None),) * before, inside)
+                found.append((Region(self.symbol, new, new, box, self.row, None), at))
+            return tuple(found)
+        return ()
 
 
 @dataclass(slots=True, eq=False)
