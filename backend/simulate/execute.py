@@ -58,6 +58,7 @@ class Blocked:
         self.place = self.place or self.symbol
 
 
+NOWHERE = Place(0, "")
 Steps: TypeAlias = Generator[Blocked | None, None, None]
 
 
@@ -79,7 +80,7 @@ class Task:
     view: View
     worker: int | None = None
     proxy: View | None = None
-    place: Place = field(default_factory=lambda: Place(0, ""))
+    place: Place = NOWHERE
     steps: Steps | None = None
     blocked: Blocked | None = None
     controlled: tuple[Op, Place] | None = None
@@ -234,7 +235,9 @@ class Machine:
         if self.values:
             target = memory.tensor(self.geometry.decls[region.symbol], place)
             if isinstance(value, torch.Tensor):
-                shape = target[region.key].shape
+                shape = region.shape
+                if shape is None:
+                    shape = tuple(target[region.key].shape)
                 if value.dim() and value.shape != shape:
                     detail = f"a value of shape {list(value.shape)} into a region of {list(shape)}"
                     raise BoundsError(None, symbol=region.symbol, detail=detail)
@@ -280,13 +283,13 @@ class Machine:
             epochs, _ = self.memories[rank].words(decl, blocked.place)
             # A sentinel that is gone says nothing of the call that wrote there.
             any_call = decl.op["words"] == "sentinel"
-            return [
-                number
-                for number, (region, _) in enumerate(blocked.polled)
-                if np.count_nonzero(
-                    epochs[region.mask] == 0 if any_call else epochs[region.mask] != blocked.need
-                )
-            ]
+            found = []
+            for number, (region, _) in enumerate(blocked.polled):
+                held = epochs[region.mask]
+                absent = held == 0 if any_call else held != blocked.need
+                if 1 in absent.tobytes():
+                    found.append(number)
+            return found
         if not blocked.elements:
             return []
         values = self.memories[rank].channels[blocked.place].values
@@ -448,7 +451,7 @@ class Runner:
                 machine.versions.read(memory, place, ins, part, region, task.call, task)
             except VersionError as error:
                 # A race says more of the same fault; this is what remains if none is found.
-                machine.stale = error
+                machine.stale = error.with_traceback(None)
 
     def _poll(self, ins: Load) -> Steps:
         """Until each word that is read is there. Then whoever wrote one has begun the call there."""
@@ -463,7 +466,7 @@ class Runner:
             yield blocked
         _, writers = self.memory.words(self.geometry.decls[symbol], place)
         for part in ins.parts:
-            for rank in np.unique(writers[part.mask]).tolist():
+            for rank in sorted(set(writers[part.mask].reshape(-1).tolist())):
                 began = machine.began.get((rank, task.call))
                 if began is not None:
                     np.maximum(task.clock, began, out=task.clock)
