@@ -8,12 +8,13 @@ explored is *undecided*, and counts against whoever missed it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tilelink.backend.mutate.sites import Mutant
 from tilelink.backend.simulate.attack import Outputs, attack
-from tilelink.backend.simulate.explore import explore
+from tilelink.backend.simulate.explore import explorations
+from tilelink.backend.simulate.shared import Shared
 from tilelink.backend.verify import verify
 from tilelink.errors import TilelinkError
 from tilelink.ir import Op
@@ -31,13 +32,15 @@ class Trial:
     """What a program is run on: inputs of the calls, over ranks, and the outputs that are right.
 
     ``kernel`` is what the program was made from, where that is known: the proof holds the one against
-    the other. ``smaller`` are values of a dynamic extent below its capacity, with trials of their own.
+    the other. ``smaller`` are values of a dynamic extent below its capacity, with trials of their own. ``shared``:
+    what mutants of one program have in common.
     """
 
     inputs: Sequence[Sequence[Mapping[str, Any]]]
     expected: Outputs
     kernel: Op | None = None
     smaller: Sequence[tuple[Mapping[str, int], Trial]] = ()
+    shared: Shared = field(default_factory=Shared, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,9 @@ def prove(program: Op, kernel: Op | None = None) -> str:
 
 def simulate(program: Op, trial: Trial, schedules: int = SCHEDULES, seed: int = 0) -> str:
     """The simulator's oracle that objects to ``program``, or "" where none does."""
-    failure = attack(program, _copied(trial).inputs, trial.expected, schedules, seed)
+    failure = attack(
+        program, _copied(trial).inputs, trial.expected, schedules, seed, shared=trial.shared
+    )
     found = "" if failure is None else failure.oracle
     for values, other in trial.smaller:
         found = found or simulate(at_extents(program, values), other, schedules, seed)
@@ -95,12 +100,12 @@ def decide(program: Op, trial: Trial, limit: int = LIMIT, seed: int = 0) -> Trut
     A program without a bad state computes the same numbers in every schedule, so one run shows them. What
     is too large to explore is undecided, whatever some schedules of it have shown.
     """
-    failure = attack(program, _copied(trial).inputs, trial.expected, 1, seed)
+    failure = attack(program, _copied(trial).inputs, trial.expected, 1, seed, shared=trial.shared)
     if failure is not None and failure.oracle in _PLAIN:
         return Truth(DIFFERENT, str(failure))
     states = 0
-    for one_queue in (False, True):
-        found = explore(program, len(trial.inputs), limit=limit, one_queue=one_queue)
+    found_in = explorations(program, len(trial.inputs), limit=limit)
+    for one_queue, found in zip((False, True), found_in, strict=True):
         states += found.states
         if found.bad is not None:
             queue = ", one hardware queue" if one_queue else ""

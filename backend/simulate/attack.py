@@ -28,6 +28,7 @@ from tilelink.backend.simulate.errors import (
 )
 from tilelink.backend.simulate.geometry import Geometry
 from tilelink.backend.simulate.scheduler import Inputs, Options, Scheduler, steps_of
+from tilelink.backend.simulate.shared import Shared
 from tilelink.backend.simulate.trace import Traces
 from tilelink.backend.simulate.versions import Versions
 from tilelink.errors import InternalError, TilelinkError
@@ -75,13 +76,15 @@ def attack(
     seed: int = 0,
     workers: int | None = None,
     explain: bool = False,
+    shared: Shared | None = None,
 ) -> Failure | None:
     """Run ``program`` under up to ``schedules`` hostile schedules; the first failure, or None.
 
     ``inputs_of_calls`` is what :func:`tilelink.backend.simulate.run_calls` takes; ``expected`` the
     outputs of the reference, call by call, or None to leave the numbers to the caller. Schedule i is
     the one that ``run_calls`` makes of seed ``seed + i``. ``explain`` adds the chain of waits to a
-    deadlock. InputError where the inputs are not those of the program.
+    deadlock. ``shared`` saves work where programs that differ little are attacked one after the other.
+    InputError where the inputs are not those of the program.
     """
     calls = len(inputs_of_calls)
 
@@ -89,10 +92,11 @@ def attack(
         if isinstance(error, RunError):
             error.command = reproduce(program, seed + number, calls, workers, text=True)
         oracle = next((name for kind, name in ORACLES.items() if isinstance(error, kind)), None)
-        return Failure(oracle or "execution", number, seed + number, error)
+        # A traceback would keep all that the run held.
+        return Failure(oracle or "execution", number, seed + number, error.with_traceback(None))
 
     try:
-        traces = Traces(Geometry(program, workers))
+        traces = Traces(Geometry(program, workers), shared)
         steps = MARGIN * calls * steps_of(traces) + 10_000
         versions = Versions(traces)
         dynamic = traces.prepare()

@@ -15,7 +15,7 @@ import torch
 
 from tilelink.backend.simulate.errors import BalanceError, BoundsError, VersionError
 from tilelink.backend.simulate.geometry import Env, Tile
-from tilelink.backend.simulate.memory import Access, Clock, Memory, Released, View
+from tilelink.backend.simulate.memory import Channel, Clock, Memory, Released, View
 from tilelink.backend.simulate.roles import cut
 from tilelink.backend.simulate.trace import (
     CONTROL,
@@ -58,6 +58,7 @@ class Blocked:
         self.place = self.place or self.symbol
 
 
+NOWHERE = Place(0, "")
 Steps: TypeAlias = Generator[Blocked | None, None, None]
 
 
@@ -79,7 +80,7 @@ class Task:
     view: View
     worker: int | None = None
     proxy: View | None = None
-    place: Place = field(default_factory=lambda: Place(0, ""))
+    place: Place = NOWHERE
     steps: Steps | None = None
     blocked: Blocked | None = None
     controlled: tuple[Op, Place] | None = None
@@ -114,23 +115,13 @@ class Flight:
 
 def halves(flight: Flight) -> list[Flight]:
     """A flight as two that land each by itself: words come in any order. One where it has a single row."""
-    key = flight.region.key
-    for axis, part in enumerate(key):
-        length = part.stop - part.start if isinstance(part, slice) and part.start is not None else 1
-        if length < 2:
-            continue
-        middle, found = part.start + length // 2, []
-        before = sum(not isinstance(k, int) for k in key[:axis])
-        for lo, hi in ((part.start, middle), (middle, part.stop)):
-            new = (*key[:axis], slice(lo, hi), *key[axis + 1 :])
-            box = (*flight.region.box[:axis], (lo, hi), *flight.region.box[axis + 1 :])
-            region = Region(flight.region.symbol, new, new, box, flight.region.row, None)
-            value = flight.value
-            if isinstance(value, torch.Tensor) and value.dim():
-                value = value[(slice(None),) * before + (slice(lo - part.start, hi - part.start),)]
-            found.append(Flight(flight.task, flight.rank, region, value, flight.uid, flight.epoch))
-        return found
-    return [flight]
+    found = []
+    for region, at in flight.region.halves:
+        value = flight.value
+        if isinstance(value, torch.Tensor) and value.dim():
+            value = value[at]
+        found.append(Flight(flight.task, flight.rank, region, value, flight.uid, flight.epoch))
+    return found or [flight]
 
 
 def lacking(values: Sequence[int], elements: Sequence[int], need: int, equal: bool) -> list[int]:
@@ -159,6 +150,7 @@ class Machine:
     ) -> None:
         self.traces = traces
         self.geometry = traces.geometry
+        self.places = traces.geometry.places
         self.memories = memories
         self.wake = wake
         self.late = late
@@ -181,28 +173,30 @@ class Machine:
         """Use of the epoch and the counters, which the head writes; its first use by a task, and its
         last, are all that a write of the head can race with."""
         if task.controlled is None:
-            self._read_control(task, op, task.place)
+            self.read_control(task, op, task.place)
         task.controlled = (op, task.place)
 
-    def _read_control(self, task: Task, op: Op, place: Place) -> None:
+    def read_control(self, task: Task, op: Op, place: Place) -> None:
+        """Record a use of the epoch and the counters."""
         tracker = self.memories[task.rank].trackers[CONTROL]
-        tracker.read(self.traces.control, Access(op, False, task, place), task.view)
+        tracker.read(self.traces.control, op, task, place, task.view)
 
     def end(self, task: Task) -> None:
         """The task is over."""
         self.flush(task)
         if task.controlled is not None:
-            self._read_control(task, *task.controlled)
+            self.read_control(task, *task.controlled)
         task.clock[task.component] += 1
 
     def write_control(self, task: Task, op: Op) -> None:
         """The head advances the epoch and clears words."""
         tracker = self.memories[task.rank].trackers[CONTROL]
-        tracker.write(self.traces.control, Access(op, True, task, task.place), task.view)
+        tracker.write(self.traces.control, op, task, task.place, task.view)
 
     def release(self, task: Task) -> Clock:
         """Make every pending store of ``task`` visible; the clock that its release carries."""
-        self.flush(task)
+        if task.pending:
+            self.flush(task)
         carried = task.clock.copy()
         task.clock[task.component] += 1
         return carried
@@ -233,26 +227,27 @@ class Machine:
 
     def land(self, task: Task, rank: int, region: Region, value: Any, uid: int) -> None:
         """A store reaches memory."""
-        memory = self.memories[rank]
+        memory, call = self.memories[rank], task.call
         if value is EMPTIED:
-            self._empty(memory, region, task.call)
+            self._empty(memory, region, call)
             return
+        place = self.places[call & 1][region.symbol]
         if self.values:
-            place = self.geometry.slot(region.symbol, task.call)
             target = memory.tensor(self.geometry.decls[region.symbol], place)
             if isinstance(value, torch.Tensor):
-                shape = target[region.key].shape
+                shape = region.shape
+                if shape is None:
+                    shape = tuple(target[region.key].shape)
                 if value.dim() and value.shape != shape:
                     detail = f"a value of shape {list(value.shape)} into a region of {list(shape)}"
                     raise BoundsError(None, symbol=region.symbol, detail=detail)
             target[region.key] = value
         if self.versions is not None and region.row >= 0:
-            place = self.geometry.slot(region.symbol, task.call)
-            self.versions.written(memory, place, region.mask, uid, task.call)
+            self.versions.written(memory, place, region.mask, uid, call)
 
     def _empty(self, memory: Memory, region: Region, call: int) -> None:
         """The sentinel is back in words that were read."""
-        decl, place = self.geometry.decls[region.symbol], self.geometry.slot(region.symbol, call)
+        decl, place = self.geometry.decls[region.symbol], self.places[call & 1][region.symbol]
         memory.words(decl, place)[0][region.mask] = 0
         if self.values:
             memory.tensor(decl, place)[region.key] = float("nan")
@@ -267,7 +262,7 @@ class Machine:
         flights.remove(flight)
         task, region = flight.task, flight.region
         self.land(task, flight.rank, region, flight.value, flight.uid)
-        place = self.geometry.slot(region.symbol, task.call)
+        place = self.places[task.call & 1][region.symbol]
         memory = self.memories[flight.rank]
         epochs, writers = memory.words(self.geometry.decls[region.symbol], place)
         epochs[region.mask], writers[region.mask] = flight.epoch, task.rank
@@ -288,13 +283,13 @@ class Machine:
             epochs, _ = self.memories[rank].words(decl, blocked.place)
             # A sentinel that is gone says nothing of the call that wrote there.
             any_call = decl.op["words"] == "sentinel"
-            return [
-                number
-                for number, (region, _) in enumerate(blocked.polled)
-                if (
-                    epochs[region.mask] == 0 if any_call else epochs[region.mask] != blocked.need
-                ).any()
-            ]
+            found = []
+            for number, (region, _) in enumerate(blocked.polled):
+                held = epochs[region.mask]
+                absent = held == 0 if any_call else held != blocked.need
+                if 1 in absent.tobytes():
+                    found.append(number)
+            return found
         if not blocked.elements:
             return []
         values = self.memories[rank].channels[blocked.place].values
@@ -313,6 +308,7 @@ class Runner:
         self._env: Env | None = None  # where a block is traced while it runs
         self._due: list[Notify] = []
         self._written = machine.traces.written
+        self._places = machine.places[task.call & 1]
 
     def block(
         self,
@@ -321,7 +317,7 @@ class Runner:
         tiles: tuple[Tile, ...] = (),
         part: tuple[bool, frozenset[int]] | None = None,
     ) -> Steps:
-        """Execute the block of ``op``, position ``number`` of its queue.
+        """The steps of the block of ``op``, position ``number`` of its queue, to be executed now.
 
         ``part``: what stands in front of (True) or behind its main loop alone, and the ops behind it.
         """
@@ -336,10 +332,9 @@ class Runner:
             if part is not None:
                 at = cut(whole, part[1])
                 whole = whole[:at] if part[0] else whole[at:]
-            yield from self._run(whole)
-            return
+            return self._run(whole)
         if part is not None and part[0]:
-            return  # values rule its course: the group does all of it
+            return self._run(())  # values rule its course: the group does all of it
         env = {**self.geometry.env(task.rank), **self.memory.scalars}
         for name, decl in self.geometry.decls.items():
             if decl.kind in ("tensor", "buffer") and decl.dtype in ("int32", "int64", "bool"):
@@ -347,12 +342,25 @@ class Runner:
         self._env = env
         tracer = traces.tracer(task.rank, task.agent, op, number, tiles, env, self.values, True)
         task.place = tracer.place
-        yield from self._run(tracer.block(op.body))
+        return self._run(tracer.block(op.body))
 
     def _run(self, instructions: Iterable[Instruction]) -> Steps:
-        values, task = self.values, self.task
+        values, task, machine, memory = self.values, self.task, self.machine, self.memory
         for ins in instructions:
-            if isinstance(ins, Load):
+            if isinstance(ins, Wait):
+                if task.controlled is None:
+                    machine.read_control(task, ins.op, task.place)
+                task.controlled = (ins.op, task.place)
+                need = ins.need if ins.counter else memory.epoch + ins.need
+                place = self._places[ins.symbol]
+                channel, blocked = memory.channels[place], None
+                yield None
+                while lacking(channel.values, ins.elements, need, ins.equal):
+                    if blocked is None:
+                        blocked = Blocked(ins.op, ins.symbol, ins.elements, need, ins.equal, place)
+                    yield blocked
+                self._passed(ins, channel, need)
+            elif isinstance(ins, Load):
                 if ins.words:
                     yield from self._poll(ins)
                 self._load(ins)
@@ -362,26 +370,28 @@ class Runner:
                 self._store(ins)
                 if ins.remote:
                     yield None
-            elif isinstance(ins, Wait):
-                yield from self._wait(ins)
             elif isinstance(ins, Notify):
                 if ins.delay and task.place.op is not None:
                     task.held.append((task.place.op, ins))
                 else:
-                    yield from self.notify(ins)
-            elif isinstance(ins, Transfer):
-                yield from self._transfer(ins)
+                    if task.controlled is None:
+                        machine.read_control(task, ins.op, task.place)
+                    task.controlled = (ins.op, task.place)
+                    yield None
+                    self._signal(ins)
             elif isinstance(ins, Pure):
                 given = [values[n] for n in ins.operands]
                 self._set(ins.op.results[0], apply(ins.op, given, ins.shape))
             elif isinstance(ins, Set):
                 values[ins.name] = ins.value
+            elif isinstance(ins, Transfer):
+                yield from self._transfer(ins)
             elif isinstance(ins, Copy):
                 found = [values[n] for n in ins.source]
                 for name, value in zip(ins.to, found, strict=True):
                     self._name(name, value)
             else:
-                self._name(ins.name, self.memory.scalars[ins.symbol])
+                self._name(ins.name, memory.scalars[ins.symbol])
 
     def _perform_due(self) -> Steps:
         """The notifies that were held back until a store of a later task of this stage."""
@@ -428,24 +438,25 @@ class Runner:
                 else:
                     kept.append(store)
             task.pending = kept
-        view = task.view
-        if task.proxy is not None and isinstance(ins, Load) and ins.tma:
-            view = task.proxy
-        access = Access(ins.op, False, task, ins.place)
-        place = self.geometry.slot(region.symbol, task.call)
-        polled = task.call if isinstance(ins, Load) and ins.words and not ins.tma else -1
-        memory.trackers[place].read(region.row, access, view, polled)
+        view, polled = task.view, -1
+        if isinstance(ins, Load):
+            if ins.tma:
+                view = task.proxy or view
+            elif ins.words:
+                polled = task.call
+        place = self._places[region.symbol]
+        memory.trackers[place].read(region.row, ins.op, task, ins.place, view, polled)
         if machine.versions is not None and machine.stale is None:
             try:
                 machine.versions.read(memory, place, ins, part, region, task.call, task)
             except VersionError as error:
                 # A race says more of the same fault; this is what remains if none is found.
-                machine.stale = error
+                machine.stale = error.with_traceback(None)
 
     def _poll(self, ins: Load) -> Steps:
         """Until each word that is read is there. Then whoever wrote one has begun the call there."""
         task, machine, symbol = self.task, self.machine, ins.op.symbol
-        place = self.geometry.slot(symbol, task.call)
+        place = self._places[symbol]
         several = ins.op.name == "load_sum"
         parts = tuple((part, rank if several else -1) for rank, part in enumerate(ins.parts))
         need = self.memory.epoch
@@ -455,13 +466,13 @@ class Runner:
             yield blocked
         _, writers = self.memory.words(self.geometry.decls[symbol], place)
         for part in ins.parts:
-            for rank in np.unique(writers[part.mask]).tolist():
+            for rank in sorted(set(writers[part.mask].reshape(-1).tolist())):
                 began = machine.began.get((rank, task.call))
                 if began is not None:
                     np.maximum(task.clock, began, out=task.clock)
 
     def _value(self, region: Region, home: int | None = None) -> torch.Tensor:
-        place = self.geometry.slot(region.symbol, self.task.call)
+        place = self._places[region.symbol]
         memory = self.memory if home is None else self.machine.memories[home]
         return memory.tensor(self.geometry.decls[region.symbol], place)[region.key]
 
@@ -477,9 +488,8 @@ class Runner:
         """Put the sentinel back into words that were read; it may stay in the store buffer until a release."""
         task, machine = self.task, self.machine
         if region.row >= 0:
-            access = Access(ins.op, True, task, ins.place)
-            place = self.geometry.slot(region.symbol, task.call)
-            self.memory.trackers[place].write(region.row, access, task.view, polled=task.call)
+            tracker = self.memory.trackers[self._places[region.symbol]]
+            tracker.write(region.row, ins.op, task, ins.place, task.view, polled=task.call)
         if machine.late():
             task.pending.append((task.rank, region, EMPTIED, -1))
         else:
@@ -518,10 +528,8 @@ class Runner:
         component = machine.apart.get(task.component) if tma else None
         if region.row >= 0:
             stamp = None if component is None else (component, machine.streamed[component])
-            access = Access(ins.op, True, task, ins.place)
-            place = self.geometry.slot(region.symbol, task.call)
-            tracker = machine.memories[rank].trackers[place]
-            tracker.write(region.row, access, task.view, stamp)
+            tracker = machine.memories[rank].trackers[self._places[region.symbol]]
+            tracker.write(region.row, ins.op, task, ins.place, task.view, stamp)
         if isinstance(ins, Store) and ins.words:
             flight = Flight(task, rank, region, value, ins.uid, self.memory.epoch)
             for part in halves(flight):
@@ -544,26 +552,19 @@ class Runner:
 
     # Synchronisation.
 
-    def _wait(self, ins: Wait) -> Steps:
-        task, machine = self.task, self.machine
-        machine.control(task, ins.op)
-        need = ins.need if ins.counter else self.memory.epoch + ins.need
-        place = self.geometry.slot(ins.symbol, task.call)
-        channel, blocked = self.memory.channels[place], None
-        yield None
-        while lacking(channel.values, ins.elements, need, ins.equal):
-            if blocked is None:
-                blocked = Blocked(ins.op, ins.symbol, ins.elements, need, ins.equal, place)
-            yield blocked
-        for element in ins.elements:
-            if not ins.relaxed and not ins.carried:
-                carried = channel.released.get(element)
+    def _passed(self, ins: Wait, channel: Channel, need: int) -> None:
+        """A wait has passed: the task knows what was released to it."""
+        task, released, asked = self.task, channel.released, channel.asked
+        if released and not ins.relaxed and not ins.carried:
+            for element in ins.elements:
+                carried = released.get(element)
                 if carried is not None:
-                    for clock in carried.taken(task.kernel, ins.gpu):
-                        np.maximum(task.clock, clock, out=task.clock)
-            channel.asked[element] = max(channel.asked.get(element, need), need)
+                    carried.acquire(task.clock, task.kernel, ins.gpu)
+        for element in ins.elements:
+            if asked.get(element, need) <= need:
+                asked[element] = need
         if ins.proxy:
-            machine.fence(task)
+            self.machine.fence(task)
 
     def notify(self, ins: Notify) -> Steps:
         """Perform a notify now."""
@@ -610,7 +611,7 @@ class Runner:
                     release.add(clock, kernel, ins.gpu)
         if carried is not None:
             release.add(carried, kernel, ins.gpu)
-        place = self.geometry.slot(ins.symbol, task.call)
+        place = self._places[ins.symbol]
         channel = machine.memories[ins.rank].channels[place]
         epoch = self.memory.epoch
         if ins.carried:

@@ -23,7 +23,7 @@ of them did what are one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -74,13 +74,33 @@ def explore(
     every state. ``one_queue``: all agents of a rank go through one hardware queue in the order in which
     the host enqueues them. Result and limits: see :class:`Explored`.
     """
+    queues = (one_queue,)
+    return next(explorations(program, calls, workers, resident, limit, queues, reduce=reduce))
+
+
+def explorations(
+    program: Op,
+    calls: int = 2,
+    workers: int | None = None,
+    resident: int | None = None,
+    limit: int = LIMIT,
+    queues: Sequence[bool] = (False, True),
+    *,
+    reduce: bool = True,
+) -> Iterator[Explored]:
+    """:func:`explore`, once for each entry of ``queues``: whether all agents of a rank have one hardware queue."""
+    why, bad, built = "", None, None
     try:
-        processes = build(Geometry(program, workers), calls, resident, one_queue)
+        built = build(Geometry(program, workers), calls, resident)
     except (BoundsError, IndexError, ZeroDivisionError) as error:
-        return Explored(0, 0, Problem("bounds", str(error)), reduced=reduce)
+        bad = Problem("bounds", str(error))
     except Unsupported as error:
-        return Explored(0, 0, None, (), False, str(error), reduced=reduce)
-    return Search(processes, reduce, limit).run()
+        why = str(error)
+    for one in queues:
+        if built is None:
+            yield Explored(0, 0, bad, (), bad is not None, why, reduced=reduce)
+        else:
+            yield Search(built.in_queues(one), reduce, limit).run()
 
 
 def equivalent(
@@ -104,9 +124,8 @@ def equivalent(
     """
     from tilelink.backend import reference, simulate
 
-    states = 0
-    for queue in (False, True) if one_queue else (False,):
-        found = explore(mutant, calls, workers, resident, limit, one_queue=queue)
+    states, queues = 0, (False, True) if one_queue else (False,)
+    for found in explorations(mutant, calls, workers, resident, limit, queues):
         states += found.states
         if found.bad is not None:
             return Verdict(False, found.bad.kind, found.bad.detail, states)
@@ -167,4 +186,12 @@ def whole_numbers(program: Op, calls: int, seed: int = 0) -> list[list[dict[str,
     return found
 
 
-__all__ = ["Explored", "Problem", "Verdict", "equivalent", "explore", "whole_numbers"]
+__all__ = [
+    "Explored",
+    "Problem",
+    "Verdict",
+    "equivalent",
+    "explorations",
+    "explore",
+    "whole_numbers",
+]

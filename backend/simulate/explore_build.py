@@ -6,7 +6,7 @@ Written from ``docs/ir.md``; only :mod:`geometry` is shared with the scheduler o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,17 @@ class Processes:
     ordered: set[int]  # words that are cleared by `head` and used behind it only
     queued: int  # the segments of tasks of dynamic queues: all must have been drawn in the end
 
+    def in_queues(self, one: bool) -> Processes:
+        """With one hardware queue for all agents of a rank, or with one of its own for each."""
+        if one:
+            return self
+        begins = []
+        for at in self.begins:
+            while self.nodes[at].queue:
+                at = self.nodes[at].next
+            begins.append(at)
+        return replace(self, begins=begins)
+
 
 @dataclass(slots=True)
 class _Place:
@@ -85,13 +96,10 @@ class _Place:
 class Builder:
     """See :func:`build`."""
 
-    def __init__(
-        self, geometry: Geometry, calls: int, resident: int | None, one_queue: bool
-    ) -> None:
+    def __init__(self, geometry: Geometry, calls: int, resident: int | None) -> None:
         self.geometry = geometry
         self.calls = calls
         self.resident = resident
-        self.one_queue = one_queue
         self.nodes: list[Node] = []
         self.elements: dict[tuple[Any, ...], int] = {}
         self.names: list[str] = []
@@ -274,13 +282,13 @@ class Builder:
         elements = [self.element(PSEUDO, "start", rank, call)]
         elements += [self.element(PSEUDO, "end of", a, rank, call) for a in agent.get("after", ())]
         chain = [Node(WAIT, None, where, elements=tuple(elements), need=1, proxy=True)]
-        for earlier in range(number if self.one_queue else 0):
+        for earlier in range(number):
             other = self.geometry.agents[earlier]
             which = "end of" if other.name == "stream" else "begun"
             word = self.element(PSEUDO, which, names[earlier], rank, call)
             need = self.geometry.workers.get(names[earlier], 1)
             # The queue orders beginnings, not memory.
-            chain.insert(0, Node(WAIT, None, where, elements=(word,), need=need))
+            chain.insert(0, Node(WAIT, None, where, elements=(word,), need=need, queue=True))
             chain[0].mode = TAKES_NOTHING
         return chain, self.element(PSEUDO, "begun", names[number], rank, call)
 
@@ -752,13 +760,10 @@ def _after_head(geometry: Geometry) -> set[str]:
     return found
 
 
-def build(
-    geometry: Geometry, calls: int, resident: int | None = None, one_queue: bool = False
-) -> Processes:
-    """The processes of ``calls`` calls of a program.
+def build(geometry: Geometry, calls: int, resident: int | None = None) -> Processes:
+    """The processes of ``calls`` calls of a program, with one hardware queue for all agents of a rank.
 
-    ``one_queue``: all agents of a rank go through one hardware queue in the order in which the host
-    enqueues them; a kernel leaves it when all of its workers have begun, a stream when it has ended.
-    Raises Unsupported, BoundsError, or IndexError for what no rank can do.
+    They go through it in the order in which the host enqueues them; a kernel leaves it when all of its workers
+    have begun, a stream when it has ended. Raises Unsupported, BoundsError, or IndexError for what no rank can do.
     """
-    return Builder(geometry, calls, resident, one_queue).build()
+    return Builder(geometry, calls, resident).build()

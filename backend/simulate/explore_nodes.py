@@ -65,6 +65,9 @@ class Node:
     behind_async: int = 0
     broken: str = ""  # a conflict inside the segment
     call: int = -1
+    queue: bool = (
+        False  # a wait for the hardware queue, which agents with queues of their own do not make
+    )
     # Of a store of words: itself. It hands on no more (`own`) than that, and of what its process knows what was
     # over when the call began (`kept`).
     carry: tuple[Node, ...] | None = None

@@ -9,7 +9,7 @@ are the same in executions that differ only in the order of such steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tilelink.backend.simulate.explore_build import PSEUDO, Processes
@@ -29,7 +29,7 @@ from tilelink.backend.simulate.explore_nodes import (
 )
 
 if TYPE_CHECKING:
-    from tilelink.backend.simulate.explore_search import Search
+    from tilelink.backend.simulate.explore_search import Process, Search
 
 
 def settled(instance: Processes) -> set[int]:
@@ -71,17 +71,20 @@ class Reducer:
         # Words of one call alone, and those that start every call at 0.
         inside = {word for key, word in instance.elements.items() if key[0] == PSEUDO}
         self.ordered = instance.ordered | inside
+        # What each notify sends, held back or not.
+        self.sent = [Held.of(n) if n.kind in (ADD, HOLD, SET) else None for n in instance.nodes]
 
     def persistent(
         self, search: Search, key: tuple[int, ...], count: int, enabled: list[int]
     ) -> list[int]:
         """The smallest persistent set found; all of ``enabled`` if none is smaller."""
-        process_of = search.process_of
-        kinds = [self.nodes[process_of[key[n]][0]].kind for n in enabled]
+        stands = [search.process_of[k] for k in key[:count]]
+        high = [search.word_of[w][0] for w in key[count:]]
+        kinds = [self.nodes[stands[n][0]].kind for n in enabled]
         order = sorted(range(len(enabled)), key=lambda i: (kinds[i] in (TAKE, SLOT), kinds[i]))
         best = enabled
         for i in order:
-            found = self._close(search, key, count, enabled, enabled[i])
+            found = self._close(stands, high, key, enabled, enabled[i])
             if found is None:
                 continue
             if len(found) < len(best):
@@ -93,24 +96,20 @@ class Reducer:
 
     def _close(
         self,
-        search: Search,
+        stands: Sequence[Process],
+        high: list[int],
         key: tuple[int, ...],
-        count: int,
         enabled: list[int],
         start: int,
     ) -> list[int] | None:
         """Grow {start} until nothing outside depends on it; None if that takes a disabled process."""
-        process_of = search.process_of
-        alike: dict[int, list[int]] = {}
-        for number in range(count):
-            alike.setdefault(key[number], []).append(number)
         can = {key[n] for n in enabled}
         chosen = {start}
         while True:
-            touched = self._reach(search, key, count, chosen)
+            touched = self._reach(stands, high, chosen)
             more: set[int] = set()
             for number in chosen:
-                process = process_of[key[number]]
+                process = stands[number]
                 more |= self._dependent(self.nodes[process[0]], process, touched)
             more -= chosen
             if not more:
@@ -125,7 +124,7 @@ class Reducer:
         return sorted(picked.values())
 
     def _dependent(
-        self, node: Node, process: tuple[object, ...], touched: dict[int, dict[int, set[object]]]
+        self, node: Node, process: Process, touched: Mapping[int, Mapping[object, set[int]]]
     ) -> set[int]:
         """The processes that do, among ``touched``, what does not commute with the step of ``node``."""
         found: set[int] = set()
@@ -133,7 +132,7 @@ class Reducer:
         def add(word: int, harmless: tuple[object, ...]) -> None:
             for kind, numbers in touched.get(word, {}).items():
                 if kind not in harmless:
-                    found.update(numbers)  # type: ignore[arg-type]
+                    found.update(numbers)
 
         def sent(notify: Held) -> None:
             add(notify.element, () if notify.need else (ADD,))
@@ -146,9 +145,7 @@ class Reducer:
         elif node.kind == ADD:
             add(node.elements[0], (ADD,))
         elif node.kind == PERFORM:
-            held = process[5]
-            assert isinstance(held, tuple)
-            sent(held[0])
+            sent(process[5][0])
         elif node.kind == SET:
             sent(Held.of(node))
         elif node.kind in (TAKE, CLEAR):
@@ -158,18 +155,31 @@ class Reducer:
             add(node.elements[0], ())
         return found
 
+    def _used(self, stands: Sequence[Process], numbers: set[int]) -> Iterator[int]:
+        """The words of the next steps of these processes."""
+        for number in numbers:
+            at, held = stands[number][0], stands[number][5]
+            node = self.nodes[at]
+            yield from node.elements
+            yield node.slot
+            for notify in held[:1]:
+                yield notify.element
+                yield notify.slot
+
     def _reach(
-        self, search: Search, key: tuple[int, ...], count: int, frozen: set[int]
-    ) -> dict[int, dict[int, set[object]]]:
-        """What the processes outside ``frozen`` may do: word to kind of step to processes."""
-        nodes, process_of = self.nodes, search.process_of
-        high = [search.word_of[w][0] for w in key[count:]]
-        touched: dict[int, dict[int, set[object]]] = {}
+        self, stands: Sequence[Process], start: list[int], frozen: set[int]
+    ) -> dict[int, dict[object, set[int]]]:
+        """What the processes outside ``frozen`` may do to the words that those in it use next: word to kind
+        of step to processes. ``start``: the values of all words now."""
+        nodes, sent, ordered = self.nodes, self.sent, self.ordered
+        high = list(start)
+        touched: dict[int, dict[object, set[int]]] = {w: {} for w in self._used(stands, frozen)}
 
-        def touch(word: int, kind: object, who: Sequence[int]) -> None:
-            touched.setdefault(word, {}).setdefault(kind, set()).update(who)  # type: ignore[arg-type]
+        def touch(word: int, kind: object, who: tuple[int, ...]) -> None:
+            if word in touched:
+                touched[word].setdefault(kind, set()).update(who)
 
-        def raised(notify: Held, who: Sequence[int]) -> None:
+        def raised(notify: Held, who: tuple[int, ...]) -> None:
             word = notify.element
             if not notify.need:
                 high[word] += 1
@@ -178,7 +188,8 @@ class Reducer:
             reached = True
             if notify.slot >= 0:
                 high[notify.slot] += 1
-                touch(notify.slot, _counted(notify), who)
+                if notify.slot in touched:
+                    touch(notify.slot, _counted(notify), who)
                 reached = high[notify.slot] >= notify.wanted
             if reached:
                 high[word] = max(high[word], notify.need)
@@ -189,8 +200,7 @@ class Reducer:
         cursors: list[tuple[int, tuple[int, ...], int, int]] = []
         open_tasks: set[int] = set()
         started: set[int] = set()
-        for number in range(count):
-            at, back, _, _, _, held = process_of[key[number]]
+        for number, (at, back, _, _, _, held) in enumerate(stands):
             if at < 0 or number in frozen:
                 continue
             for notify in held:
@@ -205,17 +215,25 @@ class Reducer:
                     node = nodes[at]
                     kind = node.kind
                     if kind == WAIT:
-                        if any(high[e] < node.need for e in node.elements):
-                            still.append((at, who, back, task))
-                            break
+                        need = node.need
                         for word in node.elements:
-                            touch(word, WAIT, who)
-                    elif kind in (ADD, HOLD, SET):
-                        raised(Held.of(node), who)
+                            if high[word] < need:
+                                break
+                        else:
+                            for word in node.elements:
+                                touch(word, WAIT, who)
+                            moved = True
+                            at = node.next
+                            continue
+                        still.append((at, who, back, task))
+                        break
+                    given = sent[at]
+                    if given is not None:
+                        raised(given, who)
                     elif kind == TAKE:
                         word = node.elements[0]
                         touch(word, TAKE, who)
-                        position = high[word] if word in self.ordered else 0
+                        position = high[word] if word in ordered else 0
                         for other in node.tasks[position:]:
                             if other not in started:
                                 started.add(other)
@@ -224,7 +242,7 @@ class Reducer:
                     elif kind == CLEAR:
                         for word in node.elements:
                             touch(word, CLEAR, who)
-                            if word in self.ordered:
+                            if word in ordered:
                                 high[word] = 0
                     elif kind == SLOT:
                         touch(node.elements[0], SLOT, who)

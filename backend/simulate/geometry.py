@@ -118,6 +118,11 @@ class Geometry:
                 found[op.symbol] = max(found.get(op.symbol, 0), -int(op.get("epoch", 0)))
         return found
 
+    @cached_property
+    def places(self) -> tuple[dict[str, str], dict[str, str]]:
+        """What each symbol is called in even and in odd calls: see :meth:`slot`."""
+        return {s: s for s in self.decls}, {s: self.slot(s, 1) for s in self.decls}
+
     def slot(self, symbol: str, call: int) -> str:
         """What ``symbol`` is called in call ``call``: with slots, odd calls have another place for it."""
         return f"{symbol} of odd calls" if call % 2 and symbol in self.slotted else symbol

@@ -38,6 +38,7 @@ class Hostility:
         agents = sorted({agent for _, agent, _ in components})
         draw = self.random.random
         self.bias = [0.0] * len(components)
+        self._draw = draw
         self._changes: list[int] = []
         self._steps = 0
         if self.mode == PRIORITIES:
@@ -75,10 +76,10 @@ class Hostility:
         """
         if self.mode == PRIORITIES:
             return self.bias[component]
-        turn = 0.0
-        if self.mode == HOLDING:
-            turn = -_AHEAD if holds else _AHEAD if draws else 0.0
-        return self.bias[component] + turn + self.random.random()
+        if self.mode == HOLDING and (holds or draws):
+            turn = -_AHEAD if holds else _AHEAD
+            return self.bias[component] + turn + self._draw()
+        return self.bias[component] + self._draw()
 
     def ran(self, component: int) -> None:
         """A task has made a step."""
@@ -86,6 +87,11 @@ class Hostility:
         if self._changes and self._steps >= self._changes[0]:
             self._changes.pop(0)
             self.bias[component] += 1.0 + len(self._changes)
+
+    @property
+    def counts(self) -> bool:
+        """Whether :meth:`ran` need be told of steps."""
+        return bool(self._changes)
 
     def late(self) -> bool:
         """Whether a store stays in the store buffer until a release."""

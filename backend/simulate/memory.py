@@ -35,9 +35,9 @@ class Access(NamedTuple):
     """Who touched memory, and with which op; ``by`` and ``place`` say where in words when asked."""
 
     op: Op
-    write: bool
     by: Any
     place: Any
+    write: bool
 
     def __str__(self) -> str:
         where = f" ({self.op.span})" if self.op.span is not None else ""
@@ -65,7 +65,9 @@ class View:
         return bool(stamp <= self.fenced[component])
 
 
-_Stamps: TypeAlias = dict[int, tuple[int, Access]]
+# By component: its clock at an access, and the fields of :class:`Access` but the last, which is made where it
+# is told.
+_Stamps: TypeAlias = dict[int, tuple[int, Op, Any, Any]]
 
 
 class Tracker:
@@ -82,31 +84,37 @@ class Tracker:
         self._reads: dict[int, _Stamps] = {}
         self._writes: dict[int, _Stamps] = {}
 
-    def read(self, row: int, access: Access, view: View, polled: int = -1) -> None:
-        """Record a read; RaceError if an earlier write is not ordered before it.
+    def read(self, row: int, op: Op, by: Any, place: Any, view: View, polled: int = -1) -> None:
+        """Record a read with ``op``; RaceError if an earlier write is not ordered before it.
 
-        ``polled``: the call of which the words that are read have been found there, whoever wrote them.
+        ``by``, ``place``: see :class:`Access`. ``polled``: the call of which the words that are read have been
+        found there, whoever wrote them.
         """
         if not self._armed:
             return
-        writes = self._writes
-        for other in self._table.meets[row]:
-            earlier = writes.get(other)
-            if earlier and polled >= 0:
-                earlier = {c: at for c, at in earlier.items() if at[1].by.call != polled}
-            if earlier:
-                self._check(earlier, access, view)
-        mine = (int(view.clock[view.component]), access)
+        writes, component, at = self._writes, view.component, view.clock.item
+        if writes:
+            # As :meth:`View.orders`, once a view.
+            fenced, apart = None if view.fenced is None else view.fenced.item, view.apart
+            for other in self._table.meets[row]:
+                if other not in writes:
+                    continue
+                for one, first in writes[other].items():
+                    seen = at if fenced is None or one in apart else fenced
+                    if first[0] > seen(one) and first[2].call != polled:
+                        raise self._race(first, True, Access(op, by, place, False))
         stamps = self._reads.get(row)
         if stamps is None:
-            self._reads[row] = {view.component: mine}
+            self._reads[row] = {component: (at(component), op, by, place)}
         else:
-            stamps[view.component] = mine
+            stamps[component] = (at(component), op, by, place)
 
     def write(
         self,
         row: int,
-        access: Access,
+        op: Op,
+        by: Any,
+        place: Any,
         view: View,
         stamp: tuple[int, int] | None = None,
         polled: int = -1,
@@ -118,37 +126,40 @@ class Tracker:
         """
         if not self._armed:
             return
-        reads, writes = self._reads, self._writes
-        for other in self._table.meets[row]:
-            earlier = writes.get(other)
-            if earlier and polled >= 0:
-                earlier = {c: at for c, at in earlier.items() if at[1].by.call != polled}
-            if earlier:
-                self._check(earlier, access, view)
-            earlier = reads.get(other)
-            if earlier:
-                self._check(earlier, access, view)
-        # What this write covers is ordered before it, so a later access races with it through this one.
-        for other in self._table.covers[row]:
-            reads.pop(other, None)
-            writes.pop(other, None)
-        component, at = stamp or (view.component, int(view.clock[view.component]))
-        writes[row] = {component: (at, access)}
+        reads, writes, at = self._reads, self._writes, view.clock.item
+        if reads or writes:
+            # As :meth:`View.orders`, once a view.
+            fenced, apart = None if view.fenced is None else view.fenced.item, view.apart
+            for other in self._table.meets[row]:
+                if other in writes:
+                    for one, first in writes[other].items():
+                        seen = at if fenced is None or one in apart else fenced
+                        if first[0] > seen(one) and first[2].call != polled:
+                            raise self._race(first, True, Access(op, by, place, True))
+                if other in reads:
+                    for one, first in reads[other].items():
+                        seen = at if fenced is None or one in apart else fenced
+                        if first[0] > seen(one):
+                            raise self._race(first, False, Access(op, by, place, True))
+            # What this write covers is ordered before it, so a later access races with it through this one.
+            for other in self._table.covers[row]:
+                if other in reads:
+                    del reads[other]
+                if other in writes:
+                    del writes[other]
+        component, clock = stamp or (view.component, at(view.component))
+        writes[row] = {component: (clock, op, by, place)}
 
-    def _check(self, earlier: _Stamps, access: Access, view: View) -> None:
-        # As :meth:`View.orders`, once a view.
-        clock, fenced, apart = view.clock, view.fenced, view.apart
-        for component, (stamp, first) in earlier.items():
-            seen = clock if fenced is None or component in apart else fenced
-            if stamp > seen[component]:
-                raise RaceError(
-                    access.op.span,
-                    symbol=self.symbol,
-                    rank=self.rank,
-                    first=first,
-                    second=access,
-                    notes=(f"first: {first}", f"second: {access}"),
-                )
+    def _race(self, earlier: tuple[int, Op, Any, Any], write: bool, second: Access) -> RaceError:
+        first = Access(*earlier[1:], write)
+        return RaceError(
+            second.op.span,
+            symbol=self.symbol,
+            rank=self.rank,
+            first=first,
+            second=second,
+            notes=(f"first: {first}", f"second: {second}"),
+        )
 
 
 class Released:
@@ -178,6 +189,14 @@ class Released:
         """What an acquire by a kernel of this rank or another agent takes."""
         found = [self.gpu if kernel else self.system, None if gpu else self.others]
         return [clock for clock in found if clock is not None]
+
+    def acquire(self, clock: Clock, kernel: bool, gpu: bool) -> None:
+        """Raise the clock of who acquires by what it takes: see :meth:`taken`."""
+        here = self.gpu if kernel else self.system
+        if here is not None:
+            np.maximum(clock, here, out=clock)
+        if not gpu and self.others is not None:
+            np.maximum(clock, self.others, out=clock)
 
 
 def _joined(before: Clock | None, clock: Clock) -> Clock:

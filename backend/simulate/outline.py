@@ -44,9 +44,20 @@ class Outline:
             for position in range(len(agent.body))
         ]
         self.scalars = geometry.program.find("scalar")
+        self.after = {name: tuple(agent.get("after", ())) for agent, name in named}
+        # Of an agent of a rank: its first component, the first that is no `finish`, and the one behind its last.
+        self.rows = {
+            (rank, name): (found[0], found[0] + (found[-1] > found[0]), found[-1] + 1)
+            for (rank, name), found in self.of.items()
+        }
         decls = geometry.decls.values()
-        self.tensors = [d for d in decls if d.kind == "tensor"]
-        self.outputs = [d for d in self.tensors if d.op["role"] in ("out", "inout")]
+        # Each with whether the user gives it, and whether the program may write what the user has given.
+        self.tensors = [
+            (d, d.op["role"] in ("in", "inout"), d.op["role"] == "inout")
+            for d in decls
+            if d.kind == "tensor"
+        ]
+        self.outputs = [d for d, *_ in self.tensors if d.op["role"] in ("out", "inout")]
         # Each symbol with the name of each of its slots, and the elements of flags and counters.
         self.channels = [
             (place, int(np.prod(d.shape)))

@@ -17,7 +17,7 @@ from tilelink.backend.simulate.deadlock import explain
 from tilelink.backend.simulate.errors import DeadlockError, InputError, StepsError, VersionError
 from tilelink.backend.simulate.execute import Blocked, Flight, Machine, Runner, Steps, Task
 from tilelink.backend.simulate.hostility import Hostility
-from tilelink.backend.simulate.memory import Access, Channel, Clock, Memory, Tracker, View
+from tilelink.backend.simulate.memory import Channel, Clock, Memory, Tracker, View
 from tilelink.backend.simulate.roles import LOADER, Handed, behind, loader_of
 from tilelink.backend.simulate.trace import Place, Traces, Work
 from tilelink.backend.simulate.versions import Versions
@@ -39,7 +39,7 @@ class _Call:
     began: Clock
     workers: dict[str, int] = field(default_factory=dict)
     queued: dict[str, list[int]] = field(default_factory=dict)
-    after: dict[str, list[Clock]] = field(default_factory=dict)
+    after: dict[str, Clock] = field(default_factory=dict)
     parts: dict[str, list[int]] = field(default_factory=dict)
     handed: dict[str, list[Handed]] = field(default_factory=dict)
     left: int = 0
@@ -113,9 +113,9 @@ class Scheduler:
                     self.machine.apart[component] = size
                     self.machine.streamed[size] = 1
                     size += 1
-        self.clocks: list[Clock] = [np.zeros(size, dtype=np.int32) for _ in range(count)]
-        for component, clock in enumerate(self.clocks):
-            clock[component] = 1
+        # A row a component: those of a launch lie side by side.
+        self._rows = np.eye(count, size, dtype=np.int32)
+        self.clocks: list[Clock] = list(self._rows)
         self._apart = frozenset(self.machine.apart.values())
 
     def _make_memory(self) -> None:
@@ -132,23 +132,36 @@ class Scheduler:
     # The run.
 
     def run(self) -> list[list[dict[str, torch.Tensor]]]:
-        """Every call's outputs, a list over ranks each."""
+        """Every call's outputs, a list over ranks each. A scheduler runs once."""
+        try:
+            self._run()
+        finally:
+            self._let_go()
+        return self.outputs
+
+    def _run(self) -> None:
         self._begin()
-        ready, ran, most = self._ready, self.hostility.ran, self.options.steps
-        pop, step = heapq.heappop, self._step
+        ready, most, pop = self._ready, self.options.steps, heapq.heappop
+        ran = self.hostility.ran if self.hostility.counts else None
         while ready:
-            _, _, task = pop(ready)
+            task = pop(ready)[2]
             self.steps += 1
             if self.steps > most:
                 raise StepsError(self.geometry.program.span, steps=most)
-            step(task)
-            ran(task.component)
+            self._step(task)
+            if ran is not None:
+                ran(task.component)
         if self.tasks or any(call.left for call in self.calls):
             raise self._deadlock()
         if self.machine.stale is not None:
             raise self.machine.stale
         balance.check_flags(self.geometry, self.memories)
-        return self.outputs
+
+    def _let_go(self) -> None:
+        """What refers to itself in a circle would stay until the next garbage collection."""
+        for task in (*self.tasks, *self._landings):
+            task.steps = None
+        self.machine.wake, self.machine.launch = lambda rank, place: None, lambda flight: None
 
     def _begin(self) -> None:
         self.calls = [_Call(-1, {}, self.clocks[0]) for _ in self.memories]
@@ -223,15 +236,15 @@ class Scheduler:
         for symbol, position in self.outline.queues:
             self.positions[rank, symbol, position] = 0
         for index in [i for i, n in enumerate(self.geometry.agent_names) if waiting[n] == 0]:
-            self._start_agent(rank, index, [began])
+            self._start_agent(rank, index, began)
 
     def _release(self, rank: int, index: int) -> None:
         """An agent has one thing less to wait for before it begins."""
         call, name = self.calls[rank], self.geometry.agent_names[index]
         call.waiting[name] -= 1
         if call.waiting[name] == 0:
-            after = self._clocks_after(rank, self.geometry.agents[index])
-            self._start_agent(rank, index, after or [call.began])
+            after = self._clocks_after(rank, name)
+            self._start_agent(rank, index, call.began if after is None else after)
 
     def _leave_queue(self, rank: int, index: int) -> None:
         """With one hardware queue, what the host has enqueued behind an agent may begin.
@@ -246,18 +259,31 @@ class Scheduler:
         return self.clocks[self._components[rank, "<host>", 0]]
 
     def _bind_inputs(self, rank: int, call: int, given: Mapping[str, Any]) -> None:
+        if not self.traces.fits(given):
+            self._check_inputs(rank, given)
+            self.traces.fit(given)
         memory = self.memories[rank]
+        for op in self.outline.scalars:
+            memory.scalars[op.symbol] = given[op.symbol]
+        for decl, inputs, copied in self.outline.tensors:
+            if self.versions is not None and decl.name in self.traces.written:
+                self.versions.fresh(memory, decl, call if inputs else None)
+            if inputs:
+                tensor = given[decl.name]
+                # In-place programs must not change the tensors of the caller.
+                kept = tensor.clone() if copied and self.options.values else tensor
+                memory.tensors[decl.name] = kept
+            else:
+                memory.tensors.pop(decl.name, None)
+
+    def _check_inputs(self, rank: int, given: Mapping[str, Any]) -> None:
+        """InputError where the inputs of a rank are not those of the program."""
         for op in self.outline.scalars:
             if op.symbol not in given:
                 raise InputError(op.span, rank=rank, name=op.symbol, detail="it is missing")
             if not isinstance(given[op.symbol], int | float):
                 raise InputError(op.span, rank=rank, name=op.symbol, detail="it is not a number")
-            memory.scalars[op.symbol] = given[op.symbol]
-        for decl in self.outline.tensors:
-            inputs = decl.op["role"] in ("in", "inout")
-            if self.versions is not None and decl.name in self.traces.written:
-                self.versions.fresh(memory, decl, call if inputs else None)
-            memory.tensors.pop(decl.name, None)
+        for decl, inputs, _ in self.outline.tensors:
             if not inputs:
                 continue
             tensor = given.get(decl.name)
@@ -268,13 +294,10 @@ class Scheduler:
             elif tensor.dtype != TORCH_DTYPES[decl.dtype]:
                 detail = f"{tensor.dtype} where the program has {decl.dtype}"
             else:
-                # In-place programs must not change the tensors of the caller.
-                copied = decl.op["role"] == "inout" and self.options.values
-                memory.tensors[decl.name] = tensor.clone() if copied else tensor
                 continue
             raise InputError(decl.op.span, rank=rank, name=decl.name, detail=detail)
 
-    def _start_agent(self, rank: int, index: int, after: list[Clock]) -> None:
+    def _start_agent(self, rank: int, index: int, after: Clock) -> None:
         agent, name = self.geometry.agents[index], self.geometry.agent_names[index]
         call = self.calls[rank]
         if agent.name != "launch":
@@ -291,13 +314,13 @@ class Scheduler:
         resident = min(int(agent.get("resident", count)), count)
         if resident < count:
             self.hostility.random.shuffle(order)
-        call.queued[name], call.after[name] = order[resident:], [c.copy() for c in after]
+        call.queued[name], call.after[name] = order[resident:], after.copy()
         for worker in order[:resident]:
             self._start_worker(rank, agent, worker, after)
         if not call.queued[name]:
             self._leave_queue(rank, index)
 
-    def _start_worker(self, rank: int, launch: Op, worker: int, after: list[Clock]) -> None:
+    def _start_worker(self, rank: int, launch: Op, worker: int, after: Clock) -> None:
         """Start a worker; where its warps have roles, each of them."""
         name = launch.symbol
         parts = self.outline.parts[name]
@@ -314,13 +337,12 @@ class Scheduler:
         rank: int,
         name: str,
         worker: int,
-        after: list[Clock],
+        after: Clock,
         steps: Callable[[Task], Steps],
     ) -> None:
         component = self._components[rank, name, worker]
         clock = self.clocks[component]
-        for other in after:
-            np.maximum(clock, other, out=clock)
+        np.maximum(clock, after, out=clock)
         launch = name in self.geometry.workers
         task = Task(
             rank,
@@ -382,14 +404,16 @@ class Scheduler:
                 return
             finish = self.outline.finish[name]
             if finish is not None:
-                clocks = self._worker_clocks(rank, name)
                 steps = lambda t: self._block(t, finish)  # noqa: E731
-                self._start_task(rank, name, -1, clocks, steps)
+                self._start_task(rank, name, -1, self._workers_know(rank, name), steps)
                 return
         self._finish_launch(rank, index, name)
 
-    def _worker_clocks(self, rank: int, name: str) -> list[Clock]:
-        return [self.clocks[self._components[rank, name, w]] for w in self._parts(name)]
+    def _workers_know(self, rank: int, name: str) -> Clock:
+        """What the workers of a launch know together."""
+        _, first, last = self.outline.rows[rank, name]
+        known: Clock = np.maximum.reduce(self._rows[first:last])
+        return known
 
     def _parts(self, name: str) -> range:
         """The workers of a launch; where their warps have roles, all parts of them."""
@@ -400,16 +424,15 @@ class Scheduler:
         for task in self._streaming.pop((rank, name), ()):
             self.machine.drain(task)
         self.machine.land_all(rank)
-        clocks = self._worker_clocks(rank, name)
+        ended = self._workers_know(rank, name)
         finish = self._components[rank, name, -1]
         if self.outline.finish[name] is not None:
-            clocks.append(self.clocks[finish])
-        ended = np.maximum.reduce(clocks)
+            np.maximum(ended, self.clocks[finish], out=ended)
         for worker in self._parts(name) if self.machine.apart else ():
             apart = self.machine.apart[self._components[rank, name, worker]]
             ended[apart] = self.machine.streamed[apart]
             self.machine.streamed[apart] += 1
-        self.clocks[finish][:] = np.maximum(self.clocks[finish], ended)
+        np.maximum(self.clocks[finish], ended, out=self.clocks[finish])
         self._finish_agent(rank, index, ended)
 
     def _finish_agent(self, rank: int, index: int, clock: Clock) -> None:
@@ -424,21 +447,26 @@ class Scheduler:
         if call.left == 0:
             self._finish_call(rank)
 
-    def _clocks_after(self, rank: int, agent: Op) -> list[Clock]:
-        after = agent.get("after", ())
-        return [self.clocks[c] for name in after for c in self.outline.of.get((rank, name), ())]
+    def _clocks_after(self, rank: int, name: str) -> Clock | None:
+        """What the agents that an agent comes after know together; None where it comes after none."""
+        found: Clock | None = None
+        for other in self.outline.after[name]:
+            if (rank, other) in self.outline.rows:
+                first, _, last = self.outline.rows[rank, other]
+                known = np.maximum.reduce(self._rows[first:last])
+                found = known if found is None else np.maximum(found, known)
+        return found
 
     def _finish_call(self, rank: int) -> None:
         """The user may read outputs and write inputs now."""
         component = self._components[rank, "<host>", 0]
         memory, call = self.memories[rank], self.calls[rank].number
         user = _User(rank, call)
-        access = Access(_READ_BY_USER, False, user, None)
         view = View(component, self.clocks[component])
         for decl in self.outline.outputs:
             if decl.name in self.traces.written and 0 not in decl.shape:
                 row = self.traces.tables[decl.name].row(tuple((0, s) for s in decl.shape))
-                memory.trackers[decl.name].read(row, access, view)
+                memory.trackers[decl.name].read(row, _READ_BY_USER, user, None, view)
                 self._check_output(memory, decl, call, user)
             if self.options.values:
                 self.outputs[call][rank][decl.name] = memory.tensor(decl)
@@ -452,7 +480,7 @@ class Scheduler:
         try:
             self.versions.output(memory, decl, call, user)
         except VersionError as error:
-            self.machine.stale = error
+            self.machine.stale = error.with_traceback(None)
 
     # What agents do.
 

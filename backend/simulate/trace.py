@@ -8,19 +8,20 @@ read saw.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, TypeAlias
 
 import torch
 
 from tilelink.backend.simulate.batch import BATCH, may_batch
-from tilelink.backend.simulate.boxes import BoxTable
 from tilelink.backend.simulate.errors import BoundsError
 from tilelink.backend.simulate.geometry import Box, Env, Geometry, Tile, bind_args
 from tilelink.backend.simulate.outline import Outline
+from tilelink.backend.simulate.shared import Shared
 from tilelink.backend.tile_ops import TORCH_DTYPES, apply
 from tilelink.errors import InternalError, TilelinkError
 from tilelink.ir import Expr, Op, Ref
@@ -49,7 +50,7 @@ class Place:
         return f" stage @{self.stage} tile {tile_text(self.op, self.tiles)}"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Region:
     """A box of a tensor or buffer of one rank; ``row`` is its row in the tables of boxes, or -1."""
 
@@ -59,6 +60,25 @@ class Region:
     box: Box
     row: int
     shape: tuple[int, ...] | None  # None where an index is a tile of integers
+
+    @cached_property
+    def halves(self) -> tuple[tuple[Region, tuple[slice, ...]], ...]:
+        """The region in two, each with where it lies in a value of the whole; () where it has a single row."""
+        for axis, part in enumerate(self.key):
+            whole = not isinstance(part, slice) or part.start is None
+            length = 1 if whole else part.stop - part.start
+            if length < 2:
+                continue
+            middle, found = part.start + length // 2, []
+            before = sum(not isinstance(k, int) for k in self.key[:axis])
+            for lo, hi in ((part.start, middle), (middle, part.stop)):
+                new = (*self.key[:axis], slice(lo, hi), *self.key[axis + 1 :])
+                box = (*self.box[:axis], (lo, hi), *self.box[axis + 1 :])
+                inside = slice(lo - part.start, hi - part.start)
+                at = (*(slice(None),) * before, inside)
+                found.append((Region(self.symbol, new, new, box, self.row, None), at))
+            return tuple(found)
+        return ()
 
 
 @dataclass(slots=True, eq=False)
@@ -220,13 +240,17 @@ def tile_text(op: Op, tiles: tuple[Tile, ...]) -> str:
 
 
 class Traces:
-    """All that is worked out once for a program, whatever the number of calls and schedules."""
+    """All that is worked out once for a program, whatever the number of calls and schedules.
 
-    def __init__(self, geometry: Geometry) -> None:
+    ``shared``: what programs that this one is an edit of, or that are edits of it, have worked out.
+    """
+
+    def __init__(self, geometry: Geometry, shared: Shared | None = None) -> None:
         self.geometry = geometry
         self.outline = Outline(geometry)
         self.written = _written_symbols(geometry)
-        self.tables = {name: BoxTable() for name in sorted(self.written)}
+        self.blocks = (shared or Shared()).blocks(geometry, self.written)
+        self.tables = self.blocks.tables
         self.cleared = [
             d.name
             for d in geometry.decls.values()
@@ -239,8 +263,7 @@ class Traces:
             if op.name in ("load", "load_sum", "store") and op.get("via") == "tma":
                 self.tma_loads |= op.name != "store"
                 self.tma_stores |= op.name == "store"
-        self.uids: dict[tuple[Any, ...], int] = {}
-        self.sources: list[tuple[Op, Place]] = []
+        self.uid, self.sources = self.blocks.uid, self.blocks.sources
         self.control = self.tables[CONTROL].row(((0, 1),))
         self.agents = {name: index for index, name in enumerate(geometry.agent_names)}
         # The agents that come after each one.
@@ -251,14 +274,15 @@ class Traces:
         self._work: dict[tuple[int, int, int], list[Work]] = {}
         self._traces: dict[tuple[int, int, int], Trace | None] = {}
         self._batch: dict[int, int] = {}
+        self._fitting: dict[int, Mapping[str, Any]] = {}
 
-    def uid(self, key: tuple[Any, ...], op: Op, place: Place) -> int:
-        """The number of the read or write that ``key`` names."""
-        found = self.uids.get(key)
-        if found is None:
-            found = self.uids[key] = len(self.sources)
-            self.sources.append((op, place))
-        return found
+    def fits(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the inputs of a rank are known to be those of the program: see :meth:`fit`."""
+        return self._fitting.get(id(inputs)) is inputs
+
+    def fit(self, inputs: Mapping[str, Any]) -> None:
+        """The inputs of a rank have been looked at, and are those of the program."""
+        self._fitting[id(inputs)] = inputs
 
     def trace(
         self, rank: int, agent: str, op: Op, number: int = 0, tiles: tuple[Tile, ...] = ()
@@ -267,20 +291,30 @@ class Traces:
         key = (rank, id(op), number)
         if key in self._traces:
             return self._traces[key]
-        tracer = self.tracer(rank, agent, op, number, tiles, self.geometry.env(rank), {}, False)
-        found: Trace | None
-        try:
-            ops = tuple(tracer.block(op.body))
-            effects = tuple(
-                i
-                for i in ops
-                if not isinstance(i, Set | Copy | Param | Pure) and not self._is_private(i)
-            )
-            found = Trace(tracer.place, ops, effects)
-        except KeyError:
-            found, self.dynamic = None, True
+        blocks = self.blocks
+        name = (rank, agent, id(op), number)
+        found = blocks.traces.get(name)
+        if found is None and name not in blocks.traces:
+            blocks.hold(op)
+            found = blocks.traces[name] = self._traced(rank, agent, op, number, tiles)
+        self.dynamic |= found is None
         self._traces[key] = found
         return found
+
+    def _traced(
+        self, rank: int, agent: str, op: Op, number: int, tiles: tuple[Tile, ...]
+    ) -> Trace | None:
+        tracer = self.tracer(rank, agent, op, number, tiles, self.geometry.env(rank), {}, False)
+        try:
+            ops = tuple(tracer.block(op.body))
+        except KeyError:
+            return None
+        effects = tuple(
+            i
+            for i in ops
+            if not isinstance(i, Set | Copy | Param | Pure) and not self._is_private(i)
+        )
+        return Trace(tracer.place, ops, effects)
 
     def work(self, rank: int, launch: Op, worker: int) -> list[Work]:
         """What worker ``worker`` of a launch does, in order."""

@@ -8,6 +8,7 @@ equivalent. Intact programs are asked too: none may be refused, none may raise a
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -147,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     good = True
     truths: dict[str, tuple[str, str, str]] = {}
     context = multiprocessing.get_context("fork")
-    with context.Pool(args.processes) as pool:
+    # What is there before the first job stays for good: no collection need look at it again.
+    with context.Pool(args.processes, initializer=gc.freeze) as pool:
         for oracle in ORACLES if args.oracle == "both" else (args.oracle,):
             part = run_oracle(pool, oracle, chosen, args, truths)
             result[oracle] = part
