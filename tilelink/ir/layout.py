@@ -29,7 +29,7 @@ FLAGS: Final = 4 * 1024  # byte offset of the flag area
 FLAG_BYTES: Final = 124 * 1024
 # Of a program with two slots: how far the flags and the buffers of odd calls lie behind those of even ones.
 SLOT_FLAGS: Final = FLAG_BYTES // 2
-SLOT_BYTES: Final = (32 << 20) + (256 << 10)  # 32 MiB of buffers behind what every arena begins with
+SLOT_BYTES: Final = 32 << 20
 # Words that signal themselves lie behind both slots, those of each encoding in an area of their own, in a slot for
 # each parity. PAYLOAD bytes of data lie in a word.
 PAYLOAD: Final = 4
