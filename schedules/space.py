@@ -16,7 +16,14 @@ from tilelink.ir import DTYPES, Op
 from tilelink.schedules.costs import Code, Task, library_us, task_us
 from tilelink.schedules.default import default_schedule, product_extents
 from tilelink.schedules.machine import Machine
-from tilelink.schedules.roles import PRODUCT_WARPS, TURNS, roles_of, room_bytes
+from tilelink.schedules.roles import (
+    PRODUCT_WARPS,
+    SHARED_BYTES,
+    SHARED_RESERVE,
+    TURNS,
+    roles_of,
+    room_bytes,
+)
 from tilelink.schedules.schedule import (
     COPIES,
     DIRECTIONS,
@@ -28,8 +35,6 @@ from tilelink.schedules.schedule import (
     ScheduleError,
 )
 
-SHARED_BYTES = 232_448  # of a CTA of sm_90
-SHARED_RESERVE = 1_024  # barriers and what the compiler keeps for itself
 STORE_COLUMNS = 128  # of a tile that is stored at once
 ACCUMULATORS = 128  # fp32 registers of a thread that accumulators may take; more of them spill
 ROW_TILES = (16, 32, 64, 128, 256)

@@ -54,6 +54,27 @@ def lands(op: Op) -> bool:
     return op.name == "load_sum" and bool(op.operands) and op.get("via") == "tma"
 
 
+def landing_stages(launch: Op) -> list[tuple[Op, Product]]:
+    """The stages of a launch with roles whose sums may share a ring that parts land in; [] where they cannot.
+
+    Groups take turns at that ring by the number of a tile among those that have such a sum. So these tiles follow
+    one another: a worker that has one of them has no other in between, and its groups alternate at them. All of
+    them have boxes of one shape and type, and as many. They wait for nothing in front of their main loop: the
+    fetcher of the parts is not the loader, which does that.
+    """
+    products = [(op, split_product(op)) for op in launch.body if op.name == "stage"]
+    found = [n for n, (_, product) in enumerate(products) if product.landed is not None]
+    if not found or found != list(range(found[0], found[-1] + 1)):
+        return []
+    run = [products[n] for n in found]
+    kinds = {
+        (stage["tile"], product.loop["tile"], product.loads[0].results[0].type.dtype)
+        for stage, product in run
+    }
+    waiting = any(op.name == "wait" for _, product in run for op in product.before)
+    return run if len(kinds) == 1 and not waiting else []
+
+
 def _reads(op: Op) -> tuple[object, ...]:
     return op.name, op.ref, op.get("own"), op.get("when")
 

@@ -12,9 +12,9 @@ from tilelink.ir import Op
 from tilelink.kernels import ag_gemm, ag_gemm_swiglu, gemm_ar, gemm_rs
 from tilelink.schedules import EMITTERS, Schedule, default_schedule
 from tilelink.schedules.machine import Machine
+from tilelink.schedules.roles import SHARED_BYTES
 from tilelink.schedules.schedule import SIGNALS
 from tilelink.schedules.space import (
-    SHARED_BYTES,
     Space,
     class_of,
     estimate_us,
