@@ -135,8 +135,11 @@ def _statements(editor: Editor, function: ast.FunctionDef) -> Iterator[Mutant]:
                 begin, end = editor.lines(after)
                 other = editor.bytes[begin:end]
                 both = all(EVENT.search(c.decode()) for c in (code, other))
-                # Two loads in a row may stand in either order.
-                alike = all(b".load(" in c or b"roles.fetch(" in c for c in (code, other))
+                # Two loads in a row may stand in either order, and so may two waits.
+                alike = any(
+                    all(any(word in c for word in words) for c in (code, other))
+                    for words in ((b".load(", b"roles.fetch("), (b"token += device.",))
+                )
                 if both and not alike:
                     swapped = editor.bytes[:first] + other + editor.bytes[last:begin] + code
                     yield Mutant(
