@@ -455,7 +455,7 @@ class Builder:
                         self._block(at, ops, where_)
                         at.chain.append(Node(ADD, stage, where_, elements=(word,), mode=KERNEL))
                         chains[worker + number * count] += at.chain
-                        at.chain = []
+                        at.chain = [Node(NONE, stage, where_)]
                     at.chain = [Node(WAIT, stage, where_, elements=(word,), need=loading)]
                     self._block(at, back, where_)
                     chains[group] += at.chain + (at.deferred if at.perform_first else [])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from tests.roles import CASES, Case
 from tilelink.backend.emit.offline import compile_offline, lint
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.passes.land_sums import land_sums
-from tilelink.backend.pipeline import compile_kernel
-from tilelink.backend.simulate import run
+from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.simulate import predict, run
+from tilelink.backend.simulate.explore import explore
 from tilelink.backend.simulate.roles import loading_of, parts_of, shares_of
 from tilelink.backend.validate import EmittedDiffers, read_module, validate
 from tilelink.backend.verify import UndecidedError, verify
@@ -19,11 +22,8 @@ from tilelink.ir import Op, parse_ir, print_ir
 from tilelink.kernel import Kernel
 from tilelink.kernels import gemm_ar, gemm_rs, gemm_rs_add
 from tilelink.schedules import Move, Schedule
-from tilelink.schedules.roles import (
-    LEAST_LANDING,
-    SHARED_BYTES,
-    landing_slots,
-)
+from tilelink.schedules.machine import Machine
+from tilelink.schedules.roles import LEAST_LANDING, SHARED_BYTES, landing_slots
 
 TURNS = next(c for c in CASES if c.name == "ag_gemm" and c.tile == (128, 128, 5))
 HALVES = next(c for c in CASES if c.sum == "epilogue" and c.tile[1] == 256)
@@ -37,18 +37,21 @@ def program(
     tile: tuple[int, int, int] = (128, 128, 64),
     stages: int = 5,
     order: str = "auto",
+    shape: tuple[int, int, int] | None = None,
+    workers: int = 7,
     **move: object,
 ) -> Op:
     """A product of 2 x 4 tiles a rank, and of many where tiles of all ranks take turns."""
     rows, columns, depth = tile
     high = (8 if order == "interleave" else 2) * world * rows
-    op = kernel.build({"M": high, "N": 512, "K": 192}, {}, world)
+    m, n, k = shape or (high, 512, 192)
+    op = kernel.build({"M": m, "N": n, "K": k}, {}, world)
     given = {"resource": "epilogue", "sum": "epilogue", **move}
     schedule = Schedule(
         tiles=(("K", depth), ("M", rows), ("N", columns)),
         stages=stages,
         emitter="gluon",
-        workers=16 if order == "interleave" else 7,
+        workers=16 if order == "interleave" else workers,
         order=order,
         moves=(("C", Move(**given)),),  # type: ignore[arg-type]
     )
@@ -194,6 +197,30 @@ def test_a_fetcher_is_an_agent_of_its_own() -> None:
     assert names == [["zeros", "for_tiles"], [], ["cast", "store", "notify"]]
     two = [[op.name for op in share.within(own)] for share in shares_of(plain, own)]
     assert two == [["zeros", "for_tiles", "cast", "wait", "wait", "load_sum"], ["store"]]
+
+
+def test_every_interleaving_of_a_small_program_adds_the_parts_of_its_call() -> None:
+    """One tile a worker; without the wait for the parts of the other rank, another number comes out."""
+    fused = program(world=2, tile=(64, 64, 32), stages=3, shape=(128, 64, 32), workers=1)
+    assert landing(fused) == 6
+    assert explore(fused).bad is None
+    bare = re.sub(r"\n *wait @C\.ready.*", "", print_ir(fused))
+    assert explore(parse_ir(bare)).bad is not None
+
+
+def test_the_clock_exposes_parts_in_the_ring_of_the_product_alone() -> None:
+    """For each own tile of a worker, the time in which its parts are fetched: about 4 us of 4 ranks."""
+    kernel = gemm_rs.build({"M": 2048, "N": 4096, "K": 3584}, {}, 4)
+    schedule = Schedule(
+        tiles=(("K", 64), ("M", 128), ("N", 128)),
+        stages=5,
+        emitter="gluon",
+        moves=(("C", Move(resource="copy_engine", sum="epilogue")),),
+    )
+    fused = run_passes(kernel, schedule)
+    ring = parse_ir(print_ir(fused).replace("landing = 2, ", "", 1))
+    machine = Machine.load("h200x8")
+    assert 3 < predict(ring, machine) - predict(fused, machine) < 5
 
 
 @pytest.mark.parametrize("case", [FIVE, RING], ids=["apart", "in the ring of the product"])
