@@ -29,8 +29,8 @@ class Task:
     """A task's work: ``flops`` of products in ``steps`` of ``rows`` by ``columns``, ``elementwise``
     operations, ``bytes`` loaded and stored, ``memory`` of them from or to memory and not the cache. ``sums``
     are bytes that are read behind the product, when nothing of it is under way any more but for the other
-    warp group's where two take turns; of ``landed`` bytes, which a loader fetches meanwhile, nothing remains but to
-    add them, and to fetch them where they hold up the ring of the product."""
+    warp group's where two take turns; of ``landed`` bytes, which a loader fetches meanwhile, nothing remains but
+    to add them, and to fetch them where they hold up the ring of the product."""
 
     flops: float = 0.0
     dtype: str = "bf16"
