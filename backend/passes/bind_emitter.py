@@ -13,7 +13,7 @@ _BEFORE = frozenset({"wait", "zeros", "full", "constant", "param"})
 _INSIDE = frozenset({"load", "transpose", "dot", "yield"})
 _NEVER = frozenset({"dot", "for_tiles", "transfer", "transpose", "reshape"})
 _REDUCE = frozenset({"sum", "max", "min"})
-# What a group cannot do in front of a sum whose parts the loader fetches behind its own waits.
+# What a group cannot do in front of a sum whose parts a role that loads fetches behind its own waits.
 _BEHIND_SUM = frozenset({"load", "store", "notify", "load_sum", "for_range"})
 
 
@@ -27,7 +27,7 @@ class Product:
 
     @property
     def landed(self) -> Op | None:
-        """The sum over ranks whose parts the loader fetches into the ring, behind the waits of the epilogue."""
+        """The sum over ranks whose parts a role that loads fetches, behind the waits of the epilogue."""
         return next((op for op in self.epilogue if lands(op)), None)
 
     @property
@@ -128,10 +128,11 @@ def split_product(stage: Op) -> Product:
 
 
 def _check_landed(epilogue: tuple[Op, ...]) -> None:
-    """Unfit where the loader would wait for parts at another place than where the text says it.
+    """Unfit where parts would be waited for at another place than where the text says it.
 
-    It is the loader that waits: so all waits stand in front of the sum and nothing that others could see
-    does, and no notify is held back, which a later task would make whose loads stand behind these waits.
+    It is the loader that waits, or a fetcher: so all waits stand in front of the sum and nothing that others
+    could see does. And no notify is held back: a later task would make it, whose loads stand behind these waits,
+    and whose sum stands behind waits of its own.
     """
     at = next((n for n, op in enumerate(epilogue) if lands(op)), None)
     if at is None:
