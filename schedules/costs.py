@@ -29,7 +29,8 @@ class Task:
     """A task's work: ``flops`` of products in ``steps`` of ``rows`` by ``columns``, ``elementwise``
     operations, ``bytes`` loaded and stored, ``memory`` of them from or to memory and not the cache. ``sums``
     are bytes that are read behind the product, when nothing of it is under way any more but for the other
-    warp group's where two take turns; of ``landed`` bytes nothing remains but to add them."""
+    warp group's where two take turns; of ``landed`` bytes, which a loader fetches meanwhile, nothing remains but
+    to add them, and to fetch them where they hold up the ring of the product."""
 
     flops: float = 0.0
     dtype: str = "bf16"
@@ -45,14 +46,15 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """How a launch runs: the emitter, warps and stages, whether tiles overlap (``flat``), and whether two
-    warp groups take ``turns`` at them."""
+    """How a launch runs: the emitter, warps and stages, whether tiles overlap (``flat``), whether two
+    warp groups take ``turns`` at them, and whether parts of sums land ``apart`` from the operands."""
 
     emitter: str = "triton"
     warps: int = 8
     stages: int = 3
     flat: bool = False
     turns: bool = False
+    apart: bool = False
 
 
 def tensor_core_share(rows: int, columns: int, warps: int, issue: float = 0.0) -> float:
@@ -103,7 +105,11 @@ def task_us(
     vector = task.elementwise / (machine.elementwise_tflops * 1e6) * share
     cached = task.bytes / (machine.l2_gbps * 1e3) * share
     if not task.flops and task.landed:
-        return vector  # the stores behind it are under way while the next tile is multiplied
+        # The stores behind it are under way while the next tile is multiplied. But where parts lie in the ring of
+        # the product, the other group begins that tile when they are there.
+        held = code.turns and not code.apart
+        fetched = task.landed / (machine.hbm_gbps * 1e3) * active + machine.load_us
+        return vector + (fetched if held else 0.0)
     if not task.flops and task.sums:
         # Behind a wait: what stands before it is another task's.
         return 0.0 if code.turns else max(vector, _sums_us(machine, task, active))

@@ -6,6 +6,11 @@ GROUP_ROWS = 64  # rows of a tile that a warp group multiplies at a time
 GROUP_FP32 = 128 * 128  # accumulators that the registers of one warp group hold
 PRODUCT_WARPS = 8  # two warp groups multiply
 LEAST_ROOM = 32  # columns of the narrowest piece in which a group's tile leaves
+SHARED_BYTES = 232_448  # of shared memory that a CTA of sm_90 can have
+SHARED_RESERVE = 1_024  # of it: barriers, and what the compiler keeps beside them
+# Boxes of the ring that parts of a sum land in: of fewer, the next is not under way while one is added; of more,
+# parts are on their way long before they are added.
+LEAST_LANDING, MOST_LANDING = 2, 6
 TURNS, HALVES = "turns", "halves"
 
 
@@ -23,3 +28,28 @@ def roles_of(rows: int, columns: int, sums: int) -> str | None:
 def room_bytes(rows: int, roles: str, item: int) -> int:
     """Bytes of shared memory by way of which the tiles of both groups leave, at least."""
     return 2 * (rows // 2 if roles == HALVES else rows) * LEAST_ROOM * item
+
+
+def landing_slots(
+    stages: int, tile: tuple[int, int, int], sums: int, item: int, extra: int = 0
+) -> int:
+    """How many boxes a ring of its own has for the parts of a sum over ranks: 2 to 6, or 0 where there is none.
+
+    It is what shared memory leaves beside a ring of ``stages`` steps of ``sums`` products, the room by way of
+    which the tiles of both groups leave, and ``extra`` bytes in which tiles change their layout. The room is as
+    wide as a box, or narrower where only so two boxes fit. ``tile``: rows, columns and depth of a step, of
+    elements of ``item`` bytes; a box has the rows of a tile and the columns of a step. Only groups that take
+    turns have such a ring.
+    """
+    rows, columns, depth = tile
+    if roles_of(rows, columns, sums) != TURNS:
+        return 0
+    ring = stages * (rows * depth + sums * depth * columns) * item
+    box, left = rows * depth * item, SHARED_BYTES - SHARED_RESERVE - ring - extra
+    width = depth
+    while width >= LEAST_ROOM:
+        found = (left - 2 * rows * width * item) // box
+        if found >= LEAST_LANDING:
+            return min(found, MOST_LANDING)
+        width //= 2
+    return 0

@@ -16,7 +16,15 @@ from tilelink.ir import DTYPES, Op
 from tilelink.schedules.costs import Code, Task, library_us, task_us
 from tilelink.schedules.default import default_schedule, product_extents
 from tilelink.schedules.machine import Machine
-from tilelink.schedules.roles import PRODUCT_WARPS, TURNS, roles_of, room_bytes
+from tilelink.schedules.roles import (
+    PRODUCT_WARPS,
+    SHARED_BYTES,
+    SHARED_RESERVE,
+    TURNS,
+    landing_slots,
+    roles_of,
+    room_bytes,
+)
 from tilelink.schedules.schedule import (
     COPIES,
     DIRECTIONS,
@@ -29,8 +37,6 @@ from tilelink.schedules.schedule import (
     ScheduleError,
 )
 
-SHARED_BYTES = 232_448  # of a CTA of sm_90
-SHARED_RESERVE = 1_024  # barriers and what the compiler keeps for itself
 STORE_COLUMNS = 128  # of a tile that is stored at once
 ACCUMULATORS = 128  # fp32 registers of a thread that accumulators may take; more of them spill
 ROW_TILES = (16, 32, 64, 128, 256)
@@ -104,7 +110,11 @@ class Space:
         return list(found)
 
     def moves(self, schedule: Schedule) -> list[Schedule]:
-        """``schedule`` with every way in which the moved tensors may travel."""
+        """``schedule`` with every way in which the moved tensors may travel.
+
+        Where the ring of a kernel with roles leaves no room for one of the parts of a sum in the epilogue, so does
+        the deepest that does.
+        """
         options = [
             [(tensor.symbol, move) for move in self._moves_of(tensor)]
             for tensor in self.kernel.find("tensor")
@@ -113,7 +123,16 @@ class Space:
         if self.kernel["world"] == 1:
             return [schedule]
         made = (_moving(schedule, tuple(sorted(some))) for some in itertools.product(*options))
-        return [s for s in made if s is not None and legal(self.product, s) and self._walks(s)]
+        found = [s for s in made if s is not None and legal(self.product, s) and self._walks(s)]
+        return list(dict.fromkeys(one for s in found for one in (s, *self._shallower(s))))
+
+    def _shallower(self, schedule: Schedule) -> list[Schedule]:
+        """The schedule with as many stages as let parts of its sums land apart; none where it has none."""
+        folded = any(move.sum == "epilogue" for _, move in schedule.moves)
+        if not folded or lands_apart(self.product, schedule):
+            return []
+        fewer = (replace(schedule, stages=n) for n in RING_STAGES if n < schedule.stages)
+        return [s for s in fewer if lands_apart(self.product, s)][:1]
 
     def _walks(self, schedule: Schedule) -> bool:
         """Whether tiles are as long as the schedule says, no shard is spanned for nothing, and what roles
@@ -404,6 +423,18 @@ def _has_roles(product: Product, schedule: Schedule) -> bool:
     return ring + room_bytes(m, roles, size) <= SHARED_BYTES - SHARED_RESERVE
 
 
+def lands_apart(product: Product | None, schedule: Schedule) -> bool:
+    """Whether the parts of a sum in the epilogue have a ring of their own, as far as the schedule tells.
+
+    It is taken that something of the tile leaves or comes by addresses, in pieces as large as a box.
+    """
+    folded = any(move.sum == "epilogue" for _, move in schedule.moves)
+    if product is None or schedule.emitter != "gluon" or not folded:
+        return False
+    tile, size = product.tile(schedule), DTYPES[product.dtype]
+    return landing_slots(schedule.stages, tile, product.dots, size, tile[0] * tile[2] * size) > 0
+
+
 def estimate_us(product: Product | None, schedule: Schedule, machine: Machine) -> float:
     """Microseconds of the products alone, by waves of tiles: enough to order computations by."""
     if product is None:
@@ -464,8 +495,8 @@ def by_class(
 
 
 def class_of(schedule: Schedule, product: Product | None) -> tuple[Any, ...]:
-    """What makes schedules different in kind: who makes the code, with roles in which form, and how each
-    tensor moves but for numbers."""
+    """What makes schedules different in kind: who makes the code, with roles in which form, how each tensor
+    moves but for numbers, and whether parts of sums land apart from the operands."""
     roles = None
     if schedule.emitter == "gluon" and product is not None:
         rows, columns, _ = product.tile(schedule)
@@ -482,4 +513,5 @@ def class_of(schedule: Schedule, product: Product | None) -> tuple[Any, ...]:
             )
             for _, move in schedule.moves
         ),
+        lands_apart(product, schedule),
     )

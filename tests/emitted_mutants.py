@@ -15,9 +15,23 @@ EVENT = re.compile(
     r"device\.\w*(wait|notify|push|queue|finish|drain|pointer|context)|\.load\(|\.store\(|tl\.load\("
     r"|tl\.store\(|tl\.dot\(|call\.(head|transfer|notify|wait|launch|collective)|pending ="
     r"|roles\.(ring|turns|pair|tiles|claim|fetch|take|give|turn|pass_turn|meet|store|send)\(|hopper\."
-    r"|roles\.delayed_|number \+=|step \+=|at \+=|met \+=|warp_specialize"
+    r"|roles\.(fetch_parts|fetch_remote|sum_landed)\(|roles\.delayed_|warp_specialize"
+    r"|number \+=|step \+=|own \+=|at \+=|at = own|met \+="
 )
-CALLS = ("device.", "roles.delayed", "roles.send", "roles.sum", "tl.store", "tl.dot", "tl.where")
+CALLS = (
+    "device.",
+    "roles.delayed",
+    "roles.send",
+    "roles.sum",
+    "tl.store",
+    "tl.dot",
+    "tl.where",
+    "roles.fetch_",
+)
+# What a kernel with roles has two of, one for the operands and one for parts of sums.
+TWINS = {"ring": "landing", "turns": "sums", "number": "own"}
+TWINS |= {new: old for old, new in TWINS.items()}
+PASSED = re.compile(r"roles\.(sum_landed|take|give)\(")
 FLIPS = {ast.FloorDiv: "%", ast.Mod: "//", ast.Add: "-", ast.Sub: "+"}
 COMPARE = {ast.Lt: "<=", ast.LtE: "<", ast.Eq: "!=", ast.NotEq: "==", ast.GtE: ">"}
 
@@ -121,16 +135,38 @@ def _statements(editor: Editor, function: ast.FunctionDef) -> Iterator[Mutant]:
                 begin, end = editor.lines(after)
                 other = editor.bytes[begin:end]
                 both = all(EVENT.search(c.decode()) for c in (code, other))
-                # Two loads in a row may stand in either order.
-                alike = all(b".load(" in c or b"roles.fetch(" in c for c in (code, other))
+                # Two loads in a row may stand in either order, and so may two waits.
+                alike = any(
+                    all(any(word in c for word in words) for c in (code, other))
+                    for words in ((b".load(", b"roles.fetch("), (b"token += device.",))
+                )
                 if both and not alike:
                     swapped = editor.bytes[:first] + other + editor.bytes[last:begin] + code
                     yield Mutant(
                         "swap", node.lineno, shown, (swapped + editor.bytes[end:]).decode()
                     )
+            yield from _moved_turn(editor, block, number)
         loads = [n for n in block if isinstance(n, ast.Assign) and ".load(" in editor.of(n)]
         for load in loads[:2]:
             yield from _hoisted(editor, function, load)
+
+
+def _moved_turn(editor: Editor, block: list[ast.stmt], number: int) -> Iterator[Mutant]:
+    """A turn that is passed on too early, or waited for too late."""
+    code = editor.of(block[number])
+    if not code.startswith(("roles.turn(", "roles.pass_turn(")):
+        return
+    early = code.startswith("roles.pass")
+    others = reversed(block[:number]) if early else block[number + 1 :]
+    over = next((n for n in others if PASSED.search(editor.of(n))), None)
+    if over is None:
+        return
+    first, last = editor.lines(block[number])
+    line = editor.bytes[first:last]
+    at = editor.lines(over)[0 if early else 1]
+    rest = editor.bytes[:first] + editor.bytes[last:]
+    at -= 0 if early else last - first
+    yield Mutant("turn", block[number].lineno, code, (rest[:at] + line + rest[at:]).decode())
 
 
 def _hoisted(editor: Editor, function: ast.FunctionDef, load: ast.Assign) -> Iterator[Mutant]:
@@ -154,6 +190,7 @@ def _expressions(editor: Editor, function: ast.FunctionDef) -> Iterator[Mutant]:
     body = [n for s in function.body[start:] for n in ast.walk(s)]
     # How deep a loop is pipelined and what a record of a time-out says is no part of what is proven.
     skipped: set[int] = set()
+    known = {n.id for n in body if isinstance(n, ast.Name)} | {a.arg for a in function.args.args}
     for node in body:
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
@@ -184,6 +221,13 @@ def _expressions(editor: Editor, function: ast.FunctionDef) -> Iterator[Mutant]:
                 yield Mutant("name", line, f"{node.value} -> {new}", editor.replaced(node, new))
         elif isinstance(node, ast.Name) and node.id == "rank" and isinstance(node.ctx, ast.Load):
             yield Mutant("rank", line, "rank -> rank + 1", editor.replaced(node, "(rank + 1)"))
+        elif (
+            isinstance(node, ast.Name)
+            and TWINS.get(node.id) in known
+            and isinstance(node.ctx, ast.Load)
+        ):
+            new = TWINS[node.id]
+            yield Mutant("twin", line, f"{node.id} -> {new}", editor.replaced(node, new))
         elif isinstance(node, ast.Name) and node.id == "token" and isinstance(node.ctx, ast.Load):
             yield Mutant("token", line, "token -> 0", editor.replaced(node, "0"))
         elif isinstance(node, ast.BinOp) and type(node.op) in FLIPS:

@@ -88,8 +88,10 @@ CASES = (
     Case("gemm_rs", gemm_rs, "epilogue", (800, 192, 256), (128, 128, 3)),
     Case("gemm_rs", gemm_rs, "epilogue", (1024, 192, 512), (128, 256, 3)),
     Case("gemm_rs_add", gemm_rs_add, "copy_engine", (512, 128, 264), (128, 128, 4), BOTH),
+    Case("gemm_rs folded", gemm_rs, "copy_engine", (1024, 192, 512), (128, 128, 6), (), "epilogue"),
     Case("gemm_rs folded", gemm_rs, "copy_engine", (1024, 192, 512), (128, 128, 4), (), "epilogue"),
     Case("gemm_rs folded", gemm_rs, "epilogue", (1024, 192, 512), (128, 256, 3), (), "epilogue"),
+    Case("gemm_rs folded", gemm_rs, "epilogue", (1024, 192, 512), (128, 128, 5), (), "epilogue"),
     Case("gemm_rs folded", gemm_rs, "epilogue", (1024, 192, 512), (64, 128, 5), (), "epilogue"),
     Case("gemm_rs folded", gemm_rs, "copy_engine", (1024, 192, 512), (128, 128, 2), (), "epilogue", 128),
     Case("gemm_rs folded", gemm_rs, "epilogue", (1024, 160, 512), (128, 128, 6), (), "epilogue", 32),
@@ -101,5 +103,6 @@ CASES = (
     Case("gemm_ar", gemm_ar, "epilogue", (384, 192, 264), (128, 128, 4)),
     Case("gemm_ar", gemm_ar, "epilogue", (512, 192, 264), (128, 256, 3)),
     Case("gemm_ar", gemm_ar, "copy_engine", (512, 192, 264), (128, 256, 4)),
+    Case("gemm_ar folded", gemm_ar, "epilogue", (1024, 192, 512), (128, 128, 5), (), "epilogue"),
     Case("gemm_ar_add", gemm_ar_add, "copy_engine", (256, 128, 128), (64, 128, 5), BOTH),
 )  # fmt: skip

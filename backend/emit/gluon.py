@@ -14,7 +14,7 @@ from tilelink.ir import Op
 def emit_roles(program: Program, launch: Op, name: str, system: frozenset[str]) -> Kernel:
     """The kernel of ``launch``, which has roles; ``system`` names the counters that streams wait for.
 
-    Two groups of four warps run the same function with ``role`` 0 and 1, one warp loads.
+    Two groups of four warps run the same function with ``role`` 0 and 1, one warp loads, and one may fetch parts.
     """
     roles = Roles(program, launch, name)
     bodies = roles.functions()
@@ -36,7 +36,7 @@ def emit_roles(program: Program, launch: Op, name: str, system: frozenset[str]) 
         text.lines += lines
         text.line()
         text.line()
-    load, multiply = (function for function, _ in bodies)
+    load, multiply, *fetch = (function for function, _ in bodies)
     head = heading(scope, "gluon.jit", name, parameters)
     head.lines += [f"    {line}" for line in shared]
     head.line("gl.warp_specialize(")
@@ -47,11 +47,14 @@ def emit_roles(program: Program, launch: Op, name: str, system: frozenset[str]) 
                 (multiply, ["0", *calls[multiply]]),
                 (multiply, ["1", *calls[multiply]]),
                 (load, calls[load]),
+                *((function, calls[function]) for function in fetch),
             ):
                 _started(head, function, args)
         head.line("],")
-        head.line(f"[{GROUP_WARPS}, 1],")
-        head.line(f"[{', '.join(map(str, REGISTERS))}],")
+        # The first group's warps are the kernel's own.
+        head.line(f"[{GROUP_WARPS}, 1{', 1' * len(fetch)}],")
+        registers = (*REGISTERS, *REGISTERS[1:] * len(fetch))
+        head.line(f"[{', '.join(map(str, registers))}],")
     head.line(")")
     head.lines += scope.writer.lines
     return Kernel(

@@ -2,26 +2,24 @@
 
 What stands before the main loop, its waits, and the loads of the loop are the loader's; the products, the
 epilogue, its waits and notifies are those of the warp groups. They share a ring of slots
-(:mod:`tilelink.device.roles`). The text of decoding, waits, epilogue and signals is that of the Triton
-emitter; here is what roles make different: who does what, and in which layout tiles are.
+(:mod:`tilelink.device.roles`). Where the parts of a sum have a ring of their own, a fetcher waits for them and
+fills it. These two are written by :mod:`tilelink.backend.emit.loading`; here are the groups. The text of decoding,
+waits, epilogue and signals is that of the Triton emitter; what roles make different is who does what, and in which
+layout tiles are.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 from tilelink.backend.emit import access, added, body, epilogue, sums
 from tilelink.backend.emit.held import Held
-from tilelink.backend.emit.kernel import among, turned
+from tilelink.backend.emit.loading import Loading, volume
 from tilelink.backend.emit.loops import (
     Walk,
-    announce,
     ceildiv,
     decode,
-    place_tile,
-    total,
 )
 from tilelink.backend.emit.scope import (
     TL_DTYPE,
@@ -33,83 +31,38 @@ from tilelink.backend.emit.scope import (
     refuse_roles,
 )
 from tilelink.backend.emit.text import Writer, identifier
-from tilelink.backend.passes.bind_emitter import Product, Unfit, split_product
+from tilelink.backend.passes.bind_emitter import Product
 from tilelink.ir import At, Expr, Op, Value
-from tilelink.schedules.roles import HALVES, LEAST_ROOM
+from tilelink.schedules.roles import LEAST_ROOM, SHARED_BYTES, SHARED_RESERVE
 
-SHARED_LIMIT = 232_448  # bytes of shared memory a CTA of sm_90 can have
-_BARRIERS = 1024  # of mbarriers and what the compiler keeps beside them
 GROUP_WARPS = 4
-REGISTERS = (232, 40)
+REGISTERS = (232, 40)  # of a thread of a group, and of one that loads
 
 
-@dataclass(slots=True)
-class _Ring:
-    """The tiles of one step: name, descriptor's block and bytes, in the order of the loads."""
-
-    names: list[str]
-    blocks: list[tuple[tuple[int, ...], str]]
-    holders: list[str]  # a descriptor of each, which the host gives its layout
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of one step."""
-        return sum(_volume(block) * item_bytes(dtype) for block, dtype in self.blocks)
-
-
-def _volume(block: tuple[int, ...]) -> int:
-    count = 1
-    for length in block:
-        count *= length
-    return count
-
-
-class Roles:
-    """Writes the functions of one launch; ``scopes`` share the kernel's parameters."""
+class Roles(Loading):
+    """Writes the functions of one launch."""
 
     def __init__(self, program: Program, launch: Op, name: str) -> None:
-        self.program, self.launch, self.name = program, launch, name
-        self.halves = launch["roles"] == HALVES
-        self.slots = int(launch["stages"])
-        self.loader = Scope(program, Writer(), stages=self.slots)
-        self.loader.used |= {"ctx", "token", "q", "step", "slot", "ring", "rank", "role", "number"}
-        self.loader.used |= {"turns", "pair", "room", "met", "at", "last"}
-        self.loader.contracted = access.contracted(launch.body)
-        self.ring: _Ring | None = None
+        super().__init__(program, launch, name)
         self.room: tuple[tuple[int, ...], str] | None = None
         self.room_of = ""
-        self.landing: dict[int, str] = {}  # the tiles of the ring that parts land in, by their sum
         # The rows of the whole tile, where a group has half of them.
         self.rows: tuple[str, Dim] | None = None
-        self.pieces = 0  # of a tile whose parts land there, still to be added up
+        self.pieces = 0  # of a tile whose parts land in a ring, still to be added up
+        self.parts = 0  # boxes of such a tile; 0 once the first are taken
         self.direct: set[int] = set()  # stores that can leave through TMA, by their identity
-        stages = launch.find("stage")
-        try:
-            self.products = [(stage, split_product(stage)) for stage in stages]
-        except Unfit as unfit:
-            raise refuse_roles(unfit.op, unfit.detail) from None
-        self.multiply = replace(
-            self.loader,
-            writer=Writer(),
-            names={},
-            dims={},
-            dirty={},
-            literals=set(),
-            tokens=[],
-            chosen={},
-            used=set(self.loader.used),
-            over=self._overrides(),
-            warps=GROUP_WARPS,
-        )
+        self.multiply = self.another(over=self._overrides(), warps=GROUP_WARPS)
 
     def functions(self) -> list[tuple[str, list[str]]]:
-        """The bodies of the loader and of the groups that multiply, by the function's name."""
-        self.loader.writer.depth = self.multiply.writer.depth = 1
+        """The bodies of the loader, of the groups that multiply, and of a fetcher, by the function's name."""
+        for scope in (self.loader, self.multiply, self.fetcher):
+            scope.writer.depth = 1
         self.loader.writer.line("step = 0")
         for stage, product in self.products:
-            self._load_stage(stage, product)
+            self.load_stage(stage, product)
         self.loader.writer.prune()
-        self.multiply.used |= set(self.loader.descriptors.values())
+        self.fetch_stages()
+        self.multiply.used |= {*self.loader.descriptors.values(), *self.landing.values()}
         self.multiply.used |= {*self.loader.pointers.values(), *self.loader.buffers.values()}
         self._make_room()
         self._check_flushes()
@@ -117,169 +70,19 @@ class Roles:
         writer.line("step = 0")
         if not self.halves:
             writer.line("number = 0")
+        if self.boxes:
+            writer.line("own = 0")
         writer.let("met", "0")
         for stage, product in self.products:
             self._multiply_stage(stage, product, self._flushed(stage))
         writer.prune()
-        return [
+        found = [
             (f"{self.name}_load", self.loader.writer.lines),
             (f"{self.name}_multiply", writer.lines),
         ]
-
-    # The loader -------------------------------------------------------------------------------
-
-    def _queue(self, scope: Scope, stage: Op) -> str:
-        """The head of the loop over a stage's tasks."""
-        title = stage.symbol if stage.ref is not None else "stage"
-        scope.writer.line()
-        scope.writer.line(f"# Stage {title}.{origin(stage.span).replace('  # ', ' ')}")
-        count = total(scope, stage, stage.args, Walk.of(stage))
-        worker, first = "tl.program_id(0)", int(stage.get("first", 0))
-        workers = int(self.launch["workers"])
-        low, high = (int(w) for w in stage.get("workers", (0, workers)))
-        step = "tl.num_programs(0)"
-        name = f"{identifier(title)}_worker"
-        if (low, high) != (0, workers):
-            step, many = str(high - low), high - low
-            turn = f"tl.program_id(0) + {(many - low - first) % many}"
-            # A worker that has no part in the queue comes behind its end.
-            inside = among(low, high, workers)
-            scope.writer.line(f"{name} = tl.where({inside}, ({turn}) % {many}, {count})")
-            worker = name
-        elif first:
-            scope.writer.line(f"{name} = {turned(first)}")
-            worker = name
-        # Behind a main loop that adds parts, what is the same for every tile stays inside of the loop: kept in
-        # registers over the main loop, it would not fit. Nor would the addresses of other ranks' parts fit the few
-        # registers of a loader.
-        multiplies = scope is self.multiply
-        adds = any(
-            op.get("remote")
-            or (multiplies and (op.name == "load_sum" or added.part_of_sum(self.program, op)))
-            for op in stage.walk()
-        )
-        tail = ", disable_licm=True" if adds else ""
-        return f"for q in tl.range({worker}, {count}, {step}{tail}):"
-
-    def _load_stage(self, stage: Op, product: Product) -> None:
-        scope, writer = self.loader, self.loader.writer
-        with writer.block(self._queue(scope, stage)):
-            scope.tokens.clear()
-            scope.tile = "q"
-            decode(scope, stage, stage.args, Walk.of(stage), "q")
-            waits = tuple(op for op in product.before if op.name == "wait")
-            if waits:
-                writer.line("token = 0")
-                scope.tokens.append("token")
-            body.ops(scope, waits)
-            self._main_loop(product)
-            if product.landed is not None:
-                self._land(stage, product, product.landed)
-        self._forget(scope)
-
-    def _land(self, stage: Op, product: Product, total: Op) -> None:
-        """The loader waits for the parts that a tile's sum adds, and fetches them into steps of their own.
-
-        All operands of the worker's tiles so far are on their way by then: nothing that a rank waits for
-        comes from a later tile of this worker, so what the loader does not load meanwhile delays nobody.
-        """
-        scope, writer = self.loader, self.loader.writer
-        assert total.ref is not None
-        block, name = self._slot(stage, product, total)
-        self.landing[id(total)] = name
-        width, variable = block[1], total.results[0].type.shape[1]
-        if not scope.tokens:
-            writer.line("token = 0")
-            scope.tokens.append("token")
-        body.ops(scope, tuple(op for op in product.epilogue if op.name == "wait"))
-        dim = scope.dims[variable]
-        start = scope.fresh(f"{variable}_part")
-        count = str(self.program.world)
-        with writer.block(f"for {start} in tl.range({dim.start}, {dim.stop}, {width}):"):
-            scope.dims[variable] = replace(dim, block=width, start=start)
-            row, column = (a.start for a in access.axes(scope, total, total.ref)[-2:] if a)
-            row = "token" if row == "0" else f"{row} + token"
-            if total.get("remote"):
-                ranks = range(self.program.world)
-                each = [access.descriptor(scope, total.symbol, block, rank) for rank in ranks]
-                args = ["ring", "step", f"({', '.join(each)})", row, column, name, "rank", count]
-                writer.call("roles.fetch_remote(", args)
-            else:
-                # One matrix of all parts, the second rank's rows below the first's.
-                parts = access.descriptor(scope, total.symbol, block)
-                height = scope.expr(self.program.shape(total.symbol)[1])
-                args = ["ring", "step", parts, height, row, column, name, "rank", count]
-                writer.call("roles.fetch_parts(", args)
-            writer.line(f"step += {self.program.world - 1}")
-        scope.dims[variable] = dim
-
-    def _slot(self, stage: Op, product: Product, total: Op) -> tuple[tuple[int, ...], str]:
-        """Which tile of the ring a box of parts fits into: its block and its name."""
-        assert self.ring is not None
-        rows, columns = (self.loader.dims[v] for v in total.results[0].type.shape)
-        dtype = str(self.program.symbols[total.symbol]["dtype"])
-        depth = product.loop.args[0].name
-        for number, op in enumerate(product.loads):
-            block, held = self.ring.blocks[number]
-            if op.results[0].type.shape != (stage.args[0].name, depth) or held != dtype:
-                continue
-            if rows.exact and columns.exact and columns.block % block[1] == 0:
-                return block, self.ring.names[number]
-        raise refuse_roles(total, "parts of a sum that are no slots of the ring")
-
-    def _main_loop(self, product: Product) -> None:
-        scope, writer = self.loader, self.loader.writer
-        loop = product.loop
-        ahead = announce(scope, loop)
-        for op in product.loads:
-            scope.define(op.results[0])
-            if op.get("own") is not None:
-                access.choose(scope, op)
-        for dim in ahead:
-            del scope.dims[dim]
-        with self._steps(scope, loop):
-            fetches = [access.box(scope, op) for op in product.loads]
-            ring = self._shared(product, [(f.block, f.dtype) for f in fetches])
-            ring.holders = ring.holders or [f.holder for f in fetches]
-            writer.call("slot = roles.claim(", ["ring", "step", str(ring.bytes)])
-            for fetch, name in zip(fetches, ring.names, strict=True):
-                args = ["ring", "slot", fetch.source, fetch.row, fetch.column, name]
-                writer.call("roles.fetch(", args)
-            writer.line("step += 1")
-        scope.dims.pop(loop.args[0].name, None)
-
-    def _shared(self, product: Product, blocks: list[tuple[tuple[int, ...], str]]) -> _Ring:
-        """The ring's tiles, which all stages of the launch share."""
-        if self.ring is None:
-            names = [self.loader.fresh(f"{op.results[0].name}_ring") for op in product.loads]
-            self.ring = _Ring(names, blocks, [])
-        elif self.ring.blocks != blocks:
-            raise refuse_roles(
-                product.loop, "stages of one launch that load tiles of different shapes"
-            )
-        return self.ring
-
-    def _steps(self, scope: Scope, loop: Op):  # type: ignore[no-untyped-def]
-        """The loop over the steps of a product, its variable placed."""
-        variable, size, extent = loop.args[0], int(loop["tile"][0]), loop["extent"][0]
-        start = f"{identifier(variable.name)}_start"
-        head = f"for {start} in tl.range(0, {scope.expr(extent)}, {size}):"
-        opened = scope.writer.block(head)
-
-        class _Opened:
-            def __enter__(self) -> None:
-                opened.__enter__()
-                place_tile(scope, variable, f"{start} // {size}", start, size, extent)
-
-            def __exit__(self, *error: object) -> None:
-                opened.__exit__(*error)  # type: ignore[arg-type]
-
-        return _Opened()
-
-    def _forget(self, scope: Scope) -> None:
-        scope.tokens.clear()
-        scope.tile = "0"
-        scope.dims.clear()
+        if self.boxes:
+            found.append((f"{self.name}_fetch", self.fetcher.writer.lines))
+        return found
 
     # Groups that multiply ---------------------------------------------------------------------
 
@@ -304,24 +107,30 @@ class Roles:
         loop = product.loop
         steps = ceildiv(scope, loop["extent"][0], int(loop["tile"][0]))
         held = self._held(stage, product)
-        with writer.block(self._queue(scope, stage)):
+        with writer.block(self.queue(scope, stage)):
             if self.halves:
                 self._tile(stage, product, held)
             else:
                 with writer.block("if number % 2 == role:"):
                     self._tile(stage, product, held)
                 writer.line("number += 1")
-            writer.line(f"step += {steps}{self._landing_steps(stage, product)}")
+            if self.boxes and product.landed is not None:
+                writer.line("own += 1")
+                writer.line(f"step += {steps}")
+            else:
+                writer.line(f"step += {steps}{self._landing_steps(stage, product)}")
         if held is not None and flushed:
             self._release(held)
-        self._forget(scope)
+        self.forget(scope)
 
     def _landing_steps(self, stage: Op, product: Product) -> str:
         """The steps that the parts of a tile's sum take beside those of its product."""
-        if product.landed is None:
-            return ""
+        return f" + {self._parts(stage, product)}" if product.landed is not None else ""
+
+    def _parts(self, stage: Op, product: Product) -> int:
+        """How many boxes the parts of a tile's sum are."""
         pieces = int(stage["tile"][1]) // int(product.loop["tile"][0])
-        return f" + {pieces * (self.program.world - 1)}"
+        return pieces * (self.program.world - 1)
 
     def _held(self, stage: Op, product: Product) -> Held | None:
         """What a group keeps of the notify that it holds back; nothing is held back yet."""
@@ -361,8 +170,9 @@ class Roles:
         if landed is not None:
             scope.landed = int(product.loop["tile"][0])
             self.pieces = int(stage["tile"][1]) // scope.landed
+            self.parts = self._parts(stage, product)
         kept = tuple(op for op in product.epilogue if not op.get("delay"))
-        if landed is not None:  # it is the loader that waits
+        if landed is not None:  # it is the loader that waits, or the fetcher
             kept = tuple(op for op in kept if op.name != "wait")
         if any(op.name == "wait" for top in kept for op in top.walk()):
             writer.line("token = 0")
@@ -409,7 +219,7 @@ class Roles:
         body.carry_in(scope, loop, 0)
         sums = [scope.names[r.name] for r in loop.results]
         dots = [op for op in loop.body if op.name == "dot"]
-        with self._steps(scope, loop):
+        with self.steps(scope, loop):
             start = f"{identifier(loop.args[0].name)}_start"
             writer.line("slot = roles.take(ring, at)")
             for op, name in zip(product.loads, self.ring.names, strict=True):
@@ -424,7 +234,7 @@ class Roles:
             writer.line(f"roles.give(ring, at - 1, {start} > 0)")
             writer.line("at += 1")
         scope.dims.pop(loop.args[0].name, None)
-        if not self.halves and product.landed is None:
+        if not self.halves and (product.landed is None or self.boxes):
             writer.line("roles.pass_turn(turns, number)")
         done = ", ".join(sums)
         writer.line(f"{done} = hopper.warpgroup_mma_wait(0, deps=[{done}])")
@@ -516,14 +326,21 @@ class Roles:
         dtype, world = value.type.dtype, self.program.world
         rows, width = scope.blocks(op.operands[0].type)
         half = f"role * {rows}" if self.halves else "0"
-        args = [own, "ring", "at", self.landing[id(op)], half, "rank", str(world)]
+        ring, turns = ("landing", "sums, own") if self.boxes else ("ring", "turns, number")
+        if self.boxes and self.parts:
+            # The other group's tile comes before: a parity tells one lap of this ring from the next, not from
+            # the one behind it. It has taken all of that tile's boxes, in the order in which they were fetched.
+            scope.writer.line(f"roles.turn({turns})")
+            scope.writer.line(f"at = own * {self.parts}")
+            self.parts = 0
+        args = [own, ring, "at", self.landing[id(op)], half, "rank", str(world)]
         scope.writer.call(f"{name} = roles.sum_landed(", args)
         if dtype != "fp32":
             scope.writer.line(f"{name} = {name}.to({TL_DTYPE[dtype]})")
         scope.writer.line(f"at += {world - 1}")
         self.pieces -= 1
         if not self.pieces and not self.halves:
-            scope.writer.line("roles.pass_turn(turns, number)")
+            scope.writer.line(f"roles.pass_turn({turns})")
         if not self._boxed(op):
             scope.writer.line(f"{name} = roles.to_memory({name}, {width})")
             scope.as_memory = True
@@ -565,9 +382,9 @@ class Roles:
             left = self._room_for(each)
         self.multiply.each = each
         if left < 0:
-            need = SHARED_LIMIT - left
+            need = SHARED_BYTES - left
             detail = (
-                f"{self.slots} stages, which take {need} bytes of {SHARED_LIMIT} of shared memory"
+                f"{self.slots} stages, which take {need} bytes of {SHARED_BYTES} of shared memory"
             )
             raise refuse_roles(self.launch, detail)
 
@@ -581,12 +398,14 @@ class Roles:
         stores = (o for top in product.epilogue for o in top.walk() if o.name == "store")
         self.direct |= {id(op) for op in stores if access.target(scope, op) is not None}
         scope.writer, scope.used = kept
-        self._forget(scope)
+        self.forget(scope)
 
     def _room_for(self, each: int) -> int:
         """Chooses the room beside sums of ``each`` elements a thread; the bytes that are left over."""
         assert self.ring is not None
-        left = SHARED_LIMIT - _BARRIERS - self.slots * self.ring.bytes
+        left = SHARED_BYTES - SHARED_RESERVE - self.slots * self.ring.bytes
+        if self.box is not None:
+            left -= self.boxes * volume(self.box[0]) * item_bytes(self.box[1])
         found: set[tuple[int, int, str]] = set()
         behind: set[tuple[int, int, str]] = set()  # stores of sums whose parts land in the ring
         extra, most = 0, 256  # columns of the room
@@ -711,6 +530,11 @@ class Roles:
             lines.append("pair = roles.pair()")
         for name, holder in zip(self.ring.names, self.ring.holders, strict=True):
             lines.append(f"{name} = roles.tiles({holder}, {self.slots})")
+        if self.boxes:
+            lines.append(f"landing = roles.ring({self.boxes}, 1)")
+            lines.append("sums = roles.turns()")
+            (name,) = set(self.landing.values())
+            lines.append(f"{name} = roles.tiles({self.box_of}, {self.boxes})")
         if self.room_of:
             lines.append(f"room = roles.tiles({self.room_of}, 2)")
         return lines

@@ -9,6 +9,7 @@ from tilelink.backend.passes.choose_emitter import choose_emitter
 from tilelink.backend.passes.choose_shots import choose_shots
 from tilelink.backend.passes.common import UnsupportedProgram
 from tilelink.backend.passes.fold_sums import fold_sums
+from tilelink.backend.passes.land_sums import land_sums
 from tilelink.backend.passes.lay_out_memory import lay_out_memory
 from tilelink.backend.passes.order_memory import order_memory
 from tilelink.backend.passes.order_tiles import order_tiles
@@ -35,6 +36,7 @@ PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
     ("bind-resources", bind_resources),
     ("bind-emitter", bind_emitter),
     ("order-memory", order_memory),
+    ("land-sums", land_sums),
     ("lay-out-memory", lay_out_memory),
 )
 

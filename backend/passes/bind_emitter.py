@@ -13,7 +13,7 @@ _BEFORE = frozenset({"wait", "zeros", "full", "constant", "param"})
 _INSIDE = frozenset({"load", "transpose", "dot", "yield"})
 _NEVER = frozenset({"dot", "for_tiles", "transfer", "transpose", "reshape"})
 _REDUCE = frozenset({"sum", "max", "min"})
-# What a group cannot do in front of a sum whose parts the loader fetches behind its own waits.
+# What a group cannot do in front of a sum whose parts a role that loads fetches behind its own waits.
 _BEHIND_SUM = frozenset({"load", "store", "notify", "load_sum", "for_range"})
 
 
@@ -27,7 +27,7 @@ class Product:
 
     @property
     def landed(self) -> Op | None:
-        """The sum over ranks whose parts the loader fetches into the ring, behind the waits of the epilogue."""
+        """The sum over ranks whose parts a role that loads fetches, behind the waits of the epilogue."""
         return next((op for op in self.epilogue if lands(op)), None)
 
     @property
@@ -52,6 +52,27 @@ class Product:
 def lands(op: Op) -> bool:
     """Whether ``op`` adds parts to a product that a loader has fetched through TMA."""
     return op.name == "load_sum" and bool(op.operands) and op.get("via") == "tma"
+
+
+def landing_stages(launch: Op) -> list[tuple[Op, Product]]:
+    """The stages of a launch with roles whose sums may share a ring that parts land in; [] where they cannot.
+
+    Groups take turns at that ring by the number of a tile among those that have such a sum. So these tiles follow
+    one another: a worker that has one of them has no other in between, and its groups alternate at them. All of
+    them have boxes of one shape and type, and as many. They wait for nothing in front of their main loop: the
+    fetcher of the parts is not the loader, which does that.
+    """
+    products = [(op, split_product(op)) for op in launch.body if op.name == "stage"]
+    found = [n for n, (_, product) in enumerate(products) if product.landed is not None]
+    if not found or found != list(range(found[0], found[-1] + 1)):
+        return []
+    run = [products[n] for n in found]
+    kinds = {
+        (stage["tile"], product.loop["tile"], product.loads[0].results[0].type.dtype)
+        for stage, product in run
+    }
+    waiting = any(op.name == "wait" for _, product in run for op in product.before)
+    return run if len(kinds) == 1 and not waiting else []
 
 
 def _reads(op: Op) -> tuple[object, ...]:
@@ -107,10 +128,11 @@ def split_product(stage: Op) -> Product:
 
 
 def _check_landed(epilogue: tuple[Op, ...]) -> None:
-    """Unfit where the loader would wait for parts at another place than where the text says it.
+    """Unfit where parts would be waited for at another place than where the text says it.
 
-    It is the loader that waits: so all waits stand in front of the sum and nothing that others could see
-    does, and no notify is held back, which a later task would make whose loads stand behind these waits.
+    It is the loader that waits, or a fetcher: so all waits stand in front of the sum and nothing that others
+    could see does. And no notify is held back: a later task would make it, whose loads stand behind these waits,
+    and whose sum stands behind waits of its own.
     """
     at = next((n for n, op in enumerate(epilogue) if lands(op)), None)
     if at is None:

@@ -276,7 +276,7 @@ def without_roles(program: Op) -> Op:
     """
     op = _map_blocks(program, without_roles)
     gluon = op.name == "launch" and op.get("emitter") == "gluon"
-    return op.with_attrs(emitter=None, roles=None) if gluon else op
+    return op.with_attrs(emitter=None, roles=None, landing=None) if gluon else op
 
 
 def has_roles(program: Op) -> bool:

@@ -319,6 +319,7 @@ class _Clock:
                 int(launch.get("stages", 3)),
                 flat,
                 launch.get("roles") == TURNS,
+                launch.get("landing") is not None,
             )
             found = self._stages[id(stage)] = _Stage(
                 f"@{stage.symbol}",

@@ -16,7 +16,7 @@ import torch
 from tilelink.backend.simulate.errors import BalanceError, BoundsError, VersionError
 from tilelink.backend.simulate.geometry import Env, Tile
 from tilelink.backend.simulate.memory import Channel, Clock, Memory, Released, View
-from tilelink.backend.simulate.roles import cut
+from tilelink.backend.simulate.roles import Share
 from tilelink.backend.simulate.trace import (
     CONTROL,
     Copy,
@@ -315,11 +315,11 @@ class Runner:
         op: Op,
         number: int = 0,
         tiles: tuple[Tile, ...] = (),
-        part: tuple[bool, frozenset[int]] | None = None,
+        share: Share | None = None,
     ) -> Steps:
         """The steps of the block of ``op``, position ``number`` of its queue, to be executed now.
 
-        ``part``: what stands in front of (True) or behind its main loop alone, and the ops behind it.
+        ``share``: of a task what one role does, and no more.
         """
         task, traces = self.task, self.machine.traces
         found = traces.trace(task.rank, task.agent, op, number, tiles)
@@ -329,11 +329,8 @@ class Runner:
             task.place = found.place
             self._env = None
             whole = found.all if self.machine.values else found.effects
-            if part is not None:
-                at = cut(whole, part[1])
-                whole = whole[:at] if part[0] else whole[at:]
-            return self._run(whole)
-        if part is not None and part[0]:
+            return self._run(whole if share is None else share.of(whole))
+        if share is not None and share.until is not None:
             return self._run(())  # values rule its course: the group does all of it
         env = {**self.geometry.env(task.rank), **self.memory.scalars}
         for name, decl in self.geometry.decls.items():

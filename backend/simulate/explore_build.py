@@ -42,7 +42,7 @@ from tilelink.backend.simulate.explore_nodes import (
     meets,
 )
 from tilelink.backend.simulate.geometry import Box, Env, Geometry, Tile, bind_args, keep_scalar
-from tilelink.backend.simulate.roles import behind, parts_of
+from tilelink.backend.simulate.roles import loading_of, parts_of, shares_of
 from tilelink.ir import Expr, Op, Ref
 
 CONTROL = "<epoch and counters>"
@@ -435,36 +435,36 @@ class Builder:
     ) -> list[int]:
         """The first node of every loader, then of every first group, and so on: see :mod:`roles`.
 
-        What a loader hands on for a task is a word of its own, which its group waits for. ``ends``: of
-        groups, and of loaders, which leave the worker's place behind its groups.
+        What the roles that load hand on for a task is a word of its own, which its group waits for. ``ends``: of
+        other roles, and of loaders, which leave the worker's place behind them.
         """
-        parts = parts_of(launch)
+        parts, loading = parts_of(launch), loading_of(launch)
         chains: list[list[Node]] = [[] for _ in range(count * parts)]
         places = [0] * count
         for stage in launch.body:
             if stage.name == "flush":  # every group holds back its own
-                for chain in chains[count:]:
+                for chain in chains[count * loading :]:
                     chain.append(Node(PERFORM, stage, where, drain=bool(stage.get("drain"))))
             if stage.name != "stage":
                 continue
-            last = behind(stage)
-            front = tuple(op for op in stage.body if id(op) not in last)
-            back = tuple(op for op in stage.body if id(op) in last)
+            *front, back = (share.within(stage) for share in shares_of(launch, stage))
             lo, hi = self.geometry.worker_range(launch, stage)
             for worker in range(lo, min(hi, count)):
                 queue = self.geometry.queue(stage, self.geometry.env(rank))
                 first = self.geometry.first_position(stage, worker, lo, hi)
                 for tiles in queue[first :: hi - lo]:
-                    group = worker + count * (1 + places[worker] % (parts - 1))
+                    group = worker + count * (loading + places[worker] % (parts - loading))
                     who = f"{where} worker {worker}"
                     at = self._place(launch, stage, rank, call, who, tiles)
                     key = (launch.symbol, rank, call, worker, places[worker])
                     word = self.element(PSEUDO, "handed", *key)
                     where_ = at.chain[0].where
-                    self._block(at, front, where_)
-                    at.chain.append(Node(ADD, stage, where_, elements=(word,), mode=KERNEL))
-                    chains[worker] += at.chain
-                    at.chain = [Node(WAIT, stage, where_, elements=(word,), need=1)]
+                    for number, ops in enumerate(front):
+                        self._block(at, ops, where_)
+                        at.chain.append(Node(ADD, stage, where_, elements=(word,), mode=KERNEL))
+                        chains[worker + number * count] += at.chain
+                        at.chain = [Node(NONE, stage, where_)]
+                    at.chain = [Node(WAIT, stage, where_, elements=(word,), need=loading)]
                     self._block(at, back, where_)
                     chains[group] += at.chain + (at.deferred if at.perform_first else [])
                     places[worker] += 1

@@ -18,7 +18,7 @@ from tilelink.backend.simulate.errors import DeadlockError, InputError, StepsErr
 from tilelink.backend.simulate.execute import Blocked, Flight, Machine, Runner, Steps, Task
 from tilelink.backend.simulate.hostility import Hostility
 from tilelink.backend.simulate.memory import Channel, Clock, Memory, Tracker, View
-from tilelink.backend.simulate.roles import LOADER, Handed, behind, loader_of
+from tilelink.backend.simulate.roles import LOADER, Handed, loader_of, loading_of, shares_of
 from tilelink.backend.simulate.trace import Place, Traces, Work
 from tilelink.backend.simulate.versions import Versions
 from tilelink.backend.tile_ops import TORCH_DTYPES
@@ -329,7 +329,7 @@ class Scheduler:
             return
         for part in range(parts):
             where = worker + part * self.geometry.workers[name]
-            steps = functools.partial(self._role, launch=launch, part=part, groups=parts - 1)
+            steps = functools.partial(self._role, launch=launch, part=part, parts=parts)
             self._start_task(rank, name, where, after, steps)
 
     def _start_task(
@@ -532,39 +532,48 @@ class Scheduler:
         values[element] += 1
         return values[element] - 1
 
-    def _role(self, task: Task, launch: Op, part: int, groups: int) -> Steps:
-        """The loader of a worker, or one of ``groups`` groups: see :mod:`roles`."""
-        runner, place = Runner(self.machine, task), -1
+    def _role(self, task: Task, launch: Op, part: int, parts: int) -> Steps:
+        """One of the ``parts`` of a worker, which come one behind the other: see :mod:`roles`."""
+        runner, place, loading = Runner(self.machine, task), -1, loading_of(launch)
         assert task.worker is not None
         handed = self.calls[task.rank].handed[launch.symbol][task.worker]
         symbol = loader_of(launch.symbol, task.worker)
         for work in self.traces.work(task.rank, launch, task.worker):
             if work.stage.name == "flush":
-                if part != LOADER:  # every group holds back its own
+                if part >= loading:  # every group holds back its own
                     yield from runner.flush(bool(work.stage.get("drain")))
                 continue
-            epilogue = behind(work.stage)
+            shares = shares_of(launch, work.stage)
             for q in range(work.first, len(work.queue), work.step):
                 place += 1
-                if part == LOADER:
+                if part < loading:
+                    # What it goes on with are values alone: it has waited for none of what the loader has.
+                    while part != LOADER and len(handed.clocks) <= place:
+                        yield Blocked(work.stage, symbol, (), 0)
+                    if part == LOADER:
+                        handed.values.append({})
+                    else:
+                        runner.values = handed.values[place]
                     yield None
-                    yield from runner.block(work.stage, q, work.queue[q], (True, epilogue))
+                    yield from runner.block(work.stage, q, work.queue[q], shares[part])
                     fenced = task.proxy.fenced if task.proxy is not None else None
-                    handed.values.append(dict(runner.values))
-                    handed.clocks.append((task.clock.copy(), fenced))
+                    handed.values[place] = dict(runner.values)
+                    if part == LOADER:
+                        handed.clocks.append([])
+                    handed.clocks[place].append((task.clock.copy(), fenced))
                     task.clock[task.component] += 1
                     self._wake(task.rank, symbol)
-                elif place % groups == part - 1:
-                    while len(handed.clocks) <= place:
+                elif place % (parts - loading) == part - loading:
+                    while len(handed.clocks) <= place or len(handed.clocks[place]) < loading:
                         yield Blocked(work.stage, symbol, (), 0)
-                    clock, fenced = handed.clocks[place]
-                    np.maximum(task.clock, clock, out=task.clock)
-                    if task.proxy is not None and fenced is not None:
-                        seen = task.proxy.fenced
-                        task.proxy.fenced = fenced if seen is None else np.maximum(seen, fenced)
+                    for clock, fenced in handed.clocks[place]:
+                        np.maximum(task.clock, clock, out=task.clock)
+                        if task.proxy is not None and fenced is not None:
+                            seen = task.proxy.fenced
+                            task.proxy.fenced = fenced if seen is None else np.maximum(seen, fenced)
                     runner.values = handed.values[place]
                     yield None
-                    yield from runner.block(work.stage, q, work.queue[q], (False, epilogue))
+                    yield from runner.block(work.stage, q, work.queue[q], shares[loading])
                     handed.values[place] = {}
 
     def _collective(self, task: Task, op: Op) -> Steps:

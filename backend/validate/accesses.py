@@ -34,9 +34,10 @@ from tilelink.backend.validate.values import (
 )
 from tilelink.errors import Source
 
-TOUCHING = frozenset(
-    {"load", "store", "send", "tile_push_data", "fetch", "store_words", "load_words", "sum_words"}
+_TOUCHING = (
+    "load store send tile_push_data fetch fetch_parts fetch_remote store_words load_words sum_words"
 )
+TOUCHING = frozenset(_TOUCHING.split())
 
 
 def touches(node: ast.AST) -> bool:
@@ -146,7 +147,7 @@ class AccessMachine(TileCalls):
         if self.stage != -1 or self.left:
             self.unclear("a stage inside of another, or behind the last", node)
         assert isinstance(node, ast.For | ast.While)
-        self.stage = self.loops.index(node)
+        self.stage = self.stage_of(node)
         self.trace.stage_sites[self.stage] = (node.lineno, node.col_offset)
         self.segment = np.full(self.lanes, PREFIX, dtype=np.int64)
         self.dirty = np.zeros(self.lanes, dtype=bool)
@@ -198,7 +199,12 @@ class AccessMachine(TileCalls):
         if self.stage != -1:
             return self.stage
         line = self.site[0]
-        return next((n for n, loop in enumerate(self.loops) if loop.lineno > line), FINISH)
+        found = next((loop for loop in self.loops if loop.lineno > line), None)
+        return FINISH if found is None else self.stage_of(found)
+
+    def stage_of(self, loop: ast.For | ast.While) -> int:
+        """The number of the stage that an outermost loop is."""
+        return self.loops.index(loop)
 
     # Accesses ---------------------------------------------------------------------------------
 

@@ -106,6 +106,7 @@ class LoaderMachine(RoleMachine):
         known = [n for n, r in enumerate(self.loaded.rooms) if r is room]
         if not known or room.count != self.loaded.ring.slots:
             self.unclear("a load into memory that has no tile for each slot")
+        self.loaded.used.add(known[0])
         at = (self.number(row), self.number(column))
         for lanes, part in options(self.on, descriptor):
             on = self.on & lanes
@@ -167,6 +168,7 @@ class LoaderMachine(RoleMachine):
         known = [n for n, r in enumerate(self.loaded.rooms) if r is room]
         if not known or room.count != self.loaded.ring.slots or parts.block != room.block:
             self.unclear("parts that land in memory of another shape")
+        self.loaded.used.add(known[0])
         symbol = parts.symbol
         if self.layout.declared[symbol]["dtype"] != room.dtype:
             self.hazard(f"elements of @{symbol} in a tile of {room.dtype}")
@@ -213,6 +215,7 @@ class LoaderMachine(RoleMachine):
         known = [n for n, r in enumerate(self.loaded.rooms) if r is room]
         if not known or room.count != self.loaded.ring.slots:
             self.unclear("parts that land in memory of another shape")
+        self.loaded.used.add(known[0])
         for number, part in enumerate(parts):
             if not isinstance(part, Descriptor) or part.flat or part.block != room.block:
                 self.unclear("parts that land in memory of another shape")
@@ -246,3 +249,33 @@ class LoaderMachine(RoleMachine):
         """Refuses a last step that is not whole."""
         if np.any(self.due != 0):
             self.hazard("the last step is claimed for more bytes than are loaded")
+
+
+class FetcherMachine(LoaderMachine):
+    """The role that fetches the parts of sums into a ring of their own, behind its waits.
+
+    ``stages``: which stages of the launch its loops are, those that have such a sum.
+    """
+
+    def __init__(self, stages: tuple[int, ...], *args: Any) -> None:
+        self.stages = stages
+        super().__init__(*args)
+        if len(self.loops) != len(stages):
+            self.unclear(
+                "a fetcher that does not go through the stages that add parts", self.function
+            )
+
+    def stage_of(self, loop: ast.For | ast.While) -> int:
+        """The number of the stage in the launch."""
+        return self.stages[super().stage_of(loop)]
+
+    def signal(self, on: Mask, symbol: str, home: Ints, flat: Ints, **facts: Any) -> int:
+        """A wait for the parts of the task; what notifies has stored, and a fetcher stores nothing."""
+        self.task()
+        if not facts["wait"]:
+            self.hazard("a notify of a role that stores nothing")
+        return super().signal(on, symbol, home, flat, **facts)
+
+    def on_roles_fetch(self, *_: Any) -> None:
+        """``roles.fetch``: of operands, which are the loader's."""
+        self.hazard("operands that are fetched as parts of a sum")

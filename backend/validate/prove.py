@@ -16,9 +16,10 @@ from tilelink.backend.validate.demand import flows
 from tilelink.backend.validate.errors import EmittedDiffers, EmittedHazard, Unclear
 from tilelink.backend.validate.host import Agent, HostMachine, View
 from tilelink.backend.validate.kernel import KernelMachine
+from tilelink.backend.validate.launch import LaunchMachine
 from tilelink.backend.validate.layout import Layout
 from tilelink.backend.validate.module import Module
-from tilelink.backend.validate.roles import GROUPS, LaunchMachine
+from tilelink.backend.validate.roles import GROUPS
 from tilelink.backend.validate.rows import Placed, Rows
 from tilelink.backend.validate.trace import Poll, Signal, Trace
 from tilelink.backend.validate.values import (
@@ -301,7 +302,9 @@ class Validator:
         if gluon and self.op(agent).get("roles") is None:
             machine: KernelMachine = BoxMachine(*shared)
         elif gluon:
-            machine = launched = LaunchMachine(*shared, self.module.roles)
+            stages = enumerate(self.op(agent).find("stage"))
+            landed = tuple(n for n, stage in stages if any(map(_lands, stage.walk())))
+            machine = launched = LaunchMachine(*shared, self.module.roles, landed)
         else:
             machine = WordMachine(*shared, reverse)
         names = [a.arg for a in function.args.args]
@@ -338,12 +341,13 @@ class Validator:
     def same_roles(self, agent: Agent, machine: LaunchMachine) -> None:
         """The roles of a launch must be those that the program gives it."""
         op = self.op(agent)
-        if not machine.started or machine.ring is None:
+        if not machine.started:
             self.differs(agent.node, "a kernel of Gluon that starts no roles")
-        assert machine.ring is not None
-        have = ("turns" if machine.turns is not None else "halves", machine.ring.slots)
-        if have != (op.get("roles"), int(op["stages"])):
-            self.differs(agent.node, f"groups in {have[0]} at a ring of {have[1]} slots")
+        slots = [ring.slots for ring in machine.rings]
+        have = ("turns" if machine.turns else "halves", slots)
+        wanted = [int(op[key]) for key in ("stages", "landing") if op.get(key) is not None]
+        if have != (op.get("roles"), wanted):
+            self.differs(agent.node, f"groups in {have[0]} at rings of {slots} slots")
         self.roles |= machine.used
 
     def argument(self, machine: KernelMachine, parameter: ast.arg, value: Any, agent: Agent) -> Any:
@@ -484,3 +488,8 @@ class Validator:
         rows = sum(len(a.task) for a in self.rows.accesses)
         signals = sum(len(s.task) for s in self.rows.syncs)
         return Validation(self.program.symbol, self.lanes, rows, signals, report)
+
+
+def _lands(op: Op) -> bool:
+    """Whether an op adds parts to a product that come through TMA."""
+    return op.name == "load_sum" and bool(op.operands) and op.get("via") == "tma"

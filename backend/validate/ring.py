@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from tilelink.backend.validate.values import Data, Flow, Ints, Mask
 
 
@@ -77,10 +79,46 @@ class Zeros:
 
 @dataclass(slots=True)
 class Loaded:
-    """What the loader did: per stage the first step and the number of steps of each lane's tasks."""
+    """What fills a ring: per stage the first step and the number of steps of each lane's tasks.
+
+    ``rooms``: all shared memory of the kernel. ``used``: of which the ring has a tile for each slot.
+    """
 
     ring: Ring
     rooms: list[Room]
+    used: set[int] = field(default_factory=set)
     first: dict[int, list[Ints]] = field(default_factory=dict)
     count: dict[int, list[Ints]] = field(default_factory=dict)
     content: dict[tuple[int, int], list[tuple[Mask, Flow]]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Taking:
+    """What the groups take from a ring, a lane a group: steps of its task that are taken and given back.
+
+    ``mine``: its turn is open; ``over``: it is passed on. ``gifts``: steps given back in all.
+    """
+
+    loaded: Loaded
+    turns: Turns | None
+    taken: Ints
+    given: Ints
+    gifts: Ints
+    mine: Mask
+    over: Mask
+
+    @classmethod
+    def of(cls, loaded: Loaded, turns: Turns | None, lanes: int) -> Taking:
+        """Nothing has been taken."""
+        zeros, none = np.zeros(lanes, dtype=np.int64), np.zeros(lanes, dtype=bool)
+        return cls(loaded, turns, zeros, zeros.copy(), zeros.copy(), none, none.copy())
+
+    def begin(self, fresh: Mask) -> None:
+        """A task begins in some lanes."""
+        self.taken, self.given = np.where(fresh, 0, self.taken), np.where(fresh, 0, self.given)
+        self.mine, self.over = self.mine & ~fresh, self.over & ~fresh
+
+    def done(self, count: Ints) -> Mask:
+        """Where all ``count`` steps of the task are taken and given back, and its turn is over."""
+        done: Mask = (self.taken == count) & (self.given == count)
+        return done & (self.over | (count == 0)) if self.turns is not None else done

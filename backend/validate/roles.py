@@ -1,16 +1,13 @@
-"""An emitted kernel whose warps have roles: each role is run, and they are put together as one worker.
+"""The groups of warps that multiply, in an emitted kernel whose warps have roles: two lanes a worker in step.
 
-The loader is run by all workers of all ranks; then the two groups that multiply are, as two lanes a worker in
-step. What passes between them in shared memory is followed step by step: the loader says what lies in
-a slot, the groups what they take, multiply and give back. That makes what the loader does in a task come
-before what the groups do behind their main loop, and it is held to what :mod:`tilelink.device.roles` asks of
-its callers, so that no role waits for ever and no slot is read too late.
+What passes between them and the roles that load is followed step by step: these say what lies in a slot, the
+groups what they take, multiply, add and give back. They are held to what :mod:`tilelink.device.roles` asks of its
+callers, so that no role waits for ever and no slot is read too late.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,23 +16,21 @@ import numpy as np
 from tilelink.backend.validate import tiles
 from tilelink.backend.validate.kernel import KernelMachine
 from tilelink.backend.validate.layout import TL_NAMES, Layout, Misfit
-from tilelink.backend.validate.loader import LoaderMachine, RoleMachine
+from tilelink.backend.validate.loader import RoleMachine
 from tilelink.backend.validate.ring import (
     Cell,
     Corner,
     Flying,
     Loaded,
     Pair,
-    Ring,
     Room,
     Slot,
+    Taking,
     Turns,
     Zeros,
 )
-from tilelink.backend.validate.trace import Touch, Trace
+from tilelink.backend.validate.trace import Trace
 from tilelink.backend.validate.values import (
-    Choice,
-    Context,
     Data,
     Descriptor,
     Flow,
@@ -45,16 +40,12 @@ from tilelink.backend.validate.values import (
     Mask,
     Name,
     Num,
-    Pointer,
-    Special,
     full,
     options,
 )
 from tilelink.errors import Source
 
 GROUPS = 2  # groups of warps that multiply
-GROUP_WARPS = 4
-LOADER_WARPS = 1
 _CELL_AXES = 2
 
 
@@ -71,6 +62,8 @@ class GroupMachine(RoleMachine):
         loaded: Loaded,
         turns: Turns | None,
         pair: Pair | None,
+        landed: Loaded | None,
+        sums: Turns | None,
     ) -> None:
         self.single = layout.world * workers
         super().__init__(source, function, layout, workers, streamed, loaded)
@@ -87,10 +80,12 @@ class GroupMachine(RoleMachine):
         self.between = self.on & False
         self.dirty = self.on & False
         self.last_wait, self.last_write, self.ticket = zeros.copy(), zeros.copy(), zeros.copy()
-        # Of the task that a lane is in: steps taken and given back, whether its turn is open or over.
-        self.taken, self.given = zeros.copy(), zeros.copy()
-        self.mine, self.over = self.on & False, self.on & False
-        self.gifts = zeros.copy()  # steps given back in all
+        # What is taken of the operands, and of parts that have a ring of their own.
+        self.operands = Taking.of(loaded, turns, self.lanes)
+        self.parts = None if landed is None else Taking.of(landed, sums, self.lanes)
+        self.ahead_of = (
+            zeros - 1
+        )  # tiles of a worker before the first that takes parts from that ring
         self.flying: list[tuple[Mask, Ints]] = []  # products under way, oldest first
         self.met = zeros.copy()
         self.met_at = zeros.copy()
@@ -100,13 +95,19 @@ class GroupMachine(RoleMachine):
         """A task begins in some lanes: the one before must be over."""
         self.closed(fresh)
         super().begin(fresh)
-        self.taken, self.given = np.where(fresh, 0, self.taken), np.where(fresh, 0, self.given)
-        self.mine, self.over = self.mine & ~fresh, self.over & ~fresh
+        for taking in self.takings():
+            taking.begin(fresh)
 
-    def steps(self) -> tuple[Ints, Ints]:
-        """The first step and the number of steps of each lane's task, as the loader has them."""
-        assert self.loaded is not None
-        return self.of_task(self.loaded.first), self.of_task(self.loaded.count)
+    def takings(self) -> list[Taking]:
+        """What is taken from each ring."""
+        return [self.operands] if self.parts is None else [self.operands, self.parts]
+
+    def steps(self, taking: Taking) -> tuple[Ints, Ints]:
+        """The first step and the number of steps of each lane's task, as the role that loads has them."""
+        if taking is self.parts and self.stage not in taking.loaded.first:
+            nothing = np.zeros(self.lanes, np.int64)
+            return nothing, nothing.copy()
+        return self.of_task(taking.loaded.first), self.of_task(taking.loaded.count)
 
     def of_task(self, table: dict[int, list[Ints]]) -> Ints:
         """What the loader has counted for each lane's task."""
@@ -125,27 +126,26 @@ class GroupMachine(RoleMachine):
         lanes = lanes & (self.segment >= 0) & (self.stage >= 0)
         if not lanes.any():
             return
-        before, self.on = self.on, lanes
-        _, count = self.steps()
-        self.on = before
-        idle = self.taken == 0
-        if self.turns is not None and np.any(lanes & ~idle & ~self.over):
-            self.hazard("a group that never passes its turn on")
-        if self.turns is None and np.any(lanes & idle & (count > 0)):
-            self.hazard("a group that leaves out a task of which it has half")
-        if np.any(lanes & ~idle & ((self.taken != count) | (self.given != count))):
-            self.hazard("a task whose steps are not all taken and given back")
+        idle = self.operands.taken == 0
+        for taking in self.takings():
+            before, self.on = self.on, lanes
+            _, count = self.steps(taking)
+            self.on = before
+            if taking.turns is not None and np.any(lanes & ~idle & (count > 0) & ~taking.over):
+                self.hazard("a group that never passes its turn on")
+            if taking.turns is None and np.any(lanes & idle & (count > 0)):
+                self.hazard("a group that leaves out a task of which it has half")
+            if np.any(lanes & ~idle & ~taking.done(count)):
+                self.hazard("a task whose steps are not all taken and given back")
 
     def epilogue(self) -> None:
         """Refuses an access or a signal before the steps of the task are taken, given back, passed on."""
-        _, count = self.steps()
         if self.stage < 0:
             return  # the tasks of a stage are over behind it
-        done = (self.taken == count) & (self.given == count)
-        if self.turns is not None:
-            done &= self.over
-        if np.any(self.on & ~done):
-            self.hazard("a group touches memory before it has done with its main loop")
+        for taking in self.takings():
+            _, count = self.steps(taking)
+            if np.any(self.on & ~taking.done(count)):
+                self.hazard("a group touches memory before it has done with its main loop")
 
     def statement(self, node: ast.stmt) -> None:
         """One statement; at the end of a stage the last tasks are over."""
@@ -167,56 +167,95 @@ class GroupMachine(RoleMachine):
     def on_roles_turn(self, turns: Any, number: Any) -> None:
         """``roles.turn``."""
         self.task()
-        if turns is not self.turns or turns is None:
-            self.unclear("something that is no turns")
+        taking = self.turned(turns)
         at = self.number_of(number)
-        wrong = (at != self.tile_index()) | (at % GROUPS != self.role) | self.mine | self.over
+        wrong = (at != self.turn_of(taking)) | taking.mine | taking.over
+        if taking is self.operands:
+            wrong |= at % GROUPS != self.role
         if np.any(self.on & wrong):
             self.hazard("a turn of another tile, or of another group")
-        self.mine = self.mine | self.on
+        if taking is not self.operands:
+            self.turn_of_sums(at)
+        taking.mine = taking.mine | self.on
+
+    def turned(self, turns: Any) -> Taking:
+        """The ring that ``turns`` are of."""
+        for taking in self.takings():
+            if turns is not None and turns is taking.turns:
+                return taking
+        self.unclear("something that is no turns")
+
+    def turn_of(self, taking: Taking) -> Ints:
+        """The number of a task among those that take from a ring."""
+        if taking is self.operands:
+            return self.tile_index()
+        parted = taking.loaded.first.keys()
+        before = sum((n for s, n in self.trace.segments.items() if s in parted), np.int64(0))
+        found: Ints = full(before, self.lanes) + np.maximum(self.segment, 0)
+        return found
+
+    def turn_of_sums(self, at: Ints) -> None:
+        """Refuses a turn at the parts before that at the operands is over, or in which groups do not alternate.
+
+        A parity tells two laps apart: so each group has to have every other one of these tiles, that is, they
+        follow one another among all tiles of the worker.
+        """
+        _, count = self.steps(self.operands)
+        if np.any(self.on & ~self.operands.done(count)):
+            self.hazard("a turn at the parts of a sum before the product has done with its own")
+        ahead = self.tile_index() - at
+        worker = self.ahead_of.reshape(GROUPS, -1).max(axis=0)
+        known = np.tile(worker, GROUPS)
+        if np.any(self.on & (known >= 0) & (known != ahead)):
+            self.hazard("groups that do not alternate at the tiles which take parts of a sum")
+        self.ahead_of = np.where(self.on, ahead, self.ahead_of)
 
     def on_roles_pass_turn(self, turns: Any, number: Any) -> None:
         """``roles.pass_turn``."""
-        if turns is not self.turns or turns is None:
-            self.unclear("something that is no turns")
-        _, count = self.steps()
-        wrong = (self.number_of(number) != self.tile_index()) | ~self.mine | (self.taken != count)
+        taking = self.turned(turns)
+        _, count = self.steps(taking)
+        wrong = self.number_of(number) != self.turn_of(taking)
+        wrong |= ~taking.mine | (taking.taken != count)
         if np.any(self.on & wrong):
             self.hazard("a turn is passed on before all steps of the tile are taken")
-        self.mine, self.over = self.mine & ~self.on, self.over | self.on
+        taking.mine, taking.over = taking.mine & ~self.on, taking.over | self.on
 
     def on_roles_take(self, ring: Any, step: Any) -> Slot:
         """``roles.take``: in turn, and one step after the other."""
         self.task()
-        assert self.loaded is not None
-        if ring is not self.loaded.ring:
-            self.unclear("something that is no ring")
-        at, (first, count) = self.number_of(step), self.steps()
-        if self.turns is not None and np.any(self.on & ~self.mine):
+        taking = self.ring_of(ring)
+        at, (first, count) = self.number_of(step), self.steps(taking)
+        if taking.turns is not None and np.any(self.on & ~taking.mine):
             self.hazard("a step is taken out of turn: the other group's could be meant")
-        if np.any(self.on & ((at != first + self.taken) | (self.taken >= count))):
+        if np.any(self.on & ((at != first + taking.taken) | (taking.taken >= count))):
             self.hazard("steps are taken that are not those of the task, in their order")
-        self.taken = self.taken + self.on
+        taking.taken = taking.taken + self.on
         return Slot(at)
+
+    def ring_of(self, ring: Any) -> Taking:
+        """What is taken from a ring."""
+        for taking in self.takings():
+            if ring is taking.loaded.ring:
+                return taking
+        self.unclear("something that is no ring")
 
     def on_roles_give(self, ring: Any, step: Any, some: Any = True) -> None:
         """``roles.give``: a step that has been read, one after the other."""
         self.task()
-        assert self.loaded is not None
-        if ring is not self.loaded.ring:
-            self.unclear("something that is no ring")
+        taking = self.ring_of(ring)
         on = self.on
         if isinstance(some, Num):
             on = on & (full(some.v, self.lanes) != 0)
         elif some is not True:
             self.unclear("a condition")
-        at, (first, _) = self.number_of(step), self.steps()
-        if np.any(on & ((at != first + self.given) | (self.given >= self.taken))):
+        at, (first, _) = self.number_of(step), self.steps(taking)
+        if np.any(on & ((at != first + taking.given) | (taking.given >= taking.taken))):
             self.hazard("a step is given back that was not taken, or not in its order")
-        if any(np.any(on & mask & (busy == at)) for mask, busy in self.flying):
+        under_way = self.flying if taking is self.operands else []
+        if any(np.any(on & mask & (busy == at)) for mask, busy in under_way):
             self.hazard("a step is given back while products of it are under way")
-        self.given = self.given + on
-        self.gifts = self.gifts + on
+        taking.given = taking.given + on
+        taking.gifts = taking.gifts + on
 
     # Products ---------------------------------------------------------------------------------
 
@@ -237,6 +276,8 @@ class GroupMachine(RoleMachine):
                 return Cell(value, step, (0,) * _CELL_AXES, value.block, tuple(axes))
             if value.count != GROUPS or np.any(self.number_of(args[0]) != self.role):
                 self.hazard("a tile leaves by way of another group's memory")
+            if any(value is t.loaded.rooms[n] for t in self.takings() for n in t.loaded.used):
+                self.hazard("a tile leaves by way of memory that a ring has")
             return Corner(value)
         if isinstance(value, Cell) and name == "slice" and len(args) == 2:
             axis = options_.get("dim", 0)
@@ -262,21 +303,26 @@ class GroupMachine(RoleMachine):
 
         A tile that several products read flows into each of them.
         """
-        assert self.loaded is not None
         if not isinstance(cell, Cell):
             self.unclear("an operand that is no tile of the ring")
-        known = [n for n, r in enumerate(self.loaded.rooms) if r is cell.room]
+        known = [
+            (n, taking)
+            for taking in self.takings()
+            for n in taking.loaded.used
+            if taking.loaded.rooms[n] is cell.room
+        ]
         if not known:
             self.unclear("a tile that is none of the ring")
-        first, _ = self.steps()
-        fresh = (cell.step >= first + self.given) & (cell.step < first + self.taken)
+        ((tile, taking),) = known
+        first, _ = self.steps(taking)
+        fresh = (cell.step >= first + taking.given) & (cell.step < first + taking.taken)
         if np.any(self.on & ~fresh):
             self.hazard("a tile is read that was not taken, or was given back")
         flows: dict[Key, Flow] = {}
         found = np.zeros(self.lanes, dtype=bool)
         for step in np.unique(cell.step[self.on]).tolist():
             some = self.on & (cell.step == step)
-            for mask, flow in self.loaded.content.get((known[0], step), []):
+            for mask, flow in taking.loaded.content.get((tile, step), []):
                 mine = some & np.tile(mask, GROUPS)
                 if not mine.any():
                     continue
@@ -568,185 +614,3 @@ class GroupMachine(RoleMachine):
             if np.any(wrote) or np.any(on & self.dirty & (self.met_at == 0)):
                 self.hazard("a notify before the other group has stored its half of the tile")
         return super().signal(on, symbol, home, flat, **facts)
-
-
-class LaunchMachine(RoleMachine):
-    """The kernel itself: shared memory, the start of the roles, and the way out."""
-
-    def __init__(
-        self,
-        source: Source,
-        function: ast.FunctionDef,
-        layout: Layout,
-        workers: int,
-        streamed: frozenset[str],
-        functions: Mapping[str, ast.FunctionDef],
-    ) -> None:
-        super().__init__(source, function, layout, workers, streamed)
-        self.functions = functions
-        self.used: set[str] = set()
-        self.ring: Ring | None = None
-        self.turns: Turns | None = None
-        self.pair: Pair | None = None
-        self.rooms: list[Room] = []
-        self.started = False
-
-    def free(self, node: ast.Name) -> Any:
-        """Functions of roles."""
-        return Name(f"role {node.id}") if node.id in self.functions else super().free(node)
-
-    def once(self, held: object) -> None:
-        """Refuses a second ring, and shared memory behind the start of the roles."""
-        if held is not None or self.started or not self.all:
-            self.unclear("shared memory that is made twice, or too late")
-
-    def on_roles_ring(self, slots: Any, readers: Any) -> Ring:
-        """``roles.ring``."""
-        self.once(self.ring)
-        self.ring = Ring(self.whole(slots, "slots"), self.whole(readers, "readers"))
-        return self.ring
-
-    def on_roles_turns(self) -> Turns:
-        """``roles.turns``."""
-        self.once(self.turns)
-        self.turns = Turns()
-        return self.turns
-
-    def on_roles_pair(self) -> Pair:
-        """``roles.pair``."""
-        self.once(self.pair)
-        self.pair = Pair()
-        return self.pair
-
-    def on_roles_tiles(self, descriptor: Any, count: Any) -> Room:
-        """``roles.tiles``."""
-        self.once(None)
-        if not isinstance(descriptor, Descriptor) or len(descriptor.block) != _CELL_AXES:
-            self.unclear("tiles of something that is no descriptor")
-        dtype = self.layout.declared[descriptor.symbol]["dtype"]
-        item = self.layout.item[descriptor.symbol]
-        room = Room(descriptor.block, dtype, item, self.whole(count, "a number of tiles"))
-        self.rooms.append(room)
-        return room
-
-    def on_gl_warp_specialize(self, started: Any, warps: Any, registers: Any) -> None:
-        """``gl.warp_specialize``: two groups of the same function, and one warp that loads."""
-        self.once(None)
-        if warps != (GROUP_WARPS, LOADER_WARPS) or not isinstance(registers, tuple):
-            self.unclear("warps that are not those of two groups and a loader")
-        shape = isinstance(started, tuple) and len(started) == GROUPS + 1
-        if not shape or any(not isinstance(s, tuple) or len(s) != 2 for s in started):
-            self.unclear("roles that are not two groups and a loader")
-        for function, given in started:
-            named = isinstance(function, Name) and function.path.startswith("role ")
-            if not named or not isinstance(given, tuple):
-                self.unclear("a role that is no function of the module")
-        (one, mine), (two, others), (load, its) = started
-        same = len(mine) == len(others) and all(
-            a is b or a == b for a, b in zip(mine[1:], others[1:], strict=True)
-        )
-        if one != two or (mine[:1], others[:1]) != ((0,), (1,)) or not same or load == one:
-            self.unclear("groups that do not run the same function for the roles 0 and 1")
-        if self.ring is None:
-            self.unclear("roles without a ring")
-        if self.ring.readers != (GROUPS if self.turns is None else 1):
-            self.hazard("the ring waits for another number of groups than take its steps")
-        self.started = True
-        loaded = Loaded(self.ring, self.rooms)
-        loader = self.role(load, its, loaded)
-        self.group(one, mine, loaded, loader)
-
-    def function_of(self, name: Name) -> ast.FunctionDef:
-        """The function of a role."""
-        found = name.path.removeprefix("role ")
-        self.used.add(found)
-        return self.functions[found]
-
-    def role(self, name: Name, given: tuple[Any, ...], loaded: Loaded) -> LoaderMachine:
-        """Runs the loader; its events are this worker's."""
-        function = self.function_of(name)
-        machine = LoaderMachine(
-            self.source, function, self.layout, self.workers, self.streamed, loaded
-        )
-        self.bound(machine, function, given, 1)
-        machine.start({})
-        machine.finished()
-        self.wait_names += machine.wait_names
-        self.adopt(machine.trace, 1)
-        return machine
-
-    def group(
-        self, name: Name, given: tuple[Any, ...], loaded: Loaded, loader: LoaderMachine
-    ) -> None:
-        """Runs the groups; behind what the loader does in a task comes what they do."""
-        function = self.function_of(name)
-        machine = GroupMachine(
-            self.source, function, self.layout, self.workers, self.streamed,
-            loaded, self.turns, self.pair,
-        )  # fmt: skip
-        self.bound(machine, function, (Num(machine.role), *given[1:]), GROUPS)
-        machine.start({})
-        counts = {n: c[: self.lanes] for n, c in machine.trace.segments.items()}
-        same = counts.keys() == loader.trace.segments.keys() and all(
-            np.array_equal(c, loader.trace.segments[n]) for n, c in counts.items()
-        )
-        if not same:
-            self.hazard("the loader and the groups do not go through the same tasks")
-        gifts = machine.gifts[: self.lanes] + machine.gifts[self.lanes :]
-        if np.any(gifts != loader.claimed * loaded.ring.readers):
-            self.hazard("steps are given back by more or fewer groups than the ring waits for")
-        if any(np.any(mask) for mask, _ in machine.flying):
-            self.hazard("products are under way when a group ends")
-        self.wait_names += machine.wait_names
-        self.adopt(machine.trace, GROUPS)
-        for symbol, lanes in machine.tma.items():
-            both = lanes.reshape(GROUPS, -1).any(axis=0)
-            self.tma[symbol] = self.tma.get(symbol, np.zeros_like(both)) | both
-
-    def bound(
-        self, machine: RoleMachine, function: ast.FunctionDef, given: tuple[Any, ...], times: int
-    ) -> None:
-        """Gives a role its arguments, ``times`` lanes for each of the kernel's."""
-        names = [a.arg for a in function.args.args]
-        if len(names) != len(given):
-            self.unclear(f"{len(given)} arguments for {len(names)} parameters of a role")
-        for number, (name, value) in enumerate(zip(names, given, strict=True)):
-            already = number == 0 and times > 1
-            machine.env[name] = value if already else self.widened(value, times)
-
-    def widened(self, value: Any, times: int) -> Any:
-        """A value for ``times`` lanes in place of each."""
-        if isinstance(value, Num):
-            return Num(np.tile(full(value.v, self.lanes), times), value.wide)
-        if isinstance(value, Pointer) and not value.shape:
-            home = np.tile(full(value.home, self.lanes), times)
-            return replace(value, home=home, base=np.tile(full(value.base, self.lanes), times))
-        fixed = Context | Descriptor | Special | Ring | Turns | Pair | Room | int | float | Data
-        if isinstance(value, Choice) or not isinstance(value, fixed):
-            self.unclear("an argument of a role")
-        return value
-
-    def adopt(self, trace: Trace, times: int) -> None:
-        """Puts the events of a role behind those that are there."""
-        shift = self.trace.step
-        lanes = trace.lanes // times
-
-        def moved(event: Touch | Any) -> Any:
-            facts: dict[str, Any] = {"lane": event.lane % lanes, "seq": event.seq + shift}
-            if isinstance(event, Touch) and event.pair >= 0:
-                facts["pair"] = event.pair + shift
-            return replace(event, **facts)
-
-        self.trace.touches += [moved(t) for t in trace.touches]
-        self.trace.signals += [moved(s) for s in trace.signals]
-        self.trace.pairs |= {pair + shift: site for pair, site in trace.pairs.items()}
-        self.trace.flushed |= trace.flushed
-        self.trace.segments = {n: c[:lanes] for n, c in trace.segments.items()}
-        self.trace.stage_sites = dict(trace.stage_sites)
-        self.trace.step = shift + trace.step
-
-    def on_device_finish_arrive(self, ctx: Any) -> Num:
-        """``device.finish_arrive``: behind the roles."""
-        if not self.started:
-            self.hazard("the launch is left before its roles are started")
-        return super().on_device_finish_arrive(ctx)

@@ -12,12 +12,13 @@ import numpy as np
 
 from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import environment, evaluate, loop_tiles, tile_sizes
-from tilelink.backend.passes.bind_emitter import Unfit, split_product
+from tilelink.backend.passes.bind_emitter import Unfit, landing_stages, split_product
 from tilelink.backend.product import NotAProduct, product_of
 from tilelink.backend.verify.errors import UndecidedError
 from tilelink.ir import All, At, Broadcast, Expr, Op, Range, Ref, Value, parse_ir
 from tilelink.ir.layout import ACK, ENCODINGS, WORD
 from tilelink.ir.node import DECLARATIONS
+from tilelink.schedules.roles import LEAST_LANDING, MOST_LANDING, TURNS
 
 AGENTS = ("head", "stream", "launch", "collective")
 LOOPS = ("for_tiles", "for_range")
@@ -165,6 +166,22 @@ class _Checker:
                 split_product(child)
             except Unfit as unfit:
                 _fail(unfit.op, f"with roles, a stage has no {unfit.detail.removeprefix('a ')}")
+        self.landing(launch)
+
+    def landing(self, launch: Op) -> None:
+        """A ring of their own is for parts of sums that a launch has, of boxes alike, and groups in turns."""
+        if launch.get("landing") is None:
+            return
+        least, most = LEAST_LANDING, MOST_LANDING
+        if launch.get("roles") != TURNS:
+            _fail(launch, "parts have a ring of their own where two warp groups take turns")
+        if not least <= int(launch["landing"]) <= most:
+            _fail(launch, f"a ring for parts of sums has {least} to {most} boxes")
+        if not landing_stages(launch):
+            _fail(
+                launch,
+                "a ring for parts of sums, of which it has none, or not one behind the other",
+            )
 
     def head(self, head: Op) -> None:
         """The kernel of `head` waits for the acknowledgements of the call before, and does nothing else."""

@@ -59,7 +59,8 @@ LOW = {"M": 128, "N": 256, "K": 128}
 ODD = {"M": 360, "N": 136, "K": 72}
 WIDE = {"M": 1024, "N": 1024, "K": 256}
 # What products with roles can be beside, and the tiles of both structures.
-ROLES = ("copy_engine", "epilogue", "none", *PULLED, *SPANNING)
+BY_ROLES = tuple(r for r in (*FOLDED, *FOLDED_TWO) if not r.startswith("sm:"))
+ROLES = ("copy_engine", "epilogue", "none", *BY_ROLES, *PULLED, *SPANNING)
 ROLE_TILES = {
     "turns": (("K", 64), ("M", 64), ("N", 128)),
     "halves": (("K", 64), ("M", 128), ("N", 256)),
@@ -142,7 +143,8 @@ def roles(kernel: str, resource: str, workers: int | None = 3) -> Iterator[Case]
             tiles = (("K", 64), ("M", 128), ("N", 128))
         # Halves of a tile need all of its rows.
         odd = ODD if name == "turns" else {**ODD, "M": EVEN["M"]}
-        for shape in (EVEN, odd):
+        # Ranks share out the sum of a reduce along an axis whose parts may be none that TMA can load.
+        for shape in (EVEN, odd) if resource not in FOLDED_TWO else (EVEN,):
             yield case(kernel, resource, shape, emitter="gluon", tiles=tiles, workers=workers)
 
 

@@ -187,6 +187,21 @@ def cases(only: str = "") -> list[Case]:
         folded += ("epilogue-two-pull", "epilogue-two-pull-folded-turned")
         folded += ("epilogue-two-folded-beside",)
         roles = ["copy_engine", *(r for r in others if r in ("epilogue", *folded))]
+        # Parts that land in a ring of their own, of two boxes; and in that of the product, which leaves no room.
+        if kernel == "gemm_rs":
+            roles += [
+                "copy_engine-folded-five",
+                "epilogue-folded-five",
+                "epilogue-folded-turned-five",
+            ]
+            roles += [
+                "epilogue-pull-folded-turned-five",
+                "copy_engine-folded-six",
+                "epilogue-folded-six",
+            ]
+        if kernel == "gemm_ar":
+            roles += ["copy_engine-two-folded-five", "epilogue-two-folded-five"]
+            roles += ["epilogue-two-folded-six"]
         # Two warp groups share tiles of at least 128 rows.
         found += [
             Case(kernel, *s, r, emitter="gluon")
@@ -209,7 +224,8 @@ def schedule_for(case: Case, world: int) -> Any:
     # `-streams`: two streams; `-words`, `-sentinels`: data that signals itself, by an epoch beside it or alone;
     # `-split`: sums in four parts; `-tail`: the last wave's tiles in two; `-boxes`: workers copy boxes; `-spans`:
     # tiles span shards, those that read a gather or store what is pulled; `-pull`: parts are read where they were
-    # made; `-turned`: tiles of all ranks take turns; `-beside`, `-between`: where own ones are, of the others.
+    # made; `-turned`: tiles of all ranks take turns; `-beside`, `-between`: where own ones are, of the others;
+    # `-five`, `-six`: slots of the ring of a kernel with roles.
     resource, *words = case.resource.split("-")
     changes: dict[str, Any] = {}
     if words:
@@ -238,7 +254,8 @@ def schedule_for(case: Case, world: int) -> Any:
         schedule = replace(schedule, warps=4, stages=4)
     if case.emitter == "gluon":
         tiles = (("K", 64), ("M", 128), ("N", 128))
-        schedule = replace(schedule, tiles=tiles, warps=8, stages=4)
+        stages = {"five": 5, "six": 6}.get(words[-1] if words else "", 4)
+        schedule = replace(schedule, tiles=tiles, warps=8, stages=stages)
         changes["slots"] = 1
     moves = tuple((name, replace(move, **changes)) for name, move in schedule.moves)
     return replace(schedule, moves=moves)

@@ -277,8 +277,8 @@ def test_a_loader_fetches_parts_over_the_link(shares: bool, columns: int) -> Non
     ("old", "new"),
     [
         (r"C_partial_128x64_at0, C_partial_128x64_at1,", "C_partial_128x64_at1, C_partial_128x64_at0,"),
-        (r"(fetch_remote\(\s*ring,\s*step,\s*\([^)]*\),\s*m_own_start) \+ token", r"\1"),
-        (r"(fetch_remote\([^)]*\),\s*m_own_start \+ token,\s*n_own_part,\s*a_ring,\s*)rank", r"\g<1>0"),
+        (r"(fetch_remote\(\s*landing,\s*step,\s*\([^)]*\),\s*m_own_start) \+ token", r"\1"),
+        (r"(fetch_remote\([^)]*\),\s*m_own_start \+ token,\s*n_own_part,\s*C_partial_landing,\s*)rank", r"\g<1>0"),
         (r"ctx\.epoch, q, 2, True", "ctx.epoch, q, 2, False"),
         (r'call\.buffer\("C\.partial", peer=2\)', 'call.buffer("C.partial", peer=3)'),
         (r"(sum_landed\([^)]*), rank, 4\)", r"\1, 0, 4)"),

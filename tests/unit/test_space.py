@@ -12,12 +12,13 @@ from tilelink.ir import Op
 from tilelink.kernels import ag_gemm, ag_gemm_swiglu, gemm_ar, gemm_rs
 from tilelink.schedules import EMITTERS, Schedule, default_schedule
 from tilelink.schedules.machine import Machine
+from tilelink.schedules.roles import SHARED_BYTES
 from tilelink.schedules.schedule import SIGNALS
 from tilelink.schedules.space import (
-    SHARED_BYTES,
     Space,
     class_of,
     estimate_us,
+    lands_apart,
     legal,
     product_of,
 )
@@ -200,3 +201,19 @@ def test_tiles_of_a_scatter_span_slices_of_few_rows() -> None:
     assert {m.slots for m in moves} == {1, 2}
     for schedule in space.moves(tall)[:4]:
         run_passes(op, schedule)
+
+
+def test_parts_of_sums_land_apart_from_the_operands_where_fewer_stages_let_them() -> None:
+    """Both are in the space, as schedules of two kinds."""
+    space = Space(build(gemm_rs, 8192, 3584, 8192), H200)
+    deep = replace(
+        space.base.with_tiles(M=128, N=128, K=64), emitter="gluon", warps=8, stages=6
+    ).with_resource("copy_engine")
+    found = [s for s in space.moves(deep) if s.move("C").sum == "epilogue"]
+    assert {s.stages for s in found} == {5, 6}
+    assert {s.stages for s in found if lands_apart(space.product, s)} == {5}
+    kinds = {class_of(s, space.product) for s in found if s.move("C").resource == "copy_engine"}
+    assert len(kinds) == 2
+    assert {s.stages for s in space.moves(deep) if s.move("C").sum == "stage"} == {6}
+    wide = replace(deep.with_tiles(M=128, N=256, K=64), stages=4)
+    assert {s.stages for s in space.moves(wide)} == {4}

@@ -4,7 +4,8 @@ A *step* is one turn of the main loop; the worker numbers its steps from 0, over
 loader fills step after step, each into slot ``step % slots``; the warps that multiply take the steps in
 the same order and give each back once they have read it. An mbarrier tells two phases apart, not more,
 so each side may be at most one lap behind the other: the loader is held back by the slots that were not
-given back, and warps that take turns at the ring wait for their turn.
+given back, and warps that take turns at the ring wait for their turn. Parts of sums may have a second ring, with
+steps and turns of its own, which a fetcher fills: the steps of the worker's tiles that add parts, in their order.
 """
 
 from __future__ import annotations

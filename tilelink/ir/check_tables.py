@@ -21,7 +21,7 @@ DOCS = "docs/ir.md says what every op takes"
 ATTRIBUTES = {
     "exprs": "dims extent tile",
     "expr": "hi lo peer owner signal visit if when epoch segment segments live",
-    "count": "world value:extent workers:launch resident warps stages group block channel_rows "
+    "count": "world value:extent workers:launch resident warps stages landing group block channel_rows "
     "task_columns task_rows tasks_across delay least shots slots",
     "arrivals": "count",
     "whole": "offset bytes workspace over axis first flatten_axis part_axis channel_axis",
