@@ -23,7 +23,9 @@ def land_sums(program: Op) -> Op:
     ``landing``: the boxes of that ring, as many as shared memory has room for beside the ring of the product
     (:func:`tilelink.schedules.roles.landing_slots`). A fetcher waits for the parts and fills it. Without
     ``landing`` the loader does, behind all steps of the tile, in the ring of the product: whatever comes next
-    in that ring waits for the peers too. Invariants: no stage changes; a second run changes nothing.
+    in that ring waits for the peers too. So it does where sums that go on to other ranks are made in several
+    stages: groups have no registers for that and for a second ring. Invariants: no stage changes; a second run
+    changes nothing.
     """
     return program.with_ops(
         tuple(
@@ -36,7 +38,7 @@ def land_sums(program: Op) -> Op:
 def _landing(program: Op, launch: Op) -> int:
     """The boxes of the ring that parts of the sums of ``launch`` land in; 0 where it has none."""
     run = landing_stages(launch) if launch.get("roles") == TURNS else []
-    if not run:
+    if not run or (len(run) > 1 and any(op.name == "notify" for op in run[0][0].walk())):
         return 0
     stage, product = run[0]
     rows, columns = (int(n) for n in stage["tile"])

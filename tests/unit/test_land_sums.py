@@ -47,13 +47,14 @@ def program(
     m, n, k = shape or (high, 512, 192)
     op = kernel.build({"M": m, "N": n, "K": k}, {}, world)
     given = {"resource": "epilogue", "sum": "epilogue", **move}
+    (name,) = (t.symbol for t in op.find("tensor") if t["move"] in ("scatter", "reduce"))
     schedule = Schedule(
         tiles=(("K", depth), ("M", rows), ("N", columns)),
         stages=stages,
         emitter="gluon",
         workers=16 if order == "interleave" else workers,
         order=order,
-        moves=(("C", Move(**given)),),  # type: ignore[arg-type]
+        moves=((name, Move(**given)),),  # type: ignore[arg-type]
     )
     return compile_kernel(op, schedule)
 
