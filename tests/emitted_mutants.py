@@ -135,10 +135,15 @@ def _statements(editor: Editor, function: ast.FunctionDef) -> Iterator[Mutant]:
                 begin, end = editor.lines(after)
                 other = editor.bytes[begin:end]
                 both = all(EVENT.search(c.decode()) for c in (code, other))
-                # Two loads in a row may stand in either order, and so may two waits.
+                # Two loads in a row may stand in either order, and so may two waits, and two flushes: each of
+                # them orders all that the worker stored before, and neither is waited for by the other.
                 alike = any(
                     all(any(word in c for word in words) for c in (code, other))
-                    for words in ((b".load(", b"roles.fetch("), (b"token += device.",))
+                    for words in (
+                        (b".load(", b"roles.fetch("),
+                        (b"token += device.",),
+                        (b"device.delayed_",),
+                    )
                 )
                 if both and not alike:
                     swapped = editor.bytes[:first] + other + editor.bytes[last:begin] + code

@@ -361,6 +361,7 @@ def _load(scope: Scope, op: Op, name: str, type_: Type, choice: Choice | None) -
         if at.mask:
             args += [f"mask={at.mask}", "other=0"]
         scope.writer.call(f"{name} = tl.load(", args, f"){convert}")
+        scope.in_rows.add(op.results[0].name)
     dirt = _strays(pair, placed) if pair is not None else frozenset[str]()
     scope.dirty[op.results[0].name] = dirt
 
@@ -528,7 +529,7 @@ def store(scope: Scope, op: Op) -> None:
         scope.writer.call("tl.store(", [at.pointers, text])
         return
     found = [a for a in axes(scope, op, ref) if a is not None and a.dim is not None]
-    halves = _in_halves(block) and not found[1].vector
+    halves = _in_halves(block) and not found[1].vector and value.name not in scope.in_rows
     if not halves:
         _store(scope, op, ref, where, text, block, peer is None, 0, found)
         return

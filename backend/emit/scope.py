@@ -216,6 +216,7 @@ class Scope:
         default_factory=dict
     )  # values: dims with stray elements
     literals: set[str] = field(default_factory=set)  # values that are Python numbers
+    in_rows: set[str] = field(default_factory=set)  # values that were loaded by addresses
     natural: set[str] = field(default_factory=set)  # integers that are known not to be negative
     pointers: dict[str, str] = field(default_factory=dict)  # parameters: symbol to name
     # By symbol, block, and the peer whose memory it is of (None: this rank's).

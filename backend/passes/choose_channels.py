@@ -21,6 +21,7 @@ from tilelink.backend.passes.common import (
     tasks_across,
     tensors_of,
 )
+from tilelink.backend.passes.copied_sums import sized_copies
 from tilelink.ir import DTYPES, Expr, Op, Ref, Value, make
 from tilelink.ir import layout as arena
 from tilelink.schedules import Move, ScheduleError
@@ -67,6 +68,7 @@ def choose_channels(program: Op) -> Op:
     channel holds whole communication tiles and, of a stored tensor, whole compute tiles. Where these span the
     shards of several ranks, channels lie along another axis, ``channel_axis``, and each rank has all of them; so
     they do where own tiles do not come last and a slice has few rows: a column of it is complete early.
+    What copies the sums of two shots gets its tiles here, each in one channel.
     """
     flags: list[Op] = []
     counters: list[Op] = []
@@ -169,9 +171,7 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
         info = moved(program, name)
         choose = _output_channels if info.channel_axis is None else _column_channels
         tile, rows = choose(program, tensor, info, move)
-    if folded(program, name):
-        program = _in_channel_order(program, name, rows)
-    return replace_declaration(
+    program = replace_declaration(
         program,
         program.declared(name).with_attrs(
             resource=move.resource,
@@ -181,6 +181,8 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             in_place=info.kind == "gather" and move.resource != "none" and _in_place(program, info),
         ),
     )
+    program = sized_copies(program, moved(program, name))
+    return _in_channel_order(program, name, rows) if folded(program, name) else program
 
 
 def _check_pulled(tensor: Op, info: Moved) -> None:

@@ -216,7 +216,11 @@ def _stage(
 
     multiplies = any(op.name == "dot" for op in stage.walk())
 
+    handed = _hands_on(stage)
+
     def plain(op: Op) -> bool:
+        if handed:
+            return True
         # In two slots lie small sums as well, on whose way every fence and every wait for TMA counts: what goes
         # through it there is what is copied or multiplied.
         slots = program.get("slots") is not None
@@ -253,6 +257,22 @@ def _stage(
     stores = any(map(_leaves, stage.walk()))
     drains = undrained or ((roles or sends) and stores)
     return (rewrite(stage, drain) if drains else stage), held
+
+
+def _hands_on(stage: Op) -> bool:
+    """Whether a stage does nothing but wait for tiles and copy them within this rank's memory.
+
+    By addresses all threads ask for all of a tile, 16 bytes each time, and the next task's wait begins while it is
+    still being stored. Through TMA a tile would be waited for, go through shared memory twice, and be waited for
+    again: no loop with a wait in it is pipelined.
+    """
+    loaded = {op.results[0].name for op in stage.body if op.name == "load"}
+    for op in stage.body:
+        if op.name not in ("wait", "load", "store"):
+            return False
+        if op.name == "store" and (op.get("peer") is not None or op.operands[0].name not in loaded):
+            return False
+    return any(op.name == "wait" for op in stage.body)
 
 
 def _ends(stage: Op) -> bool:

@@ -28,8 +28,6 @@ from tilelink.schedules import Schedule, ScheduleError
 
 # Elements of a tile that a stage without a matrix product keeps in registers.
 ELEMENTWISE_TILE = 8192
-# Elements of a tile that is only copied: the longer a load, the less its latency counts.
-COPIED_TILE = 2 * ELEMENTWISE_TILE
 # Bytes of data in words, over all ranks, that one thread polls for a tile of a sum.
 POLLED = 256
 # Elements of the smallest tile of a sum: 16 bytes of 16-bit elements for each of 128 threads.
@@ -83,7 +81,7 @@ def order_tiles(program: Op) -> Op:
             few = schedule.move(name).signal != "flag" or schedule.move(name).spans
             if tensor["move"] == "scatter" and few:
                 stage = stage.with_attrs(tile=_spread(program, schedule, stage))
-            stages.append(_copied(program, schedule, stage))
+            stages.append(stage)
     launch = make(
         "launch",
         ref=Ref(program.symbol),
@@ -465,28 +463,6 @@ def _spread(program: Op, schedule: Schedule, stage: Op) -> tuple[int, ...]:
     while 2 * tasks() <= schedule.workers and math.prod(tiles) >= 2 * LEAST_SUM and tiles[0] > 1:
         tiles[0] //= 2
     return tuple(tiles)
-
-
-def _copied(program: Op, schedule: Schedule, stage: Op) -> Op:
-    """The stage that copies sums which are there already with larger tiles, if all workers still have some."""
-    name = stage.body[0].symbol
-    if program.declared(name).get("shots") != 2:
-        return stage
-    names, tiles = environment(program), list(stage["tile"])
-    lengths = [int(Expr.of(e).evaluate(names)) for e in stage["extent"]]
-    axis = int(stage.get("axis") or 0)
-    lengths[axis] = int(stage["segment"])
-    segments = int(Expr.of(stage["extent"][axis]).evaluate(names)) // lengths[axis]
-    most = schedule.tile(str(stage["extent"][0]), 128)
-
-    def tasks(first: int) -> int:
-        sizes = (first, *map(int, tiles[1:]))
-        return segments * math.prod(-(-n // t) for n, t in zip(lengths, sizes, strict=True))
-
-    larger = 2 * tiles[0]
-    if larger <= most and 2 * math.prod(tiles) <= COPIED_TILE and tasks(larger) >= schedule.workers:
-        tiles[0] = larger
-    return stage.with_attrs(tile=tuple(tiles))
 
 
 def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
