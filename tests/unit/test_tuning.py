@@ -77,7 +77,7 @@ def test_a_candidate_is_proven_emitted_and_compiled_without_a_gpu(
     finally:
         driver._active = before
     assert refused == Prepared(None, refused.failed)
-    assert "has no `X`" in str(refused.failed)
+    assert "has no moved tensor `X`" in str(refused.failed)
 
 
 def test_plans_hold_schedules_that_can_be_emitted() -> None:
