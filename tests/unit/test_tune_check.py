@@ -71,7 +71,10 @@ BROKEN = [
         schedule(tiles={"K": 64, "M": 128, "N": 256}), IllegalEntry, "4 warps", id="registers"
     ),
     pytest.param(
-        schedule(moves={"X": {"resource": "epilogue"}}), RefusedEntry, "has no moved tensor `X`", id="tensor"
+        schedule(moves={"X": {"resource": "epilogue"}}),
+        RefusedEntry,
+        "has no moved tensor `X`",
+        id="tensor",
     ),
     pytest.param(
         lambda d: d["entries"][0].update(extents={"M": 512, "K": 256}),
