@@ -59,7 +59,9 @@ LOW = {"M": 128, "N": 256, "K": 128}
 ODD = {"M": 360, "N": 136, "K": 72}
 WIDE = {"M": 1024, "N": 1024, "K": 256}
 # What products with roles can be beside, and the tiles of both structures.
-BY_ROLES = tuple(r for r in (*FOLDED, *FOLDED_TWO) if not r.startswith("sm:"))
+BY_ROLES = tuple(
+    r for r in (*FOLDED, *FOLDED_TWO) if not r.startswith("sm:") and not r.endswith("between")
+)
 ROLES = ("copy_engine", "epilogue", "none", *BY_ROLES, *PULLED, *SPANNING)
 ROLE_TILES = {
     "turns": (("K", 64), ("M", 64), ("N", 128)),

@@ -151,10 +151,11 @@ def samples() -> list[Sample]:
             if resource == "epilogue-pull-folded" and kernel == "gemm_rs":
                 # Own tiles are computed beside the others'.
                 found.append(replace(plain, tiles=20, workers=3, order="interleave"))
-            if resource == "epilogue-folded":
+            if resource == "epilogue-folded" and kernel == "gemm_rs":
                 # Some own tiles are computed before the last of the others: of two rows, and of one.
                 own = replace(plain, columns=4, workers=3, order="interleave")
-                found += [replace(own, tiles=t, own=o) for t in (4, 2) for o in OWNS[1:]]
+                found += [replace(own, tiles=2, own=o) for o in OWNS[1:]]
+                found.append(replace(own, tiles=4, own="beside"))
             if resource in ("copy_engine", "epilogue") and kernel in (
                 "ag_gemm",
                 "gemm_rs",
@@ -182,9 +183,9 @@ def samples() -> list[Sample]:
                 found += [replace(two, signal=s) for s in SIGNALS]
                 folded = f"{resource}-folded"
                 found.append(replace(plain, resource=folded, tiles=4, shots=2, slots=2))
-                own = replace(plain, resource=folded, shots=2, columns=4, order="interleave")
-                own = replace(own, own="between")
-                found += [replace(own, tiles=4, workers=1), replace(own, tiles=2, workers=2)]
+                if kernel == "gemm_ar":
+                    own = replace(plain, resource=folded, shots=2, columns=4, order="interleave")
+                    found.append(replace(own, own="between", tiles=2, workers=2))
     return found
 
 
