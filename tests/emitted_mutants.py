@@ -145,6 +145,9 @@ def _statements(editor: Editor, function: ast.FunctionDef) -> Iterator[Mutant]:
                         (b"device.delayed_",),
                     )
                 )
+                # Nor is a flush behind the worker's leave a mutant: leaving tells that it reads no more, what it
+                # holds back tells of what it stored, and nobody waits for one to hear of the other.
+                alike |= b"device.delayed_" in code and b"device.finish_arrive(" in other
                 if both and not alike:
                     swapped = editor.bytes[:first] + other + editor.bytes[last:begin] + code
                     yield Mutant(
