@@ -38,7 +38,8 @@ def fused(kernel: str, m: int, chosen: Schedule, world: int = 4, **extents: int)
 @given(data=st.data())
 @settings(max_examples=8, suppress_health_check=list(HealthCheck), deadline=None)
 def test_boxes_give_the_bits_of_the_reference(backend: str, data: st.DataObject) -> None:
-    world = data.draw(st.sampled_from((2, 3, 4)))
+    # Processes that wait for each other are slow on few cores.
+    world = data.draw(st.sampled_from((2, 3) if backend == "interpret" else (2, 3, 4)))
     kernel = data.draw(st.sampled_from(sorted(TENSOR)))
     gathers = kernel == "ag_gemm"
     emitter = data.draw(st.sampled_from(("triton", "library"))) if gathers else "triton"

@@ -161,8 +161,16 @@ def test_its_text_is_read_back(old: str, new: str) -> None:
         validate(read_module(Source("emitted.py", text.replace(old, new, 1))), fused)
 
 
-@pytest.mark.parametrize("backend", ["simulate", "interpret"])
-@pytest.mark.parametrize(("world", "workers"), [(2, 3), (4, 5), (8, 8)])
+@pytest.mark.parametrize(
+    ("backend", "world", "workers"),
+    [
+        ("simulate", 2, 3),
+        ("simulate", 4, 5),
+        ("simulate", 8, 8),
+        ("interpret", 2, 3),
+        ("interpret", 4, 5),
+    ],
+)
 def test_integers_are_summed_exactly(backend: str, world: int, workers: int) -> None:
     given = schedule((32, 64, 16), workers=workers)
     run = gemm_ar.on(backend, world=world, schedule=given)

@@ -224,7 +224,7 @@ def inputs(shape: tuple[int, int, int], world: int, call: int) -> tuple[list[tor
     + [
         ("simulate", "between", 2, 2),
         ("interpret", "beside", 2, 2),
-        ("interpret", "between", 4, 1),
+        ("interpret", "between", 2, 1),
     ],
 )
 def test_runs_are_exact(backend: str, own: str, world: int, slots: int) -> None:

@@ -165,7 +165,7 @@ def two_shots() -> tuple[str, Op]:
 def test_a_wait_behind_the_end_of_a_loop_is_none() -> None:
     text, op = two_shots()
     end = "        yield (%acc.2.own)\n      }\n"
-    wait = "      wait @C.ready[0..RANK, m.own.start % 16 / 8] {proxy = true}\n"
+    wait = "      wait @C.ready[0..RANK, m.own.start % 16 / 8]\n"
     assert end + wait in text
     verify(parse_ir(text), op)
     late = parse_ir(text.replace(end + wait, end.replace("      }\n", wait + "      }\n")))
