@@ -1,30 +1,86 @@
-"""Compiles one kernel of an emitted module: the subprocess of :mod:`tilelink.backend.emit.offline`.
+"""The process that compiles kernels of emitted modules, for :mod:`tilelink.backend.emit.compiler`.
 
-Reads a JSON request on standard input: ``module``, ``kernel``, ``signature``, ``emitter``, ``warps``,
-``stages``, ``out``. Writes each form of the kernel, and ``metadata.json``, into the folder ``out``.
+It imports Triton once, and forks for each request: MLIR ends the process where it finds a fault. Requests and
+answers are lines of JSON on standard input and output.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
 SIXTEEN = [["tt.divisibility", 16]]
+TARGET = ("cuda", 90, 32)
 
 
 def main() -> None:
-    """Compile what standard input asks for."""
+    """Answer each request with what its compiler said if it failed, or null; until standard input ends.
+
+    A request has ``module``, ``kernel``, ``signature``, ``emitter``, ``options`` and ``out``: see
+    :func:`compile_kernel`; and ``environment``, the variables that it is compiled with.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    # Whatever else is printed here is no answer.
+    os.dup2(2, 1)
+    _prepare()
+    for line in sys.stdin:
+        answers.write(json.dumps(_in_fork(json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _prepare() -> None:
+    """What every compilation does first, once for all: imports, and digests of Triton and its tools."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.experimental.gluon import language as _gluon  # noqa: F401
+    from triton.experimental.gluon._runtime import GluonASTSource  # noqa: F401
+    from triton.runtime.cache import triton_key
+
+    import tilelink.device.boxes
+    import tilelink.device.roles  # noqa: F401
+
+    triton_key()
+    make_backend(GPUTarget(*TARGET)).hash()
+
+
+def _in_fork(request: dict[str, Any]) -> str | None:
+    """Has a fork of this process, which has one thread, compile a kernel; its messages if that fails."""
+    with tempfile.TemporaryFile("w+") as messages:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                for stream in (1, 2):
+                    os.dup2(messages.fileno(), stream)
+                os.environ.clear()
+                os.environ.update(request["environment"])
+                compile_kernel(request)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        messages.seek(0)
+        return messages.read() or "the compiler crashed" if status != 0 else None
+
+
+def compile_kernel(request: dict[str, Any]) -> None:
+    """Write each form of a kernel, and ``metadata.json``, into the folder ``out``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    request: dict[str, Any] = json.load(sys.stdin)
     spec = importlib.util.spec_from_file_location("emitted", request["module"])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -38,8 +94,7 @@ def main() -> None:
         types = {name: _laid_out(type_) for name, type_ in types.items()}
     maker = GluonASTSource if gluon else ASTSource
     source = maker(getattr(module, request["kernel"]), types, {}, aligned)
-    target = GPUTarget("cuda", 90, 32)
-    compiled = triton.compile(source, target=target, options=request["options"])
+    compiled = triton.compile(source, target=GPUTarget(*TARGET), options=request["options"])
     out = Path(request["out"])
     out.mkdir()
     for form in ("ttir", "ttgir", "llir", "ptx"):

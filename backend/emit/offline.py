@@ -1,23 +1,18 @@
 """Compilation for sm_90 with no GPU, and a lint of what came out.
 
-Kernels are compiled in a subprocess, because MLIR ends the process where it finds a fault.
+Kernels are compiled in a process of their own, because MLIR ends the process where it finds a fault.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tilelink.backend.emit.compiler import compile_kernel
 from tilelink.backend.emit.kernel import Kernel, compile_options
 from tilelink.backend.emit.scope import Program
 from tilelink.backend.emit.triton import kernels_of
@@ -94,53 +89,10 @@ def signature(program: Op, kernel: Kernel) -> dict[str, str]:
     return found
 
 
-def in_subprocess(request: str) -> str | None:
-    """Has a fresh process compile what the JSON ``request`` asks for; its messages if that fails."""
-    result = subprocess.run(
-        [sys.executable, "-m", "tilelink.backend.emit.compile_worker"],
-        input=request,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result.stderr if result.returncode != 0 else None
-
-
-def in_fork(request: str) -> str | None:
-    """Like :func:`in_subprocess`, in a fork of this process, which need not import Triton again.
-
-    For processes with one thread.
-    """
-    import triton  # noqa: F401 - once for all forks
-
-    from tilelink.backend.emit import compile_worker
-
-    with tempfile.TemporaryFile("w+") as messages:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.dup2(messages.fileno(), 2)
-                sys.stdin = io.StringIO(request)
-                compile_worker.main()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        messages.seek(0)
-        return messages.read() or "the compiler crashed" if status != 0 else None
-
-
-def compile_offline(
-    source: str, program: Op, worker: Callable[[str], str | None] = in_subprocess
-) -> list[Compiled]:
+def compile_offline(source: str, program: Op) -> list[Compiled]:
     """Every kernel of the emitted module ``source`` of ``program``, compiled for sm_90.
 
-    ``worker``: where it is compiled, :func:`in_subprocess` or :func:`in_fork`. Raises :class:`CompileFailed`
-    with the last lines of Triton's message.
+    Raises :class:`CompileFailed` with the last lines of Triton's message.
     """
     done: list[Compiled] = []
     words = any(op.get("words") for op in program.find("buffer"))
@@ -160,7 +112,7 @@ def compile_offline(
                 "emitter": kernel.emitter,
                 "out": str(Path(folder) / kernel.name),
             }
-            failed = worker(json.dumps(request))
+            failed = compile_kernel(request)
             if failed is not None:
                 notes = tuple(failed.strip().splitlines()[-12:])
                 raise CompileFailed(launch.span, kernel=kernel.name, notes=notes)

@@ -240,13 +240,13 @@ def code_key(program: Op, schedule: Schedule) -> str:
 
 def compile_entry(problem: str, schedule: str) -> str:
     """What is wrong with the compiled code of an entry; empty if nothing is."""
-    from tilelink.backend.emit.offline import compile_offline, in_fork, lint
+    from tilelink.backend.emit.offline import compile_offline, lint
     from tilelink.backend.emit.triton import emit
     from tilelink.backend.pipeline import run_passes
 
     try:
         program = run_passes(Problem.from_json(problem).build(), Schedule.from_json(schedule))
-        compiled = compile_offline(emit(program), program, in_fork)
+        compiled = compile_offline(emit(program), program)
     except TilelinkError as error:
         return _line(error)
     found = [f"`{kernel.name}`: {text}" for kernel in compiled for text in lint(kernel)]
