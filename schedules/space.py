@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from math import ceil, prod
 from typing import Any
 
@@ -115,16 +116,24 @@ class Space:
         Where the ring of a kernel with roles leaves no room for one of the parts of a sum in the epilogue, so does
         the deepest that does.
         """
+        if self.kernel["world"] == 1:
+            return [schedule]
         options = [
-            [(tensor.symbol, move) for move in self._moves_of(tensor)]
+            [(tensor.symbol, move) for move in moves if self._walks(schedule, tensor, move)]
+            for tensor, moves in self._moves
+        ]
+        made = (_moving(schedule, tuple(sorted(some))) for some in itertools.product(*options))
+        found = [s for s in made if s is not None and legal(self.product, s)]
+        return list(dict.fromkeys(one for s in found for one in (s, *self._shallower(s))))
+
+    @cached_property
+    def _moves(self) -> list[tuple[Op, list[Move]]]:
+        """The moved tensors, each with every way in which it may travel."""
+        return [
+            (tensor, self._moves_of(tensor))
             for tensor in self.kernel.find("tensor")
             if tensor["move"] in ("gather", "scatter", "reduce")
         ]
-        if self.kernel["world"] == 1:
-            return [schedule]
-        made = (_moving(schedule, tuple(sorted(some))) for some in itertools.product(*options))
-        found = [s for s in made if s is not None and legal(self.product, s) and self._walks(s)]
-        return list(dict.fromkeys(one for s in found for one in (s, *self._shallower(s))))
 
     def _shallower(self, schedule: Schedule) -> list[Schedule]:
         """The schedule with as many stages as let parts of its sums land apart; none where it has none."""
@@ -134,32 +143,27 @@ class Space:
         fewer = (replace(schedule, stages=n) for n in RING_STAGES if n < schedule.stages)
         return [s for s in fewer if lands_apart(self.product, s)][:1]
 
-    def _walks(self, schedule: Schedule) -> bool:
-        """Whether tiles are as long as the schedule says, no shard is spanned for nothing, and what roles
-        multiply is not copied by workers of the same kernel.
+    def _walks(self, schedule: Schedule, tensor: Op, move: Move) -> bool:
+        """Whether a tensor may travel so: tiles are as long as the schedule says, no shard is spanned for nothing,
+        and what roles multiply is not copied by workers of the same kernel.
         """
         if self.product is None:
             return True
-        moves = [move for _, move in schedule.moves]
-        if schedule.tail > 1 and any(
-            m.sm_workers or m.signal != "flag" or m.sum == "epilogue" for m in moves
+        if schedule.tail > 1 and (
+            move.sm_workers or move.signal != "flag" or move.sum == "epilogue"
         ):
             return False
+        if schedule.emitter == "gluon" and move.sm_workers and tensor["move"] != "gather":
+            return False
+        if tensor["move"] not in ("gather", "scatter") or schedule.emitter == "library":
+            return True
         rows, tallest = self.product.names[0], self.product.extent[0]
         world, tall = int(self.kernel["world"]), dict(schedule.tiles).get(rows[0], 0)
-        for tensor in self.kernel.find("tensor"):
-            move = schedule.move(tensor.symbol)
-            if schedule.emitter == "gluon" and move.sm_workers and tensor["move"] != "gather":
-                return False
-            if tensor["move"] not in ("gather", "scatter") or schedule.emitter == "library":
-                continue
-            over = str(tensor["dims"][tensor["over"]]) in rows
-            cut = tall in _fitting(ROW_TILES, max(1, tallest // world))
-            # Parts of sums are not stored where the sum goes: its own tiles are no product's.
-            cut = cut or (tensor["move"] == "scatter" and schedule.split > 1)
-            if over and move.spans == cut and schedule.tiles != self.base.tiles:
-                return False
-        return True
+        over = str(tensor["dims"][tensor["over"]]) in rows
+        cut = tall in _fitting(ROW_TILES, max(1, tallest // world))
+        # Parts of sums are not stored where the sum goes: its own tiles are no product's.
+        cut = cut or (tensor["move"] == "scatter" and schedule.split > 1)
+        return not (over and move.spans == cut and schedule.tiles != self.base.tiles)
 
     def schedules(self) -> Iterator[Schedule]:
         """The whole space, computations outermost."""
