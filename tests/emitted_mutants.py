@@ -81,6 +81,12 @@ class Editor:
         return self.starts[node.lineno - 1], self.starts[node.end_lineno]
 
 
+    def changed(self, function: ast.FunctionDef, text: str) -> str:
+        """A function as it stands in a text in which it alone was edited: all there is to parse anew."""
+        first, last = self.lines(function)
+        return text.encode()[first : last - len(self.bytes) or None].decode()
+
+
 def functions(tree: ast.Module) -> list[ast.FunctionDef]:
     """The kernels and the host function."""
     return [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name != "run"]
@@ -100,7 +106,7 @@ def mutants(text: str) -> Iterator[Mutant]:
     editor = Editor(text)
     for function in functions(editor.tree):
         for made in (*_statements(editor, function), *_expressions(editor, function)):
-            if _parses(made.text) and made.text != text:
+            if made.text != text and _parses(editor.changed(function, made.text)):
                 yield made
     yield from _carried(text)
 
