@@ -80,7 +80,6 @@ class Editor:
         assert node.end_lineno is not None
         return self.starts[node.lineno - 1], self.starts[node.end_lineno]
 
-
     def changed(self, function: ast.FunctionDef, text: str) -> str:
         """A function as it stands in a text in which it alone was edited: all there is to parse anew."""
         first, last = self.lines(function)

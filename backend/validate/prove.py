@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,28 +60,57 @@ def validate(module: Module, program: Op) -> Validation:
     at the capacity and at each other value at which the program is proven. Errors: EmittedDiffers,
     EmittedHazard and Unclear at a place of the module, with the tasks concerned.
     """
-    whole = Validator(module, program).run()
-    for small in smaller(expand(program), carried(program)):
-        Validator(module, small, program).run()
+    wanted = Wanted(program)
+    whole = Validator(module, wanted).run()
+    for small in smaller(wanted.expected, carried(program)):
+        Validator(module, Wanted(small, program)).run()
     return whole
+
+
+class Wanted:
+    """What a program asks of its module, worked out once for all texts that are held against it.
+
+    ``whole``: the program at its capacity, where ``program`` is that of another value.
+    """
+
+    def __init__(self, program: Op, whole: Op | None = None) -> None:
+        self.program, self.whole = program, whole
+        self.layout = Layout(program)
+        # With what intermediates the kernel declares: reads of buffers that serve them say what they want.
+        self.kernel = carried(program) if whole is None else None
+        self.expected = expand(program, self.kernel)
+        self.flows = flows(program)
+
+    @cached_property
+    def text(self) -> str:
+        """The program that the module has to carry."""
+        return print_ir(self.whole or self.program)
+
+    @cached_property
+    def meant(self) -> frozenset[tuple[int, int]]:
+        """Where the kernel itself places tiles elsewhere than at their own starts: see :class:`Expansion`.
+
+        VerifyError where the stages are not the kernel's.
+        """
+        if self.kernel is None:
+            return frozenset()
+        held = expand(self.program, self.kernel)
+        check_meaning(held, self.kernel)
+        return frozenset(held.meant)
 
 
 class Validator:
     """The steps of :func:`validate`."""
 
-    def __init__(self, module: Module, program: Op, whole: Op | None = None) -> None:
-        self.module, self.program = module, program
-        # The program at its capacity, where this is another value's.
-        self.whole = whole
-        self.layout = Layout(program)
-        # With what intermediates the kernel declares: reads of buffers that serve them say what they want.
-        self.kernel = carried(program) if whole is None else None
-        self.expected = expand(program, self.kernel)
-        self.rows = Rows(self.expected, module.source, flows(program))
+    def __init__(self, module: Module, wanted: Wanted) -> None:
+        self.module, self.wanted = module, wanted
+        self.program, self.layout = wanted.program, wanted.layout
+        self.expected = wanted.expected
+        self.rows = Rows(self.expected, module.source, wanted.flows)
         self.wait_names: list[int] = []
         self.lanes = 0
         self.traces: list[Trace] = []
-        self.folded = program.get("slots") is not None
+        self.folded = self.program.get("slots") is not None
         self.roles: set[str] = set()  # functions that kernels have started
         self.flushes: list[int] = []  # phases behind which every worker performs what it holds back
 
@@ -164,13 +194,15 @@ class Validator:
 
     def same_text(self) -> None:
         """The program that the runtime takes memory and names from must be the kernel's."""
+        if self.module.text == self.wanted.text:
+            return
         try:
             given = parse_ir(self.module.text, self.module.source.name)
         except TilelinkError as error:
             raise EmittedDiffers(
                 None, detail="the program that it carries does not parse", notes=(str(error),)
             ) from None
-        ours = parse_ir(print_ir(self.whole or self.program))
+        ours = parse_ir(self.wanted.text)
         if given.with_attrs(file=None) == ours.with_attrs(file=None):
             return
         for one, two in zip(given.body, ours.body, strict=False):
@@ -473,13 +505,9 @@ class Validator:
             syncs=self.rows.syncs,
         )
         try:
-            if self.kernel is not None:
-                # Where the kernel itself places tiles elsewhere than at their own starts.
-                held = expand(self.program, self.kernel)
-                check_meaning(held, self.kernel)
-                out.meant |= held.meant
+            out.meant = self.expected.meant | self.wanted.meant
             # What each read finds is the matter of the capacity; see the rule `rows`.
-            report = prove(out, contents=self.whole is None)
+            report = prove(out, contents=self.wanted.whole is None)
         except VerifyError as error:
             lines = tuple(str(error).splitlines())
             raise EmittedHazard(

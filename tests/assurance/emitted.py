@@ -34,7 +34,7 @@ from tilelink import kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.validate import read_module
-from tilelink.backend.validate.prove import Validator
+from tilelink.backend.validate.prove import Validator, Wanted
 from tilelink.backend.validate.trace import Signal, Touch
 from tilelink.errors import Source, TilelinkError
 from tilelink.ir import Op
@@ -203,10 +203,11 @@ def _digest(event: Touch | Signal) -> bytes:
     return found.digest()
 
 
-def attempt(text: str, program: Op) -> tuple[str, str]:
+def attempt(text: str, program: Op | Wanted) -> tuple[str, str]:
     """The fingerprint of a text that is accepted, and why it is refused otherwise."""
     try:
-        validator = Validator(read_module(Source("emitted.py", text)), program)
+        wanted = Wanted(program) if isinstance(program, Op) else program
+        validator = Validator(read_module(Source("emitted.py", text)), wanted)
         validator.run()
     except TilelinkError as error:
         return "", f"{error.code}: {str(error).splitlines()[0]}"
@@ -243,15 +244,15 @@ class Result:
 def attack(one: Case, count: int, seed: int, result: Result, kinds: Counter[str]) -> None:
     """Tries one module's mutants."""
     program = one.program()
-    text = emit(program)
-    original, reason = attempt(text, program)
+    text, wanted = emit(program), Wanted(program)
+    original, reason = attempt(text, wanted)
     result.intact += 1
     if reason:
         result.intact_refused += 1
         say(f"REFUSED {one}: {reason}")
         return
     for mutant in chosen(text, count, seed):
-        print_, reason = attempt(mutant.text, program)
+        print_, reason = attempt(mutant.text, wanted)
         if not reason and print_ == original:
             result.same += 1
             continue

@@ -36,6 +36,7 @@ from tilelink.backend.validate import (
     read_module,
     validate,
 )
+from tilelink.backend.validate.prove import Wanted
 from tilelink.backend.verify import (
     CoverError,
     MatchError,
@@ -389,8 +390,8 @@ def test_an_edit_is_refused(case: Case, old: str, new: str, error: type[EmittedE
 @pytest.mark.parametrize("case", [TURNS, EPILOGUE, FOLDED, LANDING], ids=named)
 def test_mutants_of_the_text_are_refused(case: Case) -> None:
     """A sample of all kinds; those that change no event of any worker are no mutants."""
-    program, text = fused(case), emit(fused(case))
-    original, reason = attempt(text, program)
+    wanted, text = Wanted(fused(case)), emit(fused(case))
+    original, reason = attempt(text, wanted)
     assert not reason
     kinds: dict[str, list[str]] = {}
     for mutant in mutants(text):
@@ -400,7 +401,7 @@ def test_mutants_of_the_text_are_refused(case: Case) -> None:
     chance, tried = random.Random(0), 0
     for some in kinds.values():
         for changed in chance.sample(some, min(6, len(some))):
-            print_, reason = attempt(changed, program)
+            print_, reason = attempt(changed, wanted)
             tried += bool(reason)
             assert reason or print_ == original, changed
     assert tried > 40

@@ -9,6 +9,7 @@ import pytest
 from tests.assurance.emitted import attempt, chosen
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import run_passes
+from tilelink.backend.validate.prove import Wanted
 from tilelink.ir import Op
 from tilelink.kernel import load_kernels
 from tilelink.schedules import Move, Schedule
@@ -47,7 +48,8 @@ def test_texts_are_accepted_and_their_mutants_refused(
 ) -> None:
     made = program(*case, file="attention" if case[0] == "attention" else "maps")
     text = emit(made)
-    original, reason = attempt(text, made)
+    wanted = Wanted(made)
+    original, reason = attempt(text, wanted)
     assert not reason
     refused = 0
     for mutant in chosen(text, 40, 0):
@@ -55,7 +57,7 @@ def test_texts_are_accepted_and_their_mutants_refused(
             continue  # a wait in front of generic loads alone needs no fence
         if mutant.kind == "mask" and "k = tl.load(" in text.splitlines()[mutant.line - 1]:
             continue  # scores of keys past the last are masked too: see below
-        print_, reason = attempt(mutant.text, made)
+        print_, reason = attempt(mutant.text, wanted)
         assert reason or print_ == original, f"line {mutant.line} {mutant.kind}: {mutant.what}"
         refused += bool(reason)
     assert refused >= 30
