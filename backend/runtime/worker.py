@@ -108,7 +108,7 @@ def poll_gently() -> None:
 
 def spare_work() -> None:
     """Has the interpreter leave out what changes nothing: a look through the language at each call of a device
-    function, and the sums that say whether others overflow.
+    function, the sums that say whether others overflow, and a table of types made for each value.
 
     The look is for what the interpreter has to replace, and finds nothing from the second time on; nothing in
     this process needs the language as it was. The sums are compared in an assertion that only Triton's
@@ -128,6 +128,16 @@ def spare_work() -> None:
     options = interpreter.interpreter_builder.options
     if not options.debug:
         interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+    find, found = interpreter._get_np_dtype, dict[str, Any]()
+
+    def find_type(of: Any) -> Any:
+        # That of a block is that of its elements.
+        name = of.scalar.name
+        if name not in found:
+            found[name] = find(of)
+        return found[name]
+
+    interpreter._get_np_dtype = find_type
 
 
 class Failed(Exception):
