@@ -10,58 +10,72 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import json, sys
+import json, os, sys
 from dataclasses import replace
-import tilelink.kernels
+import tilelink.device, tilelink.kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import load_module, write_module
 from tilelink.schedules import default_schedule
 from triton.runtime.jit import JITCallable
 
-extents, keys = {"M": 2048, "K": 1024, "N": 2048}, {}
-for what in sys.argv[1:]:
-    kind, emitter = what.split(":")
-    op = getattr(tilelink.kernels, kind).build(extents, world=4, dtype="bf16")
-    schedule = default_schedule(op)
-    if emitter == "gluon":
-        tiles = (("K", 64), ("M", 128), ("N", 128))
-        moves = tuple((n, replace(m, slots=1, signal="flag")) for n, m in schedule.moves)
-        schedule = replace(schedule, emitter=emitter, tiles=tiles, warps=8, stages=4, moves=moves)
-    program = compile_kernel(op, schedule)
-    module = load_module(write_module(emit(program), program.symbol))
-    keys[what] = {n: f.cache_key for n, f in vars(module).items() if isinstance(f, JITCallable)}
-print(json.dumps(keys))
+extents = {"M": 2048, "K": 1024, "N": 2048}
+
+def keys(order):
+    found = {}
+    for what in order:
+        kind, emitter = what.split(":")
+        op = getattr(tilelink.kernels, kind).build(extents, world=4, dtype="bf16")
+        schedule = default_schedule(op)
+        if emitter == "gluon":
+            tiles = (("K", 64), ("M", 128), ("N", 128))
+            moves = tuple((n, replace(m, slots=1, signal="flag")) for n, m in schedule.moves)
+            schedule = replace(
+                schedule, emitter=emitter, tiles=tiles, warps=8, stages=4, moves=moves
+            )
+        program = compile_kernel(op, schedule)
+        module = load_module(write_module(emit(program), program.symbol))
+        functions = {n: f for n, f in vars(module).items() if isinstance(f, JITCallable)}
+        found[what] = {n: f.cache_key for n, f in functions.items()}
+    return found
+
+for order in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        print(json.dumps(keys(order)), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
 KERNELS = ("gemm_ar:triton", "gemm_rs:gluon", "gemm_rs:triton", "ag_gemm:gluon", "ag_gemm:triton")
+Order = tuple[str, ...]
 
 
-def keys(order: tuple[str, ...], folder: Path) -> dict[str, dict[str, str]]:
-    """The names of compiled kernels in a process that meets them in this order."""
+def keys(orders: list[Order], folder: Path) -> list[dict[str, dict[str, str]]]:
+    """The names of compiled kernels in processes that meet them in these orders: forks of one that met none."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *order],
+        [sys.executable, "-c", PROGRAM, json.dumps(orders)],
         env={"TILELINK_CACHE": str(folder), "PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, str]] = json.loads(done.stdout)
-    return found
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_keys_do_not_depend_on_the_order_of_kernels(tmp_path: Path) -> None:
-    forth, back = keys(KERNELS, tmp_path), keys(KERNELS[::-1], tmp_path)
-    for what in KERNELS:
-        assert forth[what], what
-        assert forth[what] == back[what], what
+def behind_others(what: str) -> Order:
+    """The order in which a kernel is met last, behind four others."""
+    return (*(other for other in KERNELS if other != what), what)
 
 
-@pytest.mark.parametrize("what", KERNELS)
-def test_a_key_is_the_same_in_a_process_of_its_own(what: str, tmp_path: Path) -> None:
-    """That of a kernel which is met last, behind four others."""
-    order = (*(other for other in KERNELS if other != what), what)
-    assert keys((what,), tmp_path)[what] == keys(order, tmp_path)[what]
+def test_keys_do_not_depend_on_what_a_process_met_before(tmp_path: Path) -> None:
+    """Nor on its hash seed: the second process has another one."""
+    last = keys([behind_others(what) for what in KERNELS], tmp_path)
+    assert behind_others(KERNELS[-1]) == KERNELS
+    back, *alone = keys([KERNELS[::-1], *((what,) for what in KERNELS)], tmp_path)
+    for what, mine, own in zip(KERNELS, last, alone, strict=True):
+        assert own[what], what
+        assert own[what] == mine[what] == last[-1][what] == back[what], what
 
 
 def test_keys_change_with_functions_that_make_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
