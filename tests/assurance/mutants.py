@@ -42,10 +42,14 @@ ORACLES = ("proof", "simulator")
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What one oracle said of the mutants of a sample: class, description and objection of each."""
+    """What one oracle said of the mutants of a sample: class, description and objection of each.
+
+    ``crashed``: the numbers of those over which it fell, so that it said nothing.
+    """
 
     sample: Sample
     words: tuple[tuple[str, str, str], ...]
+    crashed: frozenset[int]
     intact: str
     seconds: float  # of this process' CPU
 
@@ -60,16 +64,19 @@ def ask(job: tuple[str, Sample, int]) -> Said:
         "simulator": lambda p: simulate(p, trial),
     }
     check = checks[oracle]
-    words = []
+    words: list[tuple[str, str, str]] = []
+    crashed: set[int] = set()
     for number, mutant in enumerate(mutants(program)):
         if number % step == 0:
-            words.append((mutant.name, mutant.description, _safely(check, mutant.program)))
-    intact = _safely(check, program)
-    return Said(sample, tuple(words), intact, time.process_time() - start)
+            word = _safely(check, mutant.program)
+            crashed |= {len(words)} if word is None else set()
+            words.append((mutant.name, mutant.description, word or ""))
+    intact = _safely(check, program) or ""
+    return Said(sample, tuple(words), frozenset(crashed), intact, time.process_time() - start)
 
 
-def _safely(check: Callable[[Any], str], program: Any) -> str:
-    """What ``check`` says. A check that falls over has not found anything: it says so by "".
+def _safely(check: Callable[[Any], str], program: Any) -> str | None:
+    """What ``check`` says; None where it falls over.
 
     A crash is not a refusal: the mutant counts as missed, and as different unless explored otherwise.
     """
@@ -77,7 +84,7 @@ def _safely(check: Callable[[Any], str], program: Any) -> str:
         return check(program)
     except Exception as error:
         print(f"  crash: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return ""
+        return None
 
 
 @lru_cache(maxsize=2)
@@ -86,12 +93,15 @@ def _chosen(sample: Sample, step: int) -> list[Mutant]:
     return [m for n, m in enumerate(mutants(prepared(sample)[0])) if n % step == 0]
 
 
-def explore(job: tuple[Sample, int, tuple[int, ...], float]) -> list[tuple[int, str, str, str]]:
+def explore(
+    job: tuple[Sample, int, tuple[int, ...], float, frozenset[int]],
+) -> list[tuple[int, str, str, str]]:
     """The truth of the mutants of a sample with these numbers: (number, text, word, why).
 
-    Past the deadline (seconds since the epoch) what is left is undecided.
+    Past the deadline (seconds since the epoch) what is left is undecided. The last of a job are the numbers of
+    those that the simulator has run to the end and found nothing in.
     """
-    sample, step, wanted, deadline = job
+    sample, step, wanted, deadline, right = job
     _, trial = prepared(sample)
     found = []
     for number in wanted:
@@ -100,7 +110,7 @@ def explore(job: tuple[Sample, int, tuple[int, ...], float]) -> list[tuple[int, 
             truth = Truth(UNDECIDED, "no time left")
         else:
             try:
-                truth = decide(mutant.program, trial)
+                truth = decide(mutant.program, trial, right=number in right)
             except Exception as error:
                 truth = Truth(UNDECIDED, f"crash: {type(error).__name__}: {error}")
         why = " / ".join(truth.why.splitlines())
@@ -176,7 +186,7 @@ def run_oracle(
     part["cpu_seconds"] = round(part["cpu_seconds"] + sum(s.seconds for s in said), 1)
     part["intact_alarms"] += [f"{s.sample.name}: {s.intact}" for s in said if s.intact]
     before = time.perf_counter()
-    decide_missed(pool, said, args, truths)
+    decide_missed(pool, oracle, said, args, truths)
     part["exploration_seconds"] = round(time.perf_counter() - before, 1)
     classes: dict[str, Counter[str]] = {}
     for answer in said:
@@ -236,19 +246,21 @@ def intact(
 
 def decide_missed(
     pool: Any,
+    oracle: str,
     said: Sequence[Said],
     args: argparse.Namespace,
     truths: dict[str, tuple[str, str, str]],
 ) -> None:
-    """Explores what was missed and is not in ``truths`` yet."""
+    """Explores what ``oracle`` missed and is not in ``truths`` yet."""
     deadline = time.time() + args.explore_seconds
     jobs = []
     for answer in said:
         missed = [n for n, (_, _, word) in enumerate(answer.words) if not word]
         new = [n for n in missed if _key(answer.sample, n) not in truths]
+        right = frozenset(new) - answer.crashed if oracle == "simulator" else frozenset[int]()
         # One job a mutant of a slow program would build it again; a few each keep both processes busy.
         jobs += [
-            (answer.sample, args.step, tuple(new[at : at + 8]), deadline)
+            (answer.sample, args.step, tuple(new[at : at + 8]), deadline, right)
             for at in range(0, len(new), 8)
         ]
     for job, found in zip(jobs, pool.imap(explore, jobs), strict=True):
