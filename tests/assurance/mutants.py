@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from tilelink.backend.mutate.judge import (
     EQUIVALENT,
     SCHEDULES,
     UNDECIDED,
+    Trial,
     Truth,
     decide,
     prove,
@@ -41,38 +41,67 @@ ORACLES = ("proof", "simulator")
 
 
 @dataclass(frozen=True, slots=True)
+class Job:
+    """A sample for one oracle: every ``step``-th of its mutants, and for the simulator ``runs`` runs of the intact
+    program. ``known`` are the numbers of mutants whose truth is known already; past ``deadline`` (seconds since
+    the epoch) what is left is undecided.
+    """
+
+    oracle: str
+    sample: Sample
+    step: int
+    runs: int
+    known: frozenset[int]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
 class Said:
     """What one oracle said of the mutants of a sample: class, description and objection of each.
 
-    ``crashed``: the numbers of those over which it fell, so that it said nothing.
+    ``decided``: of those that it said nothing of and whose truth was not known, number, text, truth and why.
     """
 
     sample: Sample
     words: tuple[tuple[str, str, str], ...]
-    crashed: frozenset[int]
+    decided: tuple[tuple[int, str, str, str], ...]
     intact: str
     seconds: float  # of this process' CPU
+    exploring: float  # the same, to decide
 
 
-def ask(job: tuple[str, Sample, int]) -> Said:
-    """One oracle on all mutants of a sample (every ``step``-th), and on the sample itself."""
-    oracle, sample, step = job
+def ask(job: Job) -> Said:
+    """One oracle on the mutants of a sample and on the sample itself; what it says nothing of is explored."""
+    sample = job.sample
     program, trial = prepared(sample)
     start = time.process_time()
     checks: dict[str, Callable[[Any], str]] = {
         "proof": lambda p: prove(p, trial.kernel),
         "simulator": lambda p: simulate(p, trial),
     }
-    check = checks[oracle]
-    words: list[tuple[str, str, str]] = []
-    crashed: set[int] = set()
-    for number, mutant in enumerate(mutants(program)):
-        if number % step == 0:
-            word = _safely(check, mutant.program)
-            crashed |= {len(words)} if word is None else set()
-            words.append((mutant.name, mutant.description, word or ""))
-    intact = _safely(check, program) or ""
-    return Said(sample, tuple(words), frozenset(crashed), intact, time.process_time() - start)
+    check = checks[job.oracle]
+    chosen = [m for n, m in enumerate(mutants(program)) if n % job.step == 0]
+    said = [_safely(check, mutant.program) for mutant in chosen]
+    objected = [_safely(check, program)]
+    if job.oracle == "simulator":
+        objected.append(_safely(lambda p: simulate(p, trial, job.runs, seed=1000), program))
+    intact = next(("crash" if word is None else word for word in objected if word != ""), "")
+    asked = time.process_time()
+    decided = []
+    for number, (mutant, word) in enumerate(zip(chosen, said, strict=True)):
+        if not word and number not in job.known:
+            # What the simulator has run to the end and found nothing in has the right numbers.
+            right = job.oracle == "simulator" and word is not None
+            decided.append((number, *explore(mutant, trial, right, job.deadline)))
+    words = ((m.name, m.description, word or "") for m, word in zip(chosen, said, strict=True))
+    return Said(
+        sample,
+        tuple(words),
+        tuple(decided),
+        intact,
+        asked - start,
+        time.process_time() - asked,
+    )
 
 
 def _safely(check: Callable[[Any], str], program: Any) -> str | None:
@@ -87,44 +116,20 @@ def _safely(check: Callable[[Any], str], program: Any) -> str | None:
         return None
 
 
-@lru_cache(maxsize=2)
-def _chosen(sample: Sample, step: int) -> list[Mutant]:
-    """Every ``step``-th mutant of a sample: jobs of one sample follow each other."""
-    return [m for n, m in enumerate(mutants(prepared(sample)[0])) if n % step == 0]
-
-
-def explore(
-    job: tuple[Sample, int, tuple[int, ...], float, frozenset[int]],
-) -> list[tuple[int, str, str, str]]:
-    """The truth of the mutants of a sample with these numbers: (number, text, word, why).
-
-    Past the deadline (seconds since the epoch) what is left is undecided. The last of a job are the numbers of
-    those that the simulator has run to the end and found nothing in.
-    """
-    sample, step, wanted, deadline, right = job
-    _, trial = prepared(sample)
-    found = []
-    for number in wanted:
-        mutant = _chosen(sample, step)[number]
-        if time.time() > deadline:
-            truth = Truth(UNDECIDED, "no time left")
-        else:
-            try:
-                truth = decide(mutant.program, trial, right=number in right)
-            except Exception as error:
-                truth = Truth(UNDECIDED, f"crash: {type(error).__name__}: {error}")
-        why = " / ".join(truth.why.splitlines())
-        head = f"# {mutant.name}: {mutant.description}\n# {truth.word}: {why}\n"
-        found.append((number, head + print_ir(mutant.program), truth.word, why))
-    return found
-
-
-def intact_alarms(job: tuple[Sample, int]) -> tuple[str, float]:
-    """The simulator on an intact program under so many schedules: what it objects to, and CPU seconds."""
-    sample, schedules = job
-    program, trial = prepared(sample)
-    start = time.process_time()
-    return simulate(program, trial, schedules, seed=1000), time.process_time() - start
+def explore(mutant: Mutant, trial: Trial, right: bool, deadline: float) -> tuple[str, str, str]:
+    """The truth of a mutant: text (of one that is not equivalent), word, why. ``right``: see :func:`decide`."""
+    if time.time() > deadline:
+        truth = Truth(UNDECIDED, "no time left")
+    else:
+        try:
+            truth = decide(mutant.program, trial, right=right)
+        except Exception as error:
+            truth = Truth(UNDECIDED, f"crash: {type(error).__name__}: {error}")
+    why = " / ".join(truth.why.splitlines())
+    if truth.word == EQUIVALENT:
+        return "", truth.word, why
+    head = f"# {mutant.name}: {mutant.description}\n# {truth.word}: {why}\n"
+    return head + print_ir(mutant.program), truth.word, why
 
 
 def prove_intact(sample: Sample) -> tuple[str, float]:
@@ -156,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = samples()[: args.programs or None]
     result: dict[str, Any] = {"programs": len(chosen), "schedules": SCHEDULES}
     good = True
-    truths: dict[str, tuple[str, str, str]] = {}
+    truths: dict[tuple[str, int], tuple[str, str, str]] = {}
     context = multiprocessing.get_context("fork")
     # What is there before the first job stays for good: no collection need look at it again.
     with context.Pool(args.processes, initializer=gc.freeze) as pool:
@@ -173,21 +178,29 @@ def run_oracle(
     oracle: str,
     chosen: Sequence[Sample],
     args: argparse.Namespace,
-    truths: dict[str, tuple[str, str, str]],
+    truths: dict[tuple[str, int], tuple[str, str, str]],
 ) -> dict[str, Any]:
-    """One oracle on everything; ``truths`` holds what exploration said, by mutant."""
+    """One oracle on everything; ``truths`` holds what exploration said, by sample and number."""
     start = time.perf_counter()
+    deadline = time.time() + args.explore_seconds
+    runs = -(-args.intact // len(chosen))
+    jobs = []
+    for one in chosen:
+        known = frozenset(number for name, number in truths if name == one.name)
+        jobs.append(Job(oracle, one, args.step, runs, known, deadline))
     said = []
-    for answer in pool.imap(ask, [(oracle, sample, args.step) for sample in chosen]):
+    for answer in pool.imap(ask, jobs):
         said.append(answer)
+        for number, text, truth, why in answer.decided:
+            truths[answer.sample.name, number] = text, truth, why
         _progress(oracle, answer)
-    part = intact(pool, oracle, chosen, args)
+    part: dict[str, Any] = {"intact_runs": runs * len(chosen), "intact_alarms": []}
+    if oracle == "proof":
+        part = prove_wide(pool, args.intact, len(chosen))
     part["seconds"] = round(time.perf_counter() - start, 1)
-    part["cpu_seconds"] = round(part["cpu_seconds"] + sum(s.seconds for s in said), 1)
+    part["cpu_seconds"] = round(part.get("cpu_seconds", 0.0) + sum(s.seconds for s in said), 1)
+    part["exploration_cpu_seconds"] = round(sum(s.exploring for s in said), 1)
     part["intact_alarms"] += [f"{s.sample.name}: {s.intact}" for s in said if s.intact]
-    before = time.perf_counter()
-    decide_missed(pool, oracle, said, args, truths)
-    part["exploration_seconds"] = round(time.perf_counter() - before, 1)
     classes: dict[str, Counter[str]] = {}
     for answer in said:
         for number, (name, _, word) in enumerate(answer.words):
@@ -197,7 +210,7 @@ def run_oracle(
                 counts["found"] += 1
                 counts[word] += 0
                 continue
-            text, truth, why = truths[_key(answer.sample, number)]
+            text, truth, why = truths[answer.sample.name, number]
             counts[truth] += 1
             if truth != EQUIVALENT:
                 print(f"  {oracle} missed: {answer.words[number][:2]} {why}", file=sys.stderr)
@@ -219,57 +232,17 @@ def run_oracle(
     return part
 
 
-def intact(
-    pool: Any, oracle: str, chosen: Sequence[Sample], args: argparse.Namespace
-) -> dict[str, Any]:
-    """How many intact programs, or runs of them, were asked about, and what was objected to."""
-    if oracle == "simulator":
-        each = -(-args.intact // len(chosen))
-        words = pool.map(intact_alarms, [(sample, each) for sample in chosen], chunksize=1)
-        alarms = [f"{s.name}: {w}" for s, (w, _) in zip(chosen, words, strict=True) if w]
-        return {
-            "intact_runs": each * len(chosen),
-            "intact_alarms": alarms,
-            "cpu_seconds": sum(seconds for _, seconds in words),
-        }
-    wide = list(wide_grid())[: args.intact]
+def prove_wide(pool: Any, count: int, samples: int) -> dict[str, Any]:
+    """The proof on ``count`` intact programs of the wide grid, beside those of the samples: what it objects to."""
+    wide = list(wide_grid())[:count]
     answers = pool.map(prove_intact, wide, chunksize=8)
-    refused = [word for word, _ in answers if word]
     median = statistics.median(seconds for _, seconds in answers)
     return {
-        "intact_programs": len(wide) + len(chosen),
-        "intact_alarms": refused,
+        "intact_programs": len(wide) + samples,
+        "intact_alarms": [word for word, _ in answers if word],
         "median_ms": round(1e3 * median, 2),
         "cpu_seconds": sum(seconds for _, seconds in answers),
     }
-
-
-def decide_missed(
-    pool: Any,
-    oracle: str,
-    said: Sequence[Said],
-    args: argparse.Namespace,
-    truths: dict[str, tuple[str, str, str]],
-) -> None:
-    """Explores what ``oracle`` missed and is not in ``truths`` yet."""
-    deadline = time.time() + args.explore_seconds
-    jobs = []
-    for answer in said:
-        missed = [n for n, (_, _, word) in enumerate(answer.words) if not word]
-        new = [n for n in missed if _key(answer.sample, n) not in truths]
-        right = frozenset(new) - answer.crashed if oracle == "simulator" else frozenset[int]()
-        # One job a mutant of a slow program would build it again; a few each keep both processes busy.
-        jobs += [
-            (answer.sample, args.step, tuple(new[at : at + 8]), deadline, right)
-            for at in range(0, len(new), 8)
-        ]
-    for job, found in zip(jobs, pool.imap(explore, jobs), strict=True):
-        for number, text, word, why in found:
-            truths[_key(job[0], number)] = (text, word, why)
-
-
-def _key(sample: Sample, number: int) -> str:
-    return f"{sample.name}#{number}"
 
 
 def _keep(
