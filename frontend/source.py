@@ -84,8 +84,13 @@ def display_name(path: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _tree(text: str) -> ast.Module:
-    return ast.parse(text)
+def _functions(text: str) -> dict[str, list[ast.FunctionDef]]:
+    """The functions of a file by name, outer ones first."""
+    found: dict[str, list[ast.FunctionDef]] = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            found.setdefault(node.name, []).append(node)
+    return found
 
 
 def read_function(function: Callable[..., Any], span: Span | None = None) -> FunctionSource:
@@ -103,17 +108,16 @@ def read_function(function: Callable[..., Any], span: Span | None = None) -> Fun
     if not text:
         raise NoSource(span, name=name, why=f"there is no text for {path}")
     try:
-        tree = _tree(text)
+        functions = _functions(text)
     except SyntaxError as error:
         raise NoSource(
             span, name=name, why=f"{path} has changed and does not parse ({error.msg})"
         ) from None
     first = function.__code__.co_firstlineno
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            if first in (start, node.lineno):
-                return FunctionSource(function, node, Source(display_name(path), text))
+    for node in functions.get(name, ()):
+        start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+        if first in (start, node.lineno):
+            return FunctionSource(function, node, Source(display_name(path), text))
     if name == "<lambda>":
         raise NoSource(span, name=name, why="it is a lambda, and not a `def`")
     raise NoSource(span, name=name, why=f"{path} has changed since it was imported")
