@@ -43,8 +43,8 @@ ORACLES = ("proof", "simulator")
 @dataclass(frozen=True, slots=True)
 class Job:
     """A sample for one oracle: every ``step``-th of its mutants, and for the simulator ``runs`` runs of the intact
-    program. ``known`` are the numbers of mutants whose truth is known already; past ``deadline`` (seconds since
-    the epoch) what is left is undecided.
+    program. ``known`` are the numbers of mutants whose truth is known already. Once a process has explored for
+    ``budget`` seconds of its CPU, what is left is undecided.
     """
 
     oracle: str
@@ -52,7 +52,7 @@ class Job:
     step: int
     runs: int
     known: frozenset[int]
-    deadline: float
+    budget: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def ask(job: Job) -> Said:
         if not word and number not in job.known:
             # What the simulator has run to the end and found nothing in has the right numbers.
             right = job.oracle == "simulator" and word is not None
-            decided.append((number, *explore(mutant, trial, right, job.deadline)))
+            decided.append((number, *explore(mutant, trial, right, job.budget)))
     words = ((m.name, m.description, word or "") for m, word in zip(chosen, said, strict=True))
     return Said(
         sample,
@@ -116,15 +116,21 @@ def _safely(check: Callable[[Any], str], program: Any) -> str | None:
         return None
 
 
-def explore(mutant: Mutant, trial: Trial, right: bool, deadline: float) -> tuple[str, str, str]:
+_explored = 0.0  # CPU seconds of this process
+
+
+def explore(mutant: Mutant, trial: Trial, right: bool, budget: float) -> tuple[str, str, str]:
     """The truth of a mutant: text (of one that is not equivalent), word, why. ``right``: see :func:`decide`."""
-    if time.time() > deadline:
+    global _explored
+    start = time.process_time()
+    if _explored > budget:
         truth = Truth(UNDECIDED, "no time left")
     else:
         try:
             truth = decide(mutant.program, trial, right=right)
         except Exception as error:
             truth = Truth(UNDECIDED, f"crash: {type(error).__name__}: {error}")
+    _explored += time.process_time() - start
     why = " / ".join(truth.why.splitlines())
     if truth.word == EQUIVALENT:
         return "", truth.word, why
@@ -153,7 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--intact", type=int, default=1000, help="runs and proofs of intact programs"
     )
-    parser.add_argument("--explore-seconds", type=float, default=600.0)
+    parser.add_argument(
+        "--explore-seconds",
+        type=float,
+        default=600.0,
+        help="CPU seconds that a process may explore",
+    )
     parser.add_argument(
         "--survivors", metavar="DIR", help="write what was missed there, as IR text"
     )
@@ -182,12 +193,11 @@ def run_oracle(
 ) -> dict[str, Any]:
     """One oracle on everything; ``truths`` holds what exploration said, by sample and number."""
     start = time.perf_counter()
-    deadline = time.time() + args.explore_seconds
     runs = -(-args.intact // len(chosen))
     jobs = []
     for one in chosen:
         known = frozenset(number for name, number in truths if name == one.name)
-        jobs.append(Job(oracle, one, args.step, runs, known, deadline))
+        jobs.append(Job(oracle, one, args.step, runs, known, args.explore_seconds))
     said = []
     for answer in pool.imap(ask, jobs):
         said.append(answer)
