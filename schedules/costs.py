@@ -14,8 +14,10 @@ from tilelink.schedules.machine import Machine
 WARPGROUP = 4  # warps that share one `wgmma`
 WGMMA_ROWS = 64
 WGMMA_COLUMNS = 256  # of the widest instruction
-# Columns from which on an instruction computes longer than it reads its rows from shared memory.
-FULL_COLUMNS = 128
+# Columns from which on an instruction computes as long as it reads from shared memory: 64 rows of 16 elements are
+# 2 KiB, a column is 32 bytes, 128 bytes a cycle are read, and two columns are multiplied. So it reads for
+# 16 + N / 4 cycles and computes for N / 2.
+FULL_COLUMNS = 64
 # Tiles of a CTA that the library chooses from.
 LIBRARY_TILES = ((128, 256), (256, 128), (128, 128), (64, 128))
 # Stages whose tiles are being multiplied, on average, and so not being loaded.
@@ -60,7 +62,7 @@ class Code:
 def tensor_core_share(rows: int, columns: int, warps: int, issue: float = 0.0) -> float:
     """The share of the tensor cores' rate that tiles of ``rows`` by ``columns`` reach.
 
-    A warpgroup's ``wgmma`` is 64 rows high; groups beyond the tile's rows split its columns. Below 128
+    A warpgroup's ``wgmma`` is 64 rows high; groups beyond the tile's rows split its columns. Below 64
     columns shared memory is too slow for its operands, below 64 rows ``mma.sync`` takes over. ``issue`` is
     the time between two instructions in columns; the widest instruction is what rates are measured with.
     """

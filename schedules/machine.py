@@ -61,7 +61,9 @@ class Machine:
     byte copy that signals it, ``store_signal_us`` the time from a release in a kernel to its sight by a peer.
     ``worker_copy_gbps`` is what one worker moves with loads and stores, ``bulk_copy_gbps`` with TMA,
     ``push_gbps`` with the stores of a tile alone. ``read_gbps`` is what all workers together read from memory of
-    all peers; ``link_gbps`` where a description does not say. ``poll_us`` is one look of a worker at a flag.
+    all peers beside products; ``link_gbps`` where a description does not say. ``copy_drag`` and ``store_drag``:
+    while products draw a share of the bandwidth of memory for operands that the cache cannot hold, copies and
+    the stores of tiles take longer by this times the share. ``poll_us`` is one look of a worker at a flag.
     ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the start and of the end of a
     call, ``stream_us`` of handing over to a side stream and ``stream_wait_us`` of a stream's wait for a counter.
     ``collective_gbps`` is bus bandwidth by number of ranks, collective and bytes of the whole tensor.
@@ -93,6 +95,8 @@ class Machine:
     bulk_copy_gbps: float
     push_gbps: float
     read_gbps: float
+    copy_drag: float
+    store_drag: float
     poll_us: float
     launch_us: float
     head_us: float
@@ -235,5 +239,7 @@ def _parse(found: dict[str, Any]) -> Machine:
         }
     )
     found.setdefault("read_gbps", found["link_gbps"])
+    found.setdefault("copy_drag", 0.0)
+    found.setdefault("store_drag", 0.0)
     found["kin"] = tuple(found.get("kin", ()))
     return Machine(**{field.name: found[field.name] for field in fields(Machine)})

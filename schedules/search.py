@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -215,15 +216,20 @@ def prune(
         return class_of(schedule, space.product)
 
     computations = _computations(space, max(2, effort // 16))
-    seeds = _first_of(computations, lambda s: kind(s)[:2])
-    moved = [way for seed in seeds for way in space.moves(seed)]
+    # What a computation is decides how tensors may move beside it, so that one of each form is a seed.
+    seeds = _first_of(
+        computations,
+        lambda s: (kind(s)[:2], s.split > 1, s.tail > 1, space.cuts(s)),
+    )
+    moved = [space.moves(seed) for seed in seeds]
     apart = next((s for s in _apart(space) if usable(s)), base)
-    # Of every class one before a second of any, in case that there is no effort for all.
-    wanted = [*first, base, apart, *_first_of(moved, kind), *moved]
+    # Of every class one before a second of any, in case that there is no effort for all; of all seeds by turns.
+    firsts = _first_of(_turns([_first_of(some, kind) for some in moved]), kind)
+    wanted = [*first, base, apart, *firsts, *_turns(moved)]
     predicted = _predicted(wanted, predict, effort + len(first))
     ways = _first_of(sorted(predicted, key=predicted.__getitem__), kind)
     more = [
-        replace(computation, moves=way.moves)
+        replace(computation, moves=way.moves, order=way.order)
         for way in ways[: max(2, effort // 16)]
         for computation in computations
         if kind(computation)[:2] == kind(way)[:2]
@@ -288,6 +294,12 @@ def _predicted(
 ) -> dict[Schedule, float]:
     unique = list(dict.fromkeys(schedules))[:limit]
     return dict(zip(unique, predict(unique), strict=True))
+
+
+def _turns(lists: Sequence[Sequence[Schedule]]) -> list[Schedule]:
+    """The first of every list, then the second of every list, and so on."""
+    rows = zip_longest(*lists)
+    return [one for row in rows for one in row if one is not None]
 
 
 def _first_of(schedules: Iterable[Schedule], key: Callable[[Schedule], Any]) -> list[Schedule]:

@@ -157,13 +157,18 @@ class Space:
             return False
         if tensor["move"] not in ("gather", "scatter") or schedule.emitter == "library":
             return True
-        rows, tallest = self.product.names[0], self.product.extent[0]
-        world, tall = int(self.kernel["world"]), dict(schedule.tiles).get(rows[0], 0)
-        over = str(tensor["dims"][tensor["over"]]) in rows
-        cut = tall in _fitting(ROW_TILES, max(1, tallest // world))
+        over = str(tensor["dims"][tensor["over"]]) in self.product.names[0]
         # Parts of sums are not stored where the sum goes: its own tiles are no product's.
-        cut = cut or (tensor["move"] == "scatter" and schedule.split > 1)
+        cut = self.cuts(schedule) or (tensor["move"] == "scatter" and schedule.split > 1)
         return not (over and move.spans == cut and schedule.tiles != self.base.tiles)
+
+    def cuts(self, schedule: Schedule) -> bool:
+        """Whether tiles of the product are no taller than the rows of a rank, so that they may end at a shard."""
+        if self.product is None:
+            return True
+        rows, tallest = self.product.names[0], self.product.extent[0]
+        fitting = _fitting(ROW_TILES, max(1, tallest // int(self.kernel["world"])))
+        return dict(schedule.tiles).get(rows[0], 0) in fitting
 
     def schedules(self) -> Iterator[Schedule]:
         """The whole space, computations outermost."""

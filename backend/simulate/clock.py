@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from math import inf, prod
 from typing import Any, NamedTuple
 
+from tilelink.backend.simulate.draw import Draw, draw_of
 from tilelink.backend.simulate.errors import DeadlockError
 from tilelink.backend.simulate.geometry import Geometry, Tile, bind_args
 from tilelink.backend.simulate.mirror import Asymmetric, Mirror, Piece
@@ -32,7 +33,7 @@ from tilelink.backend.simulate.walk import (
     Walker,
     Work,
 )
-from tilelink.ir import DTYPES, At, Expr, Op, Value
+from tilelink.ir import DTYPES, Op
 from tilelink.schedules.costs import Code, task_us
 from tilelink.schedules.costs import Task as TaskCost
 from tilelink.schedules.machine import Machine
@@ -79,7 +80,7 @@ class _Stage:
 
     label: str
     code: Code
-    memory: float  # bytes that a task with a product draws from memory and not from the cache
+    draw: Draw  # of a task with a product
     active: float
     share: float
     sums: bool
@@ -97,6 +98,9 @@ class _Rank:
     sent: float = 0.0
     received: float = 0.0
     engine: float = 0.0  # when the one engine that copies for all streams is free
+    # Until ``busy`` products run, which draw this share of the bandwidth of memory for operands that stream.
+    busy: float = 0.0
+    drawn: float = 0.0
 
 
 def timeline(program: Op, machine: Machine) -> Timeline:
@@ -324,56 +328,15 @@ class _Clock:
             found = self._stages[id(stage)] = _Stage(
                 f"@{stage.symbol}",
                 code,
-                self._memory_of(stage, tiles, workers),
+                draw_of(
+                    stage, self.geometry, self.ranks[0].walker.env, workers, self.machine.l2_bytes
+                ),
                 # One worker alone cannot draw the whole bandwidth of memory.
                 1.0 if library else max(min(workers, tiles), self.machine.sms / 4),
                 1.0 if library else max(self.machine.sms, self.geometry.workers[launch.symbol]),
                 _is_sum(stage),
             )
         return found
-
-    def _memory_of(self, stage: Op, tiles: int, workers: int) -> float:
-        """Bytes of memory a task of ``stage``: what tasks that run at once read together counts once."""
-        env, geometry = self.ranks[0].walker.env, self.geometry
-        queue = geometry.queue(stage, env)
-        if not queue:
-            return 0.0
-        axis = int(stage.get("axis", 0))
-        names = [arg.name for arg in stage.args[: len(queue[0])]]
-        own = {name: len({t[i].number for t in queue}) for i, name in enumerate(names)}
-        whole = {
-            name: max(
-                own[name],
-                geometry.value(extent, env) // max(1, queue[0][i].stop - queue[0][i].start),
-            )
-            for i, (name, extent) in enumerate(zip(names, stage["extent"], strict=False))
-        }
-        others = prod(count for i, count in enumerate(own.values()) if i != axis)
-        rows = int(stage.get("group", 1))
-        if stage.get("interleave"):
-            rows *= len({t[axis].start // geometry.value(stage["segment"], env) for t in queue})
-        rows = min(own[names[axis]], rows)
-        at_once = min(workers, tiles)
-        across = min(others, -(-at_once // rows))
-        total = 0.0
-        for op in stage.walk():
-            if op.name not in ("load", "store", "load_sum") or op.ref is None:
-                continue
-            if op.name == "load_sum" and op.operands and op.get("via") != "tma":
-                continue
-            decl = geometry.decls[op.symbol]
-            footprint = float(prod(decl.shape) * DTYPES[decl.dtype])
-            used = {n for n in names if any(_mentions(item, n) for item in op.ref.index)}
-            if decl.op.get("over") is None:
-                # A stage of some blocks touches its share of what lies along their axis.
-                footprint *= prod(own[n] / whole[n] for n in used)
-            distinct = prod(own[n] for n in used)
-            running = (rows if names[axis] in used else 1) * (across if used - {names[axis]} else 1)
-            part = footprint / max(distinct, 1) * min(running, at_once) / at_once
-            # What the cache holds is read once a call.
-            cached = footprint < self.machine.l2_bytes / 2
-            total += footprint / tiles if cached else max(part, footprint / tiles)
-        return total
 
     def _glyph(self, stage: Op, sums: bool, tiles: tuple[Tile, ...]) -> str:
         if sums:
@@ -436,7 +399,7 @@ class _Clock:
             cost.columns,
             cost.elementwise,
             cost.bytes,
-            stage.memory if stage is not None and cost.flops else cost.bytes,
+            stage.draw.memory if stage is not None and cost.flops else cost.bytes,
             cost.sums,
             cost.landed,
         )
@@ -450,6 +413,11 @@ class _Clock:
         )
         if cost.flops:
             task.worked = took
+            # Workers of a launch do the same at about the same time, so that one stands for all.
+            most = machine.hbm_gbps * 1e3 * took
+            drawn = min(1.0, stage.draw.streamed * stage.active / most) if took else 0.0
+            state.drawn = drawn if now >= state.busy else max(state.drawn, drawn)
+            state.busy = max(state.busy, now + took)
         if self.alone or not cost.flops:
             return took
         # Copies and stores to peers draw on the same memory, cache and power.
@@ -576,6 +544,10 @@ class _Clock:
         took = machine.link_us(event.bytes)
         streamed = task.track.kind == "stream" and not event.store
         begin = max(now, source.engine) if streamed else now
+        if begin < source.busy:
+            # What goes over the links passes the memory of both ends, where operands stream meanwhile.
+            drag = machine.store_drag if event.store else machine.copy_drag
+            took *= 1.0 + drag * source.drawn
         # The two ends queue apart: a busy receiver does not hold up the sender's other peers.
         source.egress = max(source.egress, begin) + took
         target.ingress = max(target.ingress, begin) + took
@@ -615,7 +587,9 @@ class _Clock:
         target = self.ranks[rank]
         peers = [state for n, state in enumerate(self.ranks) if n != rank] or [target]
         ahead = task.worked if event.op.get("via") == "tma" else 0.0
-        begin, took = now - ahead, event.bytes / (machine.read_gbps * 1e3)
+        # Beside products; a stage behind them has the links for itself.
+        rate = machine.read_gbps if ahead else machine.link_gbps
+        begin, took = now - ahead, event.bytes / (rate * 1e3)
         target.ingress = max(target.ingress, begin) + took
         target.received += event.bytes
         for state in peers:
@@ -628,16 +602,6 @@ class _Clock:
             return False
         self._spend(task, now, done - now, "copy", f"{event.op.symbol} of all ranks", task.glyph)
         return True
-
-
-def _mentions(item: Any, name: str) -> bool:
-    """Whether an element of an index depends on the loop variable ``name``."""
-    value = item.value if isinstance(item, At) else item
-    if isinstance(value, Value) and value.name == name:
-        return True
-    place = item.start if isinstance(item, At) else item
-    fields = {name, *(f"{name}.{field}" for field in ("start", "stop", "tile"))}
-    return isinstance(place, Expr) and bool(fields & place.names)
 
 
 def _is_sum(stage: Op) -> bool:

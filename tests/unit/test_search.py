@@ -193,3 +193,36 @@ def test_a_schedule_that_cannot_be_compiled_is_not_kept() -> None:
 def test_rungs_narrow() -> None:
     assert all(a.samples < b.samples and a.keep > b.keep for a, b in pairwise(RUNGS))
     assert RUNGS[-1].keep == 1
+
+
+def test_every_form_of_a_computation_meets_the_ways_to_move_that_it_allows() -> None:
+    """The best product alone has a last wave in parts, which sums in an epilogue and copying workers exclude."""
+    op = gemm_rs.build({"M": 8192, "K": 3584, "N": 8192}, {}, 4)
+    space = Space(op, Machine.load("h200x4"))
+    seen: list[Schedule] = []
+
+    def predict(schedules: Sequence[Schedule]) -> list[float]:
+        seen.extend(schedules)
+        return [1.0] * len(schedules)
+
+    prune(space, predict, keep=4, effort=32)
+    moves = [(s.emitter, s.tail > 1, s.move("C")) for s in seen]
+    assert any(tail for _, tail, _ in moves)
+    assert ("gluon", "copy_engine") in {(e, m.resource) for e, _, m in moves if m.sum == "epilogue"}
+    assert any(e == "gluon" and m.resource == "epilogue" for e, _, m in moves)
+
+
+def test_more_computations_are_ordered_as_their_way_to_move_needs_it() -> None:
+    op = gemm_rs.build({"M": 4096, "K": 3584, "N": 8192}, {}, 4)
+    space = Space(op, Machine.load("h200x4"))
+
+    def predict(schedules: Sequence[Schedule]) -> list[float]:
+        return [1.0 if s.move("C").direction == "pull" else 2.0 for s in schedules]
+
+    pulled = [
+        t.schedule
+        for t in prune(space, predict, keep=40, effort=96)
+        if t.schedule.move("C").direction == "pull" and not t.schedule.move("C").spans
+    ]
+    assert len({s.tiles for s in pulled}) > 1
+    assert {s.order for s in pulled} == {"interleave"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,22 @@ import pytest
 
 from tilelink.cli.main import main
 from tilelink.kernels import gemm_rs
-from tilelink.schedules import Schedule, default_schedule
+from tilelink.schedules import Move, Schedule, default_schedule
 from tilelink.schedules.machine import BadMachineError, Machine, UnknownMachineError
 from tilelink.tuning.harvest import BadHarvest, harvest
 from tilelink.tuning.lab import plan_problem
 from tilelink.tuning.prepare import Prepared, prepare
 from tilelink.tuning.problem import READY_MADE, Problem
-from tilelink.tuning.score import BadScoreFile, points_of, score
+from tilelink.tuning.score import (
+    BadChangesFile,
+    BadScoreFile,
+    Point,
+    changes_of,
+    in_words,
+    newest,
+    points_of,
+    score,
+)
 
 ROOT = Path(__file__).parents[2]
 PROBLEM = Problem(READY_MADE, "gemm_rs", {"M": 512, "K": 128, "N": 256}, 4)
@@ -98,8 +108,11 @@ def test_a_score_says_how_far_off_and_how_often_right() -> None:
     text = raw(case(tilelink_copy=[1e6], tilelink_none=[10.0], tilelink_epilogue=[10.5]))
     found = score(points_of(text, "x.json"))
     assert found.median_error > 0.5
-    assert list(found.choices) == [PROBLEM.cell]
-    assert found.good_share in (0.0, 1.0)
+    assert list(found.picks) == [PROBLEM.cell]
+    pick = found.picks[PROBLEM.cell]
+    assert pick.best.point.us == 10.0
+    assert pick.ratio == pick.picked.point.us / 10.0
+    assert found.good_share == float(pick.close)
     assert set(found.classes()) == {"triton copy_engine", "triton none", "triton epilogue"}
 
 
@@ -113,6 +126,74 @@ def test_a_log_of_trials_can_be_scored() -> None:
     ]
     points = points_of("\n".join(map(json.dumps, lines)), "log.jsonl")
     assert [p.us for p in points] == [60.0]
+
+
+def point(us: float, date: str, kernel: str = "gemm_rs", **changes: Any) -> Point:
+    """A measurement of the default schedule with some fields changed."""
+    problem = replace(PROBLEM, kernel=kernel)
+    return Point(problem, replace(default_schedule(PROBLEM.build()), **changes), us, date)
+
+
+def test_of_several_measurements_the_newest_counts() -> None:
+    old, new, other = point(50.0, "2026-01-01"), point(40.0, "2026-01-02"), point(7.0, "", stages=2)
+    assert newest([new, old, other]) == [new, other]
+    assert newest([old, other, new]) == [new, other]
+    # Of the same date the last one given; what has no date is older than what has.
+    assert newest([new, replace(new, us=41.0)])[0].us == 41.0
+    assert newest([new, replace(new, us=41.0, date="")])[0].us == 40.0
+
+
+def test_points_have_the_date_of_their_file() -> None:
+    text = json.dumps({**json.loads(raw(case(tilelink_copy=[50.0]))), "date": "2026-05-01T10:00"})
+    assert [p.date for p in points_of(text, "x.json")] == ["2026-05-01T10:00"]
+    lines = [
+        {"cell": PROBLEM.cell, "problem": json.loads(PROBLEM.to_json()), "date": "2026-05-02"},
+        {"cell": PROBLEM.cell, "schedule": {}, "samples": 5, "us": 70.0, "failed": None},
+    ]
+    assert [p.date for p in points_of("\n".join(map(json.dumps, lines)), "x")] == ["2026-05-02"]
+
+
+def test_what_was_measured_of_other_code_is_left_out() -> None:
+    rule = {"before": "2026-02", "why": "new", "schedule": {"stages": 2}, "move": {"slots": 1}}
+    (change,) = changes_of(json.dumps([{**rule, "kernels": ["gemm_rs"]}]), "rules.json")
+    stale = point(50.0, "2026-01-31", stages=2)
+    assert change.outdates(stale)
+    two = replace(stale.schedule.moves[0][1], slots=2, resource="epilogue")
+    kept = [
+        point(50.0, "2026-02-01", stages=2),
+        point(50.0, "2026-01-31", stages=3),
+        point(50.0, "2026-01-31", "gemm_ar", stages=2),
+        point(50.0, "2026-01-31", stages=2, moves=(("C", two),)),
+    ]
+    assert newest([stale, *kept], [change]) == kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[3]",
+        '[{"why": "x"}]',
+        '[{"before": "2026"}]',
+        '[{"before": 3, "why": "x"}]',
+        '[{"before": "2026", "why": "x", "move": {"colour": 1}}]',
+    ],
+)
+def test_rules_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(BadChangesFile, match=r"x\.json"):
+        changes_of(text, "x.json")
+
+
+def test_the_rules_of_the_benchmarks_are_rules() -> None:
+    path = ROOT / "bench" / "changes.json"
+    assert all(change.why for change in changes_of(path.read_text(), path.name))
+
+
+def test_a_schedule_in_words_names_what_is_unusual() -> None:
+    move = Move(resource="epilogue", sum="epilogue", slots=2)
+    schedule = Schedule(tiles=(("K", 64), ("M", 128), ("N", 256)), stages=4, moves=(("C", move),))
+    assert in_words(schedule) == "triton 128x256x64 stages=4 epilogue sum=epilogue slots=2"
+    assert in_words(replace(schedule, emitter="library", moves=())) == "library"
 
 
 @pytest.mark.parametrize("text", ["[1", '{"cases": []}', '{"cases": [{}]}'])
@@ -190,7 +271,16 @@ def test_the_command_scores_and_harvests(
     path = tmp_path / "raw.json"
     path.write_text(raw(case(tilelink_copy=[40.0], tilelink_none=[45.0], in_turn=[50.0])))
     main(["tune", "--score", str(path)])
-    assert "2 points in 1 cells" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 points in 1 cells" in said
+    assert (
+        next(line for line in said.splitlines() if line.startswith(PROBLEM.cell)).split()[6] == "2"
+    )
+    assert "gemm_rs, up to 1024 rows: 2 points in 1 cells" in said
+    rules = tmp_path / "rules.json"
+    rules.write_text('[{"before": "9", "why": "x", "move": {"resource": "none"}}]')
+    main(["tune", "--score", str(path), "--score", str(path), "--changes", str(rules)])
+    assert "1 points (3 older ones left out) in 1 cells" in capsys.readouterr().out
     out = tmp_path / "tuned"
     assert main(["tune", "--harvest", str(path), "-o", str(out)]) == 0
     assert [p.name for p in out.iterdir()] == ["gemm_rs.bf16.h200x4.json"]
@@ -219,8 +309,6 @@ def test_a_candidate_is_compiled_ahead_as_a_launch_compiles_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where words signal themselves the assembler is given all registers: left alone it would spill some."""
-    from dataclasses import replace
-
     monkeypatch.setenv("TILELINK_CACHE", str(tmp_path / "modules"))
     driver = pytest.importorskip("triton").runtime.driver
     from tilelink.backend.runtime import plan

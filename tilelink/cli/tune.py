@@ -72,7 +72,16 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="verify all tables, or the FILE, without a GPU; 1 if an entry is wrong",
     )
     other.add_argument(
-        "--score", metavar="FILE.json", action="append", help="judge the model by measured times"
+        "--score",
+        metavar="FILE.json",
+        action="append",
+        help="judge the model by measured times; may be given several times",
+    )
+    other.add_argument(
+        "--changes",
+        metavar="RULES.json",
+        action="append",
+        help="with --score: leave out what these rules say was measured with other code",
     )
     other.add_argument(
         "--harvest", metavar="FILE.json", action="append", help="make tables of raw measurements"
@@ -116,23 +125,51 @@ def check(args: argparse.Namespace) -> int:
 
 
 def score(args: argparse.Namespace) -> int:
-    """Prints how far predictions are off, and how often the predicted best is close to the best."""
-    from tilelink.tuning.score import CLOSE, points_of, score
+    """Prints how far predictions are off, and what would have been picked of each cell."""
+    from tilelink.tuning.score import CLOSE, changes_of, in_words, newest, points_of, score
 
-    points = [p for path in args.score for p in points_of(read_file(path), Path(path).name)]
+    read = [p for path in args.score for p in points_of(read_file(path), Path(path).name)]
+    rules = [c for path in args.changes or () for c in changes_of(read_file(path), Path(path).name)]
+    points = newest(read, rules)
     found = score(points, args.target)
     rows = [
         [name, str(count), f"{error:.1%}", f"{bias:+.1%}"]
         for name, (count, error, bias) in found.classes().items()
     ]
     print(table.render(("schedules", "points", "median error", "median bias"), rows))
-    for cell, ratio in found.choices.items():
-        if ratio > CLOSE:
-            print(f"picked {ratio - 1:.0%} slower than the best: {cell}")
+    print()
+    picks = [
+        [
+            cell,
+            str(len(found.cells[cell])),
+            f"{pick.picked.predicted_us:.1f}",
+            f"{pick.picked.point.us:.1f}",
+            f"{pick.best.point.us:.1f}",
+            f"{pick.ratio:.2f}" + ("" if pick.close else " *"),
+            in_words(pick.picked.point.schedule),
+        ]
+        for cell, pick in found.picks.items()
+    ]
+    header = ("cell", "points", "predicted", "measured", "best", "ratio", "picked")
+    print(table.render(header, picks))
+    for pick in found.picks.values():
+        if not pick.close:
+            print(
+                f"* {pick.best.point.problem.cell}: {in_words(pick.best.point.schedule)} took "
+                f"{pick.best.point.us:.1f} us, and was predicted to take {pick.best.predicted_us:.1f}"
+            )
+    print()
+    for name, part in found.by_rows().items():
+        good = sum(pick.close for pick in part.picks.values())
+        print(
+            f"{name}: {sum(map(len, part.cells.values()))} points in {len(part.cells)} cells, "
+            f"median absolute error {part.median_error:.1%}, {good} of {len(part.picks)} picks close"
+        )
+    left = f" ({len(read) - len(points)} older ones left out)" if len(read) > len(points) else ""
     print(
-        f"{len(points)} points in {len(found.cells)} cells: median absolute error "
+        f"{len(points)} points{left} in {len(found.cells)} cells: median absolute error "
         f"{found.median_error:.1%}; the predicted best is within {CLOSE - 1:.0%} of the measured best "
-        f"in {found.good_share:.0%} of {len(found.choices)} cells"
+        f"in {found.good_share:.0%} of {len(found.picks)} cells"
     )
     return int(found.median_error > ERROR_GOAL)
 

@@ -203,8 +203,13 @@ def _open_log(problem: Problem, lab: Lab, path: Path | None) -> Log:
     for text, samples, times, failed in known:
         log.known[text, samples] = Measured(tuple(times), failed)
     log.lost = set(lost)
-    log.write(cell=problem.cell, problem=json.loads(problem.to_json()))
+    log.write(cell=problem.cell, problem=json.loads(problem.to_json()), date=_now())
     return log
+
+
+def _now() -> str:
+    """The time, as benchmarks write it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
 
 
 def _line(outcome: Outcome, number: int, total: int, seconds: float) -> str:
