@@ -75,6 +75,8 @@ class Roles(Loading):
         writer.let("met", "0")
         for stage, product in self.products:
             self._multiply_stage(stage, product, self._flushed(stage))
+        if self.multiply.program.alone:
+            writer.line("device.drain_tma_stores()")  # see `device.close_call`
         writer.prune()
         found = [
             (f"{self.name}_load", self.loader.writer.lines),

@@ -127,6 +127,8 @@ class AccessMachine(TileCalls):
         self.wait_names: list[int] = []
         self.left = False
         self.begun = False  # the call, by the workers
+        # How, beside slots: whether acknowledgements are waited for, arrival is told, and streams are told.
+        self.opened: tuple[bool, bool, bool] | None = None
         self.ended = False
         self.spoiled: list[str] = []  # outputs, after an abort
 

@@ -28,7 +28,7 @@ from tilelink.backend.validate.values import (
     Special,
     full,
 )
-from tilelink.ir.layout import COUNTERS, ENCODINGS, WORD
+from tilelink.ir.layout import ACK, COUNTERS, ENCODINGS, WORD
 
 ALIGNED = 16  # bytes at a multiple of which the widest access begins
 
@@ -84,6 +84,27 @@ class KernelMachine(AccessMachine):
         self.begun = True
         return self.on_device_context(arena, peers, rank, world, progress, arrival)
 
+    def on_device_open_call(
+        self,
+        arena: Any,
+        peers: Any,
+        rank: Any,
+        world: Any,
+        progress: Any,
+        arrival: Any,
+        program: Any,
+        ack: Any,
+        first: Any,
+        streams: Any,
+    ) -> Context:
+        """``device.open_call``: the context of a call that every worker of every launch begins."""
+        if not isinstance(first, bool) or not isinstance(streams, bool):
+            self.unclear("a call that begins in one way or another")
+        if ack is not None and ack != ACK:
+            self.hazard(f"the acknowledgements of the call before are no flags from word {ack} on")
+        self.opened = (ack is not None, first, streams)
+        return self.on_device_begin_call(arena, peers, rank, world, progress, arrival, program)
+
     def on_device_slot(self, ctx: Any) -> Num:
         """``device.slot``."""
         self.context(ctx)
@@ -111,8 +132,19 @@ class KernelMachine(AccessMachine):
             self.hazard(f"after an abort a part of @{out.symbol} is spoiled")
         self.spoiled.append(out.symbol)
 
+    def on_device_close_call(self, ctx: Any, first: Any, last: Any) -> Num:
+        """``device.close_call``: every worker leaves, and all counters of the program are cleared."""
+        if self.opened is None:
+            self.hazard("a call is closed that was not opened")
+        return self._ended(ctx, first, last)
+
     def on_device_end_call(self, ctx: Any, first: Any, last: Any) -> Num:
         """``device.end_call``: every worker leaves, and all counters of the program are cleared."""
+        if self.opened is not None:
+            self.hazard("a call is ended that was opened")
+        return self._ended(ctx, first, last)
+
+    def _ended(self, ctx: Any, first: Any, last: Any) -> Num:
         final = self.on_device_finish_arrive(ctx)
         self.stage = -1
         if not self.begun:
