@@ -136,7 +136,9 @@ class KernelMachine(AccessMachine):
         """``device.close_call``: every worker leaves, and all counters of the program are cleared."""
         if self.opened is None:
             self.hazard("a call is closed that was not opened")
-        return self._ended(ctx, first, last)
+        final = self._ended(ctx, first, last)
+        self.stage = FINISH
+        return final
 
     def on_device_end_call(self, ctx: Any, first: Any, last: Any) -> Num:
         """``device.end_call``: every worker leaves, and all counters of the program are cleared."""
@@ -380,6 +382,9 @@ class KernelMachine(AccessMachine):
         on: Mask = self.on & (words >= 0)
         if not on.any():
             return on, {}
+        if self.ended:
+            # Its count would come behind the clearing of the counters, which is the next call's start.
+            self.hazard("what a worker holds back is performed behind the end of the call")
         if np.any(on & (self.last_wait > self.last_write)):
             self.hazard("a notify is held back while its worker waits")
         stages, segment = (full(part, self.lanes) for part in self.stored)
