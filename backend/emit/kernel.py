@@ -79,10 +79,12 @@ def heading(
         begin = "begin_call"
     elif program.folded:
         begin = "open_call"
-        given += [str(program.acknowledged), str(launch is program.launches[0]), str(program.streams)]
+        given += [str(program.acknowledged is not None), str(launch is program.launches[0])]
     head.call(f"ctx = device.{begin}(", given)
     if program.slots:
         head.line("slot = device.slot(ctx)")
+    if launch.get("roles") is None:
+        hear(head, program, launch)
     for symbol, pointer in sorted(scope.buffers.items()):
         decl = program.symbols[symbol]
         text = f"device.pointer(arena, {program.offset(decl)}, {program.cell(decl)})"
@@ -92,6 +94,13 @@ def heading(
             even, odd = slots_of(name)
             head.line(f"{name} = device.of_slot(slot, {even}, {odd})")
     return head
+
+
+def hear(writer: Writer, program: Program, launch: Op) -> None:
+    """Where a head is folded into a launch: its wait, and that streams may begin behind it."""
+    if program.folded and program.acknowledged is not None:
+        tells = program.streams and launch is program.launches[0]
+        writer.line(f"device.hear_ranks(ctx, {program.acknowledged}, {tells})")
 
 
 def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str]) -> Kernel:

@@ -40,6 +40,8 @@ def fold_head(program: Op) -> Op:
     library = any(op.get("emitter") == "library" for op in launches)
     if not launches or library or not kinds <= {"head", "launch", "stream"}:
         return program
+    if "stream" in kinds and not head.body:
+        return program
     alone = len(agents) == 2 and bool(launches[0].find("finish"))
     early = [op for op in agents[: agents.index(launches[0])] if op.name == "stream"]
     moved = {id(op) for op in early}

@@ -93,17 +93,25 @@ class KernelMachine(AccessMachine):
         progress: Any,
         arrival: Any,
         program: Any,
-        ack: Any,
+        signals: Any,
         first: Any,
-        streams: Any,
     ) -> Context:
         """``device.open_call``: the context of a call that every worker of every launch begins."""
-        if not isinstance(first, bool) or not isinstance(streams, bool):
+        if not isinstance(first, bool) or not isinstance(signals, bool):
             self.unclear("a call that begins in one way or another")
-        if ack is not None and ack != ACK:
-            self.hazard(f"the acknowledgements of the call before are no flags from word {ack} on")
-        self.opened = (ack is not None, first, streams)
+        self.opened = (signals, first)
         return self.on_device_begin_call(arena, peers, rank, world, progress, arrival, program)
+
+    def on_device_hear_ranks(self, ctx: Any, ack: Any, streams: Any) -> None:
+        """``device.hear_ranks``: every worker waits for the acknowledgements, before all that it does."""
+        self.context(ctx)
+        if not isinstance(streams, bool):
+            self.unclear("streams that are told in one way or another")
+        if ack != ACK:
+            self.hazard(f"the acknowledgements of the call before are no flags from word {ack} on")
+        if not self.all or self.stage != -1 or self.trace.step or self.heard is not None:
+            self.hazard("not every worker hears that the call before has ended, before anything else")
+        self.heard = streams
 
     def on_device_slot(self, ctx: Any) -> Num:
         """``device.slot``."""

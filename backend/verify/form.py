@@ -394,6 +394,8 @@ def _check_workers(program: Op, agents: list[Op], ends: list[Op]) -> None:
     ]
     if heard not in ([], [("wait", "@ack[0..WORLD]", "-1", 1)]):
         _fail(head, "a folded head waits for the acknowledgements of the call before or for nothing")
+    if not head.body and program.find("stream"):
+        _fail(head, "streams wait until the launch has heard that the call before has ended")
     for op in ends:
         if op.get("ends") is not True or len(agents) != 2:
             _fail(op, "a launch ends a call that is nothing else")

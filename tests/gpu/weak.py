@@ -7,11 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilelink.device.signal import Context, _word, drain_tma_stores
-from tilelink.ir import layout
-
-ENDED = tl.constexpr(layout.ENDED)
-EPOCH = tl.constexpr(layout.EPOCH)
+from tilelink.device.signal import _word, drain_tma_stores
 
 
 @triton.jit
@@ -44,19 +40,5 @@ def joined_notify(ctx, pending, system: tl.constexpr = False):
 
 
 @triton.jit
-def deaf_call(
-    arena,
-    peers,
-    rank,
-    world: tl.constexpr,
-    progress_ns,
-    arrival_ns,
-    program,
-    ACK: tl.constexpr,
-    FIRST: tl.constexpr,
-    STREAMS: tl.constexpr,
-):
-    """As `tilelink.device.open_call`, waiting for no acknowledgement, and telling nobody."""
-    epoch = tl.load(arena + ENDED) + 1
-    tl.store(arena + EPOCH, epoch)
-    return Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
+def hear_nobody(ctx, ACK: tl.constexpr, STREAMS: tl.constexpr):
+    """As `tilelink.device.hear_ranks`, waiting for no acknowledgement, and telling nobody."""

@@ -179,28 +179,26 @@ def open_call(
     progress_ns,
     arrival_ns,
     program,
-    ACK: tl.constexpr = None,
+    SIGNALS: tl.constexpr = True,
     FIRST: tl.constexpr = True,
-    STREAMS: tl.constexpr = False,
 ):
     """The :class:`Context` of a call that has no head kernel: by every CTA of every launch of the program.
 
-    As ``head_kernel`` does, it waits until every rank has acknowledged the previous epoch in the flags from word
-    ``ACK``; without flags (None) the call takes no epoch. The epoch is that of the calls ended plus one. The
-    last CTA of the ``FIRST`` launch, which has the least to do, tells all ranks that this one has arrived, and
-    side streams, if there are ``STREAMS``, that the call has begun. :func:`close_call` or the guard behind the call
-    clears the counters and ends the epoch. ``program``: a number for the error record.
+    The epoch is that of the calls ended plus one; without flags (``SIGNALS`` is false) the call takes none. The
+    last CTA of the ``FIRST`` launch, which has the least to do, tells all ranks that this one has arrived. What peers
+    write or are sent comes behind :func:`hear_ranks`. :func:`close_call`, or the guard behind the call, clears the
+    counters and ends the epoch. ``program``: a number for the error record.
     """
     before = tl.load(arena + ENDED)
     epoch = before
-    if ACK is not None:
+    if SIGNALS:
         epoch = before + 1
     ctx = Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
     _fetch_early(peers)
     if FIRST:
         if tl.program_id(0) == tl.num_programs(0) - 1:
             tl.store(arena + PROGRAM, program)
-            if ACK is not None:
+            if SIGNALS:
                 here = tl.load(arena + ARRIVED + rank)
                 if here != before:
                     lost = Context(arena, peers, rank, before, world, progress_ns, arrival_ns)
@@ -210,14 +208,22 @@ def open_call(
                 flags, inside = _words(peers, world, ARRIVED + rank)
                 value = axis(MAX_WORLD) * 0 + epoch
                 tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
-    if ACK is not None:
-        rank_wait(ctx, ACK, before, 0)
-    if FIRST and STREAMS:
-        if tl.program_id(0) == tl.num_programs(0) - 1:
-            # Streams also copy the epoch from where it was stored.
-            tl.debug_barrier()
-            tl.atomic_xchg(arena + BEGUN, 1, sem="release", scope="sys")
     return ctx
+
+
+@triton.jit
+def hear_ranks(ctx, ACK: tl.constexpr, STREAMS: tl.constexpr = False):
+    """Acquire, behind :func:`open_call`: until every rank has acknowledged the call before in the flags from word
+    ``ACK``. By every CTA, or by the role of it that all others wait for.
+
+    Where the program has ``STREAMS``, the last CTA of its first launch then tells them that the call has begun.
+    """
+    rank_wait(ctx, ACK, ctx.epoch - 1, 0)
+    if STREAMS:
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            # Streams also copy the epoch, from where this CTA has stored it.
+            tl.debug_barrier()
+            tl.atomic_xchg(ctx.arena + BEGUN, 1, sem="release", scope="sys")
 
 
 @triton.jit
