@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 EVENT = re.compile(
-    r"device\.\w*(wait|notify|push|queue|finish|drain|pointer|context)|\.load\(|\.store\(|tl\.load\("
-    r"|tl\.store\(|tl\.dot\(|call\.(head|transfer|notify|wait|launch|collective)|pending ="
+    r"device\.\w*(wait|notify|push|queue|finish|drain|pointer|context|open|close|hear|spoil)|\.load\(|\.store\(|tl\.load\("
+    r"|tl\.store\(|tl\.dot\(|call\.(head|begin|transfer|notify|wait|launch|collective)|pending ="
     r"|roles\.(ring|turns|pair|tiles|claim|fetch|take|give|turn|pass_turn|meet|store|send)\(|hopper\."
     r"|roles\.(fetch_parts|fetch_remote|sum_landed)\(|roles\.delayed_|warp_specialize"
     r"|number \+=|step \+=|own \+=|at \+=|at = own|met \+="
@@ -133,7 +133,7 @@ def _statements(editor: Editor, function: ast.FunctionDef) -> Iterator[Mutant]:
                 gone = (editor.bytes[:first] + rest + editor.bytes[last:]).decode()
                 yield Mutant("delete", node.lineno, shown, gone)
                 twice = (editor.bytes[:last] + code + editor.bytes[last:]).decode()
-                if not simple or not re.search(r"\.load\(|pointer\(|context\(|pending =", shown):
+                if not simple or not re.search(r"\.load\(|pointer\(|context\(|open_call\(|pending =", shown):
                     yield Mutant("duplicate", node.lineno, shown, twice)
             if number + 1 < len(block):
                 after = block[number + 1]

@@ -261,7 +261,7 @@ def word_of(scope: Scope, symbol: str, index: tuple[Expr, ...]) -> Expr:
     found: Expr = Expr.of(int(scope.program.symbols[symbol]["offset"]) // 4)
     for item, step in zip(index, access.strides(scope, symbol), strict=True):
         found = found + item * step
-    if scope.program.folded and scope.program.symbols[symbol].name == "flag":
+    if scope.program.slots and scope.program.symbols[symbol].name == "flag":
         found = found + Expr.name("slot") * (SLOT_FLAGS // WORD)
     return found
 

@@ -90,7 +90,7 @@ def emit_boxes(program: Program, launch: Op, name: str, system: frozenset[str]) 
     leave(scope, program, launch, system)
     scope.writer.prune()
     parameters = parameters_of(scope)
-    head = heading(scope, "gluon.jit", name, parameters)
+    head = heading(scope, launch, "gluon.jit", name, parameters)
     head.lines += [f"    {line}" for line in boxes.shared] + scope.writer.lines
     return Kernel(
         name, head.text(), parameters, int(launch["workers"]), boxes.scope.warps, 1, "gluon"

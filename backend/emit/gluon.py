@@ -37,7 +37,7 @@ def emit_roles(program: Program, launch: Op, name: str, system: frozenset[str]) 
         text.line()
         text.line()
     load, multiply, *fetch = (function for function, _ in bodies)
-    head = heading(scope, "gluon.jit", name, parameters)
+    head = heading(scope, launch, "gluon.jit", name, parameters)
     head.lines += [f"    {line}" for line in shared]
     head.line("gl.warp_specialize(")
     with head.indent():

@@ -66,9 +66,12 @@ class Host:
         ):
             raise refuse(op, f"a {op.name} with `cleared = {str(op['cleared']).lower()}`")
         folded = self.program.folded
-        names = tuple(n for n in op.get("after", ()) if not (folded and n == "head"))
+        begun = folded and op.name == "launch"  # what comes behind the head has it within
+        names = tuple(n for n in op.get("after", ()) if not (begun and n == "head"))
         after = f"after={_names(names)}"
         if op.name == "head" and folded:
+            if not self.program.alone:
+                self.writer.line("call.begin()")
             return
         if op.name == "head":
             for inner in op.walk():

@@ -61,20 +61,30 @@ def compile_options(warps: int, stages: int, words: bool) -> dict[str, int]:
 CONTEXT = ("arena", "peers", "rank", "progress_ns", "arrival_ns")
 
 
-def heading(scope: Scope, decorator: str, name: str, parameters: tuple[Parameter, ...]) -> Writer:
-    """The head of a kernel: its decorator, its parameters, the context and pointers into the arena."""
+def heading(
+    scope: Scope, launch: Op, decorator: str, name: str, parameters: tuple[Parameter, ...]
+) -> Writer:
+    """The head of the kernel of ``launch``: decorator, parameters, the context and pointers into the arena."""
     head, program = Writer(), scope.program
     runtime = [p.name for p in parameters if p.kind == "extent"] + ["rank"]
     last = ("program",) if program.folded else ()
-    fixed = (*last, "host_record") if last else ()
+    fixed = (*last, "host_record") if program.alone else last
     names = ", ".join(f'"{n}"' for n in (*runtime, "progress_ns", "arrival_ns", *fixed))
     head.line(f"@{decorator}(do_not_specialize=[{names}])")
     head.call(f"def {name}(", [declare(scope, p) for p in parameters], "):")
     head.depth += 1
     given = ["arena", "peers", "rank", str(program.world), *CONTEXT[3:], *last]
-    head.call(f"ctx = device.{'begin_call' if program.folded else 'context'}(", given)
-    if program.folded:
+    begin = "context"
+    if program.slots:
+        begin = "begin_call"
+    elif program.folded:
+        begin = "open_call"
+        given += [str(program.acknowledged is not None), str(launch is program.launches[0])]
+    head.call(f"ctx = device.{begin}(", given)
+    if program.slots:
         head.line("slot = device.slot(ctx)")
+    if launch.get("roles") is None:
+        hear(head, program, launch)
     for symbol, pointer in sorted(scope.buffers.items()):
         decl = program.symbols[symbol]
         text = f"device.pointer(arena, {program.offset(decl)}, {program.cell(decl)})"
@@ -86,11 +96,18 @@ def heading(scope: Scope, decorator: str, name: str, parameters: tuple[Parameter
     return head
 
 
+def hear(writer: Writer, program: Program, launch: Op) -> None:
+    """Where a head is folded into a launch: its wait, and that streams may begin behind it."""
+    if program.folded and program.acknowledged is not None:
+        tells = program.streams and launch is program.launches[0]
+        writer.line(f"device.hear_ranks(ctx, {program.acknowledged}, {tells})")
+
+
 def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str]) -> Kernel:
     """The kernel of ``launch``, named ``name``; ``system`` names the counters streams wait for."""
     scope = _write(program, launch, system)
     parameters = parameters_of(scope)
-    head = heading(scope, "triton.jit", name, parameters)
+    head = heading(scope, launch, "triton.jit", name, parameters)
     head.lines += scope.writer.lines
     if not program.folded and not any("ctx" in line for line in scope.writer.lines):
         head.lines = [line for line in head.lines if not line.strip().startswith("ctx = ")]
@@ -141,7 +158,9 @@ def parameters_of(scope: Scope) -> tuple[Parameter, ...]:
     data = [p for _, p in sorted(found, key=lambda item: item[0])]
     extents = [Parameter(n, "extent", s) for s, n in sorted(scope.extents.items())]
     scalars = [Parameter(n, "scalar", s) for s, n in sorted(scope.scalars.items())]
-    context = (*CONTEXT, "program", "host_record") if scope.program.folded else CONTEXT
+    context = (*CONTEXT, "program") if scope.program.folded else CONTEXT
+    if scope.program.alone:
+        context = (*context, "host_record")
     return (*data, *extents, *scalars, *(Parameter(n, "context", n) for n in context))
 
 
@@ -368,15 +387,23 @@ def _task(scope: Scope, stage: Op, q: str, held: Held | None = None) -> None:
 
 
 def leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) -> None:
-    """The way out: the last CTA runs `finish` and, after an abort, frees streams that wait."""
-    if program.folded:
+    """The way out: the last CTA runs `finish` and, after an abort, frees streams that wait.
+
+    In a call that is this launch alone it also makes everything ready for the next call, and after an abort spoils
+    the outputs; behind others a guard does so.
+    """
+    finish = launch.find("finish")
+    if program.alone:
         first, last = program.counter_words
         scope.writer.line()
         scope.writer.line(
             "# The last worker to leave makes everything ready for the next call, and after an"
         )
         scope.writer.line("# abort spoils the outputs.")
-        with scope.writer.block(f"if device.end_call(ctx, {first}, {last}):"):
+        end = "end_call" if program.slots else "close_call"
+        with scope.writer.block(f"if device.{end}(ctx, {first}, {last}):"):
+            for op in finish:
+                _finish(scope, op)
             for symbol in program.outputs:
                 args = [
                     "ctx",
@@ -386,7 +413,6 @@ def leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) ->
                 ]
                 scope.writer.call("device.spoil(", args)
         return
-    finish = launch.find("finish")
     raised = {
         op.symbol for op in launch.walk() if op.name == "notify" and op.ref and op.symbol in system
     }

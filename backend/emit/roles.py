@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from tilelink.backend.emit import access, added, body, epilogue, sums
 from tilelink.backend.emit.held import Held
+from tilelink.backend.emit.kernel import hear
 from tilelink.backend.emit.loading import Loading, volume
 from tilelink.backend.emit.loops import (
     Walk,
@@ -57,6 +58,8 @@ class Roles(Loading):
         """The bodies of the loader, of the groups that multiply, and of a fetcher, by the function's name."""
         for scope in (self.loader, self.multiply, self.fetcher):
             scope.writer.depth = 1
+        # It has registers to spare for this, and all that groups do comes behind its first step.
+        hear(self.loader.writer, self.loader.program, self.launch)
         self.loader.writer.line("step = 0")
         for stage, product in self.products:
             self.load_stage(stage, product)
@@ -75,6 +78,8 @@ class Roles(Loading):
         writer.let("met", "0")
         for stage, product in self.products:
             self._multiply_stage(stage, product, self._flushed(stage))
+        if self.multiply.program.alone:
+            writer.line("device.drain_tma_stores()")  # see `device.close_call`
         writer.prune()
         found = [
             (f"{self.name}_load", self.loader.writer.lines),

@@ -99,18 +99,23 @@ class Program:
             for dim in operand.type.shape
         }
 
-        self.folded = program.get("slots") is not None  # the head, into the launch; and two slots
+        self.slots = program.get("slots") is not None  # buffers and flags lie in two, and nobody acknowledges
+        self.folded = any(op.get("folded") for op in program.find("head"))  # into the launches
+        self.launches = program.find("launch")
+        # Whether the launch is all of a call, and ends it too.
+        self.alone = self.slots or any(op.get("ends") for op in self.launches)
+        self.streams = bool(program.find("stream"))
 
     def offset(self, decl: Op) -> str:
         """The text of the byte at which a symmetric buffer begins in an arena."""
         text = str(decl["offset"])
         words = decl.get("words")
         step = ENCODINGS[words].slot if words else SLOT_BYTES
-        return f"{text} + slot * {step}" if self.folded else text
+        return f"{text} + slot * {step}" if self.slots else text
 
     def slotted(self, symbol: str) -> bool:
         """Whether a symbol lies in two slots, of which a call uses one."""
-        return self.folded and self.symbols[symbol].get("space") == "symmetric"
+        return self.slots and self.symbols[symbol].get("space") == "symmetric"
 
     def cell(self, decl: Op) -> str:
         """The element type by which a tensor or buffer is addressed: words that signal themselves are integers."""
@@ -136,6 +141,12 @@ class Program:
             if d.name == "counter"
         ]
         return min((a for a, _ in spans), default=0), max((a + n for a, n in spans), default=0)
+
+    @property
+    def acknowledged(self) -> int | None:
+        """The first word of the flags that a folded head waits for; None where it waits for none."""
+        flags = [op.symbol for head in self.op.find("head") for op in head.body]
+        return int(self.symbols[flags[0]]["offset"]) // WORD if flags else None
 
     def wait_id(self, op: Op) -> int:
         """The number of a wait, in program order."""

@@ -8,6 +8,7 @@ from tilelink.backend.passes.choose_channels import choose_channels
 from tilelink.backend.passes.choose_emitter import choose_emitter
 from tilelink.backend.passes.choose_shots import choose_shots
 from tilelink.backend.passes.common import UnsupportedProgram
+from tilelink.backend.passes.fold_head import fold_head
 from tilelink.backend.passes.fold_sums import fold_sums
 from tilelink.backend.passes.land_sums import land_sums
 from tilelink.backend.passes.lay_out_memory import lay_out_memory
@@ -37,6 +38,7 @@ PASSES: tuple[tuple[str, Callable[[Op], Op]], ...] = (
     ("bind-emitter", bind_emitter),
     ("order-memory", order_memory),
     ("land-sums", land_sums),
+    ("fold-head", fold_head),
     ("lay-out-memory", lay_out_memory),
 )
 

@@ -1,4 +1,4 @@
-"""The kernel that ends each call: nothing, unless a wait ran out."""
+"""The kernel that ends a call which its launch does not end: little, unless a wait ran out."""
 
 # `@triton.jit` functions are Triton source: their arguments have no Python type.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -15,10 +15,14 @@ from tilelink.ir import layout
 ABORT = tl.constexpr(layout.ABORT)
 RECORD = tl.constexpr(layout.RECORD)
 RECORD_WORDS = tl.constexpr(layout.RECORD_WORDS)
+BEGUN = tl.constexpr(layout.BEGUN)
+ENDED = tl.constexpr(layout.ENDED)
+LEAVING = tl.constexpr(layout.LEAVING)
 CTAS = 32
+_CLEAR = tl.constexpr(1024)
 
 
-@triton.jit(do_not_specialize=["host", "size", "rank", "said"])
+@triton.jit(do_not_specialize=["host", "size", "rank", "said", "first", "last"])
 def guard_kernel(
     arena,
     host,
@@ -31,8 +35,11 @@ def guard_kernel(
     said=0,
     WORLD: tl.constexpr = 1,
     SAYS: tl.constexpr = False,
+    first=0,
+    last=0,
 ):
-    """Where the abort word of ``arena`` is set: fills ``out`` with NaN (-1 if not ``FLOAT``), and
+    """Ends the call: clears the counter words [``first``, ``last``), and what else the next one finds as the
+    first did. Where the abort word of ``arena`` is set: fills ``out`` with NaN (-1 if not ``FLOAT``), and
     writes 1 and the error record to pinned host memory at address ``host`` (int64).
 
     ``out`` has ``size`` elements. Launch with any number of CTAs behind everything that writes ``out``.
@@ -60,3 +67,11 @@ def guard_kernel(
             tl.store(record + 1 + words, tl.load(arena + RECORD + words))
             tl.debug_barrier()
             tl.store(record, 1)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        for start in range(first, last, _CLEAR):
+            words = start + tl.arange(0, _CLEAR)
+            tl.store(arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
+        tl.store(arena + BEGUN, 0)
+        tl.store(arena + LEAVING + 1, 0)
+        tl.store(arena + LEAVING + 3, 0)
+        tl.store(arena + ENDED, tl.load(arena + EPOCH))

@@ -66,7 +66,8 @@ class Image:
 
     ``dynamic``: run-time extents with their capacities, which ``tensors`` have, ``least`` their smallest
     values; ``launches`` (of emitted kernels) and ``collectives``: their symbols. ``bare``: everything is the
-    library's, there is no kernel and no stream. Places of ``slots`` are those of even calls.
+    library's, there is no kernel and no stream. Places of ``slots`` are those of even calls. ``ended``: the one
+    launch ends the call, and nothing is left for a guard to do.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Image:
     extents: dict[str, int]
     bare: bool = False
     slots: int = 1
+    ended: bool = False
 
     @property
     def outputs(self) -> tuple[Slot, ...]:
@@ -162,7 +164,7 @@ class Image:
 
     @property
     def counter_words(self) -> tuple[int, int]:
-        """The counter words [first, last) that ``head`` clears."""
+        """The counter words [first, last), which are 0 when a call begins and are left so."""
         first = min((c.word for c in self.counters.values()), default=0)
         return first, max((c.word + c.words for c in self.counters.values()), default=0)
 
@@ -233,6 +235,8 @@ def image_of(program: Op) -> Image:
         varying={op.symbol: op for op in program.find("buffer") if _varies(op, dynamic)},
         extents=names,
         slots=int(program.get("slots", 1)),
+        ended=program.get("slots") is not None
+        or any(op.get("ends") for op in program.find("launch")),
     )
 
 

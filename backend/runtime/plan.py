@@ -276,11 +276,17 @@ class Recorder(Views):
         self._stream: int | None = None
         self._base = self.arena.data_ptr()
         self._addresses = addresses
+        self._begun = False
 
     def head(self, ack_wait: bool = True) -> None:
         """Begins the call: epoch, arrival, counters, and the wait for the acknowledgements."""
         if not self.image.quiet:
             self._launch(compile_launch(head_kernel, 1, self.head_arguments(ack_wait), num_warps=4))
+        self._end("head", None)
+
+    def begin(self) -> None:
+        """Begins a call whose launches do what the head does: streams wait until the first one has."""
+        self._begun = True
         self._end("head", None)
 
     def launch(
@@ -390,6 +396,9 @@ class Recorder(Views):
         for other in after:
             event = self._agents[other].completed()
             self.plan.add(lambda *_, e=event: wait(stream, e.handle))
+        if self._begun and "head" in after:
+            begun, reached = self._base + layout.BEGUN * layout.WORD, driver().wait_geq
+            self.plan.add(lambda *_: reached(stream, begun, 1))
         self._stream = stream
         yield self
         self._stream = None
@@ -439,8 +448,8 @@ class Recorder(Views):
         for name, agent in self._agents.items():
             if agent.stream is not None:
                 self._join_main((name,))
-        # Where nothing waits, nothing runs out; with slots the last worker does what a guard does.
-        guarded = self.image.waits and self.image.slots == 1
+        # Where nothing signals, nothing runs out and nothing is to be cleared.
+        guarded = not (self.image.quiet or self.image.ended)
         for slot in self.image.outputs if guarded else ():
             self._guard(slot)
         self.plan.close()
@@ -452,8 +461,9 @@ class Recorder(Views):
         args: tuple[object, ...] = (
             *(self.arena, self.host_record, tensor, tensor.numel(), 1024, floating),
         )
-        if said := self.said():
-            args += (self.peers, self.rank, said[0], self.world, True)
+        said = self.said()
+        args += (self.peers, self.rank, said[0] if said else 0, self.world, bool(said))
+        args += self.image.counter_words
         self._launch(compile_launch(guard_kernel, CTAS, args, num_warps=4))
 
     def _launch(self, launch: Launch) -> None:

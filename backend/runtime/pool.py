@@ -111,7 +111,7 @@ class Pool:
         )
         for rank in range(self.world):
             arena = self.arena(rank)
-            arena[layout.EPOCH] = epoch
+            arena[layout.EPOCH] = arena[layout.ENDED] = epoch
             arena[layout.ARRIVED : layout.ACK + layout.MAX_WORLD] = epoch
             arena[flags] = epoch
 

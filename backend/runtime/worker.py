@@ -159,11 +159,18 @@ class Call(Views):
         self._current: list[Callable[[], None]] = []
         self._done: dict[str, threading.Event] = {}
         self._errors: list[BaseException] = []
+        self._begun: ctypes.c_int32 | None = None
 
     def head(self, ack_wait: bool = True) -> None:
         """Begins the call: epoch, arrival, counters, and the wait for the acknowledgements."""
         arguments = self.head_arguments(ack_wait)
         self._enqueue("head", (), lambda: head_kernel[(1,)](*arguments))
+
+    def begin(self) -> None:
+        """Begins a call whose launches do what the head does: streams wait until the first one has."""
+        self._done["head"] = threading.Event()
+        self._done["head"].set()
+        self._begun = self._shared.word(self.rank, layout.BEGUN)
 
     def launch(
         self,
@@ -240,18 +247,14 @@ class Call(Views):
         self._current = []
         self._streams[name] = (tuple(after), self._current)
         self._done[name] = threading.Event()
+        if self._begun is not None and "head" in after:
+            self._current.append(lambda begun=self._begun: self._poll(begun, 1))
         yield self
 
     def wait_counter(self, name: str, index: tuple[int, ...], count: int) -> None:
         """In a stream: until the local counter is at least ``count``."""
         word = self._shared.word(self.rank, self.word_of(name, index))
-
-        def wait() -> None:
-            while word.value - count < 0:
-                self._check_stop()
-                time.sleep(POLL)
-
-        self._current.append(wait)
+        self._current.append(lambda: self._poll(word, count))
 
     def transfer(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         """In a stream: copies ``src`` to ``dst``, regions of the same shape and dtype."""
@@ -297,6 +300,20 @@ class Call(Views):
             thread.join()
         if self._errors:
             raise self._errors[0]
+        if not (self.image.quiet or self.image.ended):
+            self._guard()
+
+    def _guard(self) -> None:
+        """What the guard kernel does behind a call that no wait has stopped."""
+        for number in (*range(*self.image.counter_words), layout.BEGUN):
+            self._shared.word(self.rank, number).value = 0
+        epoch = self._shared.word(self.rank, layout.EPOCH).value
+        self._shared.word(self.rank, layout.ENDED).value = epoch
+
+    def _poll(self, word: ctypes.c_int32, count: int) -> None:
+        while word.value - count < 0:
+            self._check_stop()
+            time.sleep(POLL)
 
     def _enqueue(self, name: str, after: tuple[str, ...], action: Callable[[], None]) -> None:
         self._done[name] = threading.Event()

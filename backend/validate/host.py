@@ -50,6 +50,7 @@ class Agent:
     kernel: str = ""
     arguments: tuple[Any, ...] = ()
     waits: bool = False
+    begins: bool = False  # no kernel: the launches do what a head does
     trace: Trace | None = None
     op: str = ""
     source: str = ""
@@ -309,6 +310,12 @@ class HostMachine(Machine):
             self.unclear("a flag that is not constant")
         assert self.node is not None
         self.agents.append(Agent("head", "head", (), self.node, waits=ack_wait))
+
+    def on_begin(self) -> None:
+        """``call.begin``."""
+        self.outside()
+        assert self.node is not None
+        self.agents.append(Agent("head", "head", (), self.node, begins=True))
 
     def on_launch(
         self,

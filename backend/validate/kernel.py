@@ -28,7 +28,7 @@ from tilelink.backend.validate.values import (
     Special,
     full,
 )
-from tilelink.ir.layout import COUNTERS, ENCODINGS, WORD
+from tilelink.ir.layout import ACK, COUNTERS, ENCODINGS, WORD
 
 ALIGNED = 16  # bytes at a multiple of which the widest access begins
 
@@ -84,6 +84,35 @@ class KernelMachine(AccessMachine):
         self.begun = True
         return self.on_device_context(arena, peers, rank, world, progress, arrival)
 
+    def on_device_open_call(
+        self,
+        arena: Any,
+        peers: Any,
+        rank: Any,
+        world: Any,
+        progress: Any,
+        arrival: Any,
+        program: Any,
+        signals: Any,
+        first: Any,
+    ) -> Context:
+        """``device.open_call``: the context of a call that every worker of every launch begins."""
+        if not isinstance(first, bool) or not isinstance(signals, bool):
+            self.unclear("a call that begins in one way or another")
+        self.opened = (signals, first)
+        return self.on_device_begin_call(arena, peers, rank, world, progress, arrival, program)
+
+    def on_device_hear_ranks(self, ctx: Any, ack: Any, streams: Any) -> None:
+        """``device.hear_ranks``: every worker waits for the acknowledgements, before all that it does."""
+        self.context(ctx)
+        if not isinstance(streams, bool):
+            self.unclear("streams that are told in one way or another")
+        if ack != ACK:
+            self.hazard(f"the acknowledgements of the call before are no flags from word {ack} on")
+        if not self.all or self.stage != -1 or self.trace.step or self.heard is not None:
+            self.hazard("not every worker hears that the call before has ended, before anything else")
+        self.heard = streams
+
     def on_device_slot(self, ctx: Any) -> Num:
         """``device.slot``."""
         self.context(ctx)
@@ -111,8 +140,21 @@ class KernelMachine(AccessMachine):
             self.hazard(f"after an abort a part of @{out.symbol} is spoiled")
         self.spoiled.append(out.symbol)
 
+    def on_device_close_call(self, ctx: Any, first: Any, last: Any) -> Num:
+        """``device.close_call``: every worker leaves, and all counters of the program are cleared."""
+        if self.opened is None:
+            self.hazard("a call is closed that was not opened")
+        final = self._ended(ctx, first, last)
+        self.stage = FINISH
+        return final
+
     def on_device_end_call(self, ctx: Any, first: Any, last: Any) -> Num:
         """``device.end_call``: every worker leaves, and all counters of the program are cleared."""
+        if self.opened is not None:
+            self.hazard("a call is ended that was opened")
+        return self._ended(ctx, first, last)
+
+    def _ended(self, ctx: Any, first: Any, last: Any) -> Num:
         final = self.on_device_finish_arrive(ctx)
         self.stage = -1
         if not self.begun:
@@ -348,6 +390,9 @@ class KernelMachine(AccessMachine):
         on: Mask = self.on & (words >= 0)
         if not on.any():
             return on, {}
+        if self.ended:
+            # Its count would come behind the clearing of the counters, which is the next call's start.
+            self.hazard("what a worker holds back is performed behind the end of the call")
         if np.any(on & (self.last_wait > self.last_write)):
             self.hazard("a notify is held back while its worker waits")
         stages, segment = (full(part, self.lanes) for part in self.stored)

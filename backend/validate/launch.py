@@ -136,6 +136,8 @@ class LaunchMachine(RoleMachine):
         loaded = Loaded(self.rings[0], self.rooms)
         loader = LoaderMachine(source, self.function_of(load), *rest, loaded)
         self.role(loader, its)
+        # All that groups do comes behind a step of the loader.
+        self.heard = loader.heard if self.heard is None else self.heard
         fetcher = None
         for function, given in fetch:
             landing = Loaded(self.rings[1], self.rooms)

@@ -110,7 +110,11 @@ class Validator:
         self.wait_names: list[int] = []
         self.lanes = 0
         self.traces: list[Trace] = []
-        self.folded = self.program.get("slots") is not None
+        self.slots = self.program.get("slots") is not None
+        self.heads = self.program.find("head")
+        self.folded = any(op.get("folded") for op in self.heads)
+        # Whether the one launch ends the call.
+        self.alone = self.slots or any(op.get("ends") for op in self.program.find("launch"))
         self.roles: set[str] = set()  # functions that kernels have started
         self.flushes: list[int] = []  # phases behind which every worker performs what it holds back
 
@@ -212,20 +216,29 @@ class Validator:
         self.differs(None, "the program that it carries is not that of the kernel")
 
     def with_head(self, agents: list[Agent]) -> list[Agent]:
-        """The agents with the head that a program with slots folds into its launch.
+        """The agents with the head that a program folds into its launches.
 
-        That the kernel begins and ends the call is what :meth:`launch` holds.
+        That kernels begin and end the call is what :meth:`launch` holds.
         """
         if not self.folded:
+            for agent in agents:
+                if agent.begins:
+                    self.differs(agent.node, "the head of the program is a kernel")
             return agents
-        for agent in agents:
-            if agent.kind == "head":
-                self.differs(agent.node, "a head, which the program folds into its launch")
-            if agent.after:
-                self.differs(agent.node, "the launch comes after an agent that nobody enqueues")
-        node = agents[0].node if agents else ast.Pass()
-        moved = [replace(agent, after=("head",)) for agent in agents]
-        return [Agent("head", "head", (), node, waits=False), *moved]
+        head = Agent("head", "head", (), agents[0].node if agents else ast.Pass(), waits=False)
+        if self.alone:
+            if any(agent.kind == "head" for agent in agents):
+                self.differs(agents[0].node, "a head, which the program folds into its launch")
+        elif not agents or not agents[0].begins or any(a.kind == "head" for a in agents[1:]):
+            self.differs(head.node, "the host does not begin the call, and once, before its agents")
+        else:
+            head = agents[0]
+        moved = [
+            replace(agent, after=("head", *agent.after)) if agent.kind == "launch" else agent
+            for agent in agents
+            if agent.kind != "head"
+        ]
+        return [replace(head, waits=bool(self.heads[0].body)), *moved]
 
     def same_agents(self, agents: list[Agent]) -> None:
         """Agents, their order and what they come after, sizes of launches, sides of collectives."""
@@ -265,7 +278,7 @@ class Validator:
             )
 
     def head(self, number: int, agent: Agent) -> None:
-        """`call.head`: advances the epoch, clears counters and waits for acknowledgements."""
+        """`call.head`, or what stands for it: advances the epoch, clears counters, waits for acknowledgements."""
         wanted = [s for s in self.expected.syncs if self.at(number, s)]
         if not agent.waits:
             if wanted:
@@ -359,16 +372,29 @@ class Validator:
             p.kind == "finish" and self.expected.agents[p.agent].symbol == agent.name
             for p in self.expected.phases
         )
-        if (machine.begun, machine.ended) != (self.folded, self.folded):
+        if (machine.begun, machine.ended) != (self.folded, self.alone):
             self.differs(function, "the launch does not begin and end the call as the program says")
+        opened, heard = self.opens(agent)
+        if machine.opened != opened:
+            self.differs(function, "the launch does not begin the call as the program says")
+        if machine.heard != heard:
+            self.differs(function, "the launch does not wait for the acknowledgements as it should")
         outputs = [
             op.symbol for op in self.program.find("tensor") if op["role"] in ("out", "inout")
         ]
-        if self.folded and sorted(machine.spoiled) != sorted(outputs):
+        if self.alone and sorted(machine.spoiled) != sorted(outputs):
             self.differs(function, f"after an abort it spoils {machine.spoiled}, not {outputs}")
         if has_finish and not machine.left:
             self.differs(function, "the launch is not left through `finish_arrive`")
         return trace
+
+    def opens(self, agent: Agent) -> tuple[tuple[bool, bool] | None, bool | None]:
+        """How a launch begins a call whose head it has within; see ``AccessMachine.opened``."""
+        if self.slots or not self.folded:
+            return None, None
+        waits = bool(self.heads[0].body)
+        first = self.program.find("launch")[0].symbol == agent.name
+        return (waits, first), first and bool(self.program.find("stream")) if waits else None
 
     def same_roles(self, agent: Agent, machine: LaunchMachine) -> None:
         """The roles of a launch must be those that the program gives it."""

@@ -35,7 +35,7 @@ WORDS = {
     "queue": ("static", "dynamic"),
     "space": ("symmetric", "local"),
 }
-SWITCHES = ("barrier", "proxy", "drain", "wide", "cleared", "folded", "empty", "remote")
+SWITCHES = ("barrier", "proxy", "drain", "wide", "cleared", "folded", "empty", "remote", "ends")
 Dim: TypeAlias = "str | int | None"  # a tile's length by its name, a number, or unknown
 
 
@@ -58,7 +58,7 @@ def check_form(program: Op) -> None:
             checker.block(agent.body, agent.name)
             if agent.name == "head":
                 checker.head(agent)
-    _check_slots(program)
+    _check_folded(program)
     _check_words(program)
 
 
@@ -340,19 +340,32 @@ class _Checker:
             _fail(op, f"a product of {types} that is {op.results[0].type}")
 
 
-def _check_slots(program: Op) -> None:
-    """Two slots and a folded head come together, in a program that is one launch and nothing beside it.
+def _check_folded(program: Op) -> None:
+    """What a folded head asks for: workers that all do what it did, and streams that wait until one has.
 
-    What `head` does at the start of a call the workers do at its end: they leave counters at 0 for whoever
-    comes next, and so must every program of such an arena.
+    What `head` does to counters at the start of a call is done at its end: they are left at 0 for whoever comes
+    next, and so must every program of such an arena leave them.
     """
     slots = program.get("slots")
     folded = [op for op in program.find("head") if op.get("folded") is not None]
+    ends = [op for op in program.find("launch") if op.get("ends") is not None]
     if slots is None and not folded:
+        if ends:
+            _fail(ends[0], "a launch that ends a call begins it too: its `head` is folded")
         return
-    if slots != 2:
-        _fail(program if slots is not None else folded[0], "a folded head comes with `slots = 2`")
+    if slots is not None and (slots != 2 or not folded):
+        _fail(program, "slots are two, and come with a folded head")
+    for op in program.body:
+        if op.name in ("flag", "counter") and op.get("cleared", op.name == "counter") != (
+            op.name == "counter"
+        ):
+            _fail(op, "with a folded head, counters are cleared and flags are not")
     agents = [op for op in program.body if op.name in AGENTS]
+    if slots is None:
+        _check_workers(program, agents, ends)
+        return
+    if ends:
+        _fail(ends[0], "with slots, a launch ends its call in any case")
     if [op.name for op in agents] != ["head", "launch"]:
         _fail(program, "a program with slots is a folded head and one launch")
     head, launch = agents
@@ -360,11 +373,34 @@ def _check_slots(program: Op) -> None:
         _fail(head, "with slots, `head` is folded into the launch behind it and waits for nothing")
     if launch.find("finish"):
         _fail(launch, "with slots, nobody acknowledges a call")
-    for op in program.body:
-        if op.name in ("flag", "counter") and op.get("cleared", op.name == "counter") != (
-            op.name == "counter"
-        ):
-            _fail(op, "with slots, counters are cleared and flags are not")
+
+
+def _check_workers(program: Op, agents: list[Op], ends: list[Op]) -> None:
+    """A folded head whose call others acknowledge."""
+    head = agents[0]
+    if head.name != "head" or head.get("folded") is not True:
+        _fail(program, "a folded head comes before all other agents")
+    for op in agents[1:]:
+        if op.name not in ("launch", "stream") or op.get("emitter") == "library":
+            _fail(op, "a folded head is within kernels, and streams wait for them alone")
+        if "head" not in op.get("after", ()):
+            _fail(op, "behind a folded head comes what has it within: `after` names it")
+    if [op.name for op in agents[1:2]] != ["launch"]:
+        _fail(program, "a folded head is within the launch behind it, for which all others wait")
+    if any(op.get("dynamic") for op in program.find("extent")):
+        _fail(head, "a folded head cannot tell the peers of an extent that varies")
+    heard = [
+        (op.name, str(op.ref), str(op.get("epoch")), len(op.attrs)) for op in head.body
+    ]
+    if heard not in ([], [("wait", "@ack[0..WORLD]", "-1", 1)]):
+        _fail(head, "a folded head waits for the acknowledgements of the call before or for nothing")
+    if not head.body and program.find("stream"):
+        _fail(head, "streams wait until the launch has heard that the call before has ended")
+    for op in ends:
+        if op.get("ends") is not True or len(agents) != 2:
+            _fail(op, "a launch ends a call that is nothing else")
+        if not head.body or not op.find("finish"):
+            _fail(op, "a launch ends a call that begins and ends with acknowledgements")
 
 
 # What a wait or notify of a flag that words carry has no use for: it is performed by loads and stores.

@@ -222,12 +222,18 @@ def emitted(
     return run
 
 
+# How a kernel begins a call, and how its workers leave it.
+BEGINS = tuple(f"    ctx = device.{name}(" for name in ("context", "begin_call", "open_call"))
+LEAVES = tuple(f"if device.{name}(ctx" for name in ("finish_arrive", "end_call", "close_call"))
+
+
 def with_jitter(source: str, one_in: int = 4, most_ns: int = 4000) -> str:
     """Emitted ``source`` in which every CTA may spin at its start, at every tile, and before it leaves.
 
     Of a kernel whose warps have roles, each role that knows the call may spin for itself at every tile.
     """
     lines: list[str] = []
+    beginning = False
     knows = inside = (
         False  # whether the function has a parameter ``ctx``; whether the line is of its parameters
     )
@@ -240,10 +246,12 @@ def with_jitter(source: str, one_in: int = 4, most_ns: int = 4000) -> str:
             knows, inside = False, True
         knows |= inside and re.search(r"\bctx\b", line) is not None
         inside &= not line.endswith(":")
-        if line.lstrip().startswith(("if device.finish_arrive(ctx):", "if device.end_call(ctx")):
+        if line.lstrip().startswith(LEAVES):
             lines.append(f"{indent}jitter(ctx, 1 << 20, {one_in}, {most_ns})")
         lines.append(line)
-        if line.startswith(("    ctx = device.context(", "    ctx = device.begin_call(")):
+        beginning |= line.startswith(BEGINS)
+        if beginning and line.endswith(")"):
+            beginning = False
             lines.append(f"    jitter(ctx, 1 << 21, {one_in}, {most_ns})")
             knows = True
         elif not knows:

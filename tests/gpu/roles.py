@@ -31,7 +31,11 @@ from tilelink.ir import Op, layout
 class Rank(Views):
     """One rank's host program, recorded: a function an agent."""
 
-    agents: list[Callable[[], None]]
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.agents: list[Callable[[], None]] = []
+        self.copies: list[Callable[[], Any]] = []
+        self.counts = False  # whether a stream waits for a kernel
 
     def head(self, ack_wait: bool = True) -> None:
         """The epoch, arrivals and counters."""
@@ -46,10 +50,27 @@ class Rank(Views):
 
         self.agents = [run]
 
+    def begin(self) -> None:
+        """What the streams of a call copy, whose kernels begin it."""
+
+        def run() -> None:
+            self.arena[layout.EPOCH] = self.arena[layout.ENDED] + 1
+
+        self.agents = [run]
+
+    def guard(self) -> None:
+        """What ends a call that its kernel does not end."""
+        if self.image.ended:
+            return
+        first, last = self.image.counter_words
+        self.arena[first:last] = 0
+        self.arena[layout.BEGUN] = 0
+        self.arena[layout.ENDED] = self.arena[layout.EPOCH]
+
     @contextlib.contextmanager
     def stream(self, name: str, after: tuple[str, ...]) -> Iterator[None]:
         """Copies, one after the other."""
-        self.copies: list[Callable[[], Any]] = []
+        self.copies = []
         yield
         copies = self.copies
 
@@ -57,7 +78,8 @@ class Rank(Views):
             for copy in copies:
                 copy()
 
-        self.agents.append(run)
+        # Agents run one after the other here: what waits for no kernel comes before it.
+        self.agents.insert(len(self.agents) if self.counts else 1, run)
 
     def transfer(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """A copy."""
@@ -72,6 +94,7 @@ class Rank(Views):
     def wait_counter(self, name: str, index: tuple[int, ...], count: int) -> None:
         """A counter that the launch before has completed."""
         word = self.word_of(name, index)
+        self.counts = True
 
         def wait() -> None:
             seen = int(self.arena[word])
@@ -133,6 +156,8 @@ def numbers(case: Case) -> dict[str, Any]:
                 with torch.cuda.stream(stream):
                     rank.agents[number]()
             torch.cuda.synchronize()
+        for rank in ranks:
+            rank.guard()
         wrong += sum(
             not torch.equal(rank.tensors[output].cpu(), want)
             for rank, want in zip(ranks, wanted, strict=True)

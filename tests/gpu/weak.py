@@ -37,3 +37,8 @@ def joined_notify(ctx, pending, system: tl.constexpr = False):
         drain_tma_stores()
         tl.debug_barrier()
         tl.atomic_add(ctx.arena + pending, 1, sem="acq_rel", scope="sys")
+
+
+@triton.jit
+def hear_nobody(ctx, ACK: tl.constexpr, STREAMS: tl.constexpr):
+    """As `tilelink.device.hear_ranks`, waiting for no acknowledgement, and telling nobody."""

@@ -156,7 +156,6 @@ def test_a_rank_that_does_not_hear_from_all_may_not_use_slots() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("slots = 2, ", ""),
         ("slots = 2", "slots = 3"),
         ("head {folded = true}", "head"),
         ("head {folded = true}", "head {folded = false}"),
@@ -170,6 +169,12 @@ def test_slots_and_a_folded_head_come_together(old: str, new: str) -> None:
     assert old in text
     with pytest.raises(UndecidedError):
         verify(parse_ir(text.replace(old, new, 1)))
+
+
+def test_one_slot_needs_acknowledgements_with_a_folded_head_too() -> None:
+    text = RING.replace("world = 3", "world = 2").replace("RANK + 2", "RANK + 1")
+    with pytest.raises(ReuseError, match="in the next call"):
+        verify(parse_ir(text.replace("slots = 2, ", "")))
 
 
 @pytest.mark.parametrize("place", ("offset = 33554432", "offset = 33554416", "offset = 67584"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tilelink.device.dialect import axis
 from tilelink.device.signal import (
     ABORT,
     ARRIVED,
@@ -24,6 +25,8 @@ from tilelink.device.signal import (
 )
 from tilelink.ir import layout
 
+BEGUN = tl.constexpr(layout.BEGUN)
+ENDED = tl.constexpr(layout.ENDED)
 EXITED = tl.constexpr(layout.EXITED)
 SAID = tl.constexpr(layout.SAID)
 RECORD_WORDS = tl.constexpr(layout.RECORD_WORDS)
@@ -168,6 +171,62 @@ def begin_call(arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns,
 
 
 @triton.jit
+def open_call(
+    arena,
+    peers,
+    rank,
+    world: tl.constexpr,
+    progress_ns,
+    arrival_ns,
+    program,
+    SIGNALS: tl.constexpr = True,
+    FIRST: tl.constexpr = True,
+):
+    """The :class:`Context` of a call that has no head kernel: by every CTA of every launch of the program.
+
+    The epoch is that of the calls ended plus one; without flags (``SIGNALS`` is false) the call takes none. The
+    last CTA of the ``FIRST`` launch, which has the least to do, tells all ranks that this one has arrived. What peers
+    write or are sent comes behind :func:`hear_ranks`. :func:`close_call`, or the guard behind the call, clears the
+    counters and ends the epoch. ``program``: a number for the error record.
+    """
+    before = tl.load(arena + ENDED)
+    epoch = before
+    if SIGNALS:
+        epoch = before + 1
+    ctx = Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
+    _fetch_early(peers)
+    if FIRST:
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            tl.store(arena + PROGRAM, program)
+            if SIGNALS:
+                here = tl.load(arena + ARRIVED + rank)
+                if here != before:
+                    lost = Context(arena, peers, rank, before, world, progress_ns, arrival_ns)
+                    _abort(lost, EPOCH, here, before, rank, 0, 0, 4)
+                tl.store(arena + EPOCH, epoch)
+                # It carries nothing: only a wait that has run out of time looks at it.
+                flags, inside = _words(peers, world, ARRIVED + rank)
+                value = axis(MAX_WORLD) * 0 + epoch
+                tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
+    return ctx
+
+
+@triton.jit
+def hear_ranks(ctx, ACK: tl.constexpr, STREAMS: tl.constexpr = False):
+    """Acquire, behind :func:`open_call`: until every rank has acknowledged the call before in the flags from word
+    ``ACK``. By every CTA, or by the role of it that all others wait for.
+
+    Where the program has ``STREAMS``, the last CTA of its first launch then tells them that the call has begun.
+    """
+    rank_wait(ctx, ACK, ctx.epoch - 1, 0)
+    if STREAMS:
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            # Streams also copy the epoch, from where this CTA has stored it.
+            tl.debug_barrier()
+            tl.atomic_xchg(ctx.arena + BEGUN, 1, sem="release", scope="sys")
+
+
+@triton.jit
 def _fetch_early(peers):
     # Who has a tile to send looks up where to: the table is near by then.
     if CUDA:
@@ -227,6 +286,31 @@ def end_call(ctx, first, last):
 
 
 @triton.jit
+def close_call(ctx, first, last):
+    """Leave the one launch of a call that :func:`open_call` began. The last CTA to do so sees the work of all,
+    clears the counter words [``first``, ``last``) and ends the epoch. True for that CTA, which acknowledges the
+    call behind it."""
+    drain_tma_stores()
+    tl.debug_barrier()
+    # The word depends on the epoch: whoever has left has read it.
+    leaving = ctx.arena + LEAVING + (ctx.epoch & 1) * 2
+    left = tl.atomic_add(leaving, 1, sem="acq_rel", scope="gpu")
+    final = left == tl.num_programs(0) - 1
+    if left != tl.num_programs(0) - 1:
+        # What this CTA stores must not land behind what the last one makes of it; see :func:`spoil`.
+        tl.atomic_add(leaving + 1, 1, sem="release", scope="gpu")
+    if final:
+        for start in range(first, last, _CLEAR):
+            words = start + axis(_CLEAR)
+            tl.store(ctx.arena + words, words * 0, mask=words < last)
+        tl.store(leaving, 0)
+        # Of the call before, whose workers have ended.
+        tl.store(ctx.arena + LEAVING + ((ctx.epoch + 1) & 1) * 2 + 1, 0)
+        tl.store(ctx.arena + ENDED, ctx.epoch)
+    return final
+
+
+@triton.jit
 def _mark_words(ctx):
     # Of this slot, which all have read, and which nobody writes before this rank has begun the next call.
     words = (ctx.arena + WORDS + (ctx.epoch & 1) * SLOT).to(tl.pointer_type(tl.int64), bitcast=True)
@@ -249,13 +333,14 @@ def spoil(ctx, host, out, size):
             missing = tl.num_programs(0) - 1 - done
         floating: tl.constexpr = out.dtype.element_ty.is_floating()
         value = float("nan") if floating else -1
-        filled = tl.full((_CLEAR,), value, out.dtype.element_ty)
+        filled = (axis(_CLEAR) * 0).to(out.dtype.element_ty) + value
+        filled = filled.to(out.dtype.element_ty)
         for start in range(0, size, _CLEAR):
-            offsets = tl.cast(start, tl.int64) + tl.arange(0, _CLEAR)
+            offsets = tl.cast(start, tl.int64) + axis(_CLEAR)
             tl.store(out + offsets, filled, mask=offsets < size)
         if host != 0:
             record = host.to(tl.pointer_type(tl.int32), bitcast=True)
-            words = tl.arange(0, RECORD_WORDS)
+            words = axis(RECORD_WORDS)
             tl.store(record + 1 + words, tl.load(ctx.arena + RECORD + words))
             tl.debug_barrier()
             tl.store(record, 1)

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 WORD: Final = 4
 
 # Control words, by word number. Every rank's arena has them at the same place.
-EPOCH: Final = 0  # calls made on this arena, advanced by head
+EPOCH: Final = 0  # calls begun on this arena
 ABORT: Final = (
     1  # sticky: 1 once a wait ran out here or on a peer; LOST + r: the host saw rank r die
 )
@@ -17,6 +17,8 @@ PROGRAM: Final = 3  # number of the program that the last head began
 # [2, 2] by the parity of a call's number, of a launch that begins and ends the call: workers that have left, and
 # how many but the last of them have stored all that they had to.
 LEAVING: Final = 4
+ENDED: Final = 8  # calls ended on this arena: beside slots, EPOCH before a call and after it
+BEGUN: Final = 9  # 1 while a call runs whose launch has heard that every rank has ended the call before
 RECORD: Final = 16  # error record, RECORD_WORDS words; the first is nonzero once it is written
 RECORD_WORDS: Final = 16
 ARRIVED: Final = 64  # [MAX_WORLD] epochs: rank r has started its call number so-and-so

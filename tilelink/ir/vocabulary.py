@@ -27,7 +27,7 @@ _TABLE = {
     "counter": "dims! cleared offset",
     "head": "folded",
     "stream": "after",
-    "launch": "after emitter landing part resident roles stages warps workers!",
+    "launch": "after emitter ends landing part resident roles stages warps workers!",
     "collective": "op! to! after",
     "finish": "",
     "flush": "drain",

@@ -1,0 +1,56 @@
+"""``fold-head``: what a call begins with is done by the workers of its launches, and needs no kernel of its own."""
+
+from __future__ import annotations
+
+from tilelink.ir import Op
+
+_ENQUEUED = frozenset({"head", "launch", "stream", "collective"})
+
+
+def fold_head(program: Op) -> Op:
+    """Have launches do what ``head`` does, and one that is alone what ends a call.
+
+    Before::
+
+        head do {
+          wait @ack[0..WORLD] {epoch = (0 - 1)}
+        }
+        launch @f {after = ["head"], …} do {… finish do {…}}
+
+    After::
+
+        head {folded = true} do {
+          wait @ack[0..WORLD] {epoch = (0 - 1)}
+        }
+        launch @f {after = ["head"], ends = true, …} do {… finish do {…}}
+
+    Every worker takes the number of calls that have ended plus one for its epoch, and waits itself. Streams wait
+    until the first launch says that it has, and therefore come behind it: where there is one hardware queue, they
+    would hold it up otherwise. Counters are 0 when a call begins because they are cleared when one ends: by
+    the last worker, where the launch ``ends`` the call, or by the guard behind streams and other launches. Invariant: what
+    each agent comes after is what it was. A program keeps its head if the library computes in it (which reads no
+    epoch), or if an extent varies (whose value ``head`` tells the peers).
+    """
+    head = next(iter(program.find("head")), None)
+    if head is None or head.get("folded") or any(op.get("dynamic") for op in program.find("extent")):
+        return program
+    agents = [op for op in program.body if op.name in _ENQUEUED]
+    launches = [op for op in agents if op.name == "launch"]
+    kinds = {op.name for op in agents}
+    library = any(op.get("emitter") == "library" for op in launches)
+    if not launches or library or not kinds <= {"head", "launch", "stream"}:
+        return program
+    if "stream" in kinds and not head.body:
+        return program
+    alone = len(agents) == 2 and bool(launches[0].find("finish"))
+    early = [op for op in agents[: agents.index(launches[0])] if op.name == "stream"]
+    moved = {id(op) for op in early}
+    ops: list[Op] = []
+    for op in program.body:
+        if op is head:
+            ops.append(op.with_attrs(folded=True))
+        elif op is launches[0]:
+            ops += [op.with_attrs(ends=True) if alone else op, *early]
+        elif id(op) not in moved:
+            ops.append(op)
+    return program.with_ops(tuple(ops))
