@@ -133,7 +133,9 @@ def _statements(editor: Editor, function: ast.FunctionDef) -> Iterator[Mutant]:
                 gone = (editor.bytes[:first] + rest + editor.bytes[last:]).decode()
                 yield Mutant("delete", node.lineno, shown, gone)
                 twice = (editor.bytes[:last] + code + editor.bytes[last:]).decode()
-                if not simple or not re.search(r"\.load\(|pointer\(|context\(|open_call\(|pending =", shown):
+                if not simple or not re.search(
+                    r"\.load\(|pointer\(|context\(|open_call\(|pending =", shown
+                ):
                     yield Mutant("duplicate", node.lineno, shown, twice)
             if number + 1 < len(block):
                 after = block[number + 1]

@@ -99,7 +99,8 @@ class Program:
             for dim in operand.type.shape
         }
 
-        self.slots = program.get("slots") is not None  # buffers and flags lie in two, and nobody acknowledges
+        # Buffers and flags lie in two slots, and nobody acknowledges.
+        self.slots = program.get("slots") is not None
         self.folded = any(op.get("folded") for op in program.find("head"))  # into the launches
         self.launches = program.find("launch")
         # Whether the launch is all of a call, and ends it too.

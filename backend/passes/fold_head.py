@@ -1,4 +1,4 @@
-"""``fold-head``: what a call begins with is done by the workers of its launches, and needs no kernel of its own."""
+"""``fold-head``: what a call begins with is done by the workers of its launches, not by a kernel of its own."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def fold_head(program: Op) -> Op:
 
     Every worker takes the number of calls that have ended plus one for its epoch, and waits itself. Streams wait
     until the first launch says that it has, and therefore come behind it: where there is one hardware queue, they
-    would hold it up otherwise. Counters are 0 when a call begins because they are cleared when one ends: by
-    the last worker, where the launch ``ends`` the call, or by the guard behind streams and other launches. Invariant: what
-    each agent comes after is what it was. A program keeps its head if the library computes in it (which reads no
-    epoch), or if an extent varies (whose value ``head`` tells the peers).
+    would hold it up otherwise. Counters are 0 when a call begins because they are cleared when one ends: by the
+    last worker, where the launch ``ends`` the call, or by the guard behind streams and other launches. Invariant:
+    what each agent comes after is what it was. A program keeps its head if the library computes in it (which
+    reads no epoch), or if an extent varies (whose value ``head`` tells the peers).
     """
     head = next(iter(program.find("head")), None)
-    if head is None or head.get("folded") or any(op.get("dynamic") for op in program.find("extent")):
+    varies = any(op.get("dynamic") for op in program.find("extent"))
+    if head is None or head.get("folded") or varies:
         return program
     agents = [op for op in program.body if op.name in _ENQUEUED]
     launches = [op for op in agents if op.name == "launch"]

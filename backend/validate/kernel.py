@@ -110,7 +110,9 @@ class KernelMachine(AccessMachine):
         if ack != ACK:
             self.hazard(f"the acknowledgements of the call before are no flags from word {ack} on")
         if not self.all or self.stage != -1 or self.trace.step or self.heard is not None:
-            self.hazard("not every worker hears that the call before has ended, before anything else")
+            self.hazard(
+                "not every worker hears that the call before has ended, before anything else"
+            )
         self.heard = streams
 
     def on_device_slot(self, ctx: Any) -> Num:

@@ -256,7 +256,10 @@ def test_a_call_copies_as_many_rows_as_it_has(rows: int, monkeypatch: pytest.Mon
     head, kernel, guard = launched
     assert (head[0], head[1][-2:]) == ("head_kernel", (rows, True))
     assert rows in [a for a in kernel[1] if isinstance(a, int)]
-    assert (guard[0], guard[1][-5:]) == ("guard_kernel", (rows, 2, True, *recorder.image.counter_words))
+    assert (guard[0], guard[1][-5:]) == (
+        "guard_kernel",
+        (rows, 2, True, *recorder.image.counter_words),
+    )
 
 
 def test_a_program_without_dynamic_rows_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

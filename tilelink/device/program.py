@@ -185,8 +185,8 @@ def open_call(
     """The :class:`Context` of a call that has no head kernel: by every CTA of every launch of the program.
 
     The epoch is that of the calls ended plus one; without flags (``SIGNALS`` is false) the call takes none. The
-    last CTA of the ``FIRST`` launch, which has the least to do, tells all ranks that this one has arrived. What peers
-    write or are sent comes behind :func:`hear_ranks`. :func:`close_call`, or the guard behind the call, clears the
+    last CTA of the ``FIRST`` launch, which has the least to do, tells all ranks that this one has arrived. What
+    peers are sent comes behind :func:`hear_ranks`. :func:`close_call`, or the guard behind the call, clears the
     counters and ends the epoch. ``program``: a number for the error record.
     """
     before = tl.load(arena + ENDED)
@@ -195,19 +195,18 @@ def open_call(
         epoch = before + 1
     ctx = Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
     _fetch_early(peers)
-    if FIRST:
-        if tl.program_id(0) == tl.num_programs(0) - 1:
-            tl.store(arena + PROGRAM, program)
-            if SIGNALS:
-                here = tl.load(arena + ARRIVED + rank)
-                if here != before:
-                    lost = Context(arena, peers, rank, before, world, progress_ns, arrival_ns)
-                    _abort(lost, EPOCH, here, before, rank, 0, 0, 4)
-                tl.store(arena + EPOCH, epoch)
-                # It carries nothing: only a wait that has run out of time looks at it.
-                flags, inside = _words(peers, world, ARRIVED + rank)
-                value = axis(MAX_WORLD) * 0 + epoch
-                tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
+    if FIRST and tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.store(arena + PROGRAM, program)
+        if SIGNALS:
+            here = tl.load(arena + ARRIVED + rank)
+            if here != before:
+                lost = Context(arena, peers, rank, before, world, progress_ns, arrival_ns)
+                _abort(lost, EPOCH, here, before, rank, 0, 0, 4)
+            tl.store(arena + EPOCH, epoch)
+            # It carries nothing: only a wait that has run out of time looks at it.
+            flags, inside = _words(peers, world, ARRIVED + rank)
+            value = axis(MAX_WORLD) * 0 + epoch
+            tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
     return ctx
 
 
@@ -219,11 +218,10 @@ def hear_ranks(ctx, ACK: tl.constexpr, STREAMS: tl.constexpr = False):
     Where the program has ``STREAMS``, the last CTA of its first launch then tells them that the call has begun.
     """
     rank_wait(ctx, ACK, ctx.epoch - 1, 0)
-    if STREAMS:
-        if tl.program_id(0) == tl.num_programs(0) - 1:
-            # Streams also copy the epoch, from where this CTA has stored it.
-            tl.debug_barrier()
-            tl.atomic_xchg(ctx.arena + BEGUN, 1, sem="release", scope="sys")
+    if STREAMS and tl.program_id(0) == tl.num_programs(0) - 1:
+        # Streams also copy the epoch, from where this CTA has stored it.
+        tl.debug_barrier()
+        tl.atomic_xchg(ctx.arena + BEGUN, 1, sem="release", scope="sys")
 
 
 @triton.jit

@@ -18,7 +18,9 @@ PROGRAM: Final = 3  # number of the program that the last head began
 # how many but the last of them have stored all that they had to.
 LEAVING: Final = 4
 ENDED: Final = 8  # calls ended on this arena: beside slots, EPOCH before a call and after it
-BEGUN: Final = 9  # 1 while a call runs whose launch has heard that every rank has ended the call before
+BEGUN: Final = (
+    9  # 1 while a call runs whose launch has heard that every rank has ended the call before
+)
 RECORD: Final = 16  # error record, RECORD_WORDS words; the first is nonzero once it is written
 RECORD_WORDS: Final = 16
 ARRIVED: Final = 64  # [MAX_WORLD] epochs: rank r has started its call number so-and-so
