@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 EVENT = re.compile(
-    r"device\.\w*(wait|notify|push|queue|finish|drain|pointer|context|open|close|hear|spoil)|\.load\(|\.store\(|tl\.load\("
+    r"device\.\w*(wait|notify|push|queue|finish|drain|pointer|context|open|close|hear|spoil)"
+    r"|\.load\(|\.store\(|tl\.load\("
     r"|tl\.store\(|tl\.dot\(|call\.(head|begin|transfer|notify|wait|launch|collective)|pending ="
-    r"|roles\.(ring|turns|pair|tiles|claim|fetch|take|give|turn|pass_turn|meet|store|send)\(|hopper\."
+    r"|roles\.(ring|turns|pair|tiles|room|claim|fetch|take|give|turn|pass_turn|meet|store|send)\(|hopper\."
     r"|roles\.(fetch_parts|fetch_remote|sum_landed)\(|roles\.delayed_|warp_specialize"
     r"|number \+=|step \+=|own \+=|at \+=|at = own|met \+="
 )
 CALLS = (
     "device.",
     "roles.delayed",
+    "roles.room",
     "roles.send",
     "roles.sum",
     "tl.store",

@@ -34,7 +34,7 @@ from tilelink.backend.emit.scope import (
 from tilelink.backend.emit.text import Writer, identifier
 from tilelink.backend.passes.bind_emitter import Product
 from tilelink.ir import At, Expr, Op, Value
-from tilelink.schedules.roles import LEAST_ROOM, SHARED_BYTES, SHARED_RESERVE
+from tilelink.schedules.roles import LEAST_ROOM, SHARED_BYTES, SHARED_RESERVE, sent_box
 
 GROUP_WARPS = 4
 REGISTERS = (232, 40)  # of a thread of a group, and of one that loads
@@ -45,7 +45,7 @@ class Roles(Loading):
 
     def __init__(self, program: Program, launch: Op, name: str) -> None:
         super().__init__(program, launch, name)
-        self.room: tuple[tuple[int, ...], str] | None = None
+        self.room: tuple[tuple[int, int], str] | None = None
         self.room_of = ""
         # The rows of the whole tile, where a group has half of them.
         self.rows: tuple[str, Dim] | None = None
@@ -476,8 +476,11 @@ class Roles(Loading):
         direct = self.room is not None and self.room[1] == decl["dtype"] and not scope.as_memory
         where = access.target(scope, op) if direct else None
         if where is not None and self.room is not None:
+            box = self.room[0]
+            if peer is not None:
+                box = sent_box(box, item_bytes(decl["dtype"]))
             peers = [None] if peer is None else range(scope.program.world)
-            names = [access.descriptor(scope, ref.symbol, self.room[0], p) for p in peers]
+            names = [access.descriptor(scope, ref.symbol, box, p) for p in peers]
             self.room_of = self.room_of or names[0]
             args = [where[0], where[1], text, "room.index(role)"]
             if peer is None:
@@ -540,8 +543,9 @@ class Roles(Loading):
             lines.append("sums = roles.turns()")
             (name,) = set(self.landing.values())
             lines.append(f"{name} = roles.tiles({self.box_of}, {self.boxes})")
-        if self.room_of:
-            lines.append(f"room = roles.tiles({self.room_of}, 2)")
+        if self.room is not None and self.room_of:
+            (rows, columns), _ = self.room
+            lines.append(f"room = roles.room({self.room_of}, {rows}, {columns})")
         return lines
 
 

@@ -102,6 +102,15 @@ class LaunchMachine(RoleMachine):
         self.rooms.append(room)
         return room
 
+    def on_roles_room(self, descriptor: Any, rows: Any, columns: Any) -> Room:
+        """``roles.room``: a tile for each group."""
+        made = self.on_roles_tiles(descriptor, GROUPS)
+        block = self.whole(rows, "a number of rows"), self.whole(columns, "a number of columns")
+        if any(whole % part for whole, part in zip(block, made.block, strict=True)):
+            self.hazard("memory by way of which tiles leave, in boxes that do not come out even")
+        self.rooms[-1] = room = replace(made, block=block, columns=made.block[1])
+        return room
+
     def on_gl_warp_specialize(self, started: Any, warps: Any, registers: Any) -> None:
         """``gl.warp_specialize``: two groups of the same function, a warp that loads, and one that may fetch."""
         self.once(None)

@@ -9,6 +9,8 @@ import numpy as np
 
 from tilelink.backend.validate.values import Data, Flow, Ints, Mask
 
+_ROW = 128  # bytes of a row of shared memory that lie beside each other, at most
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ring:
@@ -30,12 +32,21 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Room:
-    """``roles.tiles``: ``count`` boxes of shared memory of a descriptor's block and element type."""
+    """``roles.tiles``: ``count`` boxes of shared memory of a descriptor's block and element type.
+
+    ``roles.room``: of another block, that lies as a box of ``columns`` does; 0 where they are the block's.
+    """
 
     block: tuple[int, ...]
     dtype: str
     item: int
     count: int
+    columns: int = 0
+
+    def lies_as(self, columns: int) -> bool:
+        """Whether a box of ``columns`` lies in shared memory as a part of this does, in rows of the same bytes."""
+        mine = (self.columns or self.block[1]) * self.item
+        return min(_ROW, columns * self.item) == min(_ROW, mine)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

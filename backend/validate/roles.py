@@ -44,6 +44,7 @@ from tilelink.backend.validate.values import (
     options,
 )
 from tilelink.errors import Source
+from tilelink.schedules.roles import SENT_BYTES, SENT_ROW
 
 GROUPS = 2  # groups of warps that multiply
 _CELL_AXES = 2
@@ -532,11 +533,14 @@ class GroupMachine(RoleMachine):
             self.unclear("a store by a descriptor of all ranks' parts")
         tile, block = self.data(value), descriptor.block
         dtype = self.layout.declared[descriptor.symbol]["dtype"]
-        if corner.room.block != block or corner.room.dtype != dtype:
+        room = corner.room
+        if len(block) != _CELL_AXES or room.dtype != dtype or not room.lies_as(block[1]):
             self.hazard("a tile leaves by way of memory of another shape or type")
+        if block != (room.block if descriptor.peer is None else self.sent(room)):
+            self.hazard(f"tiles leave by way of memory of {room.block} in boxes of {block}")
         matrix = len(tile.shape) == _CELL_AXES and not tile.form
-        if not matrix or tile.shape[1] % block[1] or tile.shape[0] != block[0]:
-            self.unclear(f"a store of a tile of shape {tile.shape} in blocks of {block}")
+        if not matrix or tile.shape[1] % room.block[1] or tile.shape[0] != room.block[0]:
+            self.unclear(f"a store of a tile of shape {tile.shape} by way of {room.block}")
         home, first = self.rank, 0
         if descriptor.peer is not None:
             home, first = np.full(self.lanes, descriptor.peer, dtype=np.int64), 1
@@ -551,6 +555,14 @@ class GroupMachine(RoleMachine):
             lo, hi = np.column_stack((self.rank, lo)), np.column_stack((self.rank + 1, hi))
         axes = tuple(range(first, first + len(dims)))
         self.write(descriptor.symbol, "tma", self.on, home, lo, hi, tile.flows, axes)
+
+    def sent(self, room: Room) -> tuple[int, int]:
+        """The boxes in which tiles leave a room for other ranks, one when the one before has been read."""
+        columns = min(room.block[1], SENT_ROW // room.item)
+        rows = min(room.block[0], SENT_BYTES // (columns * room.item))
+        if room.block[0] % rows or room.block[1] % columns:
+            self.hazard("tiles leave for other ranks in boxes that do not come out even")
+        return rows, columns
 
     # Signals ----------------------------------------------------------------------------------
 

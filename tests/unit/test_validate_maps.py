@@ -57,6 +57,8 @@ def test_texts_are_accepted_and_their_mutants_refused(
             continue  # a wait in front of generic loads alone needs no fence
         if mutant.kind == "mask" and "k = tl.load(" in text.splitlines()[mutant.line - 1]:
             continue  # scores of keys past the last are masked too: see below
+        if mutant.kind == "swap" and mutant.what.startswith("for P_d in"):
+            continue  # the notify of Q releases what is stored of P too, and who reads P waits for both
         print_, reason = attempt(mutant.text, wanted)
         assert reason or print_ == original, f"line {mutant.line} {mutant.kind}: {mutant.what}"
         refused += bool(reason)

@@ -372,8 +372,42 @@ def sum_remote(
 
 
 @gluon.jit
+def room(descriptor, rows: gl.constexpr, columns: gl.constexpr):
+    """Shared memory by way of which tiles of two roles leave, ``rows`` x ``columns`` for each.
+
+    It lies as a box of ``descriptor`` does, which is as large or a part of it.
+    """
+    return gl.allocate_shared_memory(descriptor.dtype, [2, rows, columns], descriptor.layout)
+
+
+@gluon.jit
+def _leave(descriptor, row, column, room):
+    # From here on TMA reads the room: as one box, or box behind box.
+    rows: gl.constexpr = descriptor.block_type.shape[0]
+    columns: gl.constexpr = descriptor.block_type.shape[1]
+    down: gl.constexpr = room.shape[0] // rows
+    count: gl.constexpr = down * (room.shape[1] // columns)
+    if count == 1:
+        tma.async_copy_shared_to_global(descriptor, [row, column], room)
+    else:
+        # The columns of a box lie with all of their rows below each other.
+        boxes = room._reinterpret(room.dtype, [count, rows, columns], room.layout)
+        # The grid has one axis, which neither compiler knows. Turns of a constant number are written out, and
+        # addresses of all boxes for all ranks do not fit the uniform registers.
+        for box in tl.range(0, count * tl.num_programs(2)):
+            place = [row + box % down * rows, column + box // down * columns]
+            tma.async_copy_shared_to_global(descriptor, place, boxes.index(box))
+            tma.store_wait(pendings=0)
+
+
+@gluon.jit
 def send(descriptors, number, row, column, value, room):
-    """Store a tile through TMA, as :func:`store` does, at a place of ``descriptors[number]``.
+    """Store a tile at (``row``, ``column``) of ``descriptors[number]`` through TMA, by way of shared memory.
+
+    A tile wider than ``room`` leaves in pieces, one behind the other. A box of the descriptors is as large as
+    ``room`` or a part of it; then each box leaves when the one before has been read from shared memory, so that
+    what the SM loads meanwhile does not stand behind a whole piece. What is the last to leave has been read, not
+    more, when the next store of this role begins: see ``device.drain_tma_stores``.
 
     Every descriptor, a parameter of the kernel, is named where it is used: a choice among them beforehand
     would keep all of them in registers.
@@ -392,16 +426,12 @@ def send(descriptors, number, row, column, value, room):
         gl.thread_barrier()
         for one in tl.static_range(len(descriptors)):
             if number == one:
-                tma.async_copy_shared_to_global(descriptors[one], [row, column], room)
+                _leave(descriptors[one], row, column, room)
 
 
 @gluon.jit
 def store(descriptor, row, column, value, room):
-    """Store a tile at (``row``, ``column``) of ``descriptor`` through TMA, by way of shared memory.
-
-    ``room`` is as wide as the descriptor's box; a wider tile leaves in pieces, one behind the other.
-    It has been read, not more, when the next store of this role begins: see ``device.drain_tma_stores``.
-    """
+    """:func:`send` by the one ``descriptor``."""
     send((descriptor,), 0, row, column, value, room)
 
 
