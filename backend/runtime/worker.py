@@ -247,8 +247,9 @@ class Call(Views):
         self._current = []
         self._streams[name] = (tuple(after), self._current)
         self._done[name] = threading.Event()
-        if self._begun is not None and "head" in after:
-            self._current.append(lambda begun=self._begun: self._poll(begun, 1))
+        begun = self._begun
+        if begun is not None and "head" in after:
+            self._current.append(lambda: self._poll(begun, 1))
         yield self
 
     def wait_counter(self, name: str, index: tuple[int, ...], count: int) -> None:
