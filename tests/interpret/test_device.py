@@ -474,6 +474,79 @@ assert record[0] == 1 and record[9] == 4 and record[4] == layout.EPOCH, record
     )
 
 
+def test_a_call_with_acknowledgements_begins_and_ends_in_its_kernel(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def call(arena, peers, rank, out, limit: tl.int64, program: tl.int32, host: tl.int64):
+    ctx = device.open_call(arena, peers, rank, 2, limit, limit, program, True, True)
+    device.hear_ranks(ctx, layout_ack, True)
+    tl.store(arena + 32768, 7)
+    tl.store(out + tl.program_id(0), tl.full((), 1.0, tl.float32) * ctx.epoch)
+    if device.close_call(ctx, 32768, 32770):
+        device.rank_notify(ctx, layout_ack)
+        device.spoil(ctx, host, out, 3)
+
+host = torch.zeros(1 + layout.RECORD_WORDS, dtype=torch.int32)
+out = torch.zeros(4)
+for epoch in (1, 2, 3):
+    call[(3,)](arenas[0], peers, 0, out, 10**6, 5, host.data_ptr())
+    assert arenas[0][layout.EPOCH] == arenas[0][layout.ENDED] == epoch
+    assert [int(a[layout.ARRIVED]) for a in arenas] == [epoch, epoch]
+    assert [int(a[layout.ACK]) for a in arenas] == [epoch, epoch]
+    assert arenas[0][layout.PROGRAM] == 5 and arenas[0][layout.BEGUN] == 1
+    assert arenas[0][32768] == 0 and arenas[0][layout.LEAVING + epoch % 2 * 2] == 0
+    assert out.tolist() == [epoch] * 3 + [0] and host[0] == 0
+    # The peer acknowledges as well, or the next call waits in vain for it.
+    arenas[0][layout.ACK + 1] = epoch
+arenas[0][layout.ACK + 1] = 1
+call[(1,)](arenas[0], peers, 0, out, 10**6, 5, host.data_ptr())
+record = arenas[0][layout.RECORD : layout.RECORD + 11].tolist()
+assert record[0] == 1 and record[4] == layout.ACK + 1 and record[5:7] == [3, 1], record
+assert all(int(a[layout.ABORT]) == 1 for a in arenas)
+assert out[:3].isnan().all() and out[3] == 0 and host[0] == 1
+# A launch that is not the first tells nobody, and one without flags takes no epoch.
+@triton.jit
+def second(arena, peers, rank, out, limit: tl.int64):
+    ctx = device.open_call(arena, peers, rank, 2, limit, limit, 9, True, False)
+    tl.store(out, tl.full((), 1.0, tl.float32) * ctx.epoch)
+    ctx = device.open_call(arena, peers, rank, 2, limit, limit, 9, False, False)
+    tl.store(out + 1, tl.full((), 1.0, tl.float32) * ctx.epoch)
+
+before = arenas[1].clone()
+second[(2,)](arenas[1], peers, 1, out, 10**6)
+assert torch.equal(arenas[1], before) and out[:2].tolist() == [1, 0]
+# Something has overwritten the epoch.
+arenas[0][layout.ENDED] += 3
+arenas[0][layout.RECORD : layout.RECORD + 16] = 0
+call[(1,)](arenas[0], peers, 0, out, 10**6, 5, 0)
+record = arenas[0][layout.RECORD : layout.RECORD + 11].tolist()
+assert record[0] == 1 and record[9] == 4 and record[4] == layout.EPOCH, record
+""".replace("layout_ack", "128"),
+    )
+
+
+def test_a_guard_ends_the_call(tmp_path: Path) -> None:
+    interpreted(
+        tmp_path,
+        """
+from tilelink.backend.runtime.guard import guard_kernel
+
+arena = arenas[0]
+arena[layout.EPOCH] = 4
+arena[layout.ENDED] = 3
+for word in (layout.BEGUN, layout.LEAVING + 1, layout.LEAVING + 3, 32768, 32770, 32771):
+    arena[word] = 9
+out = torch.ones(4)
+guard_kernel[(2,)](arena, 0, out, 4, 16, True, peers, 0, 0, 2, False, 32768, 32771)
+assert arena[layout.ENDED] == 4 and out.tolist() == [1] * 4
+assert arena[32768 : 32772].tolist() == [0, 0, 0, 9]
+assert [int(arena[w]) for w in (layout.BEGUN, layout.LEAVING + 1, layout.LEAVING + 3)] == [0] * 3
+""",
+    )
+
+
 def test_words_wait_for_their_call_and_are_marked_in_time(tmp_path: Path) -> None:
     interpreted(
         tmp_path,

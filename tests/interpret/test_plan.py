@@ -11,12 +11,15 @@ import torch
 
 from tests.collectives import Group
 from tests.dynamic import program_of
+from tilelink import kernels
 from tilelink.backend.emit.triton import emit
+from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import load_module, plan, write_module
 from tilelink.backend.runtime.errors import DriverError
 from tilelink.backend.runtime.image import image_of
 from tilelink.backend.runtime.views import TORCH_DTYPES
 from tilelink.ir import Op, layout, parse_ir
+from tilelink.schedules import default_schedule
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 Log = list[tuple[Any, ...]]
@@ -163,6 +166,26 @@ def test_gather_copies_and_flags_go_to_every_peer_before_the_kernel(
     assert kinds[-4:] == ["side records", "kernel", "main waits", "kernel"]
     assert log[-3][2] == 4
     assert log[-1][1] == "guard_kernel"
+
+
+def test_streams_of_a_call_without_a_head_wait_until_its_kernel_has_begun_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for kernel in ("ag_gemm", "gemm_rs"):
+        made = compile_kernel(
+            getattr(kernels, kernel).build({"M": 64, "K": 32, "N": 48}, world=2),
+            default_schedule(
+                getattr(kernels, kernel).build({"M": 64, "K": 32, "N": 48}, world=2)
+            ).with_resource("copy_engine"),
+        )
+        recorded, log, recorder = record(made, 0, monkeypatch)
+        recorded.enqueue(1)
+        base = recorder._arenas[0].data_ptr()
+        # Forked in front of the kernel, which needs the copies; they wait for its word before anything else.
+        assert [entry[0] for entry in log[:4]] == ["main records", "kernel", "side waits", "wait"]
+        assert log[3] == ("wait", 7, base + 4 * layout.BEGUN, 1)
+        assert "head_kernel" not in [entry[1] for entry in log]
+        assert log[-1][1] == "guard_kernel" and log[-2][0] == "main waits"
 
 
 def test_scatter_stream_waits_for_its_counter_and_forks_from_the_head(

@@ -1,0 +1,114 @@
+"""Calls that begin and end in their kernels: what the pass folds, and what the proof asks of a folded head."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tilelink import kernels
+from tilelink.backend.emit.triton import emit
+from tilelink.backend.passes.fold_head import fold_head
+from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.verify import UndecidedError, verify
+from tilelink.ir import Op, parse_ir, print_ir
+from tilelink.schedules import Move, Schedule
+
+AGENTS = ("head", "launch", "stream", "collective")
+
+
+def program(kernel: str, resource: str, emitter: str = "triton", **move: object) -> Op:
+    """A small program, proven."""
+    op = getattr(kernels, kernel).build({"M": 64, "K": 32, "N": 48}, world=2)
+    tensor = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}[kernel]
+    chosen = Schedule(
+        tiles=(("K", 16), ("M", 16), ("N", 16)),
+        workers=3,
+        emitter=emitter,
+        moves=((tensor, Move(resource=resource, **move)),),  # type: ignore[arg-type]
+    )
+    return compile_kernel(op, chosen)
+
+
+def agents(made: Op) -> list[str]:
+    return [op.name for op in made.body if op.name in AGENTS]
+
+
+def folded(made: Op) -> bool:
+    return any(op.get("folded") for op in made.find("head"))
+
+
+@pytest.mark.parametrize("kernel", ["ag_gemm", "gemm_rs"])
+def test_streams_come_behind_the_first_launch_and_a_guard_ends_the_call(kernel: str) -> None:
+    made = program(kernel, "copy_engine")
+    assert folded(made) and agents(made)[:2] == ["head", "launch"] and "stream" in agents(made)
+    assert not any(op.get("ends") for op in made.find("launch"))
+    text = emit(made)
+    assert "call.begin()" in text and "call.head(" not in text
+    assert text.index("call.begin()") < text.index("call.launch(") < text.index("call.stream(")
+    # One of the first launch tells the streams; each launch waits, and takes the epoch itself.
+    assert text.count("device.open_call(") == len(made.find("launch"))
+    assert len(re.findall(r"hear_ranks\(ctx, 128, True\)", text)) == 1
+
+
+@pytest.mark.parametrize("resource", ["epilogue", "sm:1"])
+def test_a_launch_alone_ends_its_call(resource: str) -> None:
+    made = program("gemm_rs", resource, sum="epilogue")
+    assert folded(made) and agents(made) == ["head", "launch"]
+    assert made.find("launch")[0].get("ends") is True
+    text = emit(made)
+    assert "call.begin()" not in text and "call.head(" not in text
+    assert "device.close_call(" in text and "device.spoil(" in text
+
+
+def test_where_the_library_computes_or_rows_vary_the_head_is_a_kernel() -> None:
+    for made in (program("ag_gemm", "copy_engine", "library"), program("gemm_rs", "none")):
+        assert not folded(made)
+    op = kernels.ag_gemm.build({"M": 64, "K": 32, "N": 48}, world=2, dynamic=("M",))
+    varying = run_passes(op)
+    assert varying.find("head") and not folded(varying)
+
+
+def test_the_pass_changes_no_program_twice() -> None:
+    made = program("gemm_rs", "copy_engine")
+    assert fold_head(made) == made
+
+
+BAD = (
+    (r"head \{folded = true\}", "head", "ends a call begins it"),
+    (r"head \{folded = true\}", "head {folded = false}", "folded head"),
+    (r", ends = true", ", ends = false", "nothing else"),
+    (r'after = \["head"\], ', "", "`after` names it"),
+    (r"(flag @ack \{)", r"\1cleared = true, ", "counters are cleared and flags are not"),
+    (r"(counter @\S+ \{)", r"\1cleared = false, ", "counters are cleared and flags are not"),
+    (r"wait @ack\[0\.\.WORLD\] \{epoch = \(0 - 1\)\}", "", "begins and ends with ack"),
+    (r"wait @ack\[0\.\.WORLD\]", "wait @ack[0..1]", "acknowledgements of the call before"),
+)
+
+
+@pytest.mark.parametrize(("old", "new", "why"), BAD, ids=[f"{o}-{n}" for o, n, _ in BAD])
+def test_what_no_kernel_could_do_is_refused(old: str, new: str, why: str) -> None:
+    text = print_ir(program("gemm_rs", "epilogue", sum="epilogue").with_attrs(kernel_text=None))
+    broken, count = re.subn(old, new, text, count=1)
+    assert count == 1
+    with pytest.raises(UndecidedError, match=why):
+        verify(parse_ir(broken))
+
+
+def test_streams_in_front_of_the_launch_are_refused() -> None:
+    """They wait for it, and with one hardware queue it would not start."""
+    made = program("ag_gemm", "copy_engine")
+    ops = list(made.body)
+    stream = next(op for op in ops if op.name == "stream")
+    ops.remove(stream)
+    ops.insert(next(n for n, op in enumerate(ops) if op.name == "launch"), stream)
+    with pytest.raises(UndecidedError, match="within the launch behind it"):
+        verify(made.with_ops(tuple(ops)))
+
+
+def test_a_launch_beside_streams_ends_no_call() -> None:
+    made = program("ag_gemm", "copy_engine")
+    text = re.sub(r"(launch @ag_gemm \{after = \[.head.\], )", r"\1ends = true, ", print_ir(made))
+    assert "ends = true" in text
+    with pytest.raises(UndecidedError, match="a call that is nothing else"):
+        verify(parse_ir(text))
