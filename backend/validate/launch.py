@@ -104,6 +104,7 @@ class LaunchMachine(RoleMachine):
 
     def on_roles_room(self, descriptor: Any, rows: Any, columns: Any) -> Room:
         """``roles.room``: a tile for each group."""
+        self.once(next((r for r in self.rooms if r.columns), None))
         made = self.on_roles_tiles(descriptor, GROUPS)
         block = self.whole(rows, "a number of rows"), self.whole(columns, "a number of columns")
         if any(whole % part for whole, part in zip(block, made.block, strict=True)):

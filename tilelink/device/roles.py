@@ -394,7 +394,7 @@ def _leave(descriptor, row, column, room):
         boxes = room._reinterpret(room.dtype, [count, rows, columns], room.layout)
         # The grid has one axis, which neither compiler knows. Turns of a constant number are written out, and
         # addresses of all boxes for all ranks do not fit the uniform registers.
-        for box in tl.range(0, count * tl.num_programs(2)):
+        for box in tl.range(0, count, tl.num_programs(2)):
             place = [row + box % down * rows, column + box // down * columns]
             tma.async_copy_shared_to_global(descriptor, place, boxes.index(box))
             tma.store_wait(pendings=0)
