@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 EVENT = re.compile(
-    r"device\.\w*(wait|notify|push|queue|finish|drain|pointer|context|open|close|hear|spoil)"
+    r"device\.\w*(wait|notify|push|queue|finish|drain|pointer|context|open|close|spoil)"
     r"|\.load\(|\.store\(|tl\.load\("
     r"|tl\.store\(|tl\.dot\(|call\.(head|begin|transfer|notify|wait|launch|collective)|pending ="
     r"|roles\.(ring|turns|pair|tiles|room|claim|fetch|take|give|turn|pass_turn|meet|store|send)\(|hopper\."
@@ -135,9 +135,7 @@ def _statements(editor: Editor, function: ast.FunctionDef) -> Iterator[Mutant]:
                 gone = (editor.bytes[:first] + rest + editor.bytes[last:]).decode()
                 yield Mutant("delete", node.lineno, shown, gone)
                 twice = (editor.bytes[:last] + code + editor.bytes[last:]).decode()
-                if not simple or not re.search(
-                    r"\.load\(|pointer\(|context\(|open_call\(|pending =", shown
-                ):
+                if not simple or not re.search(r"\.load\(|pointer\(|context\(|pending =", shown):
                     yield Mutant("duplicate", node.lineno, shown, twice)
             if number + 1 < len(block):
                 after = block[number + 1]

@@ -70,8 +70,7 @@ class Host:
         names = tuple(n for n in op.get("after", ()) if not (begun and n == "head"))
         after = f"after={_names(names)}"
         if op.name == "head" and folded:
-            if not self.program.alone:
-                self.writer.line("call.begin()")
+            self.folded(op)
             return
         if op.name == "head":
             for inner in op.walk():
@@ -89,6 +88,16 @@ class Host:
             assert op.ref is not None
             args = [f'"{op["op"]}"', self.view(op, op.ref), self.view(op, op["to"]), after]
             self.writer.call("call.collective(", args)
+
+    def folded(self, head: Op) -> None:
+        """A head that launches have within them: its wait is theirs."""
+        program = self.program
+        heard = [(op.name, str(op.ref), str(op.get("epoch")), len(op.attrs)) for op in head.body]
+        needed = not program.slots and (program.alone or program.streams)
+        if heard != [("wait", "@ack[0..WORLD]", "-1", 1)] and (heard or needed):
+            raise refuse(head, "a folded head that waits for other than all acknowledgements")
+        if not program.alone:
+            self.writer.line("call.begin()")
 
     def launch(self, kernel: Kernel, after: str) -> None:
         """The launch of a kernel with its arguments."""

@@ -46,16 +46,20 @@ class Kernel:
 
 
 _REGISTERS = 65536  # of a multiprocessor
+_FULL = 8  # warps that use all registers if each thread has as many as it can
 
 
-def compile_options(warps: int, stages: int, words: bool) -> dict[str, int]:
-    """What Triton compiles the kernel of a launch with; ``words``: it polls words that signal themselves.
+def compile_options(warps: int, stages: int, words: bool, opens: bool = False) -> dict[str, int]:
+    """What Triton compiles the kernel of a launch with.
 
-    One CTA is on a multiprocessor, for lack of shared memory, and has all registers to itself. Left alone, the
-    assembler spills some of a kernel that polls, to make room for others.
+    ``words``: it polls words that signal themselves; ``opens``: it is a kernel of Triton that opens its call. One
+    CTA is on a multiprocessor, for lack of shared memory, and has all registers to itself. Left alone, the assembler
+    spills some of a kernel of few warps that polls, to make room for others; with eight, a thread may have as many
+    as there are in any case.
     """
     found = {"num_warps": warps, "num_stages": stages}
-    return {**found, "maxnreg": min(255, _REGISTERS // (32 * warps))} if words else found
+    whole = words or (opens and warps < _FULL)
+    return {**found, "maxnreg": min(255, _REGISTERS // (32 * warps))} if whole else found
 
 
 CONTEXT = ("arena", "peers", "rank", "progress_ns", "arrival_ns")
@@ -73,18 +77,17 @@ def heading(
     head.line(f"@{decorator}(do_not_specialize=[{names}])")
     head.call(f"def {name}(", [declare(scope, p) for p in parameters], "):")
     head.depth += 1
-    given = ["arena", "peers", "rank", str(program.world), *CONTEXT[3:], *last]
-    begin = "context"
+    given = ["arena", "peers", "rank", str(program.world), *CONTEXT[3:]]
     if program.slots:
-        begin = "begin_call"
-    elif program.folded:
-        begin = "open_call"
-        given += [str(program.acknowledged is not None), str(launch is program.launches[0])]
-    head.call(f"ctx = device.{begin}(", given)
-    if program.slots:
+        head.call("ctx = device.begin_call(", [*given, "program"])
         head.line("slot = device.slot(ctx)")
-    if launch.get("roles") is None:
-        hear(head, program, launch)
+    elif program.folded:
+        signals = program.acknowledged is not None
+        head.call("ctx = device.call_context(", [*given, str(signals)])
+        if launch.get("roles") is None:
+            open_call(head, program, launch)
+    else:
+        head.call("ctx = device.context(", given)
     for symbol, pointer in sorted(scope.buffers.items()):
         decl = program.symbols[symbol]
         text = f"device.pointer(arena, {program.offset(decl)}, {program.cell(decl)})"
@@ -96,11 +99,12 @@ def heading(
     return head
 
 
-def hear(writer: Writer, program: Program, launch: Op) -> None:
-    """Where a head is folded into a launch: its wait, and that streams may begin behind it."""
-    if program.folded and program.acknowledged is not None:
-        tells = program.streams and launch is program.launches[0]
-        writer.line(f"device.hear_ranks(ctx, {program.acknowledged}, {tells})")
+def open_call(writer: Writer, program: Program, launch: Op) -> None:
+    """What a head does that is folded into a launch: arrival, its wait, and that streams may begin behind it."""
+    if program.folded and not program.slots:
+        first = launch is program.launches[0]
+        told = (program.acknowledged, first, first and program.streams)
+        writer.line(f"device.open_call(ctx, program, {', '.join(map(str, told))})")
 
 
 def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str]) -> Kernel:

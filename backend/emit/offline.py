@@ -96,6 +96,7 @@ def compile_offline(source: str, program: Op) -> list[Compiled]:
     """
     done: list[Compiled] = []
     words = any(op.get("words") for op in program.find("buffer"))
+    folded = any(op.get("folded") for op in program.find("head"))
     with tempfile.TemporaryDirectory() as folder:
         module = Path(folder) / "emitted.py"
         # The host part needs a GPU runtime; kernels need Triton and the device library only.
@@ -108,7 +109,9 @@ def compile_offline(source: str, program: Op) -> list[Compiled]:
                 "module": str(module),
                 "kernel": kernel.name,
                 "signature": signature(program, kernel),
-                "options": compile_options(kernel.warps, kernel.stages, words),
+                "options": compile_options(
+                    kernel.warps, kernel.stages, words, folded and kernel.emitter != "gluon"
+                ),
                 "emitter": kernel.emitter,
                 "out": str(Path(folder) / kernel.name),
             }

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from tilelink.backend.emit import access, added, body, epilogue, sums
 from tilelink.backend.emit.held import Held
-from tilelink.backend.emit.kernel import hear
+from tilelink.backend.emit.kernel import open_call
 from tilelink.backend.emit.loading import Loading, volume
 from tilelink.backend.emit.loops import (
     Walk,
@@ -59,7 +59,7 @@ class Roles(Loading):
         for scope in (self.loader, self.multiply, self.fetcher):
             scope.writer.depth = 1
         # It has registers to spare for this, and all that groups do comes behind its first step.
-        hear(self.loader.writer, self.loader.program, self.launch)
+        open_call(self.loader.writer, self.loader.program, self.launch)
         self.loader.writer.line("step = 0")
         for stage, product in self.products:
             self.load_stage(stage, product)

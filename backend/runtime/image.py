@@ -67,7 +67,7 @@ class Image:
     ``dynamic``: run-time extents with their capacities, which ``tensors`` have, ``least`` their smallest
     values; ``launches`` (of emitted kernels) and ``collectives``: their symbols. ``bare``: everything is the
     library's, there is no kernel and no stream. Places of ``slots`` are those of even calls. ``ended``: the one
-    launch ends the call, and nothing is left for a guard to do.
+    launch ends the call, and nothing is left for a guard to do. ``folded``: launches do what a head does.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Image:
     bare: bool = False
     slots: int = 1
     ended: bool = False
+    folded: bool = False
 
     @property
     def outputs(self) -> tuple[Slot, ...]:
@@ -237,6 +238,7 @@ def image_of(program: Op) -> Image:
         slots=int(program.get("slots", 1)),
         ended=program.get("slots") is not None
         or any(op.get("ends") for op in program.find("launch")),
+        folded=any(op.get("folded") for op in program.find("head")),
     )
 
 

@@ -301,7 +301,9 @@ class Recorder(Views):
     ) -> None:
         """A persistent kernel of ``workers`` CTAs on the main stream."""
         self._join_main(after)
-        launch = compile_launch(kernel, workers, args, **self.options(num_warps, num_stages))
+        launch = compile_launch(
+            kernel, workers, args, **self.options(kernel, num_warps, num_stages)
+        )
         self.plan.launches.append(launch)
         self._launch(launch)
         self._end(name or self.next_name("launch"), None)

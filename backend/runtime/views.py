@@ -118,10 +118,11 @@ class Views:
         slots = self.image.flags if name in self.image.flags else self.image.counters
         return slots[name].element(tuple(index))
 
-    def options(self, warps: int, stages: int) -> dict[str, int]:
+    def options(self, kernel: Any, warps: int, stages: int) -> dict[str, int]:
         """What the kernel of a launch is compiled with."""
         words = any(buffer.encoding for buffer in self.image.buffers.values())
-        return compile_options(warps, stages, words)
+        gluon = getattr(kernel, "is_gluon", bool)()
+        return compile_options(warps, stages, words, self.image.folded and not gluon)
 
     def head_arguments(self, ack_wait: bool) -> tuple[object, ...]:
         """Arguments of ``tilelink.device.head_kernel``."""

@@ -127,10 +127,10 @@ class AccessMachine(TileCalls):
         self.wait_names: list[int] = []
         self.left = False
         self.begun = False  # the call, by the workers
-        # Beside slots: whether it takes an epoch and tells of its arrival; and, of the acknowledgements that are
-        # waited for, whether streams are told.
-        self.opened: tuple[bool, bool] | None = None
-        self.heard: bool | None = None
+        # Beside slots: whether it takes an epoch; and whether it waits for acknowledgements, tells of its
+        # arrival, and tells streams.
+        self.signals: bool | None = None
+        self.opened: tuple[bool, bool, bool] | None = None
         self.ended = False
         self.spoiled: list[str] = []  # outputs, after an abort
 

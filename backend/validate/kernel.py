@@ -84,7 +84,7 @@ class KernelMachine(AccessMachine):
         self.begun = True
         return self.on_device_context(arena, peers, rank, world, progress, arrival)
 
-    def on_device_open_call(
+    def on_device_call_context(
         self,
         arena: Any,
         peers: Any,
@@ -92,28 +92,29 @@ class KernelMachine(AccessMachine):
         world: Any,
         progress: Any,
         arrival: Any,
-        program: Any,
         signals: Any,
-        first: Any,
     ) -> Context:
-        """``device.open_call``: the context of a call that every worker of every launch begins."""
-        if not isinstance(first, bool) or not isinstance(signals, bool):
-            self.unclear("a call that begins in one way or another")
-        self.opened = (signals, first)
-        return self.on_device_begin_call(arena, peers, rank, world, progress, arrival, program)
+        """``device.call_context``: that of a call which every worker of every launch opens."""
+        if not isinstance(signals, bool):
+            self.unclear("an epoch that is taken in one way or another")
+        if self.begun or not self.all or self.stage != -1 or self.trace.step:
+            self.hazard("not every worker begins the call, before anything else")
+        self.begun, self.signals = True, signals
+        return self.on_device_context(arena, peers, rank, world, progress, arrival)
 
-    def on_device_hear_ranks(self, ctx: Any, ack: Any, streams: Any) -> None:
-        """``device.hear_ranks``: every worker waits for the acknowledgements, before all that it does."""
+    def on_device_open_call(
+        self, ctx: Any, program: Any, ack: Any, first: Any, streams: Any
+    ) -> None:
+        """``device.open_call``: every worker waits for the acknowledgements, before all that it does."""
         self.context(ctx)
-        if not isinstance(streams, bool):
-            self.unclear("streams that are told in one way or another")
-        if ack != ACK:
+        self.special(program, "program")
+        if not isinstance(first, bool) or not isinstance(streams, bool):
+            self.unclear("a call that opens in one way or another")
+        if ack is not None and ack != ACK:
             self.hazard(f"the acknowledgements of the call before are no flags from word {ack} on")
-        if not self.all or self.stage != -1 or self.trace.step or self.heard is not None:
-            self.hazard(
-                "not every worker hears that the call before has ended, before anything else"
-            )
-        self.heard = streams
+        if not self.all or self.stage != -1 or self.trace.step or self.opened is not None:
+            self.hazard("not every worker opens the call, once and before anything else")
+        self.opened = (ack is not None, first, streams)
 
     def on_device_slot(self, ctx: Any) -> Num:
         """``device.slot``."""

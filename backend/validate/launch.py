@@ -147,7 +147,7 @@ class LaunchMachine(RoleMachine):
         loader = LoaderMachine(source, self.function_of(load), *rest, loaded)
         self.role(loader, its)
         # All that groups do comes behind a step of the loader.
-        self.heard = loader.heard if self.heard is None else self.heard
+        self.opened = loader.opened if self.opened is None else self.opened
         fetcher = None
         for function, given in fetch:
             landing = Loaded(self.rings[1], self.rooms)

@@ -374,11 +374,8 @@ class Validator:
         )
         if (machine.begun, machine.ended) != (self.folded, self.alone):
             self.differs(function, "the launch does not begin and end the call as the program says")
-        opened, heard = self.opens(agent)
-        if machine.opened != opened:
+        if (machine.signals, machine.opened) != self.opens(agent):
             self.differs(function, "the launch does not begin the call as the program says")
-        if machine.heard != heard:
-            self.differs(function, "the launch does not wait for the acknowledgements as it should")
         outputs = [
             op.symbol for op in self.program.find("tensor") if op["role"] in ("out", "inout")
         ]
@@ -388,13 +385,13 @@ class Validator:
             self.differs(function, "the launch is not left through `finish_arrive`")
         return trace
 
-    def opens(self, agent: Agent) -> tuple[tuple[bool, bool] | None, bool | None]:
+    def opens(self, agent: Agent) -> tuple[bool | None, tuple[bool, bool, bool] | None]:
         """How a launch begins a call whose head it has within; see ``AccessMachine.opened``."""
         if self.slots or not self.folded:
             return None, None
         waits = bool(self.heads[0].body)
         first = self.program.find("launch")[0].symbol == agent.name
-        return (waits, first), first and bool(self.program.find("stream")) if waits else None
+        return waits, (waits, first, first and bool(self.program.find("stream")))
 
     def same_roles(self, agent: Agent, machine: LaunchMachine) -> None:
         """The roles of a launch must be those that the program gives it."""

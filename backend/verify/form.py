@@ -389,18 +389,9 @@ def _check_workers(program: Op, agents: list[Op], ends: list[Op]) -> None:
         _fail(program, "a folded head is within the launch behind it, for which all others wait")
     if any(op.get("dynamic") for op in program.find("extent")):
         _fail(head, "a folded head cannot tell the peers of an extent that varies")
-    heard = [(op.name, str(op.ref), str(op.get("epoch")), len(op.attrs)) for op in head.body]
-    if heard not in ([], [("wait", "@ack[0..WORLD]", "-1", 1)]):
-        _fail(
-            head, "a folded head waits for the acknowledgements of the call before or for nothing"
-        )
-    if not head.body and program.find("stream"):
-        _fail(head, "streams wait until the launch has heard that the call before has ended")
     for op in ends:
         if op.get("ends") is not True or len(agents) != 2:
             _fail(op, "a launch ends a call that is nothing else")
-        if not head.body or not op.find("finish"):
-            _fail(op, "a launch ends a call that begins and ends with acknowledgements")
 
 
 # What a wait or notify of a flag that words carry has no use for: it is performed by loads and stores.

@@ -33,6 +33,7 @@ from tilelink import kernels
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import interpret, pool
 from tilelink.backend.runtime.errors import RankFailed, WaitTimeout
+from tilelink.backend.runtime.image import image_of
 from tilelink.errors import TilelinkError
 from tilelink.ir import Op
 from tilelink.schedules import default_schedule
@@ -62,15 +63,15 @@ MEASURED = (
 class Case:
     """A program with its name; ``streams``: some flags are raised by copy engines.
 
-    ``slots``: the epoch in the arena is read when a call begins and written when it ends, so that what
-    overwrites it meanwhile goes unnoticed.
+    ``heals``: the kernel alone writes the epoch, when a call begins and when it ends, so that what overwrites it
+    meanwhile goes unnoticed.
     """
 
     name: str
     world: int
     program: Op
     streams: bool
-    slots: bool = False
+    heals: bool = False
 
 
 @dataclass
@@ -102,7 +103,9 @@ def case_of(kernel: str, world: int, resource: str) -> Case:
         schedule = replace(schedule, moves=moves)
     program = compile_kernel(op, schedule)
     streams = resource == "copy_engine"
-    return Case(f"{kernel} {resource} {slots}".strip(), world, program, streams, bool(slots))
+    return Case(
+        f"{kernel} {resource} {slots}".strip(), world, program, streams, image_of(program).ended
+    )
 
 
 def inputs_of(case: Case, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -186,7 +189,7 @@ def one_seed(
     (when,) = instants(case, WHEN, 1)
     if when == 0.0:
         outcome.wrong = "the fault did not happen"
-    elif fault == "delay" or (fault == "corrupt" and case.slots):
+    elif fault == "delay" or (fault == "corrupt" and case.heals):
         outcome.wrong = right(case, calls, ranks)
     else:
         waits = [instant for instant in instants(case, WAITED, case.world) if instant]

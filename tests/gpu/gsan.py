@@ -52,7 +52,7 @@ BROKEN: dict[str, tuple[str, str, Callable[[str], str]]] = {
     "no acknowledgement awaited": (
         "gemm_rs",
         "epilogue",
-        lambda s: s.replace("device.hear_ranks(", "weak.hear_nobody("),
+        lambda s: s.replace("device.open_call(", "weak.deaf_call("),
     ),
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilelink.device.signal import _word, drain_tma_stores
+from tilelink.device.signal import EPOCH, _word, drain_tma_stores
 
 
 @triton.jit
@@ -40,5 +40,8 @@ def joined_notify(ctx, pending, system: tl.constexpr = False):
 
 
 @triton.jit
-def hear_nobody(ctx, ACK: tl.constexpr, STREAMS: tl.constexpr):
-    """As `tilelink.device.hear_ranks`, waiting for no acknowledgement, and telling nobody."""
+def deaf_call(
+    ctx, program, ACK: tl.constexpr, FIRST: tl.constexpr = True, STREAMS: tl.constexpr = False
+):
+    """As `tilelink.device.open_call`, waiting for no acknowledgement, and telling nobody but streams."""
+    tl.store(ctx.arena + EPOCH, ctx.epoch)

@@ -480,8 +480,8 @@ def test_a_call_with_acknowledgements_begins_and_ends_in_its_kernel(tmp_path: Pa
         """
 @triton.jit
 def call(arena, peers, rank, out, limit: tl.int64, program: tl.int32, host: tl.int64):
-    ctx = device.open_call(arena, peers, rank, 2, limit, limit, program, True, True)
-    device.hear_ranks(ctx, layout_ack, True)
+    ctx = device.call_context(arena, peers, rank, 2, limit, limit)
+    device.open_call(ctx, program, layout_ack, True, True)
     tl.store(arena + 32768, 7)
     tl.store(out + tl.program_id(0), tl.full((), 1.0, tl.float32) * ctx.epoch)
     if device.close_call(ctx, 32768, 32770):
@@ -509,9 +509,10 @@ assert out[:3].isnan().all() and out[3] == 0 and host[0] == 1
 # A launch that is not the first tells nobody, and one without flags takes no epoch.
 @triton.jit
 def second(arena, peers, rank, out, limit: tl.int64):
-    ctx = device.open_call(arena, peers, rank, 2, limit, limit, 9, True, False)
+    ctx = device.call_context(arena, peers, rank, 2, limit, limit)
+    device.open_call(ctx, 9, None, False)
     tl.store(out, tl.full((), 1.0, tl.float32) * ctx.epoch)
-    ctx = device.open_call(arena, peers, rank, 2, limit, limit, 9, False, False)
+    ctx = device.call_context(arena, peers, rank, 2, limit, limit, False)
     tl.store(out + 1, tl.full((), 1.0, tl.float32) * ctx.epoch)
 
 before = arenas[1].clone()

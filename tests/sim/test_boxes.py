@@ -143,7 +143,7 @@ def test_copies_of_another_place_are_refused() -> None:
             verify(parse_ir(edited), kernel)
 
 
-DONE = "  counter @C.done {dims = [1], offset = 132096}\n  head do {"
+DONE = "  counter @C.done {dims = [1], offset = 132096}\n  head {folded = true} do {"
 STORED = 'store @C[%m, %n] (%c) {via = "tma"}\n'
 BEHIND = """    stage @C.again {extent = [16, 32], tile = [16, 32], workers = [4, 5]} do (%x: tile, %y: tile) {
       wait @C.done[0] {count = 8, proxy = true}
@@ -164,7 +164,7 @@ def test_nothing_is_copied_over_what_a_stage_computes(ops: str) -> None:
     op = kernels.ag_gemm.build({"M": 64, "K": 64, "N": 32}, world=2)
     text = print_ir(compile_kernel(op, schedule("ag_gemm")))
     for old, new in (
-        ("  head do {", DONE),
+        ("  head {folded = true} do {", DONE),
         (STORED, STORED + "      notify @C.done[0] {drain = true}\n"),
         ("    finish do {", BEHIND.replace("OPS", ops)),
     ):

@@ -7,10 +7,11 @@ import re
 import pytest
 
 from tilelink import kernels
+from tilelink.backend.emit.scope import CannotEmit
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.passes.fold_head import fold_head
 from tilelink.backend.pipeline import compile_kernel, run_passes
-from tilelink.backend.verify import UndecidedError, verify
+from tilelink.backend.verify import MatchError, ReuseError, UndecidedError, verify
 from tilelink.ir import Op, parse_ir, print_ir
 from tilelink.schedules import Move, Schedule
 
@@ -48,7 +49,7 @@ def test_streams_come_behind_the_first_launch_and_a_guard_ends_the_call(kernel: 
     assert text.index("call.begin()") < text.index("call.launch(") < text.index("call.stream(")
     # One of the first launch tells the streams; each launch waits, and takes the epoch itself.
     assert text.count("device.open_call(") == len(made.find("launch"))
-    assert len(re.findall(r"hear_ranks\(ctx, 128, True\)", text)) == 1
+    assert len(re.findall(r"open_call\(ctx, program, 128, True, True\)", text)) == 1
 
 
 @pytest.mark.parametrize("resource", ["epilogue", "sm:1"])
@@ -81,8 +82,6 @@ BAD = (
     (r'after = \["head"\], ', "", "`after` names it"),
     (r"(flag @ack \{)", r"\1cleared = true, ", "counters are cleared and flags are not"),
     (r"(counter @\S+ \{)", r"\1cleared = false, ", "counters are cleared and flags are not"),
-    (r"wait @ack\[0\.\.WORLD\] \{epoch = \(0 - 1\)\}", "", "begins and ends with ack"),
-    (r"wait @ack\[0\.\.WORLD\]", "wait @ack[0..1]", "acknowledgements of the call before"),
 )
 
 
@@ -93,6 +92,31 @@ def test_what_no_kernel_could_do_is_refused(old: str, new: str, why: str) -> Non
     assert count == 1
     with pytest.raises(UndecidedError, match=why):
         verify(parse_ir(broken))
+
+
+WAIT = r"wait @ack\[0\.\.WORLD\] \{epoch = \(0 - 1\)\}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(WAIT, ""), (WAIT, "wait @ack[0..1] {epoch = (0 - 1)}"), ("notify @ack", "")]
+)
+def test_calls_that_do_not_hear_of_each_other_are_refused_as_with_a_head_of_their_own(
+    old: str, new: str
+) -> None:
+    for resource in ("epilogue", "copy_engine"):
+        text = print_ir(program("gemm_rs", resource, sum="epilogue").with_attrs(kernel_text=None))
+        broken = re.sub(old if new or old == WAIT else r" *notify @ack.*\n", new, text, count=1)
+        assert broken != text
+        with pytest.raises((ReuseError, MatchError)):
+            verify(parse_ir(broken))
+
+
+@pytest.mark.parametrize("new", ["", "wait @ack[1] {epoch = (0 - 1)}", "wait @ack[0..WORLD]"])
+def test_other_waits_of_a_folded_head_have_no_code(new: str) -> None:
+    for resource in ("epilogue", "copy_engine"):
+        text = re.sub(WAIT, new, print_ir(program("gemm_rs", resource, sum="epilogue")), count=1)
+        with pytest.raises(CannotEmit):
+            emit(parse_ir(text))
 
 
 def test_streams_in_front_of_the_launch_are_refused() -> None:

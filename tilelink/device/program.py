@@ -171,57 +171,84 @@ def begin_call(arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns,
 
 
 @triton.jit
+def call_context(
+    arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns, SIGNALS: tl.constexpr = True
+):
+    """The :class:`Context` of a call that has no head kernel: in every CTA of every launch of the program.
+
+    The epoch is that of the calls ended plus one; without flags (``SIGNALS`` is false) the call takes none.
+    """
+    epoch = tl.load(arena + ENDED)
+    if SIGNALS:
+        epoch += 1
+    return Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
+
+
+@triton.jit
 def open_call(
+    ctx,
+    program,
+    ACK: tl.constexpr = None,
+    FIRST: tl.constexpr = True,
+    STREAMS: tl.constexpr = False,
+):
+    """Do what ``head_kernel`` does: by every CTA, or by the role of it that all others wait for.
+
+    ``ctx``: a :func:`call_context`. Waits until every rank has acknowledged the call before in the flags from word
+    ``ACK``; None where the program has no flags. The last CTA of the ``FIRST`` launch, which has the least to do,
+    tells all ranks that this one has arrived, and then ``STREAMS``, if there are any, that the call has begun.
+    :func:`close_call`, or the guard behind the call, clears the counters and ends the epoch. ``program``: a number
+    for the error record.
+    """
+    _open(
+        ctx.arena,
+        ctx.peers,
+        ctx.rank,
+        ctx.epoch,
+        ctx.progress_ns,
+        ctx.arrival_ns,
+        program,
+        ctx.world,
+        ACK,
+        FIRST,
+        STREAMS,
+    )
+
+
+# A function of its own: inlined, it leaves the assembler fewer registers in kernels that need all of them.
+@triton.jit(noinline=True)
+def _open(
     arena,
     peers,
     rank,
-    world: tl.constexpr,
+    epoch,
     progress_ns,
     arrival_ns,
     program,
-    SIGNALS: tl.constexpr = True,
-    FIRST: tl.constexpr = True,
+    world: tl.constexpr,
+    ACK: tl.constexpr,
+    FIRST: tl.constexpr,
+    STREAMS: tl.constexpr,
 ):
-    """The :class:`Context` of a call that has no head kernel: by every CTA of every launch of the program.
-
-    The epoch is that of the calls ended plus one; without flags (``SIGNALS`` is false) the call takes none. The
-    last CTA of the ``FIRST`` launch, which has the least to do, tells all ranks that this one has arrived. What
-    peers are sent comes behind :func:`hear_ranks`. :func:`close_call`, or the guard behind the call, clears the
-    counters and ends the epoch. ``program``: a number for the error record.
-    """
-    before = tl.load(arena + ENDED)
-    epoch = before
-    if SIGNALS:
-        epoch = before + 1
     ctx = Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
     _fetch_early(peers)
     if FIRST and tl.program_id(0) == tl.num_programs(0) - 1:
         tl.store(arena + PROGRAM, program)
-        if SIGNALS:
+        if ACK is not None:
             here = tl.load(arena + ARRIVED + rank)
-            if here != before:
-                lost = Context(arena, peers, rank, before, world, progress_ns, arrival_ns)
-                _abort(lost, EPOCH, here, before, rank, 0, 0, 4)
+            if here != epoch - 1:
+                _abort(ctx, EPOCH, here, epoch - 1, rank, 0, 0, 4)
             tl.store(arena + EPOCH, epoch)
             # It carries nothing: only a wait that has run out of time looks at it.
             flags, inside = _words(peers, world, ARRIVED + rank)
             value = axis(MAX_WORLD) * 0 + epoch
             tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
-    return ctx
-
-
-@triton.jit
-def hear_ranks(ctx, ACK: tl.constexpr, STREAMS: tl.constexpr = False):
-    """Acquire, behind :func:`open_call`: until every rank has acknowledged the call before in the flags from word
-    ``ACK``. By every CTA, or by the role of it that all others wait for.
-
-    Where the program has ``STREAMS``, the last CTA of its first launch then tells them that the call has begun.
-    """
-    rank_wait(ctx, ACK, ctx.epoch - 1, 0)
-    if STREAMS and tl.program_id(0) == tl.num_programs(0) - 1:
+    if ACK is not None:
+        rank_wait(ctx, ACK, epoch - 1, 0)
+    if FIRST and STREAMS and tl.program_id(0) == tl.num_programs(0) - 1:
         # Streams also copy the epoch, from where this CTA has stored it.
         tl.debug_barrier()
-        tl.atomic_xchg(ctx.arena + BEGUN, 1, sem="release", scope="sys")
+        tl.atomic_xchg(arena + BEGUN, 1, sem="release", scope="sys")
 
 
 @triton.jit

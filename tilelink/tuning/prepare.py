@@ -93,7 +93,9 @@ def compile_module(module: Any, image: Any) -> int:
             **_: Any,
         ) -> None:
             """Compiles a kernel for these arguments."""
-            found = compile_launch(kernel, workers, args, **self.options(num_warps, num_stages))
+            found = compile_launch(
+                kernel, workers, args, **self.options(kernel, num_warps, num_stages)
+            )
             self.compiled += 1
             self.spills += spilled(found.compiled)
 
