@@ -53,9 +53,9 @@ def compile_options(warps: int, stages: int, words: bool, opens: bool = False) -
     """What Triton compiles the kernel of a launch with.
 
     ``words``: it polls words that signal themselves; ``opens``: it is a kernel of Triton that opens its call. One
-    CTA is on a multiprocessor, for lack of shared memory, and has all registers to itself. Left alone, the assembler
-    spills some of a kernel of few warps that polls, to make room for others; with eight, a thread may have as many
-    as there are in any case.
+    CTA is on a multiprocessor, for lack of shared memory, and has all registers to itself. Left alone, the
+    assembler spills some of a kernel of few warps that polls, to make room for others; with eight, a thread may
+    have as many as there are in any case.
     """
     found = {"num_warps": warps, "num_stages": stages}
     whole = words or (opens and warps < _FULL)
@@ -104,7 +104,8 @@ def open_call(writer: Writer, program: Program, launch: Op) -> None:
     if program.folded and not program.slots:
         first = launch is program.launches[0]
         told = (program.acknowledged, first, first and program.streams)
-        writer.line(f"device.open_call(ctx, program, {', '.join(map(str, told))})")
+        name = "open_call" if launch.get("emitter") is None else "open_within"
+        writer.line(f"device.{name}(ctx, program, {', '.join(map(str, told))})")
 
 
 def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str]) -> Kernel:

@@ -29,7 +29,8 @@ def fold_head(program: Op) -> Op:
     would hold it up otherwise. Counters are 0 when a call begins because they are cleared when one ends: by the
     last worker, where the launch ``ends`` the call, or by the guard behind streams and other launches. Invariant:
     what each agent comes after is what it was. A program keeps its head if the library computes in it (which
-    reads no epoch), or if an extent varies (whose value ``head`` tells the peers).
+    reads no epoch), if an extent varies (whose value ``head`` tells the peers), or if roles load parts of sums by
+    addresses: they have no registers left.
     """
     head = next(iter(program.find("head")), None)
     varies = any(op.get("dynamic") for op in program.find("extent"))
@@ -43,6 +44,8 @@ def fold_head(program: Op) -> Op:
         return program
     if "stream" in kinds and not head.body:
         return program
+    if any(_by_addresses(op) for op in launches):
+        return program
     alone = len(agents) == 2 and bool(launches[0].find("finish"))
     early = [op for op in agents[: agents.index(launches[0])] if op.name == "stream"]
     moved = {id(op) for op in early}
@@ -55,3 +58,9 @@ def fold_head(program: Op) -> Op:
         elif id(op) not in moved:
             ops.append(op)
     return program.with_ops(tuple(ops))
+
+
+def _by_addresses(launch: Op) -> bool:
+    """Whether warps with roles load the parts of a sum themselves."""
+    sums = (op for op in launch.walk() if op.name == "load_sum" and op.operands)
+    return launch.get("roles") is not None and any(op.get("via") is None for op in sums)

@@ -116,6 +116,8 @@ class KernelMachine(AccessMachine):
             self.hazard("not every worker opens the call, once and before anything else")
         self.opened = (ack is not None, first, streams)
 
+    on_device_open_within = on_device_open_call
+
     def on_device_slot(self, ctx: Any) -> Num:
         """``device.slot``."""
         self.context(ctx)

@@ -231,6 +231,13 @@ def _open(
     STREAMS: tl.constexpr,
 ):
     ctx = Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
+    open_within(ctx, program, ACK, FIRST, STREAMS)
+
+
+@triton.jit
+def open_within(ctx, program, ACK: tl.constexpr, FIRST: tl.constexpr, STREAMS: tl.constexpr):
+    """:func:`open_call` as a part of its caller: by a role, which has other warps than a function is made for."""
+    arena, peers, rank, epoch, world = ctx.arena, ctx.peers, ctx.rank, ctx.epoch, ctx.world
     _fetch_early(peers)
     if FIRST and tl.program_id(0) == tl.num_programs(0) - 1:
         tl.store(arena + PROGRAM, program)
