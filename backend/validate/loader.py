@@ -32,6 +32,10 @@ class RoleMachine(KernelMachine):
         super().__init__(source, function, layout, workers, streamed)
         self.loaded = loaded
 
+    def on_device_open_call(self, *_: Any) -> None:
+        """``device.open_call``, which is a function of its own."""
+        self.hazard("a role calls a function, which is made for other warps than its own")
+
     def whole(self, value: Any, what: str) -> int:
         """A constant from 1."""
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

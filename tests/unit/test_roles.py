@@ -258,6 +258,8 @@ AGAIN = "roles.delayed_tile_notify(ctx, pending, True)\n"
 EARLY = "roles.store(C_128x64, 0, n_own_start, C_sum, room.index(role))"
 # What a module must not say, by what is replaced in it, and who objects.
 EDITS = [
+    (TURNS, r"device\.open_within\(", "device.open_call(", EmittedHazard),
+    (TURNS, r"device\.open_within\(.*\)", "pass", EmittedError),
     (TURNS, r"roles\.turn\(turns, number\)", "pass", EmittedHazard),
     (TURNS, r"roles\.pass_turn\(turns, number\)", "pass", EmittedHazard),
     (TURNS, r"roles\.give\(ring, at - 1\)", "pass", EmittedHazard),
