@@ -11,6 +11,7 @@ from tests.assurance.grid import Sample
 from tilelink.backend.emit.offline import compile_offline, lint
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.runtime.choose import GAIN
 from tilelink.backend.simulate.attack import attack
 from tilelink.backend.simulate.clock import predict
 from tilelink.backend.validate import EmittedError, read_module, validate
@@ -184,7 +185,9 @@ def test_the_default_uses_it_where_the_model_prefers_it(world: int, rows: int) -
     assert move.sum == ("stage" if (world, rows) == (8, 4096) else "epilogue")
     other = "epilogue" if move.sum == "stage" else "stage"
     apart = replace(schedule, moves=(("C", replace(move, sum=other)),))
-    assert predict(run_passes(op, schedule), machine) < predict(run_passes(op, apart), machine)
+    # Within what the model cannot tell apart, for which a plain call does not leave the default either.
+    taken, left = (predict(run_passes(op, s), machine) for s in (schedule, apart))
+    assert taken < (1 + GAIN) * left
     # By the library's collective there is nothing to sum.
     compile_kernel(op, schedule.with_resource("none"))
 
