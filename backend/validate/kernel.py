@@ -67,6 +67,12 @@ class KernelMachine(AccessMachine):
             self.hazard("the context is that of another rank")
         return Context()
 
+    def _begins(self) -> None:
+        """Refuses a call that some workers begin, or begin behind something else."""
+        if self.begun or not self.all or self.stage != -1 or self.trace.step:
+            self.hazard("not every worker begins the call, before anything else")
+        self.begun = True
+
     def on_device_begin_call(
         self,
         arena: Any,
@@ -79,9 +85,7 @@ class KernelMachine(AccessMachine):
     ) -> Context:
         """``device.begin_call``: the context of a call that every worker of the launch begins."""
         self.special(program, "program")
-        if self.begun or not self.all or self.stage != -1 or self.trace.step:
-            self.hazard("not every worker begins the call, before anything else")
-        self.begun = True
+        self._begins()
         return self.on_device_context(arena, peers, rank, world, progress, arrival)
 
     def on_device_call_context(
@@ -97,9 +101,8 @@ class KernelMachine(AccessMachine):
         """``device.call_context``: that of a call which every worker of every launch opens."""
         if not isinstance(signals, bool):
             self.unclear("an epoch that is taken in one way or another")
-        if self.begun or not self.all or self.stage != -1 or self.trace.step:
-            self.hazard("not every worker begins the call, before anything else")
-        self.begun, self.signals = True, signals
+        self._begins()
+        self.signals = signals
         return self.on_device_context(arena, peers, rank, world, progress, arrival)
 
     def on_device_open_call(
