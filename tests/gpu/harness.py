@@ -32,11 +32,16 @@ def free_port() -> int:
 
 
 def spawn(
-    arguments: list[str], world: int, timeout: float, env: dict[str, str] | None = None
+    arguments: list[str],
+    world: int,
+    timeout: float,
+    env: dict[str, str] | None = None,
+    gpus: int | None = None,
 ) -> list[Rank]:
     """Runs ``python ARGUMENTS`` once a rank and waits at most ``timeout`` seconds for all of them.
 
-    Once a rank has failed with an error of its own, the others get ten more seconds.
+    Once a rank has failed with an error of its own, the others get ten more seconds. Of ``gpus`` fewer than
+    ranks, several share one; the driver gives each its turn, so that they wait for each other for milliseconds.
     """
     port = free_port()
     started = time.monotonic()
@@ -49,13 +54,14 @@ def spawn(
                 "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
                 "PYTHONUNBUFFERED": "1",
                 "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
+                "LOCAL_RANK": str(rank % (gpus or world)),
                 "WORLD_SIZE": str(world),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 # Multicast objects are never needed, and can take a shared host's GPUs down.
                 "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
                 "NCCL_NVLS_ENABLE": "0",
+                "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1" if gpus and gpus < world else "0",
                 **(env or {}),
             }
             with logs[rank].open("wb") as log:

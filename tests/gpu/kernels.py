@@ -270,12 +270,28 @@ def inputs_for(case: Case, rank: int, world: int, seed: int) -> tuple[torch.Tens
     return a.to(DTYPES[case.dtype]), b.to(DTYPES[case.dtype])
 
 
+def shared(world: int) -> bool:
+    """Whether ranks share GPUs, which the library's collectives refuse."""
+    return torch.cuda.device_count() < world
+
+
+def gathered(a: torch.Tensor, group: Any = None) -> torch.Tensor:
+    """The shards of all ranks of a group, on this one's GPU."""
+    world = dist.get_world_size(group)
+    whole = torch.empty(world * a.shape[0], *a.shape[1:], dtype=a.dtype, device="cuda")
+    if not shared(dist.get_world_size()):
+        dist.all_gather_into_tensor(whole, a, group=group)
+        return whole
+    bits = a.cpu().view(torch.uint8)
+    parts = [torch.empty_like(bits) for _ in range(world)]
+    dist.all_gather(parts, bits, group=group)
+    return whole.copy_(torch.cat(parts).view(a.dtype))
+
+
 def reference(case: Case, a: torch.Tensor, b: torch.Tensor, world: int) -> torch.Tensor:
-    """The expected output of this rank, in fp32, with NCCL and cuBLAS."""
+    """The expected output of this rank, in fp32, with the library's collectives and cuBLAS."""
     if case.kernel == "ag_gemm":
-        whole = torch.empty(case.M, case.K, dtype=a.dtype, device="cuda")
-        dist.all_gather_into_tensor(whole, a)
-        return whole.float() @ b.float()
+        return gathered(a).float() @ b.float()
     total = a.float() @ b.float()
     dist.all_reduce(total)
     if case.kernel == "gemm_rs":

@@ -28,13 +28,15 @@ LIMITS = {
 SHORT = {"TILELINK_TIMEOUT": "5", "TILELINK_ARRIVAL_TIMEOUT": "5"}
 
 
-def run_test(name: str, world: int, only: str = "") -> tuple[list[dict[str, Any]], list[Rank]]:
+def run_test(
+    name: str, world: int, only: str = "", gpus: int | None = None
+) -> tuple[list[dict[str, Any]], list[Rank]]:
     """The rows that rank 0 wrote (none if it did not get that far) and what became of the ranks."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
         env = SHORT if name in ("killed", "late_mismatch", "unequal") else {}
         arguments = ["-m", "tests.gpu.worker", name, str(result), only]
-        ranks = spawn(arguments, world, LIMITS[name], env)
+        ranks = spawn(arguments, world, LIMITS[name], env, gpus)
         rows = json.loads(result.read_text()) if result.exists() else []
         # What correctness had found before it stopped.
         if not rows and name == "correctness":
@@ -94,10 +96,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_tests.json")
     parser.add_argument("--world", type=int, default=torch.cuda.device_count())
+    parser.add_argument(
+        "--share", action="store_true", help="more ranks than GPUs: several take turns on each"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="correctness: only such cases")
     parser.add_argument("tests", nargs="*", choices=[*LIMITS, []], default=[])
     args = parser.parse_args()
-    if args.world < 2 or torch.cuda.device_count() < args.world:
+    gpus = min(args.world, torch.cuda.device_count())
+    if args.world < 2 or gpus < (1 if args.share else args.world):
         print(f"skipped: {args.world} ranks need as many CUDA devices, and at least two")
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
@@ -108,7 +114,7 @@ def main() -> int:
             continue
         if name == "correctness":
             print(compile_ahead(args.world, args.only), flush=True)
-        found, ranks = run_test(name, args.world, args.only)
+        found, ranks = run_test(name, args.world, args.only, gpus)
         rows += found
         problem = failures(ranks, killed=(1,) if name == "killed" else ())
         if problem:
@@ -123,13 +129,14 @@ def main() -> int:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "world": args.world,
+            "gpus": gpus,
             "rows": rows,
         }
         (args.out / "gpu_tests.json").write_text(json.dumps(facts, indent=1))
     print("\n".join(trouble))
     print(table(rows))
     passed = sum(bool(row["ok"]) for row in rows)
-    print(f"{passed} of {len(rows)} passed on {args.world} GPUs")
+    print(f"{passed} of {len(rows)} passed, {args.world} ranks on {gpus} GPUs")
     return 0 if passed == len(rows) else 1
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.gpu.kernels import shared
 from tilelink import kernels
 from tilelink.backend.runtime.errors import WaitTimeout
 from tilelink.backend.runtime.watch import synchronize
@@ -53,6 +54,8 @@ def varying(rank: int, world: int) -> list[Row]:
         unit = 1 if name == "gemm_ar" else world
         lengths = [-(-m // unit) * unit for m in LENGTHS]
         for resource in resources:
+            if resource == "none" and shared(world):
+                continue  # the library's collectives need a GPU a rank
             moves = ((MOVED[name], Move(resource=resource)),)
             tiles = (("K", 64), ("M", 64), ("N", 128))
             schedule = Schedule(moves=moves, tiles=tiles)
