@@ -18,9 +18,12 @@ from torch.distributed import _symmetric_memory as symm_mem
 
 from tilelink.schedules.machine import Emitter, Machine
 from tilelink.tuning.ranks import Part
+from tilelink.tuning.timing import Rounds, capture
 
 CALLS = 20
 WARMUP = 5
+# Short calls are timed so many in a row, so that what ranks differ by behind a barrier does not count.
+IN_A_ROW = 10
 # (M, K, N) of products: one that ends before power limits act, one that lasts for milliseconds.
 SHORT, LONG = (4096, 4096, 4096), (16384, 8192, 8192)
 COPY_SIZES = (1 << 20, 128 << 20)
@@ -46,9 +49,9 @@ def calibrate(part: Part, base: Machine, name: str) -> tuple[Machine, list[str]]
         "l2_bytes": device.L2_cache_size,
     }
     found |= products(part, base)
+    found["launch_us"] = launch(part)
     found["emitters"] = emitters(part, replace(base, **found))
     found["hbm_gbps"] = memory(part)
-    found["launch_us"] = launch(part)
     if part.world > 1:
         found |= copies(part, base)
         found["collective_gbps"] = collectives(part, base)
@@ -67,21 +70,22 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def timed_us(part: Part, call: Callable[[], Any], calls: int = CALLS) -> float:
-    """Microseconds of one call, the median over ``calls`` of the largest over the ranks."""
-    make: Any = torch.cuda.Event
-    samples = []
-    for number in range(-WARMUP, calls):
-        begin, end = make(enable_timing=True), make(enable_timing=True)
-        part.meet()
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        if number >= 0:
-            samples.append(1000.0 * begin.elapsed_time(end))
-    by_rank = part.agreement.gather(samples)
-    return float(statistics.median(max(some) for some in zip(*by_rank, strict=True)))
+def timed_us(part: Part, call: Callable[[], Any], times: int = 1) -> float:
+    """Microseconds of one call of ``times`` in a row, the median over samples of the largest over the ranks.
+
+    Replays of a graph: what the host takes to enqueue a call is no number of the machine's GPUs.
+    """
+
+    def run(_: int) -> None:
+        for _ in range(times):
+            call()
+
+    run(0)
+    torch.cuda.synchronize()
+    samples, errors = Rounds(part).sample({"call": capture(run, 1)}, WARMUP, CALLS)
+    if errors:
+        raise RuntimeError(errors["call"])
+    return float(statistics.median(samples["call"])) / times
 
 
 def products(part: Part, base: Machine) -> dict[str, Any]:
@@ -120,7 +124,8 @@ def emitters(part: Part, machine: Machine) -> Any:
             a = torch.randn(rows, depth, device=part.device).bfloat16()
             b = torch.randn(depth, columns, device=part.device).bfloat16()
             out = a.new_empty(rows, columns)
-            times.append(timed_us(part, lambda c=call, x=(a, b, out): c(*x)) / tiles)  # type: ignore[misc]
+            us = timed_us(part, lambda c=call, x=(a, b, out): c(*x))  # type: ignore[misc]
+            times.append((us - machine.launch_us) / tiles)
         step = (times[1] - times[0]) / ((DEPTHS[1] - DEPTHS[0]) / k)
         dot = machine.dot_us(2.0 * m * n * k, "bf16", 0.0) * machine.sms
         rest = times[0] - step * DEPTHS[0] / k
@@ -171,10 +176,10 @@ def copies(part: Part, base: Machine) -> dict[str, Any]:
         return call
 
     small, large = COPY_SIZES
-    slow, fast = timed_us(part, push(small)), timed_us(part, push(large))
+    slow, fast = timed_us(part, push(small), IN_A_ROW), timed_us(part, push(large))
     rate = (large - small) / (fast - slow)
     fixed = max(0.5, slow - small / rate - base.link_latency_us)
-    behind = timed_us(part, push(small, signals=4))
+    behind = timed_us(part, push(small, signals=4), IN_A_ROW)
     return {
         "link_gbps": rate * 1e-3,
         "copy_us": fixed,
@@ -194,7 +199,7 @@ def collectives(part: Part, base: Machine) -> Any:
         for size in COLLECTIVE_SIZES:
             count = size // 2 // part.world * part.world
             all_, part_ = whole[:count], mine[: count // part.world]
-            us = timed_us(part, _collective(op, all_, part_, part.group))
+            us = timed_us(part, _collective(op, all_, part_, part.group), IN_A_ROW)
             points.append((float(size), round(size * share / us * 1e-3, 1)))
         curves[op] = tuple(points)
     return MappingProxyType({**base.collective_gbps, part.world: MappingProxyType(curves)})
