@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tilelink.backend.copying import copies_of
 from tilelink.backend.passes.common import schedule_of
 from tilelink.ir import Block, Op, Ref, Value, make
 from tilelink.schedules import ScheduleError
@@ -15,6 +16,16 @@ _NEVER = frozenset({"dot", "for_tiles", "transfer", "transpose", "reshape"})
 _REDUCE = frozenset({"sum", "max", "min"})
 # What a group cannot do in front of a sum whose parts a role that loads fetches behind its own waits.
 _BEHIND_SUM = frozenset({"load", "store", "notify", "load_sum", "for_range"})
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """The parts of a stage that copies beside products: ``before`` and ``load`` belong to the loader, which hands
+    the tile to a group; ``after``, stores and notifies, to the group."""
+
+    before: tuple[Op, ...]
+    load: Op
+    after: tuple[Op, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,9 @@ def landing_stages(launch: Op) -> list[tuple[Op, Product]]:
     them have boxes of one shape and type, and as many. They wait for nothing in front of their main loop: the
     fetcher of the parts is not the loader, which does that.
     """
-    products = [(op, split_product(op)) for op in launch.body if op.name == "stage"]
+    products = [
+        (op, split_product(op)) for op in launch.body if op.name == "stage" and not copies_of(op)
+    ]
     found = [n for n, (_, product) in enumerate(products) if product.landed is not None]
     if not found or found != list(range(found[0], found[-1] + 1)):
         return []
@@ -85,6 +98,39 @@ class Unfit(Exception):
     def __init__(self, op: Op, detail: str) -> None:
         super().__init__(detail)
         self.op, self.detail = op, detail
+
+
+def split_copies(stage: Op) -> Copies:
+    """The parts of ``stage``, which copies; Unfit where it is not of the form that roles can run.
+
+    That is: waits, the load of a tile, its stores and what they notify, for some workers, which draw the tiles
+    from one queue.
+    """
+    if stage.get("workers") is None or stage.get("queue", "static") != "dynamic":
+        raise Unfit(stage, "a stage that copies for all workers, or without a queue of its own")
+    at = next(n for n, op in enumerate(stage.body) if op.name == "load")
+    before, load, after = stage.body[:at], stage.body[at], stage.body[at + 1 :]
+    for op in before:
+        if op.name != "wait":
+            raise Unfit(op, f"a `{op.name}` in front of what is copied")
+    for op in (o for top in after for o in top.walk()):
+        if op.name in ("wait", "load") or op.get("delay") is not None:
+            raise Unfit(op, "a copy that waits, loads or holds back behind its load")
+    return Copies(before, load, after)
+
+
+def apart(launch: Op) -> Op | None:
+    """A stage of a launch with roles that shares workers with a stage that copies; None where there is none.
+
+    Whoever copies does nothing else: the roles of these workers take tiles in the order in which they are drawn.
+    """
+    workers = (0, int(launch["workers"]))
+    stages = [(op, op.get("workers", workers)) for op in launch.body if op.name == "stage"]
+    for copying, (low, high) in stages:
+        for stage, (first, last) in stages if copies_of(copying) else ():
+            if stage is not copying and first < high and low < last:
+                return stage
+    return None
 
 
 def split_product(stage: Op) -> Product:
@@ -236,7 +282,9 @@ def _split(launch: Op) -> list[Op]:
     """A launch as launches of which each has roles or has none."""
     runs: list[tuple[str, list[Op]]] = []
     for child in launch.body:
-        roles = _roles(child) if child.name == "stage" else runs[-1][0]
+        # What copies does so beside the products whose tiles it waits for.
+        own = child.name == "stage" and not (runs and _copies_beside(launch, child))
+        roles = _roles(child) if own else runs[-1][0]
         if not runs or runs[-1][0] != roles:
             runs.append((roles, []))
         runs[-1][1].append(child)
@@ -266,6 +314,26 @@ def _split(launch: Op) -> list[Op]:
     return found
 
 
+def _copies_beside(launch: Op, stage: Op) -> bool:
+    """Whether a stage copies, for workers of its own; ScheduleError where roles cannot run it."""
+    if not copies_of(stage) or stage.get("workers") is None:
+        return False
+    try:
+        split_copies(stage)
+        shared = apart(launch)
+        if shared is not None:
+            raise Unfit(shared, "workers that copy and multiply")
+    except Unfit as unfit:
+        raise _refused(unfit, stage) from None
+    return True
+
+
+def _refused(unfit: Unfit, stage: Op) -> ScheduleError:
+    return ScheduleError(
+        unfit.op.span or stage.span, field="emitter", detail=unfit.detail, help="use triton"
+    )
+
+
 def _roles(stage: Op) -> str:
     """How warp groups share the tiles of a stage; the empty text where it multiplies nothing."""
     try:
@@ -274,7 +342,5 @@ def _roles(stage: Op) -> str:
         if stage.get("workers") is not None:
             raise Unfit(stage, "workers that copy beside those that multiply")
     except Unfit as unfit:
-        raise ScheduleError(
-            unfit.op.span or stage.span, field="emitter", detail=unfit.detail, help="use triton"
-        ) from None
+        raise _refused(unfit, stage) from None
     return ""

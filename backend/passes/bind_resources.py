@@ -15,6 +15,7 @@ from tilelink.backend.passes.common import (
     drawn,
     moved,
     schedule_of,
+    tasks_of_stage,
     tensors_of,
 )
 from tilelink.backend.passes.worker_copies import copying_stage
@@ -199,8 +200,10 @@ def _copies(
 def _by_workers(program: Op, info: Moved) -> Op:
     """A stage of copies run by the first N workers, which then join the rest.
 
-    Where kernels that multiply are not ours, or their warps have roles, it is a launch of its own before them, and
-    a call is no single kernel: ScheduleError with two slots.
+    Where kernels that multiply are not ours, or their warps have roles, what gathers is a launch of its own before
+    them, and a call is no single kernel: ScheduleError with two slots. What scatters is drawn tile by tile from a
+    queue by workers that do nothing else, where warps have roles: such workers are not all as fast, since those of
+    one part of the device share its way to the links.
     """
     schedule = schedule_of(program)
     alone = info.kind == "gather" and schedule.emitter != "triton"
@@ -212,14 +215,18 @@ def _by_workers(program: Op, info: Moved) -> Op:
             f"with `{schedule.emitter}`",
             help="use 1 slot, or the emitter triton",
         )
-    stage, workers = copying_stage(program, info, alone), schedule.move(info.name).sm_workers
+    roles = schedule.emitter == "gluon"
+    stage, workers = (
+        copying_stage(program, info, alone or roles),
+        schedule.move(info.name).sm_workers,
+    )
     if alone:
         return _ahead(program, info, stage.with_attrs(workers=None), workers)
     ops: list[Op] = []
     counters: list[Op] = []
     for op in program.body:
         if op.name == "launch":
-            op, new = _join(op, info, stage, workers)
+            op, new = (_beside if roles else _join)(program, op, info, stage, workers)
             counters += new
         ops.append(op)
     return add_declarations(program.with_ops(tuple(ops)), *counters)
@@ -270,7 +277,7 @@ def _without_waits(launch: Op, info: Moved) -> tuple[Op, tuple[Op, ...]]:
     return launch.with_ops(tuple(kept)), waits
 
 
-def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op]]:
+def _join(program: Op, launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op]]:
     """Put the transfers where their data is ready, and give the other work to those who are free."""
     stages = list(launch.body)
     if info.kind == "gather":
@@ -285,14 +292,7 @@ def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op
                 stages[i], counter = drawn(stages[i])
                 counters.append(counter)
         return launch.with_ops((stage, *stages)), counters
-    at = max(
-        (
-            i
-            for i, s in enumerate(stages)
-            if any(True for _ in accesses(s, f"{info.name}.partial", "store"))
-        ),
-        default=None,
-    )
+    at = _last_partial(launch, info)
     if at is None:
         return launch, []
     total = int(launch["workers"])
@@ -306,6 +306,33 @@ def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op
             counters.append(counter)
     stages.insert(at + 1, stage)
     return launch.with_ops(tuple(stages)), counters
+
+
+def _last_partial(launch: Op, info: Moved) -> int | None:
+    """The last stage of ``launch`` that stores contributions; None where none does."""
+    name = f"{info.name}.partial"
+    stored = [n for n, op in enumerate(launch.body) if any(accesses(op, name, "store"))]
+    return stored[-1] if stored else None
+
+
+def _beside(program: Op, launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op]]:
+    """Copies drawn from a queue by the first workers, all of whose time they take; the others do the rest."""
+    at = _last_partial(launch, info)
+    if at is None:
+        return launch, []
+    total = int(launch["workers"])
+    rest: list[Op] = []
+    taken: int | str | None = 0
+    for op in launch.body:
+        if op.name == "stage":
+            # Each queue goes on where the one before it ended.
+            turn = taken % (total - workers) if isinstance(taken, int) else 0
+            first = turn if op.get("first") is not None else None
+            op = op.with_attrs(workers=(workers, total), first=first or None)
+            taken = tasks_of_stage(program, op)
+        rest.append(op)
+    copies, counter = drawn(stage)
+    return launch.with_ops((*rest[: at + 1], copies, *rest[at + 1 :])), [counter]
 
 
 def _by_collective(program: Op, info: Moved) -> Op:

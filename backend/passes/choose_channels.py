@@ -458,7 +458,9 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
     channel_rows = min(wanted, info.shard)
     tile = channel_rows
     if move.copies == "boxes":
-        tile = box_length(channel_rows, BOX_ROWS)
+        # Where warps have roles, boxes go by way of the ring of operands: of whole tiles' rows.
+        most = rows if schedule_of(program).emitter == "gluon" else BOX_ROWS
+        tile = box_length(channel_rows, most)
     elif move.sm_workers:
         tile = max(1, min(channel_rows, SM_TILE_BYTES // _row_bytes(program, tensor, info)))
         # Along an inner axis a copy is of rows: its columns are as many in every copy.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tilelink.backend.copying import copies_of
 from tilelink.backend.passes.bind_emitter import Product, landing_stages, split_product
 from tilelink.ir import DTYPES, Op
 from tilelink.schedules.roles import TURNS, landing_slots
@@ -44,7 +45,8 @@ def _landing(program: Op, launch: Op) -> int:
     rows, columns = (int(n) for n in stage["tile"])
     tile = rows, columns, int(product.loop["tile"][0])
     dtype = product.loads[0].results[0].type.dtype
-    parts = [(op, split_product(op)) for op in launch.body if op.name == "stage"]
+    stages = (op for op in launch.body if op.name == "stage" and not copies_of(op))
+    parts = [(op, split_product(op)) for op in stages]
     extra = max(_laid_out(program, *part, dtype) for part in parts)
     return landing_slots(int(launch["stages"]), tile, len(product.loads) - 1, DTYPES[dtype], extra)
 

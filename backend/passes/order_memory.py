@@ -163,10 +163,11 @@ def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
     # With roles, operands stay in shared memory.
     through_registers = frozenset[str]() if roles else touched(launch.body)
     children: list[Op] = []
+    copied = roles and any(copies_of(child) for child in launch.body if child.name == "stage")
     undrained = False  # whether TMA stores of stages so far may be under way, none of which signals
     for number, child in enumerate(launch.body):
         if child.name == "stage":
-            child, held = _stage(program, child, through_registers, roles, undrained)
+            child, held = _stage(program, child, through_registers, roles, undrained, copied)
             children.append(child)
             undrained |= not _signals(child) and any(map(_leaves, child.walk()))
             behind = launch.body[number + 1 : number + 2]
@@ -195,12 +196,19 @@ def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
 
 
 def _stage(
-    program: Op, stage: Op, through_registers: frozenset[str], roles: bool, undrained: bool
+    program: Op,
+    stage: Op,
+    through_registers: frozenset[str],
+    roles: bool,
+    undrained: bool,
+    awaited: bool,
 ) -> tuple[Op, bool]:
     """The stage with its paths, and whether it holds a notify back; ``undrained``: stores of an earlier one are.
 
     With ``roles`` a group holds back its own: its next tile, and not the worker's, comes in between. What
-    it does not hold back it drains at once: the warps that store are not those that load the next tile.
+    it does not hold back it drains at once: the warps that store are not those that load the next tile. So too
+    where workers of the same launch wait for it (``awaited``), to copy it: it is stored to this GPU's memory, and
+    that the other group multiplies meanwhile hides what the drain takes.
     """
     signals = any(op.name == "notify" and not _carried(program, op) for op in stage.walk())
     # A stage that sums in its epilogue is written with nested loops, and tells all ranks.
@@ -210,6 +218,7 @@ def _stage(
     static = stage.get("queue", "static") == "static"
     tells = sums and static and all(_tells(op) for op in stage.body if _signals(op))
     held = signals and _ends(stage) and (can_flatten(program, stage) or (tells and not roles))
+    held = held and not awaited
     blocks, starts = _blocks(program, stage), starts_of(program, stage)
     short = any(op.get("words") for op in program.find("buffer"))
     landed = roles and not held and _lands(program, stage)
@@ -243,7 +252,7 @@ def _stage(
         if short and op.name == "store":
             return op
         local = op.get("peer") is None
-        direct = not signals or roles if local else sends and not roles
+        direct = not signals or roles if local else sends and (copied or not roles)
         if op.name == "store" and (held or direct):
             assert op.ref is not None
             if _boxed(program, op.ref, blocks, starts, store=True, peer=not local, pieces=copied):

@@ -32,13 +32,13 @@ TILE_BYTES = 128 * 1024
 LEAST_COLUMNS = 32
 
 
-def copying_stage(program: Op, info: Moved, alone: bool = False) -> Op:
+def copying_stage(program: Op, info: Moved, shared: bool = False) -> Op:
     """The stage of ``@A.push``: tasks of the first N workers, which copy and signal.
 
-    ``alone``: it is a launch of its own, whose tiles of boxes need not fit registers.
+    ``shared``: boxes go by way of shared memory, so that those of a tile need not fit registers.
     """
     if schedule_of(program).move(info.name).copies == "boxes":
-        return _boxes(program, info, alone)
+        return _boxes(program, info, shared)
     return _rows(program, info)
 
 
@@ -89,7 +89,7 @@ def _rows(program: Op, info: Moved) -> Op:
     return _stage(program, info, (ranks, rows) if info.spread else (rows, ranks), body)
 
 
-def _boxes(program: Op, info: Moved, alone: bool) -> Op:
+def _boxes(program: Op, info: Moved, shared: bool) -> Op:
     """Boxes of rows and columns, which TMA can copy: a task loads one, and stores it into all peers.
 
     ::
@@ -117,7 +117,7 @@ def _boxes(program: Op, info: Moved, alone: bool) -> Op:
     most = min(BOX_COLUMNS, max(1, BOX_BYTES // (info.tile * size)))
     columns = box_length(lengths[across], most)
     rows = info.tile
-    if alone:
+    if shared:
         columns = _widened(program, info, lengths[across], columns, rows * size)
     if min(rows if info.axis else columns, 1 << 20) * size < LEAST_COLUMNS:
         box = f"{columns} x {rows}" if info.axis else f"{rows} x {columns}"

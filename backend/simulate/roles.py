@@ -1,12 +1,12 @@
 """Workers whose warps have roles: a loader that runs ahead, and groups that store behind it.
 
-Of a task, everything up to its main loop is the loader's, the rest a group's; behind the loop, a sum of parts
-that come through TMA and what stands in front of it is the loader's too, or, where these parts land in a ring of
-their own, a fetcher's. Loader and fetcher go through
-their tasks without waiting for any group, further ahead than a ring of slots would let them; groups that take
-turns have every other task each. All of them are agents with clocks of their own, so what one task of a
-worker stores is in no order with what its next task loads, unless the program says so; nor is what a fetcher reads
-with what the loader of its worker has waited for.
+Of a task, everything up to its main loop, or up to the load of what it copies, is the loader's, the rest a
+group's; behind the loop, a sum of parts that come through TMA and what stands in front of it is the loader's too, or,
+where these parts land in a ring of their own, a fetcher's. Loader and fetcher go through their tasks without
+waiting for any group, further ahead than a ring of slots would let them; groups that take turns have every other
+task each. Tasks of a dynamic queue are drawn by the loader. All of them are agents with clocks of their own, so
+what one task of a worker stores is in no order with what its next task loads, unless the program says so; nor is
+what a fetcher reads with what the loader of its worker has waited for.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from tilelink.backend.copying import copies_of
 from tilelink.backend.simulate.memory import Clock
 from tilelink.ir import Op
 
@@ -60,8 +61,9 @@ class Share:
 def shares_of(launch: Op, stage: Op) -> list[Share]:
     """What the roles that load, and behind them a group, do of each task of a stage."""
     loop = sums = -1
+    copies = bool(copies_of(stage))
     for number, op in enumerate(stage.body):
-        if any(o.name == "dot" for o in op.walk()):
+        if any(o.name == "dot" for o in op.walk()) or (copies and op.name == "load"):
             loop = number
         elif op.name == "load_sum" and op.operands and op.get("via") == "tma":
             sums = number

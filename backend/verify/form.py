@@ -12,7 +12,13 @@ import numpy as np
 
 from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import environment, evaluate, loop_tiles, tile_sizes
-from tilelink.backend.passes.bind_emitter import Unfit, landing_stages, split_product
+from tilelink.backend.passes.bind_emitter import (
+    Unfit,
+    apart,
+    landing_stages,
+    split_copies,
+    split_product,
+)
 from tilelink.backend.product import NotAProduct, product_of
 from tilelink.backend.verify.errors import UndecidedError
 from tilelink.ir import All, At, Broadcast, Expr, Op, Range, Ref, Value, parse_ir
@@ -163,9 +169,12 @@ class _Checker:
             if child.name != "stage":
                 continue
             try:
-                split_product(child)
+                split_copies(child) if copies_of(child) else split_product(child)
             except Unfit as unfit:
                 _fail(unfit.op, f"with roles, a stage has no {unfit.detail.removeprefix('a ')}")
+        shared = apart(launch) if roles else None
+        if shared is not None:
+            _fail(shared, "with roles, workers that copy do nothing else")
         self.landing(launch)
 
     def landing(self, launch: Op) -> None:
