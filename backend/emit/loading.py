@@ -6,15 +6,23 @@ that a group gives back (:mod:`tilelink.device.roles`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilelink.backend.emit import access, added, body
+from tilelink.backend.copying import copies_of
+from tilelink.backend.emit import access, added, body, forwarding
 from tilelink.backend.emit.kernel import among, turned
 from tilelink.backend.emit.loops import Walk, announce, decode, place_tile, total
 from tilelink.backend.emit.scope import Program, Scope, item_bytes, origin, refuse_roles
 from tilelink.backend.emit.text import Writer, identifier
-from tilelink.backend.passes.bind_emitter import Product, Unfit, split_product
+from tilelink.backend.passes.bind_emitter import (
+    Copies,
+    Product,
+    Unfit,
+    split_copies,
+    split_product,
+)
 from tilelink.ir import Op
 from tilelink.schedules.roles import HALVES
 
@@ -50,6 +58,7 @@ class Loading:
         self.loader = Scope(program, Writer(), stages=self.slots)
         self.loader.used |= {"ctx", "token", "q", "step", "slot", "ring", "rank", "role", "number"}
         self.loader.used |= {"turns", "pair", "room", "met", "at", "last", "landing", "sums", "own"}
+        self.loader.used |= {"orders", "taken"}
         self.loader.contracted = access.contracted(launch.body)
         self.ring: Ring | None = None
         self.landing: dict[int, str] = {}  # the tiles of the ring that parts land in, by their sum
@@ -57,9 +66,15 @@ class Loading:
         self.boxes = int(launch.get("landing", 0))
         self.box: tuple[tuple[int, ...], str] | None = None
         self.box_of = ""  # its descriptor
-        stages = launch.find("stage")
+        # Of the stages, in their order, those that multiply, and those that copy beside them.
+        self.products: list[tuple[Op, Product]] = []
+        self.copies: dict[int, Copies] = {}
         try:
-            self.products = [(stage, split_product(stage)) for stage in stages]
+            for stage in launch.find("stage"):
+                if copies_of(stage):
+                    self.copies[id(stage)] = split_copies(stage)
+                else:
+                    self.products.append((stage, split_product(stage)))
         except Unfit as unfit:
             raise refuse_roles(unfit.op, unfit.detail) from None
         self.fetcher = self.another()
@@ -135,6 +150,31 @@ class Loading:
                     # nobody but this worker.
                     self._land(scope, product, product.landed, (block, name))
         self.forget(scope)
+
+    def in_order(self) -> Iterator[tuple[Op, Product | Copies]]:
+        """The stages of the launch, each with its parts."""
+        products = {id(stage): product for stage, product in self.products}
+        for stage in self.launch.find("stage"):
+            yield stage, products.get(id(stage)) or self.copies[id(stage)]
+
+    def load_stages(self) -> None:
+        """The loader: what it does of every stage."""
+        self.loader.writer.line("step = 0")
+        if self.copies:
+            self.loader.writer.line("number = 0")
+        for stage, parts in self.in_order():
+            if isinstance(parts, Product):
+                self.load_stage(stage, parts)
+            else:
+                forwarding.load_stage(self.loader, self.launch, stage, parts, self.tiles())
+                self.forget(self.loader)
+        self.loader.writer.prune()
+
+    def tiles(self) -> list[forwarding.Tile]:
+        """What a slot of the ring holds."""
+        if self.ring is None:
+            raise refuse_roles(self.launch, "copies in front of every product")
+        return [(name, *of) for name, of in zip(self.ring.names, self.ring.blocks, strict=True)]
 
     def fetch_stages(self) -> None:
         """The fetcher: it goes through the tiles that have a sum of parts, in the order of the worker's queue.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from tilelink.backend.emit import access, added, body, epilogue, sums
+from tilelink.backend.emit import access, added, body, epilogue, forwarding, sums
 from tilelink.backend.emit.held import Held
 from tilelink.backend.emit.kernel import open_call
 from tilelink.backend.emit.loading import Loading, volume
@@ -60,10 +60,7 @@ class Roles(Loading):
             scope.writer.depth = 1
         # It has registers to spare for this, and all that groups do comes behind its first step.
         open_call(self.loader.writer, self.loader.program, self.launch)
-        self.loader.writer.line("step = 0")
-        for stage, product in self.products:
-            self.load_stage(stage, product)
-        self.loader.writer.prune()
+        self.load_stages()
         self.fetch_stages()
         self.multiply.used |= {*self.loader.descriptors.values(), *self.landing.values()}
         self.multiply.used |= {*self.loader.pointers.values(), *self.loader.buffers.values()}
@@ -76,8 +73,12 @@ class Roles(Loading):
         if self.boxes:
             writer.line("own = 0")
         writer.let("met", "0")
-        for stage, product in self.products:
-            self._multiply_stage(stage, product, self._flushed(stage))
+        for stage, parts in self.in_order():
+            if isinstance(parts, Product):
+                self._multiply_stage(stage, parts, self._flushed(stage))
+            else:
+                forwarding.forward_stage(self.multiply, self.launch, stage, parts, self.tiles())
+                self.forget(self.multiply)
         if self.multiply.program.alone:
             writer.line("device.drain_tma_stores()")  # see `device.close_call`
         writer.prune()
@@ -543,6 +544,8 @@ class Roles(Loading):
             lines.append("sums = roles.turns()")
             (name,) = set(self.landing.values())
             lines.append(f"{name} = roles.tiles({self.box_of}, {self.boxes})")
+        if self.copies:
+            lines.append("orders = roles.orders()")
         if self.room is not None and self.room_of:
             (rows, columns), _ = self.room
             lines.append(f"room = roles.room({self.room_of}, {rows}, {columns})")

@@ -132,6 +132,76 @@ def pass_turn(turns, number):
     mbarrier.arrive(turns.index((number + 1) % 2), count=1)
 
 
+class Orders(NamedTuple):
+    """``ring``: a ring of places in a queue, each of which both groups read; ``places``: what it holds."""
+
+    ring: object
+    places: object
+
+
+# How far the loader is ahead of the slower group, in tiles that it has drawn.
+ORDERS: tl.constexpr = tl.constexpr(4)
+# Boxes that leave while the next ones land: of fewer, the link waits for shared memory.
+LEAVING: tl.constexpr = tl.constexpr(2)
+
+
+@gluon.jit
+def orders():
+    """What the loader of a worker that copies hands to its groups: where in the queue each tile stands."""
+    places = gl.allocate_shared_memory(gl.int32, [ORDERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return Orders(ring(ORDERS, 2), places)
+
+
+@gluon.jit
+def order(orders, number, place):
+    """The loader has drawn ``place`` of the queue as tile ``number`` of its worker; at last, one behind the end."""
+    slot = number % orders.ring.slots
+    mbarrier.wait(orders.ring.free.index(slot), ((number // orders.ring.slots) & 1) ^ 1)
+    orders.places.index(slot).store(
+        gl.full([1], place, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    )
+    mbarrier.arrive(orders.ring.full.index(slot), count=1)
+
+
+@gluon.jit
+def ordered(orders, number):
+    """The place in the queue of tile ``number`` of this worker, as soon as it has been drawn; by both groups."""
+    slot = take(orders.ring, number)
+    place = gl.max(orders.places.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
+    gl.thread_barrier()
+    give(orders.ring, number)
+    return place
+
+
+@gluon.jit
+def forward(descriptors, number, row, column, tile):
+    """Store what lies in ``tile``, of a slot that was taken, at (``row``, ``column``) of ``descriptors[number]``.
+
+    Every descriptor is named where it is used, as :func:`send` does.
+    """
+    for one in tl.static_range(len(descriptors)):
+        if number == one:
+            tma.async_copy_shared_to_global(descriptors[one], [row, column], tile)
+
+
+@gluon.jit
+def forwarded(ring, step, first, stores: gl.constexpr):
+    """What lies in the slot of ``step`` is on its way, by ``stores`` stores: give back the slot ``LEAVING`` before.
+
+    Its stores have been read from shared memory then. ``first`` is the tile's first step.
+    """
+    tma.store_wait(pendings=LEAVING * stores)
+    give(ring, step - LEAVING, step - LEAVING >= first)
+
+
+@gluon.jit
+def all_forwarded(ring, step, first):
+    """Behind the last box of a tile, of steps from ``first`` up to ``step``: give back what is left."""
+    tma.store_wait(pendings=0)
+    for back in tl.static_range(LEAVING):
+        give(ring, step - LEAVING + back, step - LEAVING + back >= first)
+
+
 @gluon.jit
 def pair():
     """Where two roles meet that each have half of a tile."""
