@@ -322,7 +322,7 @@ def _beside(program: Op, launch: Op, info: Moved, stage: Op, workers: int) -> tu
         return launch, []
     total = int(launch["workers"])
     rest: list[Op] = []
-    taken: int | str | None = 0
+    taken: Expr | int = 0
     for op in launch.body:
         if op.name == "stage":
             # Each queue goes on where the one before it ended.

@@ -154,7 +154,7 @@ def orders():
 
 @gluon.jit
 def order(orders, number, place):
-    """The loader has drawn ``place`` of the queue as tile ``number`` of its worker; at last, one behind the end."""
+    """The loader has drawn ``place`` of the queue as tile ``number`` of its worker; at last one behind the end."""
     slot = number % orders.ring.slots
     mbarrier.wait(orders.ring.free.index(slot), ((number // orders.ring.slots) & 1) ^ 1)
     orders.places.index(slot).store(
@@ -186,7 +186,7 @@ def forward(descriptors, number, row, column, tile):
 
 @gluon.jit
 def forwarded(ring, step, first, stores: gl.constexpr):
-    """What lies in the slot of ``step`` is on its way, by ``stores`` stores: give back the slot ``LEAVING`` before.
+    """What lies in the slot of ``step`` is on its way, by ``stores`` stores: give back that of ``LEAVING`` before.
 
     Its stores have been read from shared memory then. ``first`` is the tile's first step.
     """
