@@ -171,9 +171,14 @@ class Loading:
         self.loader.writer.prune()
 
     def tiles(self) -> list[forwarding.Tile]:
-        """What a slot of the ring holds."""
+        """What a slot of the ring holds: in front of all products, what the first of these needs."""
         if self.ring is None:
-            raise refuse_roles(self.launch, "copies in front of every product")
+            writer, used = self.loader.writer, set(self.loader.used)
+            self.loader.writer = Writer()
+            self.load_stage(*self.products[0])
+            assert self.ring is not None
+            self.loader.writer, self.loader.used = writer, used | set(self.ring.names)
+        assert self.ring is not None
         return [(name, *of) for name, of in zip(self.ring.names, self.ring.blocks, strict=True)]
 
     def fetch_stages(self) -> None:

@@ -281,10 +281,12 @@ def bind_emitter(program: Op) -> Op:
 def _split(launch: Op) -> list[Op]:
     """A launch as launches of which each has roles or has none."""
     runs: list[tuple[str, list[Op]]] = []
+    beside = {id(op) for op in launch.body if op.name == "stage" and _copies_beside(launch, op)}
+    products = [op for op in launch.body if op.name == "stage" and id(op) not in beside]
     for child in launch.body:
-        # What copies does so beside the products whose tiles it waits for.
-        own = child.name == "stage" and not (runs and _copies_beside(launch, child))
-        roles = _roles(child) if own else runs[-1][0]
+        # What copies does so beside products: those that it reads, or the first of those that wait for it.
+        near = child if child in products else None if runs else products[0]
+        roles = _roles(near) if near is not None else runs[-1][0]
         if not runs or runs[-1][0] != roles:
             runs.append((roles, []))
         runs[-1][1].append(child)

@@ -12,6 +12,7 @@ from tilelink.backend.passes.common import (
     Moved,
     accesses,
     add_declarations,
+    copied_beside,
     drawn,
     moved,
     schedule_of,
@@ -200,13 +201,14 @@ def _copies(
 def _by_workers(program: Op, info: Moved) -> Op:
     """A stage of copies run by the first N workers, which then join the rest.
 
-    Where kernels that multiply are not ours, or their warps have roles, what gathers is a launch of its own before
-    them, and a call is no single kernel: ScheduleError with two slots. What scatters is drawn tile by tile from a
-    queue by workers that do nothing else, where warps have roles: such workers are not all as fast, since those of
-    one part of the device share its way to the links.
+    Where warps have roles they do nothing else, and draw tiles from a queue: they are not all as fast, since those
+    of one part of the device share its way to the links. Where kernels that multiply are not ours, or tiles that
+    span shards wait for all copies, what gathers is a launch of its own before them, and a call is no single
+    kernel: ScheduleError with two slots.
     """
     schedule = schedule_of(program)
-    alone = info.kind == "gather" and schedule.emitter != "triton"
+    beside = copied_beside(program, info.name)
+    alone = info.kind == "gather" and schedule.emitter != "triton" and not beside
     if alone and schedule.move(info.name).slots != 1:
         raise ScheduleError(
             program.declared(info.name).span,
@@ -215,18 +217,15 @@ def _by_workers(program: Op, info: Moved) -> Op:
             f"with `{schedule.emitter}`",
             help="use 1 slot, or the emitter triton",
         )
-    roles = schedule.emitter == "gluon"
-    stage, workers = (
-        copying_stage(program, info, alone or roles),
-        schedule.move(info.name).sm_workers,
-    )
+    workers = schedule.move(info.name).sm_workers
+    stage = copying_stage(program, info, shared=alone or beside)
     if alone:
         return _ahead(program, info, stage.with_attrs(workers=None), workers)
     ops: list[Op] = []
     counters: list[Op] = []
     for op in program.body:
         if op.name == "launch":
-            op, new = (_beside if roles else _join)(program, op, info, stage, workers)
+            op, new = (_beside if beside else _join)(program, op, info, stage, workers)
             counters += new
         ops.append(op)
     return add_declarations(program.with_ops(tuple(ops)), *counters)
@@ -317,7 +316,11 @@ def _last_partial(launch: Op, info: Moved) -> int | None:
 
 def _beside(program: Op, launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op]]:
     """Copies drawn from a queue by the first workers, all of whose time they take; the others do the rest."""
-    at = _last_partial(launch, info)
+    if info.kind == "gather":
+        at = 0 if any(accesses(launch, f"{info.name}.all", "load")) else None
+    else:
+        last = _last_partial(launch, info)
+        at = None if last is None else last + 1
     if at is None:
         return launch, []
     total = int(launch["workers"])
@@ -332,7 +335,7 @@ def _beside(program: Op, launch: Op, info: Moved, stage: Op, workers: int) -> tu
             taken = tasks_of_stage(program, op)
         rest.append(op)
     copies, counter = drawn(stage)
-    return launch.with_ops((*rest[: at + 1], copies, *rest[at + 1 :])), [counter]
+    return launch.with_ops((*rest[:at], copies, *rest[at:])), [counter]
 
 
 def _by_collective(program: Op, info: Moved) -> Op:

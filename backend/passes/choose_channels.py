@@ -10,10 +10,12 @@ from tilelink.backend.passes.common import (
     UnsupportedProgram,
     accesses,
     add_declarations,
+    copied_beside,
     folded,
     global_dims,
     handed_on,
     moved,
+    reading_rows,
     replace_declaration,
     schedule_of,
     stages_of,
@@ -407,7 +409,9 @@ def _input_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[i
             asked = max(1, SM_TILE_BYTES // _row_bytes(program, tensor, info))
     tile = min(asked, info.shard)
     if move.copies == "boxes":
-        tile = box_length(info.shard, min(asked, BOX_ROWS))
+        beside = copied_beside(program, info.name)
+        most = reading_rows(program, info.name) if beside else min(asked, BOX_ROWS)
+        tile = box_length(info.shard, most or BOX_ROWS)
     count = -(-info.shard // tile)
     per = _per_channel(program, tensor, count)
     if move.channels is not None:
@@ -459,7 +463,7 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
     tile = channel_rows
     if move.copies == "boxes":
         # Where warps have roles, boxes go by way of the ring of operands: of whole tiles' rows.
-        most = rows if schedule_of(program).emitter == "gluon" else BOX_ROWS
+        most = rows if copied_beside(program, info.name) else BOX_ROWS
         tile = box_length(channel_rows, most)
     elif move.sm_workers:
         tile = max(1, min(channel_rows, SM_TILE_BYTES // _row_bytes(program, tensor, info)))

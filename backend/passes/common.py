@@ -408,6 +408,31 @@ def storing_stage(program: Op, name: str) -> tuple[Op, int | None]:
     )
 
 
+def reading_rows(program: Op, name: str) -> int | None:
+    """The length along the moved axis of the tiles in which tasks read ``name``; None where none reads tiles."""
+    axis = moved_axis(program.declared(name))
+    for stage in stages_of(program):
+        for load in accesses(stage, name, "load"):
+            element = load.ref.index[axis] if load.ref is not None and load.ref.index else None
+            if element in stage.args:
+                return int(stage["tile"][stage.args.index(element)])  # type: ignore[arg-type]
+    return None
+
+
+def copied_beside(program: Op, name: str) -> bool:
+    """Whether workers of the launch that multiplies copy ``name`` in boxes, and its warps have roles.
+
+    They copy by way of the ring that operands have. Tiles that span shards are computed behind all copies instead.
+    """
+    move = schedule_of(program).move(name)
+    return (
+        schedule_of(program).emitter == "gluon"
+        and move.sm_workers > 0
+        and move.copies == "boxes"
+        and not move.spans
+    )
+
+
 def handed_on(program: Op, name: str) -> tuple[tuple[str, int], ...]:
     """The stages, by launch and position in it, that store ``name`` for a later stage of their launch.
 

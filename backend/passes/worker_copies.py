@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from tilelink.backend.expand import environment
 from tilelink.backend.passes.choose_channels import box_length
-from tilelink.backend.passes.common import RANK, WORLD, Moved, global_dims, schedule_of
+from tilelink.backend.passes.common import (
+    RANK,
+    WORLD,
+    Moved,
+    copied_beside,
+    global_dims,
+    schedule_of,
+)
 from tilelink.ir import (
     DTYPES,
     INDEX,
@@ -105,7 +112,9 @@ def _boxes(program: Op, info: Moved, shared: bool) -> Op:
         }
 
     Rows that are not read in place go to this rank too, last. The contributions of a scatter differ from peer to
-    peer, so there a task is of one; those of a sum that is not spread go to all other ranks.
+    peer, so there a task is of one; those of a sum that is not spread go to all other ranks. Beside products, what
+    is gathered goes to one peer after the other too: in the order in which they read it, not to all of them at a
+    third of the links each.
     """
     name, span = info.name, program.declared(info.name).span
     lengths = global_dims(program.declared(name), environment(program))
@@ -146,15 +155,13 @@ def _boxes(program: Op, info: Moved, shared: bool) -> Op:
         target = Ref(f"{name}.parts", (RANK, *at(tile)))
     load = make("load", results=(loaded,), ref=source, span=span)
     store = make("store", ref=target, operands=(loaded,), peer=peer, span=span)
-    if info.kind != "gather" and info.spread:
-        body = [
-            _finished(program, info, peer, channel),
-            load,
-            store,
-            _arrived(program, info, peer, channel, count),
-        ]
-        return _stage(program, info, ((WORLD - 1, step, 1), moved_rows, across_rows), body)
     here = info.kind == "gather" and not info.in_place
+    gathers = info.kind == "gather"
+    if copied_beside(program, name) if gathers else info.spread:
+        body = [] if gathers else [_finished(program, info, peer, channel)]
+        body += [load, store, _arrived(program, info, peer, channel, count)]
+        ranks = WORLD - (0 if here else 1)
+        return _stage(program, info, ((ranks, step, 1), moved_rows, across_rows), body)
     told = _arrived(program, info, Expr.name(last.name), channel, count)
     if not here:
         told = told.with_attrs(**{"if": binary("!=", Expr.name(last.name), RANK)})
