@@ -172,14 +172,18 @@ class Loading:
 
     def tiles(self) -> list[forwarding.Tile]:
         """What a slot of the ring holds: in front of all products, what the first of these needs."""
-        if self.ring is None:
-            writer, used = self.loader.writer, set(self.loader.used)
-            self.loader.writer = Writer()
-            self.load_stage(*self.products[0])
-            assert self.ring is not None
-            self.loader.writer, self.loader.used = writer, used | set(self.ring.names)
-        assert self.ring is not None
-        return [(name, *of) for name, of in zip(self.ring.names, self.ring.blocks, strict=True)]
+        ring = self.ring or self._first_ring()
+        return [(name, *of) for name, of in zip(ring.names, ring.blocks, strict=True)]
+
+    def _first_ring(self) -> Ring:
+        """The ring that the first product needs, before its loads are written."""
+        writer, used = self.loader.writer, set(self.loader.used)
+        self.loader.writer = Writer()
+        self.load_stage(*self.products[0])
+        ring = self.ring
+        assert ring is not None
+        self.loader.writer, self.loader.used = writer, used | set(ring.names)
+        return ring
 
     def fetch_stages(self) -> None:
         """The fetcher: it goes through the tiles that have a sum of parts, in the order of the worker's queue.

@@ -415,7 +415,7 @@ def reading_rows(program: Op, name: str) -> int | None:
         for load in accesses(stage, name, "load"):
             element = load.ref.index[axis] if load.ref is not None and load.ref.index else None
             if element in stage.args:
-                return int(stage["tile"][stage.args.index(element)])  # type: ignore[arg-type]
+                return int(stage["tile"][stage.args.index(element)])
     return None
 
 
