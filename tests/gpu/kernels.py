@@ -173,6 +173,10 @@ def cases(only: str = "") -> list[Case]:
                 for s in boxed
                 if emitter == "library" or s[0] >= 1024
             ]
+        if kernel == "gemm_rs":
+            # Beside products whose warps have roles, tiles of 128 rows: a slice at 8 ranks has one.
+            even = [s for s in shapes if s[0] >= 1024 and s[0] % 1024 == 0 and s[2] % 64 == 0]
+            found += [Case(kernel, *s, "sm:16-boxes-folded", emitter="gluon") for s in even]
         found += [
             Case(kernel, *s, resource=r)
             for r in boxes
