@@ -142,8 +142,9 @@ class KernelMachine(AccessMachine):
         self.context(ctx)
         self.special(host, "host_record")
         plain = isinstance(out, Pointer) and not out.shape and not np.any(out.base)
-        if not plain or not self.ended or np.any((self.worker != self.workers - 1)[self.on]):
-            self.unclear("an output is spoiled by another than the last worker, or from elsewhere")
+        if not plain or not self.ended:
+            self.unclear("an output is spoiled before the call has ended, or from elsewhere")
+        self.by_last("an output is spoiled, after an abort,")
         if size != int(np.prod(self.layout.dims[out.symbol], dtype=np.int64)):
             self.hazard(f"after an abort a part of @{out.symbol} is spoiled")
         self.spoiled.append(out.symbol)
@@ -152,7 +153,7 @@ class KernelMachine(AccessMachine):
         """``device.close_call``: every worker leaves, and all counters of the program are cleared."""
         if self.opened is None:
             self.hazard("a call is closed that was not opened")
-        final = self._ended(ctx, first, last)
+        final = self.ended_call(ctx, first, last)
         self.stage = FINISH
         return final
 
@@ -160,9 +161,10 @@ class KernelMachine(AccessMachine):
         """``device.end_call``: every worker leaves, and all counters of the program are cleared."""
         if self.opened is not None:
             self.hazard("a call is ended that was opened")
-        return self._ended(ctx, first, last)
+        return self.ended_call(ctx, first, last)
 
-    def _ended(self, ctx: Any, first: Any, last: Any) -> Num:
+    def ended_call(self, ctx: Any, first: Any, last: Any) -> Num:
+        """The end of a call, by every worker; true for the last one."""
         final = self.on_device_finish_arrive(ctx)
         self.stage = -1
         if not self.begun:
@@ -171,6 +173,11 @@ class KernelMachine(AccessMachine):
             self.hazard(f"the end of the call clears other words than {self.layout.counter_words}")
         self.ended = True
         return final
+
+    def by_last(self, what: str) -> None:
+        """Refuses what others do than the last worker of every rank to leave."""
+        if not np.array_equal(self.on, self.worker == self.workers - 1):
+            self.hazard(f"{what} by others than the last worker to leave, or not on every rank")
 
     def attribute(self, value: Any, node: ast.Attribute) -> Any:
         """``ctx.epoch``, or a dotted name."""
@@ -724,6 +731,7 @@ class KernelMachine(AccessMachine):
         self.context(ctx)
         if self.stage != FINISH or not isinstance(first, int) or not isinstance(last, int):
             self.unclear("streams are freed before the launch is left")
+        self.by_last("streams are freed, after an abort,")
         self.trace.freed.append((first, last))
 
     def on_device_grouped_tile(self, position: Any, rows: Any, columns: Any, group: Any) -> Any:

@@ -391,7 +391,12 @@ class Validator:
             return None, None
         waits = bool(self.heads[0].body)
         first = self.program.find("launch")[0].symbol == agent.name
-        return waits, (waits, first, first and bool(self.program.find("stream")))
+        # Flags hold epochs, whether or not the call waits for those of the one before.
+        return bool(self.program.find("flag")), (
+            waits,
+            first,
+            first and bool(self.program.find("stream")),
+        )
 
     def same_roles(self, agent: Agent, machine: LaunchMachine) -> None:
         """The roles of a launch must be those that the program gives it."""

@@ -119,6 +119,14 @@ def test_other_waits_of_a_folded_head_have_no_code(new: str) -> None:
             emit(parse_ir(text))
 
 
+def test_a_call_that_takes_no_epoch_has_no_flags() -> None:
+    """Also where no stream waits for it, and nothing says that its launch ends it."""
+    made = program("gemm_rs", "epilogue", sum="epilogue")
+    text = re.sub(WAIT, "", print_ir(made).replace("ends = true, ", ""))
+    with pytest.raises(CannotEmit, match="other than all acknowledgements"):
+        emit(parse_ir(text))
+
+
 def test_streams_in_front_of_the_launch_are_refused() -> None:
     """They wait for it, and with one hardware queue it would not start."""
     made = program("ag_gemm", "copy_engine")

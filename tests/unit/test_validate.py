@@ -85,6 +85,8 @@ EDITS = [
     ("gemm_rs", "epilogue", r"device\.close_call\(", "device.end_call(", EmittedHazard),
     ("gemm_rs", "epilogue", r"device\.rank_notify\(ctx, 128\)", "pass", EmittedDiffers),
     ("gemm_rs", "epilogue", r"device\.spoil\(.*\)", "pass", EmittedDiffers),
+    ("gemm_rs", "epilogue", r"( +)(device\.spoil\(.*\))", r"\1if rank == 0:\n\1    \2", EmittedHazard),
+    ("gemm_rs", "copy_engine", r"if (device\.finish_arrive\(ctx\)):\n +", r"\1\n    ", EmittedError),
     ("ag_gemm", "copy_engine", r"ag_gemm, 5, args", "ag_gemm, 4, args", EmittedDiffers),
     ("ag_gemm", "copy_engine", r"a = a_from.load", "a = unknown.load", Unclear),
     ("ag_gemm", "sm:2", r"queue_next\(ctx, (\d+)\)", r"queue_next(ctx, \1 + 1)", EmittedError),
