@@ -51,7 +51,7 @@ def guard_kernel(
         if (other >= 0) & (tl.load(arena + ABORT, volatile=True) == 0):
             epoch = tl.load(arena + EPOCH)
             ctx = Context(arena, peers, rank, epoch, WORLD, 0, 0)
-            seen = tl.load(arena + SAID + epoch % 2 * MAX_WORLD + other)
+            seen = tl.load(arena + SAID + (epoch & 1) * MAX_WORLD + other)
             _abort(ctx, EPOCH, said, seen, other, 0, 0, 5)
             tl.debug_barrier()
     if tl.load(arena + ABORT, volatile=True) != 0:

@@ -387,6 +387,40 @@ assert record[0:2] == [1, 0] and record[5:8] == [32, 24, 1] and record[9] == 5, 
     )
 
 
+def test_numbers_are_said_beside_acknowledgements_past_the_largest_epoch(tmp_path: Path) -> None:
+    """An epoch is an int32 that comes around; its parity is that of its bits."""
+    interpreted(
+        tmp_path,
+        """
+from tilelink.backend.runtime.guard import guard_kernel
+
+host, out = torch.zeros(17, dtype=torch.int32), torch.ones(4)
+for a in arenas:
+    a[layout.EPOCH] = a[layout.ARRIVED : layout.ARRIVED + 2] = 2**31 - 2
+for epoch in (2**31 - 1, -(2**31), -(2**31) + 1, -(2**31) + 2):
+    for a in arenas:
+        a[layout.ACK : layout.ACK + layout.MAX_WORLD] = 77
+        a[layout.SAID : layout.SAID + 2 * layout.MAX_WORLD] = 0
+    for rank in range(2):
+        device.head_kernel[(1,)](
+            arenas[rank], peers, rank, 32768, 32800, 10**6, 10**6,
+            ACK=layout.ACK, WORLD=2, WAIT=False, SIGNALS=True, program=1, said=40 + rank, SAYS=True,
+        )
+    for a in arenas:
+        assert (a[layout.ACK : layout.ACK + layout.MAX_WORLD] == 77).all(), epoch
+        said = a[layout.SAID : layout.SAID + 2 * layout.MAX_WORLD].view(2, -1)
+        assert said[epoch & 1, :2].tolist() == [40, 41] and (said[1 - (epoch & 1)] == 0).all()
+    assert arenas[0][layout.EPOCH] == epoch and arenas[0][layout.ABORT] == 0
+guard_kernel[(1,)](
+    arenas[0], host.data_ptr(), out, 4, BLOCK=64, FLOAT=True,
+    peers=peers, rank=0, said=40, WORLD=2, SAYS=True,
+)
+record = arenas[0][layout.RECORD : layout.RECORD + 10].tolist()
+assert record[5:8] == [40, 41, 1] and record[9] == 5 and out.isnan().all(), record
+""",
+    )
+
+
 def test_a_peers_flag_is_raised_a_tile_later(tmp_path: Path) -> None:
     interpreted(
         tmp_path,

@@ -82,7 +82,7 @@ def head_kernel(
         words = start + tl.arange(0, _CLEAR)
         tl.store(arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
     if SAYS:
-        slots, there = _words(peers, WORLD, SAID + epoch % 2 * MAX_WORLD + rank)
+        slots, there = _words(peers, WORLD, SAID + (epoch & 1) * MAX_WORLD + rank)
         tl.store(slots, tl.full((MAX_WORLD,), 0, tl.int32) + said, mask=there)
     tl.debug_barrier()
     if SIGNALS:
@@ -141,7 +141,7 @@ def differing(arena, world: tl.constexpr, said):
     """
     epoch = tl.load(arena + EPOCH)
     ranks = tl.arange(0, MAX_WORLD)
-    slots = arena + SAID + epoch % 2 * MAX_WORLD + ranks
+    slots = arena + SAID + (epoch & 1) * MAX_WORLD + ranks
     theirs = tl.load(slots, mask=ranks < world, other=0, volatile=True)
     first = tl.min(tl.where((ranks < world) & (theirs != said), ranks, MAX_WORLD), axis=0)
     return tl.where(first < MAX_WORLD, first, -1)
