@@ -223,9 +223,10 @@ def test_a_rank_that_aborts_stops_its_peers_before_itself(tmp_path: Path) -> Non
 from tilelink.device import signal
 
 order = []
-def xchg(pointer, value, **_):
-    order.append(int(pointer.handle.data[0]))
-signal._abort.fn.__globals__["tl"].atomic_xchg, kept = xchg, tl.atomic_xchg
+def xchg(pointer, value, mask=None, **_):
+    kept = [True] if mask is None else mask.handle.data
+    order.extend(int(p) for p, inside in zip(pointer.handle.data, kept) if inside)
+signal._stop_all.fn.__globals__["tl"].atomic_xchg, kept = xchg, tl.atomic_xchg
 
 @triton.jit
 def stop(arena, peers, rank, limit: tl.int64):
@@ -235,6 +236,32 @@ def stop(arena, peers, rank, limit: tl.int64):
 stop[(1,)](arenas[0], peers, 0, 10**6)
 words = [a.data_ptr() + 4 * layout.ABORT for a in arenas]
 assert [p for p in order if p in words] == [words[1], words[0]], order
+""",
+    )
+
+
+def test_a_rank_that_is_told_to_stop_tells_the_others(tmp_path: Path) -> None:
+    """What it goes on to signal may reach a rank before the word of the one that stopped them all."""
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def wait(arena, peers, rank, out, limit: tl.int64):
+    ctx = device.context(arena, peers, rank, 3, limit, limit)
+    device.peer_tile_wait(ctx, 1024, 1, 1, 0, 0)
+    # The peer's word is set before anything that comes behind the wait.
+    tl.store(out, tl.load(tl.load(peers + 2).to(tl.pointer_type(tl.int32), bitcast=True) + 1))
+
+arenas.append(torch.zeros(WORDS, dtype=torch.int32))
+peers = torch.tensor([a.data_ptr() for a in arenas])
+assert layout.ABORT == 1
+arenas[0][layout.ABORT] = 1
+out = torch.zeros(1, dtype=torch.int32)
+wait[(1,)](arenas[0], peers, 0, out, 10**9)
+assert out == 1 and [int(a[layout.ABORT]) for a in arenas] == [1, 1, 1]
+# It has nothing to say itself.
+for a in arenas:
+    assert (a[layout.RECORD : layout.RECORD + layout.RECORD_WORDS] == 0).all()
 """,
     )
 
