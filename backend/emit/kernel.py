@@ -405,8 +405,7 @@ def leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) ->
             "# The last worker to leave makes everything ready for the next call, and after an"
         )
         scope.writer.line("# abort spoils the outputs.")
-        end = "end_call" if program.slots else "close_call"
-        with scope.writer.block(f"if device.{end}(ctx, {first}, {last}):"):
+        with scope.writer.block(f"if device.end_call(ctx, {first}, {last}, {program.slots}):"):
             for op in finish:
                 _finish(scope, op)
             for symbol in program.outputs:

@@ -79,7 +79,7 @@ class Roles(Loading):
         for stage, product in self.products:
             self._multiply_stage(stage, product, self._flushed(stage))
         if self.multiply.program.alone:
-            writer.line("device.drain_tma_stores()")  # see `device.close_call`
+            writer.line("device.drain_tma_stores()")  # see `device.end_call`
         writer.prune()
         found = [
             (f"{self.name}_load", self.loader.writer.lines),

@@ -149,28 +149,15 @@ class KernelMachine(AccessMachine):
             self.hazard(f"after an abort a part of @{out.symbol} is spoiled")
         self.spoiled.append(out.symbol)
 
-    def on_device_close_call(self, ctx: Any, first: Any, last: Any) -> Num:
-        """``device.close_call``: every worker leaves, and all counters of the program are cleared."""
-        if self.opened is None:
-            self.hazard("a call is closed that was not opened")
-        final = self.ended_call(ctx, first, last)
-        self.stage = FINISH
-        return final
-
-    def on_device_end_call(self, ctx: Any, first: Any, last: Any) -> Num:
+    def on_device_end_call(self, ctx: Any, first: Any, last: Any, slots: Any) -> Num:
         """``device.end_call``: every worker leaves, and all counters of the program are cleared."""
-        if self.opened is not None:
-            self.hazard("a call is ended that was opened")
-        return self.ended_call(ctx, first, last)
-
-    def ended_call(self, ctx: Any, first: Any, last: Any) -> Num:
-        """The end of a call, by every worker; true for the last one."""
         final = self.on_device_finish_arrive(ctx)
-        self.stage = -1
-        if not self.begun:
-            self.hazard("a call is ended that no worker has begun")
+        if not self.begun or slots is not (self.opened is None):
+            self.hazard("a call is ended that no worker has begun, or has begun in another way")
         if (first, last) != self.layout.counter_words:
             self.hazard(f"the end of the call clears other words than {self.layout.counter_words}")
+        # With slots nobody acknowledges.
+        self.stage = -1 if slots else FINISH
         self.ended = True
         return final
 

@@ -276,8 +276,8 @@ class LaunchMachine(RoleMachine):
             self.hazard("the launch is left before its roles are started")
         return super().on_device_finish_arrive(ctx)
 
-    def ended_call(self, ctx: Any, first: Any, last: Any) -> Num:
-        """As :meth:`KernelMachine.ended_call`: the warps that end the call drain no stores of other warps."""
+    def on_device_end_call(self, ctx: Any, first: Any, last: Any, slots: Any) -> Num:
+        """``device.end_call``: by warps that drain no stores of other warps."""
         if any(np.any(lanes) for lanes in self.tma.values()):
             self.hazard("TMA stores of a group are not drained when its worker ends the call")
-        return super().ended_call(ctx, first, last)
+        return super().on_device_end_call(ctx, first, last, slots)

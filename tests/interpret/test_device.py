@@ -505,7 +505,7 @@ def call(arena, peers, rank, out, limit: tl.int64, program: tl.int32, host: tl.i
     ctx = device.begin_call(arena, peers, rank, 2, limit, limit, program)
     tl.store(arena + 32768, 7)
     tl.store(out + tl.program_id(0), tl.full((), 1.0, tl.float32) * device.slot(ctx))
-    if device.end_call(ctx, 32768, 32770):
+    if device.end_call(ctx, 32768, 32770, True):
         device.spoil(ctx, host, out, 3)
 
 host = torch.zeros(1 + layout.RECORD_WORDS, dtype=torch.int32)
@@ -545,7 +545,7 @@ def call(arena, peers, rank, out, limit: tl.int64, program: tl.int32, host: tl.i
     device.open_call(ctx, program, layout_ack, True, True)
     tl.store(arena + 32768, 7)
     tl.store(out + tl.program_id(0), tl.full((), 1.0, tl.float32) * ctx.epoch)
-    if device.close_call(ctx, 32768, 32770):
+    if device.end_call(ctx, 32768, 32770, False):
         device.rank_notify(ctx, layout_ack)
         device.spoil(ctx, host, out, 3)
 
@@ -667,7 +667,7 @@ assert [int(a[layout.ABORT]) for a in arenas] == [1, 1]
 @triton.jit
 def call(arena, peers):
     ctx = device.begin_call(arena, peers, 0, 2, 10**6, 10**6, 5)
-    device.end_call(ctx, 0, 0)
+    device.end_call(ctx, 0, 0, True)
 
 # Twice in so many calls, once for each slot, all words are marked with an epoch that is far away.
 arena = arenas[0]

@@ -59,7 +59,7 @@ def test_a_launch_alone_ends_its_call(resource: str) -> None:
     assert made.find("launch")[0].get("ends") is True
     text = emit(made)
     assert "call.begin()" not in text and "call.head(" not in text
-    assert "device.close_call(" in text and "device.spoil(" in text
+    assert "device.end_call(" in text and "False):" in text and "device.spoil(" in text
 
 
 def test_where_the_library_computes_or_rows_vary_the_head_is_a_kernel() -> None:

@@ -38,6 +38,14 @@ _AGE = tl.constexpr(layout.WORD_AGE)
 _CLEAR = tl.constexpr(1024)
 
 
+@triton.jit
+def clear_words(arena, first, last):
+    """Set the words [``first``, ``last``) of the arena to 0; no barrier."""
+    for start in range(first, last, _CLEAR):
+        words = start + axis(_CLEAR)
+        tl.store(arena + words, words * 0, mask=words < last)
+
+
 @triton.jit(
     do_not_specialize=["rank", "first", "last", "progress_ns", "arrival_ns", "program", "said"]
 )
@@ -78,9 +86,7 @@ def head_kernel(
         tl.store(arena + EPOCH, epoch)
     tl.store(arena + EXITED, 0)
     tl.store(arena + PROGRAM, program)
-    for start in range(first, last, _CLEAR):
-        words = start + tl.arange(0, _CLEAR)
-        tl.store(arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
+    clear_words(arena, first, last)
     if SAYS:
         slots, there = _words(peers, WORLD, SAID + (epoch & 1) * MAX_WORLD + rank)
         tl.store(slots, tl.full((MAX_WORLD,), 0, tl.int32) + said, mask=there)
@@ -148,6 +154,18 @@ def differing(arena, world: tl.constexpr, said):
 
 
 @triton.jit
+def _arrive(ctx):
+    # By one CTA of a call that has no head kernel.
+    here = tl.load(ctx.arena + ARRIVED + ctx.rank)
+    if here != ctx.epoch - 1:
+        _abort(ctx, EPOCH, here, ctx.epoch - 1, ctx.rank, 0, 0, 4)
+    # It carries nothing: only a wait that has run out of time looks at it.
+    flags, inside = _words(ctx.peers, ctx.world, ARRIVED + ctx.rank)
+    value = axis(MAX_WORLD) * 0 + ctx.epoch
+    tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
+
+
+@triton.jit
 def begin_call(arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns, program):
     """The :class:`Context` of a call that has no head: by every CTA of the one launch of a program with slots.
 
@@ -158,15 +176,8 @@ def begin_call(arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns,
     ctx = Context(arena, peers, rank, before + 1, world, progress_ns, arrival_ns)
     _fetch_early(peers)
     if tl.program_id(0) == tl.num_programs(0) - 1:
-        here = tl.load(arena + ARRIVED + rank)
-        if here != before:
-            lost = Context(arena, peers, rank, before, world, progress_ns, arrival_ns)
-            _abort(lost, EPOCH, here, before, rank, 0, 0, 4)
         tl.store(arena + PROGRAM, program)
-        # It carries nothing: only a wait that has run out of time looks at it.
-        flags, inside = _words(peers, world, ARRIVED + rank)
-        value = tl.full((MAX_WORLD,), 0, tl.int32) + ctx.epoch
-        tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
+        _arrive(ctx)
     return ctx
 
 
@@ -197,7 +208,7 @@ def open_call(
     ``ctx``: a :func:`call_context`. Waits until every rank has acknowledged the call before in the flags from word
     ``ACK``; None where the program has no flags. The last CTA of the ``FIRST`` launch, which has the least to do,
     tells all ranks that this one has arrived, and then ``STREAMS``, if there are any, that the call has begun.
-    :func:`close_call`, or the guard behind the call, clears the counters and ends the epoch. ``program``: a number
+    :func:`end_call`, or the guard behind the call, clears the counters and ends the epoch. ``program``: a number
     for the error record.
     """
     _open(
@@ -237,25 +248,18 @@ def _open(
 @triton.jit
 def open_within(ctx, program, ACK: tl.constexpr, FIRST: tl.constexpr, STREAMS: tl.constexpr):
     """:func:`open_call` as a part of its caller: by a role, which has other warps than a function is made for."""
-    arena, peers, rank, epoch, world = ctx.arena, ctx.peers, ctx.rank, ctx.epoch, ctx.world
-    _fetch_early(peers)
+    _fetch_early(ctx.peers)
     if FIRST and tl.program_id(0) == tl.num_programs(0) - 1:
-        tl.store(arena + PROGRAM, program)
+        tl.store(ctx.arena + PROGRAM, program)
         if ACK is not None:
-            here = tl.load(arena + ARRIVED + rank)
-            if here != epoch - 1:
-                _abort(ctx, EPOCH, here, epoch - 1, rank, 0, 0, 4)
-            tl.store(arena + EPOCH, epoch)
-            # It carries nothing: only a wait that has run out of time looks at it.
-            flags, inside = _words(peers, world, ARRIVED + rank)
-            value = axis(MAX_WORLD) * 0 + epoch
-            tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
+            tl.store(ctx.arena + EPOCH, ctx.epoch)
+            _arrive(ctx)
     if ACK is not None:
-        rank_wait(ctx, ACK, epoch - 1, 0)
+        rank_wait(ctx, ACK, ctx.epoch - 1, 0)
     if FIRST and STREAMS and tl.program_id(0) == tl.num_programs(0) - 1:
         # Streams also copy the epoch, from where this CTA has stored it.
         tl.debug_barrier()
-        tl.atomic_xchg(arena + BEGUN, 1, sem="release", scope="sys")
+        tl.atomic_xchg(ctx.arena + BEGUN, 1, sem="release", scope="sys")
 
 
 @triton.jit
@@ -288,57 +292,37 @@ def of_slot(slot, even, odd):
 
 
 @triton.jit
-def end_call(ctx, first, last):
-    """Leave the last stage. The last CTA to do so clears the counter words [``first``, ``last``) and stores
-    the epoch: the next call finds everything as :func:`begin_call` wants it. True for that CTA."""
+def end_call(ctx, first, last, SLOTS: tl.constexpr):
+    """Leave the last stage of a call that its one launch began: by :func:`begin_call` in a program with ``SLOTS``,
+    else by :func:`open_call`. The last CTA to do so clears the counter words [``first``, ``last``) and stores the
+    epoch, so that the next call finds everything as this one did.
+
+    True for that CTA, which acknowledges the call beside slots: it sees the work of all.
+    """
     drain_tma_stores()
     tl.debug_barrier()
     # The word depends on the epoch: whoever has left has read it.
     leaving = ctx.arena + LEAVING + (ctx.epoch & 1) * 2
-    if first < last:
-        left = tl.atomic_add(leaving, 1, sem="acq_rel", scope="gpu")
-    else:
-        # Nothing is cleared that others use, so nobody waits for the stores of anybody.
+    if SLOTS and first >= last:
+        # Nothing is cleared that others use, and nobody acknowledges: nobody waits for the stores of anybody.
         left = tl.atomic_add(leaving, 1, sem="relaxed", scope="gpu")
+    else:
+        left = tl.atomic_add(leaving, 1, sem="acq_rel", scope="gpu")
     final = left == tl.num_programs(0) - 1
     if left != tl.num_programs(0) - 1:
         # What this CTA stores must not land behind what the last one makes of it; see :func:`spoil`.
         tl.atomic_add(leaving + 1, 1, sem="release", scope="gpu")
     if final:
-        for start in range(first, last, _CLEAR):
-            words = start + tl.arange(0, _CLEAR)
-            tl.store(ctx.arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
+        clear_words(ctx.arena, first, last)
         tl.store(leaving, 0)
         # Of the call before, whose workers have ended.
         tl.store(ctx.arena + LEAVING + ((ctx.epoch + 1) & 1) * 2 + 1, 0)
-        tl.store(ctx.arena + EPOCH, ctx.epoch)
-        if ((ctx.epoch - _AGE // 2) & (_AGE - 1)) < 2:
-            _mark_words(ctx)
-    return final
-
-
-@triton.jit
-def close_call(ctx, first, last):
-    """Leave the one launch of a call that :func:`open_call` began. The last CTA to do so sees the work of all,
-    clears the counter words [``first``, ``last``) and ends the epoch. True for that CTA, which acknowledges the
-    call behind it."""
-    drain_tma_stores()
-    tl.debug_barrier()
-    # The word depends on the epoch: whoever has left has read it.
-    leaving = ctx.arena + LEAVING + (ctx.epoch & 1) * 2
-    left = tl.atomic_add(leaving, 1, sem="acq_rel", scope="gpu")
-    final = left == tl.num_programs(0) - 1
-    if left != tl.num_programs(0) - 1:
-        # What this CTA stores must not land behind what the last one makes of it; see :func:`spoil`.
-        tl.atomic_add(leaving + 1, 1, sem="release", scope="gpu")
-    if final:
-        for start in range(first, last, _CLEAR):
-            words = start + axis(_CLEAR)
-            tl.store(ctx.arena + words, words * 0, mask=words < last)
-        tl.store(leaving, 0)
-        # Of the call before, whose workers have ended.
-        tl.store(ctx.arena + LEAVING + ((ctx.epoch + 1) & 1) * 2 + 1, 0)
-        tl.store(ctx.arena + ENDED, ctx.epoch)
+        if SLOTS:
+            tl.store(ctx.arena + EPOCH, ctx.epoch)
+            if ((ctx.epoch - _AGE // 2) & (_AGE - 1)) < 2:
+                _mark_words(ctx)
+        else:
+            tl.store(ctx.arena + ENDED, ctx.epoch)
     return final
 
 
