@@ -380,12 +380,16 @@ def queue_next(ctx, word):
 
 @triton.jit
 def finish_arrive(ctx):
-    """Leave the last stage; true for the last CTA of the launch, which sees the work of all."""
+    """Leave the last stage; true for the last CTA of the launch, which sees the work of all.
+
+    All of them are on this GPU, so its scope will do, as for :func:`counted_tile_notify`: what that CTA then
+    releases to a peer carries their work too, and none of them waits for its stores to be seen beyond this GPU.
+    """
     tl.debug_barrier()
-    left = tl.atomic_add(ctx.arena + EXITED, 1, sem="acq_rel", scope="sys")
+    left = tl.atomic_add(ctx.arena + EXITED, 1, sem="acq_rel", scope="gpu")
     last = left == tl.num_programs(0) - 1
     if last:
-        tl.atomic_xchg(ctx.arena + EXITED, 0, sem="relaxed", scope="sys")
+        tl.atomic_xchg(ctx.arena + EXITED, 0, sem="relaxed", scope="gpu")
     return last
 
 
