@@ -100,10 +100,12 @@ def heading(
 
 
 def open_call(writer: Writer, program: Program, launch: Op) -> None:
-    """What a head does that is folded into a launch: arrival, its wait, and that streams may begin behind it."""
-    if program.folded and not program.slots:
-        first = launch is program.launches[0]
-        told = (program.acknowledged, first, first and program.streams)
+    """What a head does that is folded into a launch: arrival, its wait, and that streams may begin behind it.
+
+    Launches behind the first one come behind it in the main stream.
+    """
+    if program.folded and not program.slots and launch is program.launches[0]:
+        told = (program.acknowledged, program.streams)
         name = "open_call" if launch.get("emitter") is None else "open_within"
         writer.line(f"device.{name}(ctx, program, {', '.join(map(str, told))})")
 

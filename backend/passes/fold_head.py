@@ -24,7 +24,8 @@ def fold_head(program: Op) -> Op:
         }
         launch @f {after = ["head"], ends = true, …} do {… finish do {…}}
 
-    Every worker takes the number of calls that have ended plus one for its epoch, and waits itself. Streams wait
+    Every worker takes the number of calls that have ended plus one for its epoch; those of the first launch wait
+    themselves, and other launches come behind it in the main stream. Streams wait
     until the first launch says that it has, and therefore come behind it: where there is one hardware queue, they
     would hold it up otherwise. Counters are 0 when a call begins because they are cleared when one ends: by the
     last worker, where the launch ``ends`` the call, or by the guard behind streams and other launches. Invariant:

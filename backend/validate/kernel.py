@@ -105,19 +105,17 @@ class KernelMachine(AccessMachine):
         self.signals = signals
         return self.on_device_context(arena, peers, rank, world, progress, arrival)
 
-    def on_device_open_call(
-        self, ctx: Any, program: Any, ack: Any, first: Any, streams: Any
-    ) -> None:
+    def on_device_open_call(self, ctx: Any, program: Any, ack: Any, streams: Any) -> None:
         """``device.open_call``: every worker waits for the acknowledgements, before all that it does."""
         self.context(ctx)
         self.special(program, "program")
-        if not isinstance(first, bool) or not isinstance(streams, bool):
+        if not isinstance(streams, bool):
             self.unclear("a call that opens in one way or another")
         if ack is not None and ack != ACK:
             self.hazard(f"the acknowledgements of the call before are no flags from word {ack} on")
         if not self.all or self.stage != -1 or self.trace.step or self.opened is not None:
             self.hazard("not every worker opens the call, once and before anything else")
-        self.opened = (ack is not None, first, streams)
+        self.opened = (ack is not None, streams)
 
     on_device_open_within = on_device_open_call
 

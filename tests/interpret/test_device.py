@@ -542,7 +542,7 @@ def test_a_call_with_acknowledgements_begins_and_ends_in_its_kernel(tmp_path: Pa
 @triton.jit
 def call(arena, peers, rank, out, limit: tl.int64, program: tl.int32, host: tl.int64):
     ctx = device.call_context(arena, peers, rank, 2, limit, limit)
-    device.open_call(ctx, program, layout_ack, True, True)
+    device.open_call(ctx, program, layout_ack, True)
     tl.store(arena + 32768, 7)
     tl.store(out + tl.program_id(0), tl.full((), 1.0, tl.float32) * ctx.epoch)
     if device.end_call(ctx, 32768, 32770, False):
@@ -571,12 +571,13 @@ assert out[:3].isnan().all() and out[3] == 0 and host[0] == 1
 @triton.jit
 def second(arena, peers, rank, out, limit: tl.int64):
     ctx = device.call_context(arena, peers, rank, 2, limit, limit)
-    device.open_call(ctx, 9, None, False)
     tl.store(out, tl.full((), 1.0, tl.float32) * ctx.epoch)
     ctx = device.call_context(arena, peers, rank, 2, limit, limit, False)
+    device.open_call(ctx, 9)
     tl.store(out + 1, tl.full((), 1.0, tl.float32) * ctx.epoch)
 
 before = arenas[1].clone()
+before[layout.PROGRAM] = 9
 second[(2,)](arenas[1], peers, 1, out, 10**6)
 assert torch.equal(arenas[1], before) and out[:2].tolist() == [1, 0]
 # Something has overwritten the epoch.

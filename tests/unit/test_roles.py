@@ -256,7 +256,7 @@ def test_intact_modules_pass(case: Case) -> None:
 HELD = r"roles\.delayed_tile_notify\(ctx, pending, True\)\n"
 AGAIN = "roles.delayed_tile_notify(ctx, pending, True)\n"
 EARLY = "roles.store(C_128x64, 0, n_own_start, C_sum, room.index(role))"
-OPENS = "device.open_within(ctx, program, 128, True"
+OPENS = "device.open_within(ctx, program, 128"
 OPENED = r"(def \w+_fetch\(.*?)\):\n(.*?_fetch, \(ctx[^)]*)\)"
 GROUP = r"(.*?_multiply,\s*\(\s*{},\s*)"
 GROUPS = r"(_multiply\(\s*role: tl\.constexpr,\s*)(ctx.*?\):\n)" + GROUP.format(0) + GROUP.format(1)

@@ -76,7 +76,6 @@ EDITS = [
     ("ag_gemm", "copy_engine", r"program, 128, True", "program, None, True", EmittedDiffers),
     ("ag_gemm", "copy_engine", r"program, 128, True", "program, 129, True", EmittedHazard),
     ("ag_gemm", "copy_engine", r"program, 128, True", "program, 128, False", EmittedDiffers),
-    ("ag_gemm", "copy_engine", r"(program, 128, True), True", r"\1, False", EmittedDiffers),
     ("ag_gemm", "copy_engine", r"call\.begin\(\)", "pass", EmittedError),
     ("ag_gemm", "copy_engine", r"call\.begin\(\)", "call.head(ack_wait=True)", EmittedDiffers),
     ("ag_gemm", "copy_engine", r'"A.copy", after=\("head",\)', '"A.copy", after=()', EmittedDiffers),

@@ -190,6 +190,7 @@ def call_context(
     The epoch is that of the calls ended plus one; without flags (``SIGNALS`` is false) the call takes none.
     """
     epoch = tl.load(arena + ENDED)
+    _fetch_early(peers)
     if SIGNALS:
         epoch += 1
     return Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
@@ -200,16 +201,15 @@ def open_call(
     ctx,
     program,
     ACK: tl.constexpr = None,
-    FIRST: tl.constexpr = True,
     STREAMS: tl.constexpr = False,
 ):
-    """Do what ``head_kernel`` does: by every CTA, or by the role of it that all others wait for.
+    """Do what ``head_kernel`` does: by every CTA of a call's first launch, or by a role that the others wait for.
 
     ``ctx``: a :func:`call_context`. Waits until every rank has acknowledged the call before in the flags from word
-    ``ACK``; None where the program has no flags. The last CTA of the ``FIRST`` launch, which has the least to do,
-    tells all ranks that this one has arrived, and then ``STREAMS``, if there are any, that the call has begun.
-    :func:`end_call`, or the guard behind the call, clears the counters and ends the epoch. ``program``: a number
-    for the error record.
+    ``ACK``; None where the program has no flags. The last CTA, which has the least to do, tells all ranks that
+    this one has arrived, and then ``STREAMS``, if there are any, that the call has begun. Launches behind this one
+    come behind it in the main stream. :func:`end_call`, or the guard behind the call, clears the counters and ends
+    the epoch. ``program``: a number for the error record.
     """
     _open(
         ctx.arena,
@@ -221,7 +221,6 @@ def open_call(
         program,
         ctx.world,
         ACK,
-        FIRST,
         STREAMS,
     )
 
@@ -238,25 +237,23 @@ def _open(
     program,
     world: tl.constexpr,
     ACK: tl.constexpr,
-    FIRST: tl.constexpr,
     STREAMS: tl.constexpr,
 ):
     ctx = Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
-    open_within(ctx, program, ACK, FIRST, STREAMS)
+    open_within(ctx, program, ACK, STREAMS)
 
 
 @triton.jit
-def open_within(ctx, program, ACK: tl.constexpr, FIRST: tl.constexpr, STREAMS: tl.constexpr):
+def open_within(ctx, program, ACK: tl.constexpr, STREAMS: tl.constexpr):
     """:func:`open_call` as a part of its caller: by a role, which has other warps than a function is made for."""
-    _fetch_early(ctx.peers)
-    if FIRST and tl.program_id(0) == tl.num_programs(0) - 1:
+    if tl.program_id(0) == tl.num_programs(0) - 1:
         tl.store(ctx.arena + PROGRAM, program)
         if ACK is not None:
             tl.store(ctx.arena + EPOCH, ctx.epoch)
             _arrive(ctx)
     if ACK is not None:
         rank_wait(ctx, ACK, ctx.epoch - 1, 0)
-    if FIRST and STREAMS and tl.program_id(0) == tl.num_programs(0) - 1:
+    if STREAMS and tl.program_id(0) == tl.num_programs(0) - 1:
         # Streams also copy the epoch, from where this CTA has stored it.
         tl.debug_barrier()
         tl.atomic_xchg(ctx.arena + BEGUN, 1, sem="release", scope="sys")
