@@ -223,6 +223,9 @@ class KernelMachine(AccessMachine):
 
     def signal(self, on: Mask, symbol: str, home: Ints, flat: Ints, **facts: Any) -> int:
         """Records a wait or notify; returns its number."""
+        used = {self.layout.declared[s].name for s in (symbol, facts.get("through")) if s}
+        if self.ended and "counter" in used:
+            self.hazard("a counter is used behind the end of the call, which has cleared it")
         lane = np.flatnonzero(on)
         seq = self.trace.next()
         # In front of a flattened loop a signal is the first act of the next task.

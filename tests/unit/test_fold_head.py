@@ -11,7 +11,9 @@ from tilelink.backend.emit.scope import CannotEmit
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.passes.fold_head import fold_head
 from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.validate import EmittedHazard, read_module, validate
 from tilelink.backend.verify import MatchError, ReuseError, UndecidedError, verify
+from tilelink.errors import Source
 from tilelink.ir import Op, parse_ir, print_ir
 from tilelink.schedules import Move, Schedule
 
@@ -125,6 +127,24 @@ def test_a_call_that_takes_no_epoch_has_no_flags() -> None:
     text = re.sub(WAIT, "", print_ir(made).replace("ends = true, ", ""))
     with pytest.raises(CannotEmit, match="other than all acknowledgements"):
         emit(parse_ir(text))
+
+
+def test_a_finish_that_uses_counters_comes_before_they_are_cleared() -> None:
+    """The end of a call in its launch stands before the ops of its `finish`."""
+    text = print_ir(program("gemm_rs", "sm:1", sum="epilogue").with_attrs(kernel_text=None))
+    wait = "      wait @C.done[(RANK + 1) % WORLD, 0] {count = 3}\n"
+    ending = text.replace("    finish do {\n", f"    finish do {{\n{wait}")
+    assert ending != text
+    with pytest.raises(UndecidedError, match="cleared the counters"):
+        verify(parse_ir(ending))
+    with pytest.raises(EmittedHazard, match="has cleared it"):
+        validate(read_module(Source("emitted.py", emit(parse_ir(ending)))), parse_ir(ending))
+    # The pass leaves the end of such a call to the guard.
+    plain = ending.replace("head {folded = true}", "head").replace("ends = true, ", "")
+    made = fold_head(parse_ir(plain))
+    assert folded(made) and not any(op.get("ends") for op in made.find("launch"))
+    verify(made)
+    validate(read_module(Source("emitted.py", emit(made))), made)
 
 
 def test_streams_in_front_of_the_launch_are_refused() -> None:
