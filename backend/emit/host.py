@@ -93,7 +93,9 @@ class Host:
         """A head that launches have within them: its wait is theirs."""
         program = self.program
         heard = [(op.name, str(op.ref), str(op.get("epoch")), len(op.attrs)) for op in head.body]
-        needed = not program.slots and (program.alone or program.streams)
+        # Whoever waits for nobody takes no epoch, which is what flags hold and what a launch ends.
+        signals = program.alone or program.streams or bool(program.op.find("flag"))
+        needed = signals and not program.slots
         if heard != [("wait", "@ack[0..WORLD]", "-1", 1)] and (heard or needed):
             raise refuse(head, "a folded head that waits for other than all acknowledgements")
         if not program.alone:

@@ -100,10 +100,12 @@ def heading(
 
 
 def open_call(writer: Writer, program: Program, launch: Op) -> None:
-    """What a head does that is folded into a launch: arrival, its wait, and that streams may begin behind it."""
-    if program.folded and not program.slots:
-        first = launch is program.launches[0]
-        told = (program.acknowledged, first, first and program.streams)
+    """What a head does that is folded into a launch: arrival, its wait, and that streams may begin behind it.
+
+    Launches behind the first one come behind it in the main stream.
+    """
+    if program.folded and not program.slots and launch is program.launches[0]:
+        told = (program.acknowledged, program.streams)
         name = "open_call" if launch.get("emitter") is None else "open_within"
         writer.line(f"device.{name}(ctx, program, {', '.join(map(str, told))})")
 
@@ -405,8 +407,7 @@ def leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) ->
             "# The last worker to leave makes everything ready for the next call, and after an"
         )
         scope.writer.line("# abort spoils the outputs.")
-        end = "end_call" if program.slots else "close_call"
-        with scope.writer.block(f"if device.{end}(ctx, {first}, {last}):"):
+        with scope.writer.block(f"if device.end_call(ctx, {first}, {last}, {program.slots}):"):
             for op in finish:
                 _finish(scope, op)
             for symbol in program.outputs:

@@ -80,7 +80,7 @@ class Roles(Loading):
                 forwarding.forward_stage(self.multiply, self.launch, stage, parts, self.tiles())
                 self.forget(self.multiply)
         if self.multiply.program.alone:
-            writer.line("device.drain_tma_stores()")  # see `device.close_call`
+            writer.line("device.drain_tma_stores()")  # see `device.end_call`
         writer.prune()
         found = [
             (f"{self.name}_load", self.loader.writer.lines),

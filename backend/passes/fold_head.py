@@ -24,10 +24,12 @@ def fold_head(program: Op) -> Op:
         }
         launch @f {after = ["head"], ends = true, …} do {… finish do {…}}
 
-    Every worker takes the number of calls that have ended plus one for its epoch, and waits itself. Streams wait
+    Every worker takes the number of calls that have ended plus one for its epoch; those of the first launch wait
+    themselves, and other launches come behind it in the main stream. Streams wait
     until the first launch says that it has, and therefore come behind it: where there is one hardware queue, they
     would hold it up otherwise. Counters are 0 when a call begins because they are cleared when one ends: by the
-    last worker, where the launch ``ends`` the call, or by the guard behind streams and other launches. Invariant:
+    last worker, where the launch ``ends`` the call (before its ``finish``, which may use none), or by the guard
+    behind streams and other launches. Invariant:
     what each agent comes after is what it was. A program keeps its head if the library computes in it (which
     reads no epoch), if an extent varies (whose value ``head`` tells the peers), or if roles load parts of sums by
     addresses: they have no registers left.
@@ -46,7 +48,7 @@ def fold_head(program: Op) -> Op:
         return program
     if any(_by_addresses(op) for op in launches):
         return program
-    alone = len(agents) == 2 and bool(launches[0].find("finish"))
+    alone = len(agents) == 2 and _only_flags(program, launches[0].find("finish"))
     early = [op for op in agents[: agents.index(launches[0])] if op.name == "stream"]
     moved = {id(op) for op in early}
     ops: list[Op] = []
@@ -58,6 +60,14 @@ def fold_head(program: Op) -> Op:
         elif id(op) not in moved:
             ops.append(op)
     return program.with_ops(tuple(ops))
+
+
+def _only_flags(program: Op, finish: tuple[Op, ...]) -> bool:
+    """Whether there is a ``finish`` that neither waits for a counter nor counts."""
+    inner = [op for one in finish for op in one.walk() if op.ref is not None]
+    if any(op.get("through") is not None for op in inner):
+        return False
+    return bool(finish) and all(program.declared(op.symbol).name != "counter" for op in inner)
 
 
 def _by_addresses(launch: Op) -> bool:

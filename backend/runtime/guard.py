@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilelink.device.program import SAID, differing
+from tilelink.device.program import SAID, clear_words, differing
 from tilelink.device.signal import EPOCH, MAX_WORLD, Context, _abort
 from tilelink.ir import layout
 
@@ -19,7 +19,6 @@ BEGUN = tl.constexpr(layout.BEGUN)
 ENDED = tl.constexpr(layout.ENDED)
 LEAVING = tl.constexpr(layout.LEAVING)
 CTAS = 32
-_CLEAR = tl.constexpr(1024)
 
 
 @triton.jit(do_not_specialize=["host", "size", "rank", "said", "first", "last"])
@@ -51,7 +50,7 @@ def guard_kernel(
         if (other >= 0) & (tl.load(arena + ABORT, volatile=True) == 0):
             epoch = tl.load(arena + EPOCH)
             ctx = Context(arena, peers, rank, epoch, WORLD, 0, 0)
-            seen = tl.load(arena + SAID + epoch % 2 * MAX_WORLD + other)
+            seen = tl.load(arena + SAID + (epoch & 1) * MAX_WORLD + other)
             _abort(ctx, EPOCH, said, seen, other, 0, 0, 5)
             tl.debug_barrier()
     if tl.load(arena + ABORT, volatile=True) != 0:
@@ -68,9 +67,7 @@ def guard_kernel(
             tl.debug_barrier()
             tl.store(record, 1)
     if tl.program_id(0) == tl.num_programs(0) - 1:
-        for start in range(first, last, _CLEAR):
-            words = start + tl.arange(0, _CLEAR)
-            tl.store(arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
+        clear_words(arena, first, last)
         tl.store(arena + BEGUN, 0)
         tl.store(arena + LEAVING + 1, 0)
         tl.store(arena + LEAVING + 3, 0)

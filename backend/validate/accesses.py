@@ -127,10 +127,10 @@ class AccessMachine(TileCalls):
         self.wait_names: list[int] = []
         self.left = False
         self.begun = False  # the call, by the workers
-        # Beside slots: whether it takes an epoch; and whether it waits for acknowledgements, tells of its
-        # arrival, and tells streams.
+        # Beside slots: whether it takes an epoch; and of the first launch whether it waits for acknowledgements,
+        # and whether it tells streams.
         self.signals: bool | None = None
-        self.opened: tuple[bool, bool, bool] | None = None
+        self.opened: tuple[bool, bool] | None = None
         self.ended = False
         self.spoiled: list[str] = []  # outputs, after an abort
 

@@ -105,19 +105,17 @@ class KernelMachine(AccessMachine):
         self.signals = signals
         return self.on_device_context(arena, peers, rank, world, progress, arrival)
 
-    def on_device_open_call(
-        self, ctx: Any, program: Any, ack: Any, first: Any, streams: Any
-    ) -> None:
+    def on_device_open_call(self, ctx: Any, program: Any, ack: Any, streams: Any) -> None:
         """``device.open_call``: every worker waits for the acknowledgements, before all that it does."""
         self.context(ctx)
         self.special(program, "program")
-        if not isinstance(first, bool) or not isinstance(streams, bool):
+        if not isinstance(streams, bool):
             self.unclear("a call that opens in one way or another")
         if ack is not None and ack != ACK:
             self.hazard(f"the acknowledgements of the call before are no flags from word {ack} on")
         if not self.all or self.stage != -1 or self.trace.step or self.opened is not None:
             self.hazard("not every worker opens the call, once and before anything else")
-        self.opened = (ack is not None, first, streams)
+        self.opened = (ack is not None, streams)
 
     on_device_open_within = on_device_open_call
 
@@ -142,35 +140,29 @@ class KernelMachine(AccessMachine):
         self.context(ctx)
         self.special(host, "host_record")
         plain = isinstance(out, Pointer) and not out.shape and not np.any(out.base)
-        if not plain or not self.ended or np.any((self.worker != self.workers - 1)[self.on]):
-            self.unclear("an output is spoiled by another than the last worker, or from elsewhere")
+        if not plain or not self.ended:
+            self.unclear("an output is spoiled before the call has ended, or from elsewhere")
+        self.by_last("an output is spoiled, after an abort,")
         if size != int(np.prod(self.layout.dims[out.symbol], dtype=np.int64)):
             self.hazard(f"after an abort a part of @{out.symbol} is spoiled")
         self.spoiled.append(out.symbol)
 
-    def on_device_close_call(self, ctx: Any, first: Any, last: Any) -> Num:
-        """``device.close_call``: every worker leaves, and all counters of the program are cleared."""
-        if self.opened is None:
-            self.hazard("a call is closed that was not opened")
-        final = self._ended(ctx, first, last)
-        self.stage = FINISH
-        return final
-
-    def on_device_end_call(self, ctx: Any, first: Any, last: Any) -> Num:
+    def on_device_end_call(self, ctx: Any, first: Any, last: Any, slots: Any) -> Num:
         """``device.end_call``: every worker leaves, and all counters of the program are cleared."""
-        if self.opened is not None:
-            self.hazard("a call is ended that was opened")
-        return self._ended(ctx, first, last)
-
-    def _ended(self, ctx: Any, first: Any, last: Any) -> Num:
         final = self.on_device_finish_arrive(ctx)
-        self.stage = -1
-        if not self.begun:
-            self.hazard("a call is ended that no worker has begun")
+        if not self.begun or slots is not (self.opened is None):
+            self.hazard("a call is ended that no worker has begun, or has begun in another way")
         if (first, last) != self.layout.counter_words:
             self.hazard(f"the end of the call clears other words than {self.layout.counter_words}")
+        # With slots nobody acknowledges.
+        self.stage = -1 if slots else FINISH
         self.ended = True
         return final
+
+    def by_last(self, what: str) -> None:
+        """Refuses what others do than the last worker of every rank to leave."""
+        if not np.array_equal(self.on, self.worker == self.workers - 1):
+            self.hazard(f"{what} by others than the last worker to leave, or not on every rank")
 
     def attribute(self, value: Any, node: ast.Attribute) -> Any:
         """``ctx.epoch``, or a dotted name."""
@@ -231,6 +223,9 @@ class KernelMachine(AccessMachine):
 
     def signal(self, on: Mask, symbol: str, home: Ints, flat: Ints, **facts: Any) -> int:
         """Records a wait or notify; returns its number."""
+        used = {self.layout.declared[s].name for s in (symbol, facts.get("through")) if s}
+        if self.ended and "counter" in used:
+            self.hazard("a counter is used behind the end of the call, which has cleared it")
         lane = np.flatnonzero(on)
         seq = self.trace.next()
         # In front of a flattened loop a signal is the first act of the next task.
@@ -724,6 +719,7 @@ class KernelMachine(AccessMachine):
         self.context(ctx)
         if self.stage != FINISH or not isinstance(first, int) or not isinstance(last, int):
             self.unclear("streams are freed before the launch is left")
+        self.by_last("streams are freed, after an abort,")
         self.trace.freed.append((first, last))
 
     def on_device_grouped_tile(self, position: Any, rows: Any, columns: Any, group: Any) -> Any:

@@ -146,8 +146,11 @@ class LaunchMachine(RoleMachine):
         loaded = Loaded(self.rings[0], self.rooms)
         loader = LoaderMachine(source, self.function_of(load), *rest, loaded)
         self.role(loader, its)
-        # All that groups do comes behind a step of the loader.
-        self.opened = loader.opened if self.opened is None else self.opened
+        if loader.opened is not None:
+            if self.opened is not None:
+                self.hazard("the launch and its loader both open the call")
+            # All that groups do comes behind a step of the loader.
+            self.opened = loader.opened
         fetcher = None
         for function, given in fetch:
             landing = Loaded(self.rings[1], self.rooms)
@@ -155,6 +158,8 @@ class LaunchMachine(RoleMachine):
                 self.landed, source, self.function_of(function), *rest, landing
             )
             self.role(fetcher, given)
+            if fetcher.opened is not None:
+                self.hazard("the role that fetches opens the call, which the loader opens")
             if loaded.used & landing.used:
                 self.hazard("operands and parts of sums are loaded into the same memory")
         self.group(one, mine, loader, fetcher)
@@ -170,6 +175,7 @@ class LaunchMachine(RoleMachine):
         self.bound(machine, machine.function, given, 1)
         machine.start({})
         machine.finished()
+        self.a_part(machine)
         self.wait_names += machine.wait_names
         self.adopt(machine.trace, 1)
 
@@ -208,11 +214,19 @@ class LaunchMachine(RoleMachine):
                 self.hazard("steps are given back by more or fewer groups than the ring waits for")
         if any(np.any(mask) for mask, _ in machine.flying):
             self.hazard("products are under way when a group ends")
+        self.a_part(machine)
+        if machine.opened is not None:
+            self.hazard("groups open the call, which the loader opens for them")
         self.wait_names += machine.wait_names
         self.adopt(machine.trace, GROUPS)
         for symbol, lanes in machine.tma.items():
             both = lanes.reshape(GROUPS, -1).any(axis=0)
             self.tma[symbol] = self.tma.get(symbol, np.zeros_like(both)) | both
+
+    def a_part(self, machine: RoleMachine) -> None:
+        """Refuses a role that begins the call or leaves it: the launch does so, once for all of them."""
+        if machine.begun or machine.left:
+            self.hazard("a role begins or leaves the call, of which it is a part")
 
     def bound(
         self, machine: RoleMachine, function: ast.FunctionDef, given: tuple[Any, ...], times: int
@@ -261,3 +275,9 @@ class LaunchMachine(RoleMachine):
         if not self.started:
             self.hazard("the launch is left before its roles are started")
         return super().on_device_finish_arrive(ctx)
+
+    def on_device_end_call(self, ctx: Any, first: Any, last: Any, slots: Any) -> Num:
+        """``device.end_call``: by warps that drain no stores of other warps."""
+        if any(np.any(lanes) for lanes in self.tma.values()):
+            self.hazard("TMA stores of a group are not drained when its worker ends the call")
+        return super().on_device_end_call(ctx, first, last, slots)

@@ -385,13 +385,18 @@ class Validator:
             self.differs(function, "the launch is not left through `finish_arrive`")
         return trace
 
-    def opens(self, agent: Agent) -> tuple[bool | None, tuple[bool, bool, bool] | None]:
-        """How a launch begins a call whose head it has within; see ``AccessMachine.opened``."""
+    def opens(self, agent: Agent) -> tuple[bool | None, tuple[bool, bool] | None]:
+        """How a launch begins a call whose head it has within; see ``AccessMachine.opened``.
+
+        The first one does what the head does; the others come behind it in the main stream.
+        """
         if self.slots or not self.folded:
             return None, None
-        waits = bool(self.heads[0].body)
-        first = self.program.find("launch")[0].symbol == agent.name
-        return waits, (waits, first, first and bool(self.program.find("stream")))
+        # Flags hold epochs, whether or not the call waits for those of the one before.
+        signals = bool(self.program.find("flag"))
+        if self.program.find("launch")[0].symbol != agent.name:
+            return signals, None
+        return signals, (bool(self.heads[0].body), bool(self.program.find("stream")))
 
     def same_roles(self, agent: Agent, machine: LaunchMachine) -> None:
         """The roles of a launch must be those that the program gives it."""

@@ -401,6 +401,13 @@ def _check_workers(program: Op, agents: list[Op], ends: list[Op]) -> None:
     for op in ends:
         if op.get("ends") is not True or len(agents) != 2:
             _fail(op, "a launch ends a call that is nothing else")
+        for inner in (inner for finish in op.find("finish") for inner in finish.walk()):
+            used = inner.ref is not None and program.declared(inner.symbol).name == "counter"
+            if used or inner.get("through") is not None:
+                _fail(
+                    inner,
+                    "a launch that ends its call has cleared the counters before its `finish`",
+                )
 
 
 # What a wait or notify of a flag that words carry has no use for: it is performed by loads and stores.

@@ -108,11 +108,11 @@ def break_rank(shared: Any, fault: str, rank: int, at: int, amount: float) -> Ca
 
     polled = 0.0
 
-    def look_and_see(ctx: Any, polls: Any, first: Any, *rest: Any) -> Any:
+    def look_and_see(ctx: Any, polls: Any, *rest: Any) -> Any:
         nonlocal waited, polled
-        if number_of(first):
+        if not number_of(polls):
             polled = time.monotonic()
-        found = overdue(ctx, polls, first, *rest)
+        found = overdue(ctx, polls, *rest)
         if not number_of(found[0]) and not waited:
             waited = True
             stamp(WAITED + 8 * shared.rank, polled)

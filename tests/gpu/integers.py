@@ -224,7 +224,7 @@ def emitted(
 
 # How a kernel begins a call, and how its workers leave it.
 BEGINS = tuple(f"    ctx = device.{name}(" for name in ("context", "begin_call", "call_context"))
-LEAVES = tuple(f"if device.{name}(ctx" for name in ("finish_arrive", "end_call", "close_call"))
+LEAVES = tuple(f"if device.{name}(ctx" for name in ("finish_arrive", "end_call"))
 
 
 def with_jitter(source: str, one_in: int = 4, most_ns: int = 4000) -> str:

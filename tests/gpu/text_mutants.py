@@ -42,6 +42,8 @@ _PEER_WAIT = r"device\.peer_tiles?_wait" + _INSIDE
 _COUNT_WAIT = r"device\.consumer_tile_wait" + _INSIDE
 # Up to the count, which is the last argument.
 _COUNTED = r"(counted_(?:all_tile_)?notify\((?:[^()]|\([^()]*\))*,\s*)(\d+)(,?\s*\))"
+_ACKNOWLEDGED = r"device\.rank_notify\(ctx, 128\)"
+_ENDED = r"(device\.end_call\(ctx, \d+, \d+, )False"
 _HOST_NOTIFY = r"^ *call\.notify\(.*\n"
 
 MUTANTS = (
@@ -51,9 +53,7 @@ MUTANTS = (
         "wrong epoch", _AG, _CE, "wait for the call before", r"ctx\.epoch,", "ctx.epoch - 1,"
     ),
     TextMutant("wrong epoch", _AG, _CE, "wait for the next call", r"ctx\.epoch,", "ctx.epoch + 1,"),
-    TextMutant(
-        "dropped notify", _AG, _CE, "acknowledgement", r"device\.rank_notify\(ctx, 128\)", "pass"
-    ),
+    TextMutant("dropped notify", _AG, _CE, "acknowledgement", _ACKNOWLEDGED, "pass"),
     TextMutant(
         "dropped notify",
         _AG,
@@ -129,6 +129,10 @@ MUTANTS = (
     TextMutant(
         "wrong epoch", _RS, _EP, "parts of the call before", r"ctx\.epoch,", "ctx.epoch - 1,"
     ),
+    # As in a program with slots: the next call takes its number again.
+    TextMutant("wrong epoch", _RS, _EP, "call that is not counted", _ENDED, r"\1True"),
+    TextMutant("dropped notify", _RS, _EP, "acknowledgement", _ACKNOWLEDGED, "pass"),
+    TextMutant("dropped notify", _AG, _CE_ROLES, "acknowledgement", _ACKNOWLEDGED, "pass"),
     TextMutant("dropped wait", _AR, _EP, "wait for the parts", _PEER_WAIT, "0", 2),
     TextMutant(
         "wrong count",

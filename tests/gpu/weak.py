@@ -40,8 +40,6 @@ def joined_notify(ctx, pending, system: tl.constexpr = False):
 
 
 @triton.jit
-def deaf_call(
-    ctx, program, ACK: tl.constexpr, FIRST: tl.constexpr = True, STREAMS: tl.constexpr = False
-):
+def deaf_call(ctx, program, ACK: tl.constexpr, STREAMS: tl.constexpr = False):
     """As `tilelink.device.open_call`, waiting for no acknowledgement, and telling nobody but streams."""
     tl.store(ctx.arena + EPOCH, ctx.epoch)

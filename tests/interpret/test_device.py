@@ -223,9 +223,10 @@ def test_a_rank_that_aborts_stops_its_peers_before_itself(tmp_path: Path) -> Non
 from tilelink.device import signal
 
 order = []
-def xchg(pointer, value, **_):
-    order.append(int(pointer.handle.data[0]))
-signal._abort.fn.__globals__["tl"].atomic_xchg, kept = xchg, tl.atomic_xchg
+def xchg(pointer, value, mask=None, **_):
+    kept = [True] if mask is None else mask.handle.data
+    order.extend(int(p) for p, inside in zip(pointer.handle.data, kept) if inside)
+signal._stop_all.fn.__globals__["tl"].atomic_xchg, kept = xchg, tl.atomic_xchg
 
 @triton.jit
 def stop(arena, peers, rank, limit: tl.int64):
@@ -235,6 +236,32 @@ def stop(arena, peers, rank, limit: tl.int64):
 stop[(1,)](arenas[0], peers, 0, 10**6)
 words = [a.data_ptr() + 4 * layout.ABORT for a in arenas]
 assert [p for p in order if p in words] == [words[1], words[0]], order
+""",
+    )
+
+
+def test_a_rank_that_is_told_to_stop_tells_the_others(tmp_path: Path) -> None:
+    """What it goes on to signal may reach a rank before the word of the one that stopped them all."""
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def wait(arena, peers, rank, out, limit: tl.int64):
+    ctx = device.context(arena, peers, rank, 3, limit, limit)
+    device.peer_tile_wait(ctx, 1024, 1, 1, 0, 0)
+    # The peer's word is set before anything that comes behind the wait.
+    tl.store(out, tl.load(tl.load(peers + 2).to(tl.pointer_type(tl.int32), bitcast=True) + 1))
+
+arenas.append(torch.zeros(WORDS, dtype=torch.int32))
+peers = torch.tensor([a.data_ptr() for a in arenas])
+assert layout.ABORT == 1
+arenas[0][layout.ABORT] = 1
+out = torch.zeros(1, dtype=torch.int32)
+wait[(1,)](arenas[0], peers, 0, out, 10**9)
+assert out == 1 and [int(a[layout.ABORT]) for a in arenas] == [1, 1, 1]
+# It has nothing to say itself.
+for a in arenas:
+    assert (a[layout.RECORD : layout.RECORD + layout.RECORD_WORDS] == 0).all()
 """,
     )
 
@@ -387,6 +414,40 @@ assert record[0:2] == [1, 0] and record[5:8] == [32, 24, 1] and record[9] == 5, 
     )
 
 
+def test_numbers_are_said_beside_acknowledgements_past_the_largest_epoch(tmp_path: Path) -> None:
+    """An epoch is an int32 that comes around; its parity is that of its bits."""
+    interpreted(
+        tmp_path,
+        """
+from tilelink.backend.runtime.guard import guard_kernel
+
+host, out = torch.zeros(17, dtype=torch.int32), torch.ones(4)
+for a in arenas:
+    a[layout.EPOCH] = a[layout.ARRIVED : layout.ARRIVED + 2] = 2**31 - 2
+for epoch in (2**31 - 1, -(2**31), -(2**31) + 1, -(2**31) + 2):
+    for a in arenas:
+        a[layout.ACK : layout.ACK + layout.MAX_WORLD] = 77
+        a[layout.SAID : layout.SAID + 2 * layout.MAX_WORLD] = 0
+    for rank in range(2):
+        device.head_kernel[(1,)](
+            arenas[rank], peers, rank, 32768, 32800, 10**6, 10**6,
+            ACK=layout.ACK, WORLD=2, WAIT=False, SIGNALS=True, program=1, said=40 + rank, SAYS=True,
+        )
+    for a in arenas:
+        assert (a[layout.ACK : layout.ACK + layout.MAX_WORLD] == 77).all(), epoch
+        said = a[layout.SAID : layout.SAID + 2 * layout.MAX_WORLD].view(2, -1)
+        assert said[epoch & 1, :2].tolist() == [40, 41] and (said[1 - (epoch & 1)] == 0).all()
+    assert arenas[0][layout.EPOCH] == epoch and arenas[0][layout.ABORT] == 0
+guard_kernel[(1,)](
+    arenas[0], host.data_ptr(), out, 4, BLOCK=64, FLOAT=True,
+    peers=peers, rank=0, said=40, WORLD=2, SAYS=True,
+)
+record = arenas[0][layout.RECORD : layout.RECORD + 10].tolist()
+assert record[5:8] == [40, 41, 1] and record[9] == 5 and out.isnan().all(), record
+""",
+    )
+
+
 def test_a_peers_flag_is_raised_a_tile_later(tmp_path: Path) -> None:
     interpreted(
         tmp_path,
@@ -444,7 +505,7 @@ def call(arena, peers, rank, out, limit: tl.int64, program: tl.int32, host: tl.i
     ctx = device.begin_call(arena, peers, rank, 2, limit, limit, program)
     tl.store(arena + 32768, 7)
     tl.store(out + tl.program_id(0), tl.full((), 1.0, tl.float32) * device.slot(ctx))
-    if device.end_call(ctx, 32768, 32770):
+    if device.end_call(ctx, 32768, 32770, True):
         device.spoil(ctx, host, out, 3)
 
 host = torch.zeros(1 + layout.RECORD_WORDS, dtype=torch.int32)
@@ -481,10 +542,10 @@ def test_a_call_with_acknowledgements_begins_and_ends_in_its_kernel(tmp_path: Pa
 @triton.jit
 def call(arena, peers, rank, out, limit: tl.int64, program: tl.int32, host: tl.int64):
     ctx = device.call_context(arena, peers, rank, 2, limit, limit)
-    device.open_call(ctx, program, layout_ack, True, True)
+    device.open_call(ctx, program, layout_ack, True)
     tl.store(arena + 32768, 7)
     tl.store(out + tl.program_id(0), tl.full((), 1.0, tl.float32) * ctx.epoch)
-    if device.close_call(ctx, 32768, 32770):
+    if device.end_call(ctx, 32768, 32770, False):
         device.rank_notify(ctx, layout_ack)
         device.spoil(ctx, host, out, 3)
 
@@ -510,12 +571,13 @@ assert out[:3].isnan().all() and out[3] == 0 and host[0] == 1
 @triton.jit
 def second(arena, peers, rank, out, limit: tl.int64):
     ctx = device.call_context(arena, peers, rank, 2, limit, limit)
-    device.open_call(ctx, 9, None, False)
     tl.store(out, tl.full((), 1.0, tl.float32) * ctx.epoch)
     ctx = device.call_context(arena, peers, rank, 2, limit, limit, False)
+    device.open_call(ctx, 9)
     tl.store(out + 1, tl.full((), 1.0, tl.float32) * ctx.epoch)
 
 before = arenas[1].clone()
+before[layout.PROGRAM] = 9
 second[(2,)](arenas[1], peers, 1, out, 10**6)
 assert torch.equal(arenas[1], before) and out[:2].tolist() == [1, 0]
 # Something has overwritten the epoch.
@@ -606,7 +668,7 @@ assert [int(a[layout.ABORT]) for a in arenas] == [1, 1]
 @triton.jit
 def call(arena, peers):
     ctx = device.begin_call(arena, peers, 0, 2, 10**6, 10**6, 5)
-    device.end_call(ctx, 0, 0)
+    device.end_call(ctx, 0, 0, True)
 
 # Twice in so many calls, once for each slot, all words are marked with an epoch that is far away.
 arena = arenas[0]

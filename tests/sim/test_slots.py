@@ -225,7 +225,7 @@ EDITS = (
     (r"slot \* 15872", "(slot + 1) * 15872"),
     (r"slot = device\.slot\(ctx\)", "slot = 0"),
     (r"slot = device\.slot\(ctx\)", "slot = 1"),
-    (r"device\.end_call\(ctx, (\d+), \d+\)", r"device.end_call(ctx, \1, \1)"),
+    (r"device\.end_call\(ctx, (\d+), \d+", r"device.end_call(ctx, \1, \1"),
     (r"if device\.end_call\(.*\):", "if rank == 0:"),
     (r"device\.spoil\(.*\)", "pass"),
     (r"(device\.spoil\(.*), \d+\)", r"\1, 1)"),

@@ -11,7 +11,9 @@ from tilelink.backend.emit.scope import CannotEmit
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.passes.fold_head import fold_head
 from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.validate import EmittedHazard, read_module, validate
 from tilelink.backend.verify import MatchError, ReuseError, UndecidedError, verify
+from tilelink.errors import Source
 from tilelink.ir import Op, parse_ir, print_ir
 from tilelink.schedules import Move, Schedule
 
@@ -47,9 +49,9 @@ def test_streams_come_behind_the_first_launch_and_a_guard_ends_the_call(kernel: 
     text = emit(made)
     assert "call.begin()" in text and "call.head(" not in text
     assert text.index("call.begin()") < text.index("call.launch(") < text.index("call.stream(")
-    # One of the first launch tells the streams; each launch waits, and takes the epoch itself.
-    assert text.count("device.open_call(") == len(made.find("launch"))
-    assert len(re.findall(r"open_call\(ctx, program, 128, True, True\)", text)) == 1
+    # The first launch waits and tells the streams; each takes the epoch itself.
+    assert text.count("device.call_context(") == len(made.find("launch"))
+    assert text.count("device.open_call(") == text.count("open_call(ctx, program, 128, True)") == 1
 
 
 @pytest.mark.parametrize("resource", ["epilogue", "sm:1"])
@@ -59,7 +61,7 @@ def test_a_launch_alone_ends_its_call(resource: str) -> None:
     assert made.find("launch")[0].get("ends") is True
     text = emit(made)
     assert "call.begin()" not in text and "call.head(" not in text
-    assert "device.close_call(" in text and "device.spoil(" in text
+    assert "device.end_call(" in text and "False):" in text and "device.spoil(" in text
 
 
 def test_where_the_library_computes_or_rows_vary_the_head_is_a_kernel() -> None:
@@ -117,6 +119,32 @@ def test_other_waits_of_a_folded_head_have_no_code(new: str) -> None:
         text = re.sub(WAIT, new, print_ir(program("gemm_rs", resource, sum="epilogue")), count=1)
         with pytest.raises(CannotEmit):
             emit(parse_ir(text))
+
+
+def test_a_call_that_takes_no_epoch_has_no_flags() -> None:
+    """Also where no stream waits for it, and nothing says that its launch ends it."""
+    made = program("gemm_rs", "epilogue", sum="epilogue")
+    text = re.sub(WAIT, "", print_ir(made).replace("ends = true, ", ""))
+    with pytest.raises(CannotEmit, match="other than all acknowledgements"):
+        emit(parse_ir(text))
+
+
+def test_a_finish_that_uses_counters_comes_before_they_are_cleared() -> None:
+    """The end of a call in its launch stands before the ops of its `finish`."""
+    text = print_ir(program("gemm_rs", "sm:1", sum="epilogue").with_attrs(kernel_text=None))
+    wait = "      wait @C.done[(RANK + 1) % WORLD, 0] {count = 3}\n"
+    ending = text.replace("    finish do {\n", f"    finish do {{\n{wait}")
+    assert ending != text
+    with pytest.raises(UndecidedError, match="cleared the counters"):
+        verify(parse_ir(ending))
+    with pytest.raises(EmittedHazard, match="has cleared it"):
+        validate(read_module(Source("emitted.py", emit(parse_ir(ending)))), parse_ir(ending))
+    # The pass leaves the end of such a call to the guard.
+    plain = ending.replace("head {folded = true}", "head").replace("ends = true, ", "")
+    made = fold_head(parse_ir(plain))
+    assert folded(made) and not any(op.get("ends") for op in made.find("launch"))
+    verify(made)
+    validate(read_module(Source("emitted.py", emit(made))), made)
 
 
 def test_streams_in_front_of_the_launch_are_refused() -> None:

@@ -256,10 +256,23 @@ def test_intact_modules_pass(case: Case) -> None:
 HELD = r"roles\.delayed_tile_notify\(ctx, pending, True\)\n"
 AGAIN = "roles.delayed_tile_notify(ctx, pending, True)\n"
 EARLY = "roles.store(C_128x64, 0, n_own_start, C_sum, room.index(role))"
+OPENS = "device.open_within(ctx, program, 128"
+OPENED = r"(def \w+_fetch\(.*?)\):\n(.*?_fetch, \(ctx[^)]*)\)"
+GROUP = r"(.*?_multiply,\s*\(\s*{},\s*)"
+GROUPS = r"(_multiply\(\s*role: tl\.constexpr,\s*)(ctx.*?\):\n)" + GROUP.format(0) + GROUP.format(1)
+DRAINED = r"\n    device\.drain_tma_stores\(\)\n(?=\n\n)"
 # What a module must not say, by what is replaced in it, and who objects.
 EDITS = [
     (TURNS, r"device\.open_within\(", "device.open_call(", EmittedHazard),
     (TURNS, r"device\.open_within\(.*\)", "pass", EmittedError),
+    # Kernel and roles open a call once, and leave it once, all together.
+    (TURNS, r"(def ag_gemm\(.*?\n)(    ring = )", rf"\1    {OPENS}, True)\n\2", EmittedHazard),
+    (PEERS, GROUPS, rf"\1program, \2    {OPENS}, False)\n\3program, \4program, ", EmittedHazard),
+    (PEERS, OPENED, rf"\1, program):\n    {OPENS}, False)\n\2, program)", EmittedHazard),
+    (PEERS, rf"{DRAINED}\n", "\n", EmittedHazard),
+    (PEERS, DRAINED, r"\n    device.drain_tma_stores()\n    device.finish_arrive(ctx)\n", EmittedHazard),
+    (PEERS, r"( +)device\.spoil\((.*?)\)", r"\1if rank == 0:\n\1    device.spoil(\2)", EmittedHazard),
+    (RS, r"if (device\.finish_arrive\(ctx\)):\n +(device\.finish_leave)", r"\1\n    \2", EmittedHazard),
     (TURNS, r"roles\.turn\(turns, number\)", "pass", EmittedHazard),
     (TURNS, r"roles\.pass_turn\(turns, number\)", "pass", EmittedHazard),
     (TURNS, r"roles\.give\(ring, at - 1\)", "pass", EmittedHazard),

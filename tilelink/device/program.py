@@ -38,6 +38,14 @@ _AGE = tl.constexpr(layout.WORD_AGE)
 _CLEAR = tl.constexpr(1024)
 
 
+@triton.jit
+def clear_words(arena, first, last):
+    """Set the words [``first``, ``last``) of the arena to 0; no barrier."""
+    for start in range(first, last, _CLEAR):
+        words = start + axis(_CLEAR)
+        tl.store(arena + words, words * 0, mask=words < last)
+
+
 @triton.jit(
     do_not_specialize=["rank", "first", "last", "progress_ns", "arrival_ns", "program", "said"]
 )
@@ -78,11 +86,9 @@ def head_kernel(
         tl.store(arena + EPOCH, epoch)
     tl.store(arena + EXITED, 0)
     tl.store(arena + PROGRAM, program)
-    for start in range(first, last, _CLEAR):
-        words = start + tl.arange(0, _CLEAR)
-        tl.store(arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
+    clear_words(arena, first, last)
     if SAYS:
-        slots, there = _words(peers, WORLD, SAID + epoch % 2 * MAX_WORLD + rank)
+        slots, there = _words(peers, WORLD, SAID + (epoch & 1) * MAX_WORLD + rank)
         tl.store(slots, tl.full((MAX_WORLD,), 0, tl.int32) + said, mask=there)
     tl.debug_barrier()
     if SIGNALS:
@@ -141,10 +147,22 @@ def differing(arena, world: tl.constexpr, said):
     """
     epoch = tl.load(arena + EPOCH)
     ranks = tl.arange(0, MAX_WORLD)
-    slots = arena + SAID + epoch % 2 * MAX_WORLD + ranks
+    slots = arena + SAID + (epoch & 1) * MAX_WORLD + ranks
     theirs = tl.load(slots, mask=ranks < world, other=0, volatile=True)
     first = tl.min(tl.where((ranks < world) & (theirs != said), ranks, MAX_WORLD), axis=0)
     return tl.where(first < MAX_WORLD, first, -1)
+
+
+@triton.jit
+def _arrive(ctx):
+    # By one CTA of a call that has no head kernel.
+    here = tl.load(ctx.arena + ARRIVED + ctx.rank)
+    if here != ctx.epoch - 1:
+        _abort(ctx, EPOCH, here, ctx.epoch - 1, ctx.rank, 0, 0, 4)
+    # It carries nothing: only a wait that has run out of time looks at it.
+    flags, inside = _words(ctx.peers, ctx.world, ARRIVED + ctx.rank)
+    value = axis(MAX_WORLD) * 0 + ctx.epoch
+    tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
 
 
 @triton.jit
@@ -158,15 +176,8 @@ def begin_call(arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns,
     ctx = Context(arena, peers, rank, before + 1, world, progress_ns, arrival_ns)
     _fetch_early(peers)
     if tl.program_id(0) == tl.num_programs(0) - 1:
-        here = tl.load(arena + ARRIVED + rank)
-        if here != before:
-            lost = Context(arena, peers, rank, before, world, progress_ns, arrival_ns)
-            _abort(lost, EPOCH, here, before, rank, 0, 0, 4)
         tl.store(arena + PROGRAM, program)
-        # It carries nothing: only a wait that has run out of time looks at it.
-        flags, inside = _words(peers, world, ARRIVED + rank)
-        value = tl.full((MAX_WORLD,), 0, tl.int32) + ctx.epoch
-        tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
+        _arrive(ctx)
     return ctx
 
 
@@ -179,6 +190,7 @@ def call_context(
     The epoch is that of the calls ended plus one; without flags (``SIGNALS`` is false) the call takes none.
     """
     epoch = tl.load(arena + ENDED)
+    _fetch_early(peers)
     if SIGNALS:
         epoch += 1
     return Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
@@ -189,16 +201,15 @@ def open_call(
     ctx,
     program,
     ACK: tl.constexpr = None,
-    FIRST: tl.constexpr = True,
     STREAMS: tl.constexpr = False,
 ):
-    """Do what ``head_kernel`` does: by every CTA, or by the role of it that all others wait for.
+    """Do what ``head_kernel`` does: by every CTA of a call's first launch, or by a role that the others wait for.
 
     ``ctx``: a :func:`call_context`. Waits until every rank has acknowledged the call before in the flags from word
-    ``ACK``; None where the program has no flags. The last CTA of the ``FIRST`` launch, which has the least to do,
-    tells all ranks that this one has arrived, and then ``STREAMS``, if there are any, that the call has begun.
-    :func:`close_call`, or the guard behind the call, clears the counters and ends the epoch. ``program``: a number
-    for the error record.
+    ``ACK``; None where the program has no flags. The last CTA, which has the least to do, tells all ranks that
+    this one has arrived, and then ``STREAMS``, if there are any, that the call has begun. Launches behind this one
+    come behind it in the main stream. :func:`end_call`, or the guard behind the call, clears the counters and ends
+    the epoch. ``program``: a number for the error record.
     """
     _open(
         ctx.arena,
@@ -210,7 +221,6 @@ def open_call(
         program,
         ctx.world,
         ACK,
-        FIRST,
         STREAMS,
     )
 
@@ -227,35 +237,26 @@ def _open(
     program,
     world: tl.constexpr,
     ACK: tl.constexpr,
-    FIRST: tl.constexpr,
     STREAMS: tl.constexpr,
 ):
     ctx = Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
-    open_within(ctx, program, ACK, FIRST, STREAMS)
+    open_within(ctx, program, ACK, STREAMS)
 
 
 @triton.jit
-def open_within(ctx, program, ACK: tl.constexpr, FIRST: tl.constexpr, STREAMS: tl.constexpr):
+def open_within(ctx, program, ACK: tl.constexpr, STREAMS: tl.constexpr):
     """:func:`open_call` as a part of its caller: by a role, which has other warps than a function is made for."""
-    arena, peers, rank, epoch, world = ctx.arena, ctx.peers, ctx.rank, ctx.epoch, ctx.world
-    _fetch_early(peers)
-    if FIRST and tl.program_id(0) == tl.num_programs(0) - 1:
-        tl.store(arena + PROGRAM, program)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.store(ctx.arena + PROGRAM, program)
         if ACK is not None:
-            here = tl.load(arena + ARRIVED + rank)
-            if here != epoch - 1:
-                _abort(ctx, EPOCH, here, epoch - 1, rank, 0, 0, 4)
-            tl.store(arena + EPOCH, epoch)
-            # It carries nothing: only a wait that has run out of time looks at it.
-            flags, inside = _words(peers, world, ARRIVED + rank)
-            value = axis(MAX_WORLD) * 0 + epoch
-            tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
+            tl.store(ctx.arena + EPOCH, ctx.epoch)
+            _arrive(ctx)
     if ACK is not None:
-        rank_wait(ctx, ACK, epoch - 1, 0)
-    if FIRST and STREAMS and tl.program_id(0) == tl.num_programs(0) - 1:
+        rank_wait(ctx, ACK, ctx.epoch - 1, 0)
+    if STREAMS and tl.program_id(0) == tl.num_programs(0) - 1:
         # Streams also copy the epoch, from where this CTA has stored it.
         tl.debug_barrier()
-        tl.atomic_xchg(arena + BEGUN, 1, sem="release", scope="sys")
+        tl.atomic_xchg(ctx.arena + BEGUN, 1, sem="release", scope="sys")
 
 
 @triton.jit
@@ -288,57 +289,37 @@ def of_slot(slot, even, odd):
 
 
 @triton.jit
-def end_call(ctx, first, last):
-    """Leave the last stage. The last CTA to do so clears the counter words [``first``, ``last``) and stores
-    the epoch: the next call finds everything as :func:`begin_call` wants it. True for that CTA."""
+def end_call(ctx, first, last, SLOTS: tl.constexpr):
+    """Leave the last stage of a call that its one launch began: by :func:`begin_call` in a program with ``SLOTS``,
+    else by :func:`open_call`. The last CTA to do so clears the counter words [``first``, ``last``) and stores the
+    epoch, so that the next call finds everything as this one did.
+
+    True for that CTA, which acknowledges the call beside slots: it sees the work of all.
+    """
     drain_tma_stores()
     tl.debug_barrier()
     # The word depends on the epoch: whoever has left has read it.
     leaving = ctx.arena + LEAVING + (ctx.epoch & 1) * 2
-    if first < last:
-        left = tl.atomic_add(leaving, 1, sem="acq_rel", scope="gpu")
-    else:
-        # Nothing is cleared that others use, so nobody waits for the stores of anybody.
+    if SLOTS and first >= last:
+        # Nothing is cleared that others use, and nobody acknowledges: nobody waits for the stores of anybody.
         left = tl.atomic_add(leaving, 1, sem="relaxed", scope="gpu")
+    else:
+        left = tl.atomic_add(leaving, 1, sem="acq_rel", scope="gpu")
     final = left == tl.num_programs(0) - 1
     if left != tl.num_programs(0) - 1:
         # What this CTA stores must not land behind what the last one makes of it; see :func:`spoil`.
         tl.atomic_add(leaving + 1, 1, sem="release", scope="gpu")
     if final:
-        for start in range(first, last, _CLEAR):
-            words = start + tl.arange(0, _CLEAR)
-            tl.store(ctx.arena + words, tl.zeros((_CLEAR,), tl.int32), mask=words < last)
+        clear_words(ctx.arena, first, last)
         tl.store(leaving, 0)
         # Of the call before, whose workers have ended.
         tl.store(ctx.arena + LEAVING + ((ctx.epoch + 1) & 1) * 2 + 1, 0)
-        tl.store(ctx.arena + EPOCH, ctx.epoch)
-        if ((ctx.epoch - _AGE // 2) & (_AGE - 1)) < 2:
-            _mark_words(ctx)
-    return final
-
-
-@triton.jit
-def close_call(ctx, first, last):
-    """Leave the one launch of a call that :func:`open_call` began. The last CTA to do so sees the work of all,
-    clears the counter words [``first``, ``last``) and ends the epoch. True for that CTA, which acknowledges the
-    call behind it."""
-    drain_tma_stores()
-    tl.debug_barrier()
-    # The word depends on the epoch: whoever has left has read it.
-    leaving = ctx.arena + LEAVING + (ctx.epoch & 1) * 2
-    left = tl.atomic_add(leaving, 1, sem="acq_rel", scope="gpu")
-    final = left == tl.num_programs(0) - 1
-    if left != tl.num_programs(0) - 1:
-        # What this CTA stores must not land behind what the last one makes of it; see :func:`spoil`.
-        tl.atomic_add(leaving + 1, 1, sem="release", scope="gpu")
-    if final:
-        for start in range(first, last, _CLEAR):
-            words = start + axis(_CLEAR)
-            tl.store(ctx.arena + words, words * 0, mask=words < last)
-        tl.store(leaving, 0)
-        # Of the call before, whose workers have ended.
-        tl.store(ctx.arena + LEAVING + ((ctx.epoch + 1) & 1) * 2 + 1, 0)
-        tl.store(ctx.arena + ENDED, ctx.epoch)
+        if SLOTS:
+            tl.store(ctx.arena + EPOCH, ctx.epoch)
+            if ((ctx.epoch - _AGE // 2) & (_AGE - 1)) < 2:
+                _mark_words(ctx)
+        else:
+            tl.store(ctx.arena + ENDED, ctx.epoch)
     return final
 
 
@@ -396,12 +377,16 @@ def queue_next(ctx, word):
 
 @triton.jit
 def finish_arrive(ctx):
-    """Leave the last stage; true for the last CTA of the launch, which sees the work of all."""
+    """Leave the last stage; true for the last CTA of the launch, which sees the work of all.
+
+    All of them are on this GPU, so its scope will do, as for :func:`counted_tile_notify`: what that CTA then
+    releases to a peer carries their work too, and none of them waits for its stores to be seen beyond this GPU.
+    """
     tl.debug_barrier()
-    left = tl.atomic_add(ctx.arena + EXITED, 1, sem="acq_rel", scope="sys")
+    left = tl.atomic_add(ctx.arena + EXITED, 1, sem="acq_rel", scope="gpu")
     last = left == tl.num_programs(0) - 1
     if last:
-        tl.atomic_xchg(ctx.arena + EXITED, 0, sem="relaxed", scope="sys")
+        tl.atomic_xchg(ctx.arena + EXITED, 0, sem="relaxed", scope="gpu")
     return last
 
 

@@ -112,7 +112,18 @@ def drain_tma_stores():
 
 
 @triton.jit
-def _abort(ctx, word, expected, seen, producer, tile, wait, kind):
+def _stop_all(ctx):
+    # This rank last: whoever stops waiting here signals tiles that are not there, and the peer that
+    # gets such a signal must find its own abort word set.
+    for step in range(1, ctx.world + 1):
+        peer = (ctx.rank + step) % ctx.world
+        tl.atomic_xchg(_word(ctx.peers, peer, ABORT), 1, sem="release", scope="sys")
+    # Words of this CTA that are not what they should be come after that, by whichever thread.
+    tl.debug_barrier()
+
+
+@triton.jit
+def _claim(ctx, word, expected, seen, producer, tile, wait, kind):
     # One record a rank: the first wait that runs out claims it.
     if tl.atomic_cas(ctx.arena + CLAIM, 0, 1, sem="acq_rel", scope="sys") == 0:
         record = ctx.arena + RECORD
@@ -129,13 +140,12 @@ def _abort(ctx, word, expected, seen, producer, tile, wait, kind):
         tl.store(record + 11, ctx.epoch)
         tl.debug_barrier()
         tl.atomic_xchg(record, 1, sem="release", scope="sys")
-    # This rank last: whoever stops waiting here signals tiles that are not there, and the peer that
-    # gets such a signal must find its own abort word set.
-    for step in range(1, ctx.world + 1):
-        peer = (ctx.rank + step) % ctx.world
-        tl.atomic_xchg(_word(ctx.peers, peer, ABORT), 1, sem="release", scope="sys")
-    # Words of this CTA that are not what they should be come after that, by whichever thread.
-    tl.debug_barrier()
+
+
+@triton.jit
+def _abort(ctx, word, expected, seen, producer, tile, wait, kind):
+    _claim(ctx, word, expected, seen, producer, tile, wait, kind)
+    _stop_all(ctx)
 
 
 @triton.jit
@@ -152,7 +162,6 @@ def _absent(ctx, arrival):
 def overdue(
     ctx,
     polls,
-    first,
     started,
     was_here,
     stuck,
@@ -167,9 +176,9 @@ def overdue(
     """Look at the clock and at the abort word amid a wait; uniform in the CTA.
 
     Returns whether the wait goes on, and what the next look needs: when the limit began to count, whether the
-    producer was here, and whether it is known to be held up itself (0 or 1 each). ``first``: there was no look
-    before, and these are 0. Where the limit is over, the error record is written and all ranks are told to stop.
-    ``arrival``: the call that ``producer`` must have begun; the others go into the record.
+    producer was here, and whether it is known to be held up itself (0 or 1 each); 0 before the first one. Where
+    the limit is over, the error record is written and all ranks are told to stop; where this one was told, it
+    tells them too. ``arrival``: the call that ``producer`` must have begun; the others go into the record.
     """
     stop = tl.atomic_add(ctx.arena + ABORT, 0, sem="acquire", scope="sys")
     going = stop != 1
@@ -182,7 +191,7 @@ def overdue(
             absent = _absent(ctx, arrival)
             here = (absent < 0).to(tl.int32)
             late = tl.where(absent < 0, producer, absent)
-        if first | (here != was_here):
+        if (started == 0) | (here != was_here):
             started = now
         was_here = here
         limit = tl.where(here != 0, ctx.progress_ns, ctx.arrival_ns)
@@ -194,8 +203,11 @@ def overdue(
                 # The host has seen a rank die: it is the one that this call lacks.
                 late = tl.where(stop != 0, stop - LOST, late)
                 kind = tl.where(stop != 0, 3, 2 - here)
-                _abort(ctx, word, expected, seen, late, tile, wait, kind)
+                _claim(ctx, word, expected, seen, late, tile, wait, kind)
                 going = stop != stop
+    if going == 0:
+        # Also where this rank was told: who told it may not have come to the peers that it goes on to signal.
+        _stop_all(ctx)
     return going, started, was_here, stuck
 
 
@@ -209,11 +221,11 @@ def _wait(ctx, word, expected, arrival, producer, tile, wait, fence: tl.constexp
     stuck = tl.cast(0, tl.int32)
     spinning = seen - expected < 0
     while spinning:
-        if polls % LOOK == FIRST_LOOK:
+        # Of their bits: a long wait counts past the largest int32.
+        if (polls & (LOOK - 1)) == FIRST_LOOK:
             spinning, started, was_here, stuck = overdue(
                 ctx,
                 polls,
-                polls == FIRST_LOOK,
                 started,
                 was_here,
                 stuck,

@@ -225,7 +225,6 @@ def _gathered(
             spinning, started, was_here, stuck = overdue(
                 ctx,
                 polls,
-                polls == 0,
                 started,
                 was_here,
                 stuck,
