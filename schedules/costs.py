@@ -104,37 +104,77 @@ def task_us(
     ``share``: the machine's rates divided by this are one worker's. ``active``: workers that draw on
     memory at once. ``now``: microseconds since the first product of the call.
     """
-    vector = task.elementwise / (machine.elementwise_tflops * 1e6) * share
-    cached = task.bytes / (machine.l2_gbps * 1e3) * share
-    if not task.flops and task.landed:
+    return Timed(machine, task, code, share, active).us(now)
+
+
+class Timed:
+    """:func:`task_us` of many moments: of a product, the rate of the tensor cores alone depends on it."""
+
+    def __init__(
+        self, machine: Machine, task: Task, code: Code, share: float, active: float
+    ) -> None:
+        self._machine, self._task, self._code = machine, task, code
+        self._library = bool(task.flops) and code.emitter == "library"
+        self._fixed: float | None = None
+        self._last: tuple[float, float] | None = None
+        vector = task.elementwise / (machine.elementwise_tflops * 1e6) * share
+        cached = task.bytes / (machine.l2_gbps * 1e3) * share
+        if not task.flops:
+            self._fixed = _unmultiplied_us(machine, task, code, active, vector, cached)
+            return
+        if self._library:
+            return
+        memory = task.memory / (machine.hbm_gbps * 1e3) * active
+        emitter = machine.emitter(code.emitter)
+        full = tensor_core_share(task.rows, task.columns, code.warps, emitter.issue)
+        self._flops = task.flops * share / full
+        # While one warpgroup waits at a step, another one multiplies.
+        step = emitter.step_us * max(1.0, 2.0 * WARPGROUP / code.warps)
+        fixed = emitter.flat_us if code.flat else emitter.tile_us
+        if code.turns:
+            # What one group spends at its steps and behind its tile, the other one multiplies.
+            step, fixed = step / 2, fixed / 2
+        busy = BUSY_SLOTS if code.emitter == "gluon" else BUSY_STAGES
+        loads = task.steps * machine.load_us / max(0.5, code.stages - busy)
+        self._steps = task.steps * step
+        self._least = max(loads, cached, memory)
+        self._vector, self._tile = vector, fixed
+        self._behind = _sums_us(machine, task, active) if task.sums else None
+
+    def us(self, now: float) -> float:
+        """Microseconds of the task where it begins ``now``, microseconds since the first product of the call."""
+        if self._fixed is not None:
+            return self._fixed
+        # Workers begin their tiles together, wave by wave.
+        if self._last is None or self._last[0] != now:
+            self._last = now, self._product_us(now)
+        return self._last[1]
+
+    def _product_us(self, now: float) -> float:
+        task = self._task
+        if self._library:
+            return library_us(self._machine, task, now)
+        dot = self._machine.dot_us(self._flops, task.dtype, now)
+        product = max(dot + self._steps, self._least)
+        if self._behind is not None:
+            # One group adds while the other multiplies, as long as that takes.
+            both = product + self._behind
+            product = max(product, both / 2) if self._code.turns else both
+        return product + self._vector + self._tile
+
+
+def _unmultiplied_us(
+    machine: Machine, task: Task, code: Code, active: float, vector: float, cached: float
+) -> float:
+    """Microseconds of a task without a product; ``vector`` and ``cached``: of its operations, and at the cache."""
+    if task.landed:
         # The stores behind it are under way while the next tile is multiplied. But where parts lie in the ring of
         # the product, the other group begins that tile when they are there.
         held = code.turns and not code.apart
         fetched = task.landed / (machine.hbm_gbps * 1e3) * active + machine.load_us
         return vector + (fetched if held else 0.0)
-    if not task.flops and task.sums:
+    if task.sums:
         # Behind a wait: what stands before it is another task's.
         return 0.0 if code.turns else max(vector, _sums_us(machine, task, active))
-    if not task.flops:
-        memory = task.memory / (machine.sum_gbps * 1e3) * active
-        return max(vector, cached, memory) + (machine.load_us if task.bytes else 0.0)
-    memory = task.memory / (machine.hbm_gbps * 1e3) * active
-    if code.emitter == "library":
-        return library_us(machine, task, now)
-    emitter = machine.emitter(code.emitter)
-    full = tensor_core_share(task.rows, task.columns, code.warps, emitter.issue)
-    dot = machine.dot_us(task.flops * share / full, task.dtype, now)
-    # While one warpgroup waits at a step, another one multiplies.
-    step = emitter.step_us * max(1.0, 2.0 * WARPGROUP / code.warps)
-    fixed = emitter.flat_us if code.flat else emitter.tile_us
-    if code.turns:
-        # What one group spends at its steps and behind its tile, the other one multiplies.
-        step, fixed = step / 2, fixed / 2
-    busy = BUSY_SLOTS if code.emitter == "gluon" else BUSY_STAGES
-    loads = task.steps * machine.load_us / max(0.5, code.stages - busy)
-    product = max(dot + task.steps * step, loads, cached, memory)
-    if task.sums:
-        behind = _sums_us(machine, task, active)
-        # One group adds while the other multiplies, as long as that takes.
-        product = max(product, (product + behind) / 2) if code.turns else product + behind
-    return product + vector + fixed
+    memory = task.memory / (machine.sum_gbps * 1e3) * active
+    return max(vector, cached, memory) + (machine.load_us if task.bytes else 0.0)

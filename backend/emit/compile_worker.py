@@ -6,6 +6,7 @@ answers are lines of JSON on standard input and output.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -24,7 +25,7 @@ TARGET = ("cuda", 90, 32)
 def main() -> None:
     """Answer each request with what its compiler said if it failed, or null; until standard input ends.
 
-    A request has ``module``, ``kernel``, ``signature``, ``emitter``, ``options`` and ``out``: see
+    A request has ``module``, ``kernel``, ``signature``, ``emitter``, ``options``, ``out`` and ``sass``: see
     :func:`compile_kernel`; and ``environment``, the variables that it is compiled with.
     """
     answers = os.fdopen(os.dup(1), "w")
@@ -58,6 +59,8 @@ def _in_fork(request: dict[str, Any]) -> str | None:
         if child == 0:
             code = 1
             try:
+                # It ends before garbage would count, and Triton's frontend makes much that is kept.
+                gc.disable()
                 for stream in (1, 2):
                     os.dup2(messages.fileno(), stream)
                 os.environ.clear()
@@ -75,7 +78,7 @@ def _in_fork(request: dict[str, Any]) -> str | None:
 
 
 def compile_kernel(request: dict[str, Any]) -> None:
-    """Write each form of a kernel, and ``metadata.json``, into the folder ``out``."""
+    """Write each form of a kernel, its machine code as text if ``sass``, and ``metadata.json``, into ``out``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -101,8 +104,9 @@ def compile_kernel(request: dict[str, Any]) -> None:
         if form in compiled.asm:  # Gluon begins with its TTGIR
             (out / form).write_text(str(compiled.asm[form]))
     (out / "cubin").write_bytes(compiled.asm["cubin"])
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    (out / "sass").write_text(_output(tools / "nvdisasm", "-c", str(out / "cubin")))
+    if request.get("sass", True):
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        (out / "sass").write_text(_output(tools / "nvdisasm", "-c", str(out / "cubin")))
     numbers = resources(out / "cubin")
     warps = compiled.metadata.num_warps
     facts = {"shared": compiled.metadata.shared, "warps": warps, "usage": numbers}

@@ -89,10 +89,11 @@ def signature(program: Op, kernel: Kernel) -> dict[str, str]:
     return found
 
 
-def compile_offline(source: str, program: Op) -> list[Compiled]:
+def compile_offline(source: str, program: Op, sass: bool = True) -> list[Compiled]:
     """Every kernel of the emitted module ``source`` of ``program``, compiled for sm_90.
 
-    Raises :class:`CompileFailed` with the last lines of Triton's message.
+    Without ``sass``, that stage is left out: :func:`~tilelink.backend.emit.machine_code.disassemble` gives it
+    for many kernels in the time of few. Raises :class:`CompileFailed` with the last lines of Triton's message.
     """
     done: list[Compiled] = []
     words = any(op.get("words") for op in program.find("buffer"))
@@ -113,6 +114,7 @@ def compile_offline(source: str, program: Op) -> list[Compiled]:
                     kernel.warps, kernel.stages, words, folded and kernel.emitter != "gluon"
                 ),
                 "emitter": kernel.emitter,
+                "sass": sass,
                 "out": str(Path(folder) / kernel.name),
             }
             failed = compile_kernel(request)
@@ -205,8 +207,12 @@ def _dot_rows(launch: Op) -> tuple[int, ...]:
 
 def lint(compiled: Compiled) -> list[str]:
     """What is wrong with a compiled kernel, a sentence each; empty if nothing is."""
+    return [*lint_code(compiled, compiled.stages["sass"]), *lint_text(compiled)]
+
+
+def lint_code(compiled: Compiled, sass: str) -> list[str]:
+    """What is wrong with the machine code of a kernel, ``sass``, and with what it uses."""
     problems: list[str] = []
-    ptx, sass, ttgir = (compiled.stages.get(s, "") for s in ("ptx", "sass", "ttgir"))
     local = re.findall(r"\b(?:LDL|STL)(?:\.\w+)*\b", sass)
     if compiled.spills or local:
         problems.append(f"spills: {compiled.spills} bytes a thread, {len(local)} local accesses")
@@ -216,8 +222,17 @@ def lint(compiled: Compiled) -> list[str]:
         problems.append("a 16-bit matrix product without tensor cores")
     if compiled.shared > SHARED_LIMIT:
         problems.append(f"{compiled.shared} bytes of shared memory, {SHARED_LIMIT} are there")
-    if "multimem" in ptx or "MULTIMEM" in sass:
+    if "MULTIMEM" in sass:
         problems.append("a multimem instruction")
+    return problems
+
+
+def lint_text(compiled: Compiled) -> list[str]:
+    """What is wrong with the forms of a kernel before its machine code."""
+    problems: list[str] = []
+    ptx, ttgir = (compiled.stages.get(s, "") for s in ("ptx", "ttgir"))
+    if "multimem" in ptx:
+        problems.append("a multimem instruction in PTX")
     if compiled.waits:
         problems += _wait_order(ttgir, ptx, compiled.given)
     problems += _release_order(ttgir)

@@ -34,7 +34,7 @@ from tilelink.backend.simulate.walk import (
     Work,
 )
 from tilelink.ir import DTYPES, Op
-from tilelink.schedules.costs import Code, task_us
+from tilelink.schedules.costs import Code, Timed
 from tilelink.schedules.costs import Task as TaskCost
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.roles import TURNS
@@ -76,7 +76,7 @@ class _Signal(NamedTuple):
 
 @dataclass(slots=True)
 class _Stage:
-    """What the tasks of a stage share: see :func:`tilelink.schedules.costs.task_us`."""
+    """What the tasks of a stage share: see :class:`tilelink.schedules.costs.Timed`."""
 
     label: str
     code: Code
@@ -84,6 +84,7 @@ class _Stage:
     active: float
     share: float
     sums: bool
+    timed: dict[Cost, Timed] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -128,9 +129,9 @@ def predict(program: Op, machine: Machine) -> float:
     geometry = Geometry(program)
     try:
         mirror = Mirror(geometry)
-        return _Clock(geometry, machine, range(1), alone=False, mirror=mirror).run()
+        return _Clock(geometry, machine, range(1), False, mirror, record=False).run()
     except (Asymmetric, DeadlockError):
-        return _Clock(geometry, machine, range(geometry.world), alone=False).run()
+        return _Clock(geometry, machine, range(geometry.world), False, record=False).run()
 
 
 class _Clock:
@@ -141,11 +142,13 @@ class _Clock:
         ranks: range,
         alone: bool,
         mirror: Mirror | None = None,
+        record: bool = True,
     ) -> None:
         self.geometry = geometry
         self.machine = machine
         self.alone = alone
         self.mirror = mirror
+        self.record = record  # what each track does; else its end alone
         text = geometry.program.get("schedule")
         self.emitter = str(json.loads(text).get("emitter", "triton")) if text else "triton"
         self.ranks = [_Rank(Walker(geometry, r, sums=not alone)) for r in ranks]
@@ -160,6 +163,7 @@ class _Clock:
         self._blocked: dict[tuple[int, str], list[_Task]] = {}
         self._met: dict[str, list[tuple[_Task, float]]] = {}
         self._stages: dict[int, _Stage] = {}
+        self._loose: dict[Cost, Timed] = {}  # of no stage
 
     def run(self) -> float:
         """The makespan, microseconds."""
@@ -205,10 +209,10 @@ class _Clock:
         if agent.get("folded"):
             delay = 0.0  # the workers of the launch do what it does
         if agent.name != "launch":
-            body = iter(()) if agent.name == "collective" else state.walker.block(agent.body)
+            body = [] if agent.name == "collective" else state.walker.block(agent.body)
             # Workers share the names of their rank's walker, so each piece is walked at once.
             piece = Piece(agent.body)
-            task = _Task(Track(rank, name, agent.name), iter(list(body)), piece=piece)
+            task = _Task(Track(rank, name, agent.name), iter(body), piece=piece)
             self._begin(task, now, delay, cause)
             if agent.name == "collective":
                 self._meet(task, agent, now)
@@ -264,7 +268,7 @@ class _Clock:
             if finish:
                 last = _Task(
                     Track(track.rank, name, "launch", -1),
-                    iter(list(state.walker.block(finish[0].body))),
+                    iter(state.walker.block(finish[0].body)),
                     piece=Piece(finish[0].body),
                 )
                 self._begin(last, now, 0.0, (track, now))
@@ -288,17 +292,19 @@ class _Clock:
             queue = self.geometry.queue(stage, walker.env)
             dynamic = stage.get("queue", "static") == "dynamic"
             q = self.geometry.first_position(stage, worker, lo, hi)
+            args, body = stage.args, stage.body
+            task.stage = self._stage(launch, stage, queue, hi - lo)
             while True:
                 if dynamic:
                     q = positions.get(id(stage), 0)
                     positions[id(stage)] = q + 1
                 if q >= len(queue):
                     break
-                task.stage = self._stage(launch, stage, queue, hi - lo)
-                task.glyph = self._glyph(stage, task.stage.sums, queue[q])
-                bind_args(stage.args, queue[q], walker.env, walker.values)
-                task.piece, task.taken = Piece(stage.body, stage, q), 0
-                for event in list(walker.block(stage.body)):
+                if self.record:
+                    task.glyph = self._glyph(stage, task.stage.sums, queue[q])
+                bind_args(args, queue[q], walker.env, walker.values)
+                task.piece, task.taken = Piece(body, stage, q), 0
+                for event in walker.block(body):
                     yield event
                     if library and isinstance(event, Wait | Notify) and not self.alone:
                         yield _Gap(self.machine.launch_us)
@@ -386,31 +392,45 @@ class _Clock:
     def _spend(
         self, task: _Task, now: float, took: float, kind: str, label: str, glyph: str
     ) -> None:
-        task.track.segments.append(Segment(now, now + took, kind, label, glyph))
+        if self.record:
+            task.track.segments.append(Segment(now, now + took, kind, label, glyph))
         self._push(now + took, task)
+
+    def _timed(self, cost: Cost, stage: _Stage | None) -> Timed:
+        """How long a worker works for ``cost``."""
+        known = self._loose if stage is None else stage.timed
+        found = known.get(cost)
+        if found is None:
+            memory = stage.draw.memory if stage is not None and cost.flops else cost.bytes
+            work = TaskCost(
+                cost.flops,
+                cost.dtype,
+                cost.steps,
+                cost.rows,
+                cost.columns,
+                cost.elementwise,
+                cost.bytes,
+                memory,
+                cost.sums,
+                cost.landed,
+            )
+            if stage is None:
+                sms = self.machine.sms
+                found = Timed(self.machine, work, Code(), sms, sms)
+            else:
+                found = Timed(self.machine, work, stage.code, stage.share, stage.active)
+            known[cost] = found
+        return found
 
     def _work_us(self, cost: Cost, task: _Task, now: float) -> float:
         machine, stage = self.machine, task.stage
-        work = TaskCost(
-            cost.flops,
-            cost.dtype,
-            cost.steps,
-            cost.rows,
-            cost.columns,
-            cost.elementwise,
-            cost.bytes,
-            stage.draw.memory if stage is not None and cost.flops else cost.bytes,
-            cost.sums,
-            cost.landed,
-        )
+        timed = self._timed(cost, stage)
         if stage is None:
-            return task_us(machine, work, Code(), machine.sms, machine.sms, now)
+            return timed.us(now)
         state = self.ranks[task.track.rank]
         if cost.flops:
             state.began = min(state.began, now)
-        took = task_us(
-            machine, work, stage.code, stage.share, stage.active, max(0.0, now - state.began)
-        )
+        took = timed.us(max(0.0, now - state.began))
         if cost.flops:
             task.worked = took
             # Workers of a launch do the same at about the same time, so that one stands for all.
@@ -465,11 +485,12 @@ class _Clock:
             if not self._satisfied(task, task.waiting):
                 still.append(task)
                 continue
-            label = f"wait {symbol}"
-            segment = Segment(task.since, now, "wait", label, ".", (by, sent))
-            task.track.segments.append(segment)
             took = self._poll_us(task, task.waiting)
-            if took:
+            if self.record:
+                label = f"wait {symbol}"
+                segment = Segment(task.since, now, "wait", label, ".", (by, sent))
+                task.track.segments.append(segment)
+            if took and self.record:
                 acquired = Segment(now, now + took, "signal", f"acquire {symbol}", "|")
                 task.track.segments.append(acquired)
             task.waiting = None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 from tilelink.backend.simulate.errors import BoundsError
@@ -86,6 +87,7 @@ class Geometry:
         self._functions: dict[int, tuple[Expr, Function]] = {}
         self._queues: dict[tuple[Any, ...], list[tuple[Tile, ...]]] = {}
         self._sync: dict[int, bool] = {}
+        self._points: dict[int, tuple[Ref, tuple[tuple[Function, int], ...] | None]] = {}
         for op in program.find("extent"):
             self.extents[op.symbol] = self.value(op["value"], self.env(0))
         env = self.env(0)
@@ -187,6 +189,12 @@ class Geometry:
         if found is None:
             found = self._functions[id(expr)] = (expr, _compiled(_source(expr)))
         return found[1]
+
+    def bound(self, attribute: Any) -> Function:
+        """:meth:`value` of an attribute as a function of the environment."""
+        if isinstance(attribute, int):
+            return lambda env: attribute
+        return self.function(attribute)
 
     def length(self, dim: str, env: Mapping[str, Any]) -> int:
         """The length that a dimension of a type has: a tile's, an extent expression's or a number's."""
@@ -306,6 +314,13 @@ class Geometry:
 
     def elements(self, ref: Ref, env: Mapping[str, Any]) -> list[tuple[int, ...]]:
         """The elements of a flag or counter that ``ref`` names; BoundsError outside of it."""
+        known = self._points.get(id(ref))
+        if known is None:
+            known = self._points[id(ref)] = ref, self._point(ref)
+        if known[1] is not None:
+            element = tuple([at(env) for at, _ in known[1]])
+            if all(0 <= at < size for at, (_, size) in zip(element, known[1], strict=True)):
+                return [element]
         decl = self.decls[ref.symbol]
         index = ref.index or tuple(All() for _ in decl.shape)
         axes: list[range] = []
@@ -324,6 +339,16 @@ class Geometry:
                 detail = f"element {axes[-1][0]}..{axes[-1][-1] + 1} of an axis of length {size}"
                 raise BoundsError(decl.op.span, symbol=ref.symbol, detail=detail)
         return list(itertools.product(*axes))
+
+    def _point(self, ref: Ref) -> tuple[tuple[Function, int], ...] | None:
+        """Of a reference to one element, its place on each axis and the axis's length."""
+        shape = self.decls[ref.symbol].shape
+        if len(ref.index) != len(shape) or any(isinstance(i, All | Range) for i in ref.index):
+            return None
+        places = (
+            self.function(i) if isinstance(i, Expr) else itemgetter(str(i)[1:]) for i in ref.index
+        )
+        return tuple(zip(places, shape, strict=True))
 
     def flat(self, ref: Ref, env: Mapping[str, Any]) -> tuple[int, ...]:
         """Like :meth:`elements`, as numbers in row-major order."""

@@ -21,7 +21,7 @@ class Asymmetric(Exception):
     """Ranks do different things at one point of the program: one cannot stand for all."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Piece:
     """What a list of events was walked from: the body of an agent, or of task ``position`` of a stage."""
 
@@ -60,11 +60,11 @@ class Mirror:
             if not events:
                 if len(self._tasks) >= KEPT:
                     self._tasks.clear()
-                events = self._tasks[piece, rank] = list(walker.block(piece.body))
+                events = self._tasks[piece, rank] = walker.block(piece.body)
         else:
             key = (id(piece.body), rank)
             if key not in self._agents:
-                self._agents[key] = list(walker.block(piece.body))
+                self._agents[key] = walker.block(piece.body)
             events = self._agents[key]
         other = events[number] if number < len(events) else None
         if not isinstance(other, Notify) or other.op is not event.op:

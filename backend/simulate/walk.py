@@ -5,12 +5,18 @@ The virtual clock runs on these events, and a deadlock is explained with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, TypeAlias
 
-from tilelink.backend.simulate.geometry import Env, Geometry, Tile, bind_args, keep_scalar
+from tilelink.backend.simulate.geometry import (
+    Env,
+    Function,
+    Geometry,
+    Tile,
+    bind_args,
+    keep_scalar,
+)
 from tilelink.ir import DTYPES, Op, Ref, Value
 from tilelink.ir.layout import ENCODINGS, PAYLOAD
 from tilelink.ir.limits import check_rows
@@ -113,6 +119,38 @@ Event: TypeAlias = "Work | Wait | Notify | Move | Read"
 _NOTHING = Cost()
 
 
+@dataclass(slots=True)
+class _Run:
+    """Neighbours in a block without events: their work by the ``lengths`` of the tiles that it depends on.
+
+    None where it depends on scalars, or some are made.
+    """
+
+    ops: tuple[Op, ...]
+    lengths: tuple[tuple[str, str], ...] | None
+    known: dict[tuple[int, ...], Work] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Sync:
+    """A wait, notify or transfer: its attributes as functions of the environment."""
+
+    op: Op
+    symbol: str
+    condition: Function | None
+    peer: Function | None
+    count: Function
+    counter: bool
+    through: Ref | None
+
+    def off(self, env: Env) -> bool:
+        """Whether it does not happen now."""
+        return self.condition is not None and not self.condition(env)
+
+
+_Part: TypeAlias = "_Run | _Sync | Op"
+
+
 class Walker:
     """Walks the agents of one rank; ``tables`` gives integer tensors by name for dynamic maps.
 
@@ -130,54 +168,104 @@ class Walker:
         self._costs: dict[tuple[Any, ...], Cost] = {}
         self._names: dict[int, tuple[str, ...]] = {}
         self._eventful: dict[int, bool] = {}
+        self._parts: dict[int, tuple[tuple[Op, ...], list[_Part]]] = {}
+        self._syncs: dict[int, _Sync] = {}
+        self._tiles: set[str] = set()
         # Of a tile variable, the length of a whole tile.
         self._whole: dict[str, int] = {}
         for op in geometry.program.walk():
+            self._tiles.update(a.name for block in op.blocks for a in block.args)
             sizes = op.get("tile") if op.name in ("stage", "for_tiles") else None
             if sizes is not None:
                 given = zip(op.args, sizes, strict=False)
                 self._whole |= {a.name: geometry.value(t, self.env) for a, t in given}
 
-    def block(self, ops: tuple[Op, ...]) -> Iterator[Event]:
+    def block(self, ops: tuple[Op, ...]) -> list[Event]:
         """The events of ``ops`` in order; work between two synchronisations is one event."""
-        cost = _NOTHING
-        for op in ops:
-            name = op.name
-            if name in ("wait", "notify", "transfer"):
-                condition = op.get("if")
-                if condition is not None and not self.geometry.value(condition, self.env):
-                    continue
-                if cost is not _NOTHING:
-                    yield Work(cost)
-                    cost = _NOTHING
-                yield self._sync(op)
-            elif name in ("for_tiles", "for_range") and self._is_eventful(op):
-                if cost is not _NOTHING:
-                    yield Work(cost)
-                    cost = _NOTHING
-                for tiles in self._positions(op):
-                    bind_args(op.args[: len(tiles)], tiles, self.env, self.values)
-                    yield from self.block(op.body)
-            elif _is_remote(op):
-                if cost is not _NOTHING:
-                    yield Work(cost)
-                    cost = _NOTHING
-                assert op.ref is not None
-                size = self._bytes(op.ref)
-                if op.name == "load_sum":
-                    yield Read(op, size * (self.geometry.world - 1))
-                    cost = self.cost(op)
-                    continue
-                yield Move(op, size, self.geometry.value(op["peer"], self.env), True)
+        found: list[Event] = []
+        self._walk(ops, found)
+        return found
+
+    def _walk(self, ops: tuple[Op, ...], found: list[Event]) -> None:
+        work: Work | None = None
+        for part in self._parts_of(ops):
+            if isinstance(part, _Run):
+                work = self._work(part, work)
+                continue
+            if isinstance(part, _Sync) and part.off(self.env):
+                continue
+            if work is not None:
+                found.append(work)
+                work = None
+            if isinstance(part, _Sync):
+                found.append(self._event(part))
+            elif part.name in ("for_tiles", "for_range"):
+                for tiles in self._positions(part):
+                    bind_args(part.args[: len(tiles)], tiles, self.env, self.values)
+                    self._walk(part.body, found)
             else:
+                assert part.ref is not None
+                size = self._bytes(part.ref)
+                if part.name == "load_sum":
+                    found.append(Read(part, size * (self.geometry.world - 1)))
+                    cost = self.cost(part)
+                    work = None if cost is _NOTHING else Work(cost)
+                    continue
+                peer = self.geometry.value(part["peer"], self.env)
+                found.append(Move(part, size, peer, True))
+        if work is not None:
+            found.append(work)
+
+    def _parts_of(self, ops: tuple[Op, ...]) -> list[_Part]:
+        """What a block consists of: synchronisation, ops with events inside, and runs of all others."""
+        known = self._parts.get(id(ops))
+        if known is not None:
+            return known[1]
+        parts: list[_Part] = []
+        run: list[Op] = []
+        for op in ops:
+            sync = op.name in ("wait", "notify", "transfer")
+            loop = op.name in ("for_tiles", "for_range") and self._is_eventful(op)
+            if not (sync or loop or _is_remote(op)):
+                run.append(op)
+                continue
+            if run:
+                parts.append(self._run(tuple(run)))
+                run = []
+            parts.append(self._prepared(op) if sync else op)
+        if run:
+            parts.append(self._run(tuple(run)))
+        self._parts[id(ops)] = ops, parts
+        return parts
+
+    def _run(self, ops: tuple[Op, ...]) -> _Run:
+        names = sorted({name for op in ops for name in self._names_of(op)})
+        scalars = any(op.results and not op.results[0].type.shape for op in ops)
+        if scalars or any(name[0] == "%" for name in names):
+            return _Run(ops, None)
+        return _Run(ops, tuple((f"{name}.stop", f"{name}.start") for name in names))
+
+    def _work(self, run: _Run, before: Work | None) -> Work:
+        """What is worked in ``run``, and before it."""
+        if before is not None or run.lengths is None:
+            cost = _NOTHING if before is None else before.cost
+            for op in run.ops:
                 keep_scalar(op, self.values, self.env)
                 cost = cost + self.cost(op)
-        if cost is not _NOTHING:
-            yield Work(cost)
+            return Work(cost)
+        get = self.env.get
+        key = tuple([get(stop, 0) - get(start, 0) for stop, start in run.lengths])
+        work = run.known.get(key)
+        if work is None:
+            cost = _NOTHING
+            for op in run.ops:
+                cost = cost + self.cost(op)
+            work = run.known[key] = Work(cost)
+        return work
 
     def notify(self, op: Op) -> Notify:
         """The signal of ``op`` at the values that names have now."""
-        event = self._sync(op)
+        event = self._event(self._prepared(op))
         assert isinstance(event, Notify)
         return event
 
@@ -200,23 +288,35 @@ class Walker:
             return self.geometry.bounded(op, low, high)
         return self.geometry.queue(op, self.env)
 
-    def _sync(self, op: Op) -> Event:
+    def _prepared(self, op: Op) -> _Sync:
+        known = self._syncs.get(id(op))
+        if known is None:
+            geometry, peer, condition = self.geometry, op.get("peer"), op.get("if")
+            known = self._syncs[id(op)] = _Sync(
+                op,
+                op.symbol,
+                None if condition is None else geometry.bound(condition),
+                None if peer is None else geometry.bound(peer),
+                geometry.bound(op.get("count", 1)),
+                op.name != "transfer" and geometry.decls[op.symbol].kind == "counter",
+                op.get("through"),
+            )
+        return known
+
+    def _event(self, sync: _Sync) -> Event:
+        op, env = sync.op, self.env
         assert op.ref is not None
-        geometry, env = self.geometry, self.env
-        peer = op.get("peer")
-        rank = self.rank if peer is None else geometry.value(peer, env)
+        rank = self.rank if sync.peer is None else sync.peer(env)
         if op.name == "transfer":
             return Move(op, self._bytes(op["to"]), rank, False)
-        elements = geometry.elements(op.ref, env)
-        counter = geometry.decls[op.symbol].kind == "counter"
-        count = geometry.value(op.get("count", 1), env)
+        elements = self.geometry.elements(op.ref, env)
+        count = sync.count(env)
         if op.name == "wait":
-            return Wait(op, op.symbol, elements, count if counter else None)
-        through = op.get("through")
+            return Wait(op, sync.symbol, elements, count if sync.counter else None)
         slot = None
-        if through is not None:
-            slot = (through.symbol, geometry.elements(through, env)[0])
-        return Notify(op, op.symbol, elements, rank, count, slot)
+        if sync.through is not None:
+            slot = (sync.through.symbol, self.geometry.elements(sync.through, env)[0])
+        return Notify(op, sync.symbol, elements, rank, count, slot)
 
     def _bytes(self, ref: Ref) -> int:
         decl = self.geometry.decls[ref.symbol]
@@ -231,15 +331,7 @@ class Walker:
 
     def cost(self, op: Op) -> Cost:
         """What ``op`` and all inside it uses, at the lengths that tiles have now."""
-        names = self._names.get(id(op))
-        if names is None:
-            found = {v.name for o in op.walk() for v in o.operands if v.type.is_tile}
-            for inner in op.walk():
-                for value in (*inner.operands, *inner.results):
-                    found.update(value.type.shape)
-            bound = {v.name for o in op.walk() if o.get("bounds") for v in o.operands[:2]}
-            names = (*sorted(found), *(f"%{b}" for b in sorted(bound)))
-            self._names[id(op)] = names
+        names = self._names_of(op)
         env = self.env
         lengths = [
             self.values.get(n[1:])
@@ -252,6 +344,19 @@ class Walker:
         if known is None:
             known = self._costs[key] = self._cost(op)
         return known
+
+    def _names_of(self, op: Op) -> tuple[str, ...]:
+        """What the cost of ``op`` depends on: tiles, of which the length counts, and ``%``, scalars."""
+        names = self._names.get(id(op))
+        if names is None:
+            found = {v.name for o in op.walk() for v in o.operands if v.type.is_tile}
+            for inner in op.walk():
+                for value in (*inner.operands, *inner.results):
+                    found.update(value.type.shape)
+            bound = {v.name for o in op.walk() if o.get("bounds") for v in o.operands[:2]}
+            names = (*sorted(found & self._tiles), *(f"%{b}" for b in sorted(bound)))
+            self._names[id(op)] = names
+        return names
 
     def _cost(self, op: Op) -> Cost:
         if op.name in ("for_tiles", "for_range"):

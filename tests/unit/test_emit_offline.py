@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tilelink import kernels
+from tilelink.backend.emit.machine_code import code_of, disassemble
 from tilelink.backend.emit.offline import SHARED_LIMIT, Compiled, compile_offline, lint
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.passes.order_memory import order_memory
@@ -112,3 +113,23 @@ def test_words_are_sixteen_bytes_a_thread_and_nothing_fences(
     assert together == world
     first = next(n for n in polls if n > stores[0])
     assert not any("MEMBAR" in line for line in lines[stores[0] : first])
+
+
+def test_kernels_disassembled_together_have_the_instructions_of_each() -> None:
+    def operations(sass: str) -> list[str]:
+        return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
+
+    kernels = [compiled(read(name)) for name in ("ag_gemm.copy_engine", "gemm_rs.copy_engine")]
+    together = disassemble([kernel.cubin for kernel in kernels])
+    assert [operations(text) for text in together] == [
+        operations(kernel.stages["sass"]) for kernel in kernels
+    ]
+    assert len(set(together)) == 2 and disassemble([]) == []
+
+
+def test_what_is_no_cubin_or_has_no_code_is_refused() -> None:
+    with pytest.raises(ValueError, match="not an ELF file"):
+        code_of(b"source")
+    kernel = compiled(read("ag_gemm.copy_engine"))
+    with pytest.raises(ValueError, match="no code"):
+        code_of(kernel.cubin.replace(b".text", b".test"))

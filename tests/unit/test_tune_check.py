@@ -128,13 +128,15 @@ def test_spilling_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     broken = parse_table(text_of(schedule(tiles={"K": 64, "M": 128, "N": 256})), "spill.json")
     problem = problem_of(broken, SHAPE)
-    fault = check.compile_entry(problem.to_json(), broken.entries[0].schedule.to_json())
-    assert "spills" in fault
+    built = check.compile_entry(problem.to_json(), broken.entries[0].schedule.to_json())
+    (fault,) = check.read_code([built.kernels])
+    assert not built.fault and "spills" in fault and "local accesses" in fault
     error = BadCode(place="spill.json, entry 0", detail=fault)
     assert error.code == "table-code"
 
 
 def test_programs_that_differ_in_numbers_alone_share_their_code() -> None:
+    from tilelink.backend.emit.triton import emit
     from tilelink.backend.pipeline import run_passes
     from tilelink.schedules import Move, Schedule
 
@@ -142,7 +144,8 @@ def test_programs_that_differ_in_numbers_alone_share_their_code() -> None:
         op = gemm_rs.build({"M": m, "K": 256, "N": 512}, {}, 4)
         tiles = (("K", 64), ("M", tile), ("N", 128))
         chosen = Schedule(tiles=tiles, group=group, moves=(("C", Move("epilogue")),))
-        return code_key(run_passes(op, chosen), chosen)
+        program = run_passes(op, chosen)
+        return code_key(program, chosen, emit(program))
 
     assert key(1024, 64) == key(2048, 64) == key(1024, 64, group=4)
     assert key(1024, 64) != key(1024, 128)

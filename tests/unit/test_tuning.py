@@ -222,6 +222,20 @@ def test_tables_are_made_of_the_fastest_of_each_cell() -> None:
     assert again == [table]
 
 
+def test_a_schedule_stays_until_another_one_is_clearly_faster_in_the_same_run() -> None:
+    (table,) = harvest(raw(case(tilelink_copy=[20.0], tilelink_epilogue=[24.0])), "first.json")
+
+    def after(**times: list[float] | None) -> tuple[str, float]:
+        (made,) = harvest(raw(case(**times)), "second.json", [table])
+        (entry,) = made.entries
+        return entry.schedule.move("C").resource, entry.us
+
+    # Its new time counts, slower or not; times of two runs are not compared.
+    assert after(tilelink_copy=[23.0], tilelink_epilogue=[22.9]) == ("copy_engine", 23.0)
+    assert after(tilelink_copy=[23.0], tilelink_epilogue=[22.5]) == ("epilogue", 22.5)
+    assert after(tilelink_epilogue=[24.0]) == ("epilogue", 24.0)
+
+
 def test_what_is_no_benchmark_makes_no_table() -> None:
     with pytest.raises(BadHarvest, match=r"raw\.json"):
         harvest("{}", "raw.json")

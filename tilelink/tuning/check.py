@@ -7,15 +7,16 @@ the default schedule by more than ``MARGIN``. Each way to fail is an error of it
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tilelink.errors import TilelinkError
 from tilelink.ir import Op
@@ -25,6 +26,9 @@ from tilelink.schedules.space import legal, product_of
 from tilelink.schedules.tables import Entry, Table, kernel_key
 from tilelink.tuning.predict import predicted_us
 from tilelink.tuning.problem import Problem, problem_of
+
+if TYPE_CHECKING:
+    from tilelink.backend.emit.offline import Compiled
 
 # How much slower than the default a measured choice may be predicted: single predictions err by a tenth
 # either way (`tilelink tune --score`), and a measurement outweighs the model within that.
@@ -98,11 +102,23 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What checking an entry found: fields of an error of class ``kind``, or the code to compile."""
+    """What checking an entry found: fields of an error of class ``kind``, or the code to compile.
+
+    ``length`` is that of the code's text: longer ones take longer to compile.
+    """
 
     kind: str | None
     fields: dict[str, Any]
     code_key: str = ""
+    length: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What is wrong with an entry's code above its machine code, if anything is, and kernels to disassemble."""
+
+    fault: str
+    kernels: tuple[Compiled, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +158,8 @@ def check_tables(
             problem = problem_of(table, entry.extents)
             places.append(_Place(f"{table.name}, entry {number}", problem, entry, machine.name))
     # Not forked: threads of torch do not survive that.
-    with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count() or 1, context, initializer=_prepare) as pool:
         outcomes = list(
             pool.map(
                 check_entry,
@@ -156,13 +173,15 @@ def check_tables(
             if outcome.kind is None:
                 firsts.setdefault(outcome.code_key, index)
         progress(f"{len(places)} entries proven and predicted, {len(firsts)} kernels to compile")
-        chosen = [places[i] for i in firsts.values()] if compile_code else []
-        faults = pool.map(
+        # The longest first, so that no process is left with one when the others are done.
+        chosen = sorted(firsts.values(), key=lambda i: -outcomes[i].length) if compile_code else []
+        built = pool.map(
             compile_entry,
-            [p.problem.to_json() for p in chosen],
-            [p.entry.schedule.to_json() for p in chosen],
+            [places[i].problem.to_json() for i in chosen],
+            [places[i].entry.schedule.to_json() for i in chosen],
         )
-        codes = dict(zip(firsts, faults, strict=False))
+        faults = _code_faults(list(built), pool)
+    codes = {outcomes[i].code_key: fault for i, fault in zip(chosen, faults, strict=True)}
     for place, outcome in zip(places, outcomes, strict=True):
         fault = codes.get(outcome.code_key)
         if outcome.kind is not None:
@@ -172,6 +191,22 @@ def check_tables(
             errors.append(BadCode(place=place.name, detail=fault))
     seconds = time.monotonic() - start
     return Report(tuple(errors), len(tables), len(places), len(codes), seconds)
+
+
+def _prepare() -> None:
+    """What a process of the check does first: what it has imported is no garbage to look for."""
+    gc.freeze()
+
+
+def _code_faults(built: Sequence[Built], pool: Executor) -> list[str]:
+    """What is wrong with the code of each, empty if nothing is: one disassembly a process serves all."""
+    share = -(-len(built) // (os.cpu_count() or 1))
+    parts = [built[at : at + share] for at in range(0, len(built), share or 1)]
+    found = pool.map(read_code, [[one.kernels for one in part] for part in parts])
+    read = [fault for part in found for fault in part]
+    return [
+        "; ".join(filter(None, pair)) for pair in zip((b.fault for b in built), read, strict=True)
+    ]
 
 
 def _of_table(table: Table) -> TilelinkError | None:
@@ -203,6 +238,7 @@ def _of_table(table: Table) -> TilelinkError | None:
 
 def check_entry(problem: str, schedule: str, machine: str) -> Outcome:
     """Everything about one entry but the compilation; arguments are JSON, and a machine's name."""
+    from tilelink.backend.emit.triton import emit
     from tilelink.backend.pipeline import run_passes
     from tilelink.backend.verify import verify
 
@@ -219,17 +255,15 @@ def check_entry(problem: str, schedule: str, machine: str) -> Outcome:
     if us > (1.0 + MARGIN) * default_us:
         fields: dict[str, Any] = {"us": us, "default_us": default_us, "margin": MARGIN}
         return Outcome("PredictedSlower", fields)
-    return Outcome(None, {}, code_key(program, chosen))
+    source = emit(program)
+    return Outcome(None, {}, code_key(program, chosen, source), len(source))
 
 
-def code_key(program: Op, schedule: Schedule) -> str:
-    """What makes the code of two programs differ beyond the numbers of their shapes.
+def code_key(program: Op, schedule: Schedule, source: str) -> str:
+    """What makes the ``source`` of two programs differ beyond the numbers of their shapes.
 
     Programs of one key differ in constants alone, which change no register count: one stands for all.
     """
-    from tilelink.backend.emit.triton import emit
-
-    source = emit(program)
     # Behind the program's text, which a line of three quotes ends.
     _, _, code = source.partition('\n"""\n')
     skeleton = re.sub(r"\d+", "#", code)
@@ -238,19 +272,31 @@ def code_key(program: Op, schedule: Schedule) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def compile_entry(problem: str, schedule: str) -> str:
-    """What is wrong with the compiled code of an entry; empty if nothing is."""
-    from tilelink.backend.emit.offline import compile_offline, lint
+def compile_entry(problem: str, schedule: str) -> Built:
+    """The kernels of an entry, compiled, and what is wrong with their forms before machine code."""
+    from tilelink.backend.emit.offline import compile_offline, lint_text
     from tilelink.backend.emit.triton import emit
     from tilelink.backend.pipeline import run_passes
 
     try:
         program = run_passes(Problem.from_json(problem).build(), Schedule.from_json(schedule))
-        compiled = compile_offline(emit(program), program)
+        compiled = compile_offline(emit(program), program, sass=False)
     except TilelinkError as error:
-        return _line(error)
-    found = [f"`{kernel.name}`: {text}" for kernel in compiled for text in lint(kernel)]
-    return "; ".join(found)
+        return Built(_line(error))
+    found = [f"`{kernel.name}`: {text}" for kernel in compiled for text in lint_text(kernel)]
+    return Built("; ".join(found), tuple(replace(kernel, stages={}) for kernel in compiled))
+
+
+def read_code(built: Sequence[tuple[Compiled, ...]]) -> list[str]:
+    """What is wrong with the machine code of the kernels of each entry; empty if nothing is."""
+    from tilelink.backend.emit.machine_code import disassemble
+    from tilelink.backend.emit.offline import lint_code
+
+    texts = iter(disassemble([kernel.cubin for kernels in built for kernel in kernels]))
+    return [
+        "; ".join(f"`{k.name}`: {text}" for k in kernels for text in lint_code(k, next(texts)))
+        for kernels in built
+    ]
 
 
 def _shape(schedule: Schedule) -> str:

@@ -16,6 +16,9 @@ OURS = "tilelink"
 # Parts of a baseline, measured alone: nothing that computes the whole result.
 PARTS = ("cublas", "nccl")
 ALONE = "gemm"  # the kernel of which the library's product is the whole
+# By how much another schedule has to be faster than that of the table, in one run, to take its place: less is
+# noise, and what is not changed needs no new code.
+GAIN = 0.01
 
 
 class BadHarvest(TilelinkError):
@@ -30,53 +33,58 @@ def harvest(text: str, source: str, known: Iterable[Table] = ()) -> list[Table]:
     """The tables ``known``, with an entry for each cell of the raw JSON ``text`` in which one of ours ran.
 
     ``source`` is the name under which the raw data lies in the repository. Of eager calls and replays of the
-    same the faster ones count, of ours and of the baseline: a repeated call is a replay.
+    same the faster ones count, of ours and of the baseline: a repeated call is a replay. Times of several runs
+    are not compared: a schedule that the run measured too, and of which none is faster by more than ``GAIN``,
+    stays, with its new time.
     """
     try:
         data = json.loads(text)
         run = Run(source, data["date"][:10], dict(data["versions"]))
-        cells = [(case, _entry(case)) for case in data["cases"]]
+        cells = [(case, _measured(case)) for case in data["cases"]]
         device = data["hardware"]["gpu"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadHarvest(source=source, detail=f"{type(error).__name__}: {error}") from None
     tables = {(t.key, t.world, t.device): t for t in known}
     new: dict[tuple[str, int, str], list[Entry]] = {}
-    for case, entry in cells:
-        if entry is None:
+    for case, measured in cells:
+        if not measured:
             continue
-        problem = Problem(READY_MADE, case["kind"], entry.extents, int(case["world"]))
+        extents = measured[0].extents
+        problem = Problem(READY_MADE, case["kind"], extents, int(case["world"]))
         empty = problem.table(device)
         key = empty.key, empty.world, empty.device
-        tables.setdefault(key, empty)
-        new.setdefault(key, []).append(entry)
+        table = tables.setdefault(key, empty)
+        kept = {e.schedule for e in table.entries if e.extents == extents}
+        near = [e for e in measured if e.us <= (1.0 + GAIN) * measured[0].us]
+        new.setdefault(key, []).append(next((e for e in near if e.schedule in kept), measured[0]))
     return [
         table.with_entries(new[key], run) if key in new else table for key, table in tables.items()
     ]
 
 
-def _entry(case: Mapping[str, Any]) -> Entry | None:
-    """The fastest of ours in one cell, or None."""
+def _measured(case: Mapping[str, Any]) -> list[Entry]:
+    """What was measured of ours in one cell, the fastest first."""
     timed: dict[str, float] = {}
-    ours: dict[str, tuple[float, str]] = {}
+    ours: dict[str, float] = {}
     for candidate in case["candidates"]:
         if candidate["failed"] or not candidate["samples_us"]:
             continue
         us = statistics.median(candidate["samples_us"])
-        name = candidate["name"].removesuffix(" graph")
         if candidate["family"] == OURS:
             if candidate["schedule"]:
-                made = us, json.dumps(candidate["schedule"])
-                ours[name] = min(made, ours.get(name, made))
+                made = json.dumps(candidate["schedule"])
+                ours[made] = min(us, ours.get(made, us))
         elif candidate["family"] not in (*PARTS, OURS) or case["kind"] == ALONE:
+            name = candidate["name"].removesuffix(" graph")
             timed[name] = min(us, timed.get(name, us))
-    if not ours:
-        return None
-    us, schedule = min(ours.values())
     baseline = min(timed, key=timed.__getitem__, default=None)
-    return Entry(
-        extents={"M": case["m"], "K": case["k"], "N": case["n"]},
-        schedule=Schedule.from_json(schedule),
-        us=us,
-        baseline_us=None if baseline is None else timed[baseline],
-        baseline=baseline,
-    )
+    return [
+        Entry(
+            extents={"M": case["m"], "K": case["k"], "N": case["n"]},
+            schedule=Schedule.from_json(schedule),
+            us=us,
+            baseline_us=None if baseline is None else timed[baseline],
+            baseline=baseline,
+        )
+        for us, schedule in sorted((us, schedule) for schedule, us in ours.items())
+    ]
