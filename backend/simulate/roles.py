@@ -4,7 +4,7 @@ Of a task, everything up to its main loop, or up to the load of what it copies, 
 group's; behind the loop, a sum of parts that come through TMA and what stands in front of it is the loader's
 too, or, where these parts land in a ring of their own, a fetcher's. Loader and fetcher go through their tasks without
 waiting for any group, further ahead than a ring of slots would let them; groups that take turns have every other
-task each. Tasks of a dynamic queue are drawn by the loader. All of them are agents with clocks of their own, so
+task each. Tasks of a dynamic queue are drawn by the loader, and the others follow it. All of them are agents with clocks of their own, so
 what one task of a worker stores is in no order with what its next task loads, unless the program says so; nor is
 what a fetcher reads with what the loader of its worker has waited for.
 """
@@ -33,6 +33,11 @@ def parts_of(agent: Op) -> int:
 def loading_of(launch: Op) -> int:
     """How many of the agents of a worker load, of a launch with roles: they come first."""
     return FETCHER + 1 if launch.get("landing") is not None else LOADER + 1
+
+
+def loading_in(launch: Op, stage: Op) -> int:
+    """How many of the roles that load have a share of the tasks of ``stage``: a fetcher has none of copies."""
+    return LOADER + 1 if copies_of(stage) else loading_of(launch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +93,14 @@ def _first(instructions: Sequence[T], ops: frozenset[int]) -> int:
 class Handed:
     """What the roles of one worker that load have passed on: by task the clocks of each, and values.
 
-    Values are those of the one that has done its share last: each goes on with those of the one before.
+    Values are those of the one that has done its share last: each goes on with those of the one before. ``drawn``:
+    by the place of a stage in its launch, the positions that the loader has drawn from its dynamic queue; the last
+    is past the queue's end.
     """
 
     clocks: list[list[tuple[Clock, Clock | None]]] = field(default_factory=list)
     values: list[dict[str, Any]] = field(default_factory=list)
+    drawn: dict[int, list[int]] = field(default_factory=dict)
 
 
 _INSIDE = "loader of "

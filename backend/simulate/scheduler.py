@@ -18,7 +18,14 @@ from tilelink.backend.simulate.errors import DeadlockError, InputError, StepsErr
 from tilelink.backend.simulate.execute import Blocked, Flight, Machine, Runner, Steps, Task
 from tilelink.backend.simulate.hostility import Hostility
 from tilelink.backend.simulate.memory import Channel, Clock, Memory, Tracker, View
-from tilelink.backend.simulate.roles import LOADER, Handed, loader_of, loading_of, shares_of
+from tilelink.backend.simulate.roles import (
+    LOADER,
+    Handed,
+    loader_of,
+    loading_in,
+    loading_of,
+    shares_of,
+)
 from tilelink.backend.simulate.trace import Place, Traces, Work
 from tilelink.backend.simulate.versions import Versions
 from tilelink.backend.tile_ops import TORCH_DTYPES
@@ -534,17 +541,23 @@ class Scheduler:
 
     def _role(self, task: Task, launch: Op, part: int, parts: int) -> Steps:
         """One of the ``parts`` of a worker, which come one behind the other: see :mod:`roles`."""
-        runner, place, loading = Runner(self.machine, task), -1, loading_of(launch)
+        runner, place, groups_at = Runner(self.machine, task), -1, loading_of(launch)
         assert task.worker is not None
         handed = self.calls[task.rank].handed[launch.symbol][task.worker]
         symbol = loader_of(launch.symbol, task.worker)
         for work in self.traces.work(task.rank, launch, task.worker):
             if work.stage.name == "flush":
-                if part >= loading:  # every group holds back its own
+                if part >= groups_at:  # every group holds back its own
                     yield from runner.flush(bool(work.stage.get("drain")))
                 continue
-            shares = shares_of(launch, work.stage)
-            for q in range(work.first, len(work.queue), work.step):
+            shares, loading = shares_of(launch, work.stage), loading_in(launch, work.stage)
+            number, q = 0, work.first
+            while True:
+                if work.dynamic:
+                    yield from self._ordered(task, launch, work, part, number)
+                    q = handed.drawn[work.position][number]
+                if q >= len(work.queue):
+                    break
                 place += 1
                 if part < loading:
                     # What it goes on with are values alone: it has waited for none of what the loader has.
@@ -563,7 +576,7 @@ class Scheduler:
                     handed.clocks[place].append((task.clock.copy(), fenced))
                     task.clock[task.component] += 1
                     self._wake(task.rank, symbol)
-                elif place % (parts - loading) == part - loading:
+                elif place % (parts - groups_at) == part - groups_at:
                     while len(handed.clocks) <= place or len(handed.clocks[place]) < loading:
                         yield Blocked(work.stage, symbol, (), 0)
                     for clock, fenced in handed.clocks[place]:
@@ -573,8 +586,25 @@ class Scheduler:
                             task.proxy.fenced = fenced if seen is None else np.maximum(seen, fenced)
                     runner.values = handed.values[place]
                     yield None
-                    yield from runner.block(work.stage, q, work.queue[q], shares[loading])
+                    yield from runner.block(work.stage, q, work.queue[q], shares[groups_at])
                     handed.values[place] = {}
+                number, q = number + 1, q + work.step
+
+    def _ordered(self, task: Task, launch: Op, work: Work, part: int, number: int) -> Steps:
+        """Until the loader of a worker has drawn the ``number``-th position of a queue, which it does itself."""
+        assert task.worker is not None
+        drawn = self.calls[task.rank].handed[launch.symbol][task.worker].drawn
+        positions = drawn.setdefault(work.position, [])
+        symbol = loader_of(launch.symbol, task.worker)
+        if part == LOADER:
+            task.draws = True
+            yield None
+            task.draws = False
+            positions.append(self._draw(task, launch, work))
+            self._wake(task.rank, symbol)
+        while len(positions) <= number:
+            # A position says what the next task is, and no more: it orders no accesses.
+            yield Blocked(work.stage, symbol, (), 0)
 
     def _collective(self, task: Task, op: Op) -> Steps:
         """All ranks meet; the last one to come moves the data of all."""
