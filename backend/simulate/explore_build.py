@@ -27,6 +27,7 @@ from tilelink.backend.simulate.explore_nodes import (
     NONE,
     OTHER,
     PERFORM,
+    PSEUDO,
     READ,
     RETURN,
     SET,
@@ -41,12 +42,12 @@ from tilelink.backend.simulate.explore_nodes import (
     find_conflicts,
     meets,
 )
+from tilelink.backend.simulate.explore_roles import Roles
 from tilelink.backend.simulate.geometry import Box, Env, Geometry, Tile, bind_args, keep_scalar
-from tilelink.backend.simulate.roles import loading_of, parts_of, shares_of
+from tilelink.backend.simulate.roles import parts_of
 from tilelink.ir import Expr, Op, Ref
 
 CONTROL = "<epoch and counters>"
-PSEUDO = "<order of agents>"
 
 
 @dataclass(slots=True)
@@ -309,7 +310,7 @@ class Builder:
             self._head(at, agent)
         elif agent.name == "collective":
             self._collective(at, agent)
-        self._block(at, agent.body, where)
+        self.block(at, agent.body, where)
         self.begins.append(self.link(at.chain, self.single(self._end(rank, call, name))))
 
     def _head(self, at: _Place, op: Op) -> None:
@@ -364,7 +365,7 @@ class Builder:
         parts = parts_of(launch)
         if parts > 1:
             ends = (self.single(Node(END, where=where, elements=(left,), late=(done,))), end)
-            programs = self._roles(launch, rank, call, where, count, ends)
+            programs = Roles(self, launch, rank, call, where).programs(ends)
         else:
             programs = self._workers(launch, rank, call, where, count, end)
         for process, program in enumerate(programs):
@@ -379,7 +380,7 @@ class Builder:
         at = _Place(rank, call, name, True, self.geometry.env(rank), {})
         at.chain = [Node(WAIT, where=f"{where} finish", elements=(left,), need=count * parts)]
         if finish:
-            self._block(at, finish[0].body, f"{where} finish")
+            self.block(at, finish[0].body, f"{where} finish")
         at.chain.append(Node(WAIT, where=f"{where} finish", elements=(done,), need=count * parts))
         self.begins.append(self.link(at.chain, self.single(self._end(rank, call, name))))
 
@@ -408,7 +409,7 @@ class Builder:
                         key = (position, programs[worker])
                         if key not in memo:
                             node = Node(TAKE, stage, where, programs[worker], tasks=tasks)
-                            word = self._queue_word(stage, launch.symbol, rank, call, position)
+                            word = self.queue_word(stage, launch.symbol, rank, call, position)
                             node.elements = (word,)
                             memo[key] = self.single(node)
                         programs[worker] = memo[key]
@@ -424,63 +425,7 @@ class Builder:
                     programs[worker] = self.link(chain, programs[worker])
         return programs
 
-    def _roles(
-        self,
-        launch: Op,
-        rank: int,
-        call: int,
-        where: str,
-        count: int,
-        ends: tuple[int, int],
-    ) -> list[int]:
-        """The first node of every loader, then of every first group, and so on: see :mod:`roles`.
-
-        What the roles that load hand on for a task is a word of its own, which its group waits for. ``ends``: of
-        other roles, and of loaders, which leave the worker's place behind them.
-        """
-        parts, loading = parts_of(launch), loading_of(launch)
-        chains: list[list[Node]] = [[] for _ in range(count * parts)]
-        places = [0] * count
-        for stage in launch.body:
-            if stage.name == "flush":  # every group holds back its own
-                for chain in chains[count * loading :]:
-                    chain.append(Node(PERFORM, stage, where, drain=bool(stage.get("drain"))))
-            if stage.name != "stage":
-                continue
-            *front, back = (share.within(stage) for share in shares_of(launch, stage))
-            lo, hi = self.geometry.worker_range(launch, stage)
-            for worker in range(lo, min(hi, count)):
-                queue = self.geometry.queue(stage, self.geometry.env(rank))
-                first = self.geometry.first_position(stage, worker, lo, hi)
-                for tiles in queue[first :: hi - lo]:
-                    group = worker + count * (loading + places[worker] % (parts - loading))
-                    who = f"{where} worker {worker}"
-                    at = self._place(launch, stage, rank, call, who, tiles)
-                    key = (launch.symbol, rank, call, worker, places[worker])
-                    word = self.element(PSEUDO, "handed", *key)
-                    where_ = at.chain[0].where
-                    for number, ops in enumerate(front):
-                        self._block(at, ops, where_)
-                        at.chain.append(Node(ADD, stage, where_, elements=(word,), mode=KERNEL))
-                        chains[worker + number * count] += at.chain
-                        at.chain = [Node(NONE, stage, where_)]
-                    at.chain = [Node(WAIT, stage, where_, elements=(word,), need=loading)]
-                    self._block(at, back, where_)
-                    chains[group] += at.chain + (at.deferred if at.perform_first else [])
-                    places[worker] += 1
-        for process, chain in enumerate(chains):
-            who = f"{where} worker {process % count}"
-            word = self.element(PSEUDO, "over", launch.symbol, rank, call, process % count)
-            if process >= count:
-                chain.append(Node(ADD, None, who, elements=(word,), mode=KERNEL))
-        for worker in range(count):
-            word = self.element(PSEUDO, "over", launch.symbol, rank, call, worker)
-            who = f"{where} worker {worker}"
-            chains[worker].append(Node(WAIT, None, who, elements=(word,), need=parts - 1))
-            chains[worker][-1].mode = TAKES_NOTHING
-        return [self.link(chain, ends[p < count]) for p, chain in enumerate(chains)]
-
-    def _queue_word(self, stage: Op, name: str, rank: int, call: int, position: int) -> int:
+    def queue_word(self, stage: Op, name: str, rank: int, call: int, position: int) -> int:
         counter = stage.get("counter")
         if counter is None:
             word = self.element(PSEUDO, "queue", stage.symbol, rank, call, position)
@@ -508,13 +453,13 @@ class Builder:
     def _task(
         self, launch: Op, stage: Op, rank: int, call: int, where: str, tiles: tuple[Tile, ...]
     ) -> list[Node]:
-        at = self._place(launch, stage, rank, call, where, tiles)
-        self._block(at, stage.body, at.chain[0].where)
+        at = self.place(launch, stage, rank, call, where, tiles)
+        self.block(at, stage.body, at.chain[0].where)
         if at.perform_first:
             at.chain += at.deferred
         return at.chain
 
-    def _place(
+    def place(
         self, launch: Op, stage: Op, rank: int, call: int, where: str, tiles: tuple[Tile, ...]
     ) -> _Place:
         """Where a task begins."""
@@ -527,7 +472,7 @@ class Builder:
 
     # Ops.
 
-    def _block(self, at: _Place, ops: Iterable[Op], where: str) -> None:
+    def block(self, at: _Place, ops: Iterable[Op], where: str) -> None:
         for op in ops:
             if op.name in ("wait", "notify", "transfer"):
                 condition = op.get("if")
@@ -538,7 +483,7 @@ class Builder:
             elif op.name in ("for_tiles", "for_range"):
                 for tiles in self._positions(at, op):
                     bind_args(op.args[: len(tiles)], tiles, at.env, at.values)
-                    self._block(at, op.body, where)
+                    self.block(at, op.body, where)
             elif op.name in ("load", "load_sum"):
                 self._load(at, op)
             elif op.name == "store":

@@ -13,7 +13,10 @@ from typing import NamedTuple, TypeAlias
 from tilelink.backend.simulate.geometry import Box
 from tilelink.ir import Op, op_line
 
-WAIT, ADD, SET, HOLD, PERFORM, TAKE, CLEAR, SLOT, RETURN, END, NONE = range(11)
+WAIT, ADD, SET, HOLD, PERFORM, TAKE, FOLLOW, CLEAR, SLOT, RETURN, END, NONE = range(12)
+
+# Words of the explorer itself.
+PSEUDO = "<order of agents>"
 
 # What a release is good for: made by a kernel of the rank that has the word (`sys`, `gpu` scope), by
 # anyone else with `sys` scope, by a stream of the rank with `gpu` scope, or for nobody.
@@ -51,10 +54,13 @@ class Node:
     mode: int = IN_KERNEL  # of a wait: what it takes; of a notify: what it is good for
     proxy: bool = False
     drain: bool = False
-    slot: int = -1  # the counter of a counted notify
+    # The counter of a counted notify. Of a take, the word that says, counted from 1, which task was drawn; of a
+    # follow, which waits for such a word, that of the queue.
+    slot: int = -1
     count: int = 1
     late: tuple[int, ...] = ()  # of an end: raised with the writes through the async proxy too
     tasks: tuple[int, ...] = ()
+    again: int = -1  # of a take or a follow: where its task returns to, if not to itself
     checks: tuple[tuple[int, int], ...] = ()  # counters and their values when a call has ended
     accesses: list[Touch] = field(default_factory=list)
     visible: bool = False

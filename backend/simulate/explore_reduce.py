@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tilelink.backend.simulate.explore_build import PSEUDO, Processes
+from tilelink.backend.simulate.explore_build import Processes
 from tilelink.backend.simulate.explore_nodes import (
     ADD,
     CLEAR,
     END,
+    FOLLOW,
     HOLD,
     PERFORM,
+    PSEUDO,
     RETURN,
     SET,
     SLOT,
@@ -233,7 +235,26 @@ class Reducer:
                     elif kind == TAKE:
                         word = node.elements[0]
                         touch(word, TAKE, who)
+                        if node.slot >= 0:
+                            high[node.slot] = max(high[node.slot], 1)
                         position = high[word] if word in ordered else 0
+                        for other in node.tasks[position:]:
+                            if other not in started:
+                                started.add(other)
+                                open_tasks.add(other)
+                                still.append((other, who, -1, other))
+                    elif kind == FOLLOW:
+                        word = node.elements[0]
+                        if start[word]:
+                            # What has been drawn is known.
+                            known, moved = start[word] <= len(node.tasks), True
+                            at = node.tasks[start[word] - 1] if known else node.next
+                            back = node.again if known else back
+                            continue
+                        if not high[word]:
+                            still.append((at, who, back, task))
+                            break
+                        position = high[node.slot] if node.slot in ordered else 0
                         for other in node.tasks[position:]:
                             if other not in started:
                                 started.add(other)

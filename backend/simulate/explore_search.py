@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from tilelink.backend.simulate.explore_build import PSEUDO, Processes
+from tilelink.backend.simulate.explore_build import Processes
 from tilelink.backend.simulate.explore_nodes import (
     ADD,
     CLEAR,
     END,
+    FOLLOW,
     HOLD,
     NOBODY,
     PERFORM,
+    PSEUDO,
     RETURN,
     SET,
     SLOT,
@@ -107,8 +109,8 @@ class Search:
                     continue
                 seen.add(at)
                 node = self.nodes[at]
-                frontier += (node.next, *node.tasks)
-                if node.kind == WAIT and not node.visible:
+                frontier += (node.next, node.again, *node.tasks)
+                if node.kind in (WAIT, FOLLOW) and not node.visible:
                     # Workers of one launch change places; see `_key`.
                     for word in node.elements:
                         waiting.setdefault(word, set()).update(
@@ -218,7 +220,7 @@ class Search:
                 return all(word_of[words[base + e]][0] == node.need for e in node.elements)
             # Values are small here, so that the cyclic order is that of the integers.
             return all(word_of[words[base + e]][0] >= node.need for e in node.elements)
-        if node.kind == SLOT:
+        if node.kind in (SLOT, FOLLOW):
             return self.word_of[words[base + node.elements[0]]][0] > 0
         return node.kind != END
 
@@ -262,7 +264,7 @@ class Search:
                 elif node.kind == TAKE:
                     if self.word_of[words[node.elements[0]]][0] < len(node.tasks):
                         break
-                elif node.visible or (node.kind == WAIT and not self.passes(node, words)):
+                elif node.visible or (node.kind in (WAIT, FOLLOW) and not self.passes(node, words)):
                     break
                 self._perform(processes, words, done, number, frontier)
 
@@ -318,9 +320,16 @@ class Search:
             value, *carried = self.word_of[words[node.elements[0]]]
             if value < len(node.tasks):
                 words[node.elements[0]] = self.word_id((value + 1, *carried))  # type: ignore[arg-type]
-                back, after = at, node.tasks[value]
+                back, after = node.again if node.again >= 0 else at, node.tasks[value]
+                if node.slot >= 0:
+                    words[node.slot] = self.word_id((value + 1, 0, 0, 0, 0))
+                    frontier += self.waiting.get(node.slot, ())
                 if value + 1 == len(node.tasks):
                     frontier += range(len(processes))
+        elif kind == FOLLOW:
+            value = self.word_of[words[node.elements[0]]][0]
+            if value <= len(node.tasks):
+                back, after = node.again if node.again >= 0 else at, node.tasks[value - 1]
         elif kind == RETURN:
             # From a task of a dynamic queue to taking the next.
             back, after = -1, back
@@ -389,6 +398,7 @@ class Search:
         if mode != NOBODY:
             word[1 + mode] = clock
         words[node.element] = self.word_id(tuple(word))  # type: ignore[arg-type]
+        frontier += self.waiting.get(node.element, ())
 
     def _check_counters(self, node: Node, words: list[int]) -> None:
         for word, wanted in node.checks:

@@ -1,12 +1,12 @@
 """Workers whose warps have roles: a loader that runs ahead, and groups that store behind it.
 
 Of a task, everything up to its main loop, or up to the load of what it copies, is the loader's, the rest a
-group's; behind the loop, a sum of parts that come through TMA and what stands in front of it is the loader's
-too, or, where these parts land in a ring of their own, a fetcher's. Loader and fetcher go through their tasks without
+group's; behind the loop, a sum of parts that come through TMA and what stands in front of it is the loader's too,
+or, where these parts land in a ring of their own, a fetcher's. Loader and fetcher go through their tasks without
 waiting for any group, further ahead than a ring of slots would let them; groups that take turns have every other
-task each. Tasks of a dynamic queue are drawn by the loader, and the others follow it. All of them are agents with clocks of their own, so
-what one task of a worker stores is in no order with what its next task loads, unless the program says so; nor is
-what a fetcher reads with what the loader of its worker has waited for.
+task each. Tasks of a dynamic queue are drawn by the loader, and the others follow it. All of them are agents with
+clocks of their own, so what one task of a worker stores is in no order with what its next task loads, unless the
+program says so; nor is what a fetcher reads with what the loader of its worker has waited for.
 """
 
 from __future__ import annotations
