@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from math import inf, prod
 from typing import Any, NamedTuple
 
+from tilelink.backend.copying import copies_of
 from tilelink.backend.simulate.draw import Draw, draw_of
 from tilelink.backend.simulate.errors import DeadlockError
 from tilelink.backend.simulate.geometry import Geometry, Tile, bind_args
@@ -55,6 +56,7 @@ class _Task:
     piece: Piece | None = None
     taken: int = 0
     worked: float = 0.0  # how long its last product took
+    copied: float = 0.0  # when it has moved what it copies, were its own rate the limit
     seen: dict[int, list[Element]] = field(default_factory=dict)
 
 
@@ -84,6 +86,7 @@ class _Stage:
     active: float
     share: float
     sums: bool
+    copies: bool  # by workers whose loader runs ahead
     timed: dict[Cost, Timed] = field(default_factory=dict)
 
 
@@ -341,6 +344,7 @@ class _Clock:
                 1.0 if library else max(min(workers, tiles), self.machine.sms / 4),
                 1.0 if library else max(self.machine.sms, self.geometry.workers[launch.symbol]),
                 _is_sum(stage),
+                launch.get("roles") is not None and bool(copies_of(stage)),
             )
         return found
 
@@ -373,7 +377,8 @@ class _Clock:
                     task.waiting, task.since = event, now
                     self._blocked.setdefault((task.track.rank, event.symbol), []).append(task)
                     return
-                took = self._poll_us(task, event)
+                # What a loader looks for while the last task is stored costs no time.
+                took = 0.0 if _ahead(task) else self._poll_us(task, event)
                 if took:
                     self._spend(task, now, took, "signal", f"acquire {event.symbol}", "|")
                     return
@@ -424,6 +429,10 @@ class _Clock:
 
     def _work_us(self, cost: Cost, task: _Task, now: float) -> float:
         machine, stage = self.machine, task.stage
+        if _ahead(task):
+            # Of its load nothing is seen but that the next one cannot begin before it.
+            task.copied = now
+            return machine.load_us
         timed = self._timed(cost, stage)
         if stage is None:
             return timed.us(now)
@@ -526,7 +535,9 @@ class _Clock:
             took = away = state.engine - now
         else:
             # A release waits until the stores before it are there, unless it is held back.
+            # Where warps take turns, the other group stores the next task meanwhile.
             held = event.op.get("delay") is not None or event.op.get("order") == "relaxed"
+            held = held or _ahead(task)
             took = 0.0 if held else max(0.0, arrives - now)
             away = self.machine.store_signal_us
         for sender, sent in self._sent(task, event):
@@ -562,12 +573,13 @@ class _Clock:
             return False
         source = self.ranks[rank]
         target = source if self.mirror is not None else self.ranks[event.peer]
-        took = machine.link_us(event.bytes)
+        ahead = _ahead(task)
+        took = event.bytes / (machine.box_gbps * 1e3) if ahead else machine.link_us(event.bytes)
         streamed = task.track.kind == "stream" and not event.store
         begin = max(now, source.engine) if streamed else now
         if begin < source.busy:
             # What goes over the links passes the memory of both ends, where operands stream meanwhile.
-            drag = machine.store_drag if event.store else machine.copy_drag
+            drag = machine.store_drag if event.store and not ahead else machine.copy_drag
             took *= 1.0 + drag * source.drawn
         # The two ends queue apart: a busy receiver does not hold up the sender's other peers.
         source.egress = max(source.egress, begin) + took
@@ -575,6 +587,13 @@ class _Clock:
         source.sent += event.bytes
         target.received += event.bytes
         arrives = max(source.egress, target.ingress) + machine.link_latency_us
+        if ahead:
+            task.copied += event.bytes / (machine.bulk_copy_gbps * 1e3)
+            task.arrives = max(task.arrives, arrives, task.copied)
+            left = max(source.egress, task.copied) - now
+            label = f"{event.op.symbol} to rank {event.peer}"
+            self._spend(task, now, max(left, 0.0), "copy", label, digit(event.peer))
+            return True
         if event.store:
             bulk = event.op.get("via") == "tma"
             rate = machine.bulk_copy_gbps if bulk else machine.push_gbps
@@ -623,6 +642,11 @@ class _Clock:
             return False
         self._spend(task, now, done - now, "copy", f"{event.op.symbol} of all ranks", task.glyph)
         return True
+
+
+def _ahead(task: _Task) -> bool:
+    """Whether a task copies boxes, with a loader that has the next ones while these are stored."""
+    return task.stage is not None and task.stage.copies
 
 
 def _is_sum(stage: Op) -> bool:
