@@ -53,6 +53,9 @@ TAILS = (2, 3)  # kernels that add three parts at once to 128 elements a thread 
 # that is; and the part of a tile's time that the last wave may take in parts.
 FULL_WAVE, TAIL_DEPTH, TAIL_TIME = 0.7, 1024, 0.75
 COPY_WORKERS = (4, 8, 16, 32, 64)
+# Those that copy tiles of a scatter beside products whose warps have roles, and do nothing else: as many as keep the
+# links busy, and few more. Signals are for so few tiles that the sums behind them begin soon.
+BESIDE_WORKERS, BESIDE_CHANNELS = (12, 16, 20), (4, 8)
 CHANNELS = (None, 1, 2, 4, 8)
 # Elements of a product's tile from which on a tile is worth its fixed costs.
 SMALLEST_TILE = 16 * 32
@@ -145,7 +148,7 @@ class Space:
 
     def _walks(self, schedule: Schedule, tensor: Op, move: Move) -> bool:
         """Whether a tensor may travel so: tiles are as long as the schedule says, no shard is spanned for nothing,
-        and what roles multiply is not copied by workers of the same kernel.
+        and workers copy beside products with roles in the one form that such a kernel has.
         """
         if self.product is None:
             return True
@@ -153,7 +156,10 @@ class Space:
             move.sm_workers or move.signal != "flag" or move.sum == "epilogue"
         ):
             return False
-        if schedule.emitter == "gluon" and move.sm_workers and tensor["move"] != "gather":
+        if move.sm_workers and schedule.emitter == "gluon" and tensor["move"] != "gather":
+            if not self._beside(schedule, tensor, move):
+                return False
+        elif move.sm_workers and move.sm_workers not in COPY_WORKERS:
             return False
         if tensor["move"] not in ("gather", "scatter") or schedule.emitter == "library":
             return True
@@ -161,6 +167,18 @@ class Space:
         # Parts of sums are not stored where the sum goes: its own tiles are no product's.
         cut = self.cuts(schedule) or (tensor["move"] == "scatter" and schedule.split > 1)
         return not (over and move.spans == cut and schedule.tiles != self.base.tiles)
+
+    def _beside(self, schedule: Schedule, tensor: Op, move: Move) -> bool:
+        """Whether workers copy a scatter beside products whose warps have roles, and take turns."""
+        assert self.product is not None
+        rows, columns, _ = self.product.tile(schedule)
+        return (
+            tensor["move"] == "scatter"
+            and roles_of(rows, columns, self.product.dots) == TURNS
+            and (move.copies, move.sum) == ("boxes", "epilogue")
+            and move.sm_workers in BESIDE_WORKERS
+            and move.channels in BESIDE_CHANNELS
+        )
 
     def cuts(self, schedule: Schedule) -> bool:
         """Whether tiles of the product are no taller than the rows of a rank, so that they may end at a shard."""
@@ -270,7 +288,8 @@ class Space:
 
 
 def _resources(kind: str) -> tuple[str, ...]:
-    workers = tuple(f"sm:{n}" for n in COPY_WORKERS)
+    beside = BESIDE_WORKERS if kind == "scatter" else ()
+    workers = tuple(f"sm:{n}" for n in sorted({*COPY_WORKERS, *beside}))
     direct = () if kind == "gather" else ("epilogue",)
     return ("copy_engine", *workers, *direct, "none")
 
