@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilelink.backend.copying import copies_of
-from tilelink.backend.passes.common import schedule_of
+from tilelink.backend.passes.common import in_halves, schedule_of
 from tilelink.ir import Block, Op, Ref, Value, make
 from tilelink.schedules import ScheduleError
 from tilelink.schedules.roles import GROUP_ROWS, HALVES, PRODUCT_WARPS, roles_of
@@ -321,6 +321,8 @@ def _copies_beside(launch: Op, stage: Op) -> bool:
     if not copies_of(stage) or stage.get("workers") is None:
         return False
     try:
+        if any(map(in_halves, launch.find("stage"))):
+            raise Unfit(stage, "workers that copy beside groups that have halves of each tile")
         split_copies(stage)
         shared = apart(launch)
         if shared is not None:

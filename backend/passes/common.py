@@ -13,6 +13,7 @@ from tilelink.errors import TilelinkError
 from tilelink.ir import At, Block, Expr, Index, Op, Range, Ref, Type, Value, make, minimum
 from tilelink.ir.node import DECLARATIONS
 from tilelink.schedules import Schedule
+from tilelink.schedules.roles import HALVES, roles_of
 
 RANK = Expr.name("RANK")
 WORLD = Expr.name("WORLD")
@@ -422,7 +423,8 @@ def reading_rows(program: Op, name: str) -> int | None:
 def copied_beside(program: Op, name: str) -> bool:
     """Whether workers of the launch that multiplies copy ``name`` in boxes, and its warps have roles.
 
-    They copy by way of the ring that operands have. Tiles that span shards are computed behind all copies instead.
+    They copy by way of the ring that operands have, and two groups take turns at it. Tiles that span shards, or of
+    which each group has a half, are computed behind all copies instead.
     """
     move = schedule_of(program).move(name)
     return (
@@ -430,7 +432,17 @@ def copied_beside(program: Op, name: str) -> bool:
         and move.sm_workers > 0
         and move.copies == "boxes"
         and not move.spans
+        and not any(map(in_halves, stages_of(program)))
     )
+
+
+def in_halves(stage: Op) -> bool:
+    """Whether each of two warp groups has a half of the tiles of a stage that multiplies."""
+    sums = sum(op.name == "dot" for op in stage.walk())
+    if not sums or len(stage["tile"]) != 2:
+        return False
+    rows, columns = (int(n) for n in stage["tile"])
+    return roles_of(rows, columns, sums) == HALVES
 
 
 def handed_on(program: Op, name: str) -> tuple[tuple[str, int], ...]:

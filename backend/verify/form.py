@@ -172,6 +172,8 @@ class _Checker:
                 split_copies(child) if copies_of(child) else split_product(child)
             except Unfit as unfit:
                 _fail(unfit.op, f"with roles, a stage has no {unfit.detail.removeprefix('a ')}")
+        if roles and launch["roles"] != TURNS and any(map(copies_of, stages)):
+            _fail(launch, "workers copy beside two warp groups that take turns, and no others")
         shared = apart(launch) if roles else None
         if shared is not None:
             _fail(shared, "with roles, workers that copy do nothing else")
