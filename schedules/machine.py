@@ -61,8 +61,8 @@ class Machine:
     byte copy that signals it, ``store_signal_us`` the time from a release in a kernel to its sight by a peer.
     ``worker_copy_gbps`` is what one worker moves with loads and stores, ``bulk_copy_gbps`` with TMA,
     ``push_gbps`` with the stores of a tile alone. ``read_gbps`` is what all workers together read from memory of
-    all peers beside products, ``box_gbps`` what all workers of a kernel that copy boxes beside its products send to
-    all peers together; ``link_gbps`` where a description does not say. ``copy_drag`` and ``store_drag``:
+    all peers beside products, ``box_gbps`` what all workers that copy boxes beside products with roles send to
+    all peers together; both are ``link_gbps`` where a description does not say. ``copy_drag`` and ``store_drag``:
     while products draw a share of the bandwidth of memory for operands that the cache cannot hold, copies and
     the stores of tiles take longer by this times the share. ``poll_us`` is one look of a worker at a flag.
     ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the start and of the end of a

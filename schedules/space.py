@@ -53,8 +53,8 @@ TAILS = (2, 3)  # kernels that add three parts at once to 128 elements a thread 
 # that is; and the part of a tile's time that the last wave may take in parts.
 FULL_WAVE, TAIL_DEPTH, TAIL_TIME = 0.7, 1024, 0.75
 COPY_WORKERS = (4, 8, 16, 32, 64)
-# Those that copy tiles of a scatter beside products whose warps have roles, and do nothing else: as many as keep the
-# links busy, and few more. Signals are for so few tiles that the sums behind them begin soon.
+# Those that copy tiles of a scatter beside products whose warps have roles, and do nothing else: about as many as
+# keep the links busy. Signals are for so few tiles that the sums behind them begin soon.
 BESIDE_WORKERS, BESIDE_CHANNELS = (12, 16, 20), (4, 8)
 CHANNELS = (None, 1, 2, 4, 8)
 # Elements of a product's tile from which on a tile is worth its fixed costs.
