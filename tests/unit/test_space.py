@@ -15,6 +15,9 @@ from tilelink.schedules.machine import Machine
 from tilelink.schedules.roles import SHARED_BYTES
 from tilelink.schedules.schedule import SIGNALS
 from tilelink.schedules.space import (
+    BESIDE_CHANNELS,
+    BESIDE_WORKERS,
+    COPY_WORKERS,
     Space,
     class_of,
     estimate_us,
@@ -119,11 +122,29 @@ def test_tiles_hold_no_more_than_the_rows_of_one_rank_but_where_they_span_shards
     )
 
 
-def test_workers_copy_beside_roles_what_is_gathered_alone() -> None:
-    for kernel, copied in ((ag_gemm, True), (gemm_rs, False)):
-        space = Space(build(kernel, 8192, 4096, 4096), H200)
-        one = next(s for s in space.computations() if s.emitter == "gluon")
-        assert any(m.sm_workers for s in space.moves(one) for _, m in s.moves) == copied
+def test_workers_copy_beside_roles_in_the_one_form_that_scatters_have() -> None:
+    space = Space(build(ag_gemm, 8192, 4096, 4096), H200)
+    one = next(s for s in space.computations() if s.emitter == "gluon")
+    assert {m.sm_workers for s in space.moves(one) for _, m in s.moves} >= set(COPY_WORKERS)
+    op = build(gemm_rs, 8192, 4096, 4096)
+    space = Space(op, H200)
+    for columns, offered in ((128, True), (256, False)):
+        one = replace(
+            space.base.with_tiles(M=128, N=columns, K=64), emitter="gluon", warps=8, stages=4
+        )
+        found = [(s, m) for s in space.moves(one) for _, m in s.moves if m.sm_workers]
+        assert bool(found) is offered  # of wider tiles each group has a half
+        for schedule, move in found:
+            assert (move.copies, move.sum, move.slots) == ("boxes", "epilogue", 1)
+            assert move.sm_workers in BESIDE_WORKERS and move.channels in BESIDE_CHANNELS
+            launch = run_passes(op, schedule).find("launch")[0]
+            assert {s.get("queue") for s in launch.find("stage")} == {None, "dynamic"}
+    # Triton kernels have workers that copy as before, and no others.
+    workers = {m.sm_workers for s in space.moves(space.base) for _, m in s.moves if m.sm_workers}
+    assert workers == set(COPY_WORKERS)
+    space = Space(build(gemm_ar, 8192, 4096, 4096), H200)
+    one = next(s for s in space.computations() if s.emitter == "gluon")
+    assert not any(m.sm_workers for s in space.moves(one) for _, m in s.moves)
     # An all-reduce is not cut at ranks.
     op = build(gemm_ar, 128, 1024, 1024)
     assert {dict(s.tiles)["M"] for s in Space(op, H200).computations()} >= {16, 128}
