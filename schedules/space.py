@@ -53,9 +53,9 @@ TAILS = (2, 3)  # kernels that add three parts at once to 128 elements a thread 
 # that is; and the part of a tile's time that the last wave may take in parts.
 FULL_WAVE, TAIL_DEPTH, TAIL_TIME = 0.7, 1024, 0.75
 COPY_WORKERS = (4, 8, 16, 32, 64)
-# Those that copy tiles of a scatter beside products whose warps have roles, and do nothing else: about as many as
-# keep the links busy. Signals are for so few tiles that the sums behind them begin soon.
-BESIDE_WORKERS, BESIDE_CHANNELS = (12, 16, 20), (4, 8)
+# Those that copy beside products whose warps have roles, and do nothing else: about as many as keep the links
+# busy. Signals are for so few tiles that what waits for them begins soon.
+BESIDE_WORKERS, BESIDE_CHANNELS = (12, 16, 20), (2, 4, 8)
 CHANNELS = (None, 1, 2, 4, 8)
 # Elements of a product's tile from which on a tile is worth its fixed costs.
 SMALLEST_TILE = 16 * 32
@@ -156,7 +156,7 @@ class Space:
             move.sm_workers or move.signal != "flag" or move.sum == "epilogue"
         ):
             return False
-        if move.sm_workers and schedule.emitter == "gluon" and tensor["move"] != "gather":
+        if move.sm_workers and schedule.emitter == "gluon" and self._turned(schedule, tensor, move):
             if not self._beside(schedule, tensor, move):
                 return False
         elif move.sm_workers and move.sm_workers not in COPY_WORKERS:
@@ -168,14 +168,25 @@ class Space:
         cut = self.cuts(schedule) or (tensor["move"] == "scatter" and schedule.split > 1)
         return not (over and move.spans == cut and schedule.tiles != self.base.tiles)
 
-    def _beside(self, schedule: Schedule, tensor: Op, move: Move) -> bool:
-        """Whether workers copy a scatter beside products whose warps have roles, and take turns."""
+    def _turned(self, schedule: Schedule, tensor: Op, move: Move) -> bool:
+        """Whether copies by workers would stand beside products of which two warp groups have every other tile.
+
+        What gathers in another form is a launch of its own.
+        """
         assert self.product is not None
         rows, columns, _ = self.product.tile(schedule)
+        turns = roles_of(rows, columns, self.product.dots) == TURNS
+        return tensor["move"] != "gather" or (turns and move.copies == "boxes" and not move.spans)
+
+    def _beside(self, schedule: Schedule, tensor: Op, move: Move) -> bool:
+        """Whether workers can copy a tensor beside products whose warps have roles, in a way worth measuring."""
+        assert self.product is not None
+        rows, columns, _ = self.product.tile(schedule)
+        folded = tensor["move"] == "scatter" and move.sum == "epilogue"
         return (
-            tensor["move"] == "scatter"
+            (folded or tensor["move"] == "gather")
             and roles_of(rows, columns, self.product.dots) == TURNS
-            and (move.copies, move.sum) == ("boxes", "epilogue")
+            and move.copies == "boxes"
             and move.sm_workers in BESIDE_WORKERS
             and move.channels in BESIDE_CHANNELS
         )
@@ -288,7 +299,7 @@ class Space:
 
 
 def _resources(kind: str) -> tuple[str, ...]:
-    beside = BESIDE_WORKERS if kind == "scatter" else ()
+    beside = BESIDE_WORKERS if kind in ("gather", "scatter") else ()
     workers = tuple(f"sm:{n}" for n in sorted({*COPY_WORKERS, *beside}))
     direct = () if kind == "gather" else ("epilogue",)
     return ("copy_engine", *workers, *direct, "none")
