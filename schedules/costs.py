@@ -83,8 +83,8 @@ def tensor_core_share(rows: int, columns: int, warps: int, issue: float = 0.0) -
 def cache_share(pitch: int, width: int) -> float:
     """By how much longer the L2 cache is busy with rows of ``width`` bytes, ``pitch`` apart, than by their bytes.
 
-    A row comes in pieces of a line's length. Where a pitch is no multiple of a line, pieces lie across lines, and a
-    slice hands over a half of a line even where less of it is asked for.
+    A row comes in pieces of a line's length. Where a pitch is no multiple of a line, pieces lie across lines, and
+    a slice hands over half a line even where less of it is asked for.
     """
     piece = min(width, LINE_BYTES)
     starts = [row * pitch % LINE_BYTES for row in range(LINE_BYTES // gcd(pitch, LINE_BYTES))]

@@ -63,8 +63,9 @@ class Machine:
     ``push_gbps`` with the stores of a tile alone. ``read_gbps`` is what all workers together read from memory of
     all peers beside products; ``link_gbps`` where a description does not say. ``copy_drag`` and ``store_drag``:
     while products draw a share of the bandwidth of memory for operands that the cache cannot hold, copies and
-    the stores of tiles take longer by this times the share. ``store_stall``: of the time that stores of a tile to
-    a peer take, with all workers sharing the link, the share in which their worker computes nothing. ``poll_us`` is one look of a worker at a flag.
+    the stores of tiles take longer by this times the share. ``store_stall``: of the time in which the stores of a
+    worker, and of all that share its links, are on their way, the share in which it computes nothing of its next
+    tile. ``poll_us`` is one look of a worker at a flag.
     ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the start and of the end of a
     call, ``stream_us`` of handing over to a side stream and ``stream_wait_us`` of a stream's wait for a counter.
     ``collective_gbps`` is bus bandwidth by number of ranks, collective and bytes of the whole tensor.
@@ -118,7 +119,7 @@ class Machine:
 
     @staticmethod
     def of_device(device: str, world: int) -> Machine | None:
-        """The description of ``world`` GPUs that CUDA calls ``device``; of kin where those of its own are of fewer.
+        """The description of ``world`` GPUs that CUDA calls ``device``; of kin where none of its own has as many.
 
         None if there is none.
         """

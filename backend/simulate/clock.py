@@ -617,7 +617,8 @@ class _Clock:
         peers = [state for n, state in enumerate(self.ranks) if n != rank] or [target]
         ahead = task.worked if event.op.get("via") == "tma" else 0.0
         # Beside products; a stage behind them has the links for itself.
-        rate = machine.read_gbps if ahead else machine.link_gbps
+        beside = task.stage is not None and not task.stage.sums
+        rate = machine.read_gbps if beside else machine.link_gbps
         begin, took = now - ahead, event.bytes / (rate * 1e3)
         target.ingress = max(target.ingress, begin) + took
         target.received += event.bytes
