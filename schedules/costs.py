@@ -7,7 +7,8 @@ by memory, whichever is slowest; other tasks by memory. Times are microseconds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from functools import cache
+from math import ceil, gcd
 
 from tilelink.schedules.machine import Machine
 
@@ -24,6 +25,9 @@ LIBRARY_TILES = ((128, 256), (256, 128), (128, 128), (64, 128))
 BUSY_STAGES = 1.5
 BUSY_SLOTS = 2.0  # the same of a ring that two warp groups empty: each holds a slot
 MMA_RATE = 0.6  # of `mma.sync`, for tiles of fewer rows than `wgmma` takes
+# Bytes of a line of the L2 cache, which are a row of a box in shared memory too, and those that one of its slices
+# hands over in a cycle.
+LINE_BYTES, BEAT_BYTES = 128, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,19 @@ def tensor_core_share(rows: int, columns: int, warps: int, issue: float = 0.0) -
     wide = min(WGMMA_COLUMNS, max(8, columns // across))
     fed = min(1.0, 2.0 * wide / (FULL_COLUMNS + wide))
     return min(fed, wide / (wide + issue) * (WGMMA_COLUMNS + issue) / WGMMA_COLUMNS)
+
+
+@cache
+def cache_share(pitch: int, width: int) -> float:
+    """By how much longer the L2 cache is busy with rows of ``width`` bytes, ``pitch`` apart, than by their bytes.
+
+    A row comes in pieces of a line's length. Where a pitch is no multiple of a line, pieces lie across lines, and
+    a slice hands over half a line even where less of it is asked for.
+    """
+    piece = min(width, LINE_BYTES)
+    starts = [row * pitch % LINE_BYTES for row in range(LINE_BYTES // gcd(pitch, LINE_BYTES))]
+    beats = sum((start + piece - 1) // BEAT_BYTES - start // BEAT_BYTES + 1 for start in starts)
+    return max(1.0, beats * BEAT_BYTES / (len(starts) * piece))
 
 
 def library_us(machine: Machine, task: Task, now: float) -> float:
@@ -169,9 +186,9 @@ def _unmultiplied_us(
     """Microseconds of a task without a product; ``vector`` and ``cached``: of its operations, and at the cache."""
     if task.landed:
         # The stores behind it are under way while the next tile is multiplied. But where parts lie in the ring of
-        # the product, the other group begins that tile when they are there.
+        # the product, the other group begins that tile when they are there. What peers wrote is in the cache.
         held = code.turns and not code.apart
-        fetched = task.landed / (machine.hbm_gbps * 1e3) * active + machine.load_us
+        fetched = task.landed / (machine.l2_gbps * 1e3) * active + machine.load_us
         return vector + (fetched if held else 0.0)
     if task.sums:
         # Behind a wait: what stands before it is another task's.

@@ -64,7 +64,9 @@ class Machine:
     all peers beside products, ``box_gbps`` what all workers that copy boxes beside products with roles send to
     all peers together; both are ``link_gbps`` where a description does not say. ``copy_drag`` and ``store_drag``:
     while products draw a share of the bandwidth of memory for operands that the cache cannot hold, copies and
-    the stores of tiles take longer by this times the share. ``poll_us`` is one look of a worker at a flag.
+    the stores of tiles take longer by this times the share. ``store_stall``: of the time in which the stores of a
+    worker, and of all that share its links, are on their way, the share in which it computes nothing of its next
+    tile. ``poll_us`` is one look of a worker at a flag.
     ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the start and of the end of a
     call, ``stream_us`` of handing over to a side stream and ``stream_wait_us`` of a stream's wait for a counter.
     ``collective_gbps`` is bus bandwidth by number of ranks, collective and bytes of the whole tensor.
@@ -99,6 +101,7 @@ class Machine:
     box_gbps: float
     copy_drag: float
     store_drag: float
+    store_stall: float
     poll_us: float
     launch_us: float
     head_us: float
@@ -118,13 +121,16 @@ class Machine:
 
     @staticmethod
     def of_device(device: str, world: int) -> Machine | None:
-        """The description of ``world`` GPUs that CUDA calls ``device``, or of kin; None if there is none."""
+        """The description of ``world`` GPUs that CUDA calls ``device``; of kin where none of its own has as many.
+
+        None if there is none.
+        """
         known = [Machine.load(name) for name in Machine.known()]
-        found = [m for m in known if m.device == device] or [m for m in known if device in m.kin]
-        wide = sorted((m for m in found if m.world >= world), key=lambda m: (m.world, m.name))
-        return (
-            replace(wide[0], world=world, name=_with_world(wide[0].name, world)) if wide else None
-        )
+        wide = sorted((m for m in known if m.world >= world), key=lambda m: (m.world, m.name))
+        found = [m for m in wide if m.device == device] or [m for m in wide if device in m.kin]
+        if not found:
+            return None
+        return replace(found[0], world=world, name=_with_world(found[0].name, world))
 
     @staticmethod
     def kin_of(device: str) -> tuple[str, ...]:
@@ -244,5 +250,6 @@ def _parse(found: dict[str, Any]) -> Machine:
         found.setdefault(rate, found["link_gbps"])
     found.setdefault("copy_drag", 0.0)
     found.setdefault("store_drag", 0.0)
+    found.setdefault("store_stall", 0.0)
     found["kin"] = tuple(found.get("kin", ()))
     return Machine(**{field.name: found[field.name] for field in fields(Machine)})

@@ -46,7 +46,7 @@ DEPTH_TILES = (32, 64, 128)
 # In the order in which equals are preferred.
 STAGES = (4, 3, 5, 6, 2)
 RING_STAGES = (6, 5, 4, 3)  # of a loader with a warp of its own: the deeper its ring, the better
-GROUPS = (8, 4, 16)
+GROUPS = (4, 8, 16)
 SPLITS = (1, 2, 4, 8)
 TAILS = (2, 3)  # kernels that add three parts at once to 128 elements a thread spill a few bytes
 # Of the workers, those that have a tile in the last wave, from which on it is worth no parts; the shortest depth

@@ -14,6 +14,7 @@ import heapq
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from math import inf, prod
 from typing import Any, NamedTuple
 
@@ -55,6 +56,9 @@ class _Task:
     # What the events come from, and how many of them have been taken.
     piece: Piece | None = None
     taken: int = 0
+    # Whether it has stored to a peer since its last product, and whether the next one is held up by that.
+    stored: bool = False
+    stalled: bool = False
     worked: float = 0.0  # how long its last product took
     copied: float = 0.0  # when it has moved what it copies, were its own rate the limit
     seen: dict[int, list[Element]] = field(default_factory=dict)
@@ -359,10 +363,18 @@ class _Clock:
     # Events.
 
     def _step(self, task: _Task, now: float) -> None:
+        if task.stalled:
+            task.stalled = False
+            held = self.machine.store_stall * (self.ranks[task.track.rank].egress - now)
+            if held > 0.0:
+                self._spend(task, now, held, "copy", "loads behind stores", ":")
+                return
         for event in task.events:
             # Gaps are no events of the piece.
             task.taken += not isinstance(event, _Gap)
             if isinstance(event, Work):
+                if event.cost.flops and self._stalls(task, event, now):
+                    return
                 took = self._work_us(event.cost, task, now)
                 label = task.stage.label if task.stage else "work"
                 self._spend(task, now, took, "work", label, task.glyph)
@@ -452,6 +464,22 @@ class _Clock:
         # Copies and stores to peers draw on the same memory, cache and power.
         busy = max(state.egress, state.ingress) - now
         return took + machine.contention * min(max(busy, 0.0), took)
+
+    def _stalls(self, task: _Task, product: Work, now: float) -> bool:
+        """Whether the loads of a product wait behind stores of its worker; it goes on later.
+
+        Workers that end their tiles together share the link, so that the stores of each are on their way until
+        those of all are there.
+        """
+        if not task.stored or not self.machine.store_stall:
+            return False
+        task.stored = False
+        task.events = chain((product,), task.events)
+        task.taken -= 1
+        # Behind the others whose tiles end now, so that it sees what they store.
+        self._push(now, task)
+        task.stalled = True
+        return True
 
     def _poll_us(self, task: _Task, event: Wait) -> float:
         """What it takes to see that a wait is over; a worker that waits for the same again need not look."""
@@ -600,6 +628,7 @@ class _Clock:
             stored = now + event.bytes / (rate * 1e3)
             task.arrives = max(task.arrives, arrives, stored)
             # Its shared memory, or its place in the queue of stores, is free once the bytes are on the link.
+            task.stored = True
             if source.egress <= now + took:
                 return False
             label = f"{event.op.symbol} to rank {event.peer}"
@@ -628,7 +657,8 @@ class _Clock:
         peers = [state for n, state in enumerate(self.ranks) if n != rank] or [target]
         ahead = task.worked if event.op.get("via") == "tma" else 0.0
         # Beside products; a stage behind them has the links for itself.
-        rate = machine.read_gbps if ahead else machine.link_gbps
+        beside = task.stage is not None and not task.stage.sums
+        rate = machine.read_gbps if beside else machine.link_gbps
         begin, took = now - ahead, event.bytes / (rate * 1e3)
         target.ingress = max(target.ingress, begin) + took
         target.received += event.bytes

@@ -20,6 +20,7 @@ from tilelink.backend.simulate.geometry import (
 from tilelink.ir import DTYPES, Op, Ref, Value
 from tilelink.ir.layout import ENCODINGS, PAYLOAD
 from tilelink.ir.limits import check_rows
+from tilelink.schedules.costs import cache_share
 
 Element: TypeAlias = tuple[int, ...]
 
@@ -388,7 +389,7 @@ class Walker:
                 size //= copies
                 return Cost(bytes=size, elementwise=size * copies / 2)
             # What a load empties it stores, too.
-            touched = size * (2 if op.get("empty") else 1)
+            touched = size * (2 if op.get("empty") else 1) * self._across_lines(op, value)
             return Cost(bytes=touched, elementwise=size / 2 if op.name == "load_sum" else 0.0)
         if op.name == "dot":
             a, b = (self._whole_shape(v) for v in op.operands[:2])
@@ -397,6 +398,16 @@ class Walker:
         if not op.results or op.name in ("zeros", "full", "transpose", "expand", "reshape"):
             return _NOTHING
         return Cost(elementwise=float(prod(self.geometry.shape(op.results[0], self.env))))
+
+    def _across_lines(self, op: Op, value: Value) -> float:
+        """By how much longer the cache is busy with the rows of a load than by their bytes."""
+        if op.name != "load" or op.ref is None:
+            return 1.0
+        decl = self.geometry.decls[op.symbol]
+        size, shape = DTYPES[decl.dtype], self.geometry.shape(value, self.env)
+        if len(decl.shape) < 2 or not shape:
+            return 1.0
+        return cache_share(decl.shape[-1] * size, max(1, shape[-1] * size))
 
     def _whole_shape(self, value: Value) -> tuple[int, ...]:
         """The shape of ``value`` where no tile is short."""

@@ -12,7 +12,8 @@ from tilelink.backend.simulate.draw import Draw, draw_of
 from tilelink.backend.simulate.geometry import Geometry
 from tilelink.ir import Op
 from tilelink.kernels import ag_gemm, gemm_rs
-from tilelink.schedules import Move, default_schedule
+from tilelink.schedules import Move, Schedule, default_schedule
+from tilelink.schedules.costs import cache_share
 from tilelink.schedules.machine import Machine
 
 WORLD, SIZE = 4, 2
@@ -101,3 +102,57 @@ def test_what_goes_over_the_link_takes_longer_where_operands_stream(resource: st
     # What the cache holds, nothing streams.
     held = replace(free, l2_bytes=1 << 30)
     assert predict(program, replace(held, copy_drag=3.0, store_drag=3.0)) == predict(program, held)
+
+
+@pytest.mark.parametrize(
+    ("pitch", "width", "share"),
+    [
+        (14336, 128, 1.0),
+        # A row in four begins at each quarter of a line; those at odd ones take three halves of lines for two.
+        (7392, 128, 1.25),
+        (7392, 256, 1.25),
+        # Every second row is half a line off: as many halves as before.
+        (14784, 128, 1.0),
+        (2752, 64, 1.0),
+        # A quarter off, half a line lies in two halves.
+        (7392, 64, 1.5),
+    ],
+)
+def test_rows_across_lines_keep_the_cache_busy(pitch: int, width: int, share: float) -> None:
+    assert cache_share(pitch, width) == share
+
+
+def test_a_pitch_that_is_no_multiple_of_a_line_counts_where_the_cache_is_what_bounds_a_product() -> (
+    None
+):
+    """Both have as many tiles: the last of a row computes as long where it is short."""
+    slow = replace(H200, l2_gbps=4000.0)
+    tiles = (("K", 64), ("M", 128), ("N", 128))
+    schedule = Schedule(tiles=tiles, moves=(("A", Move(resource="copy_engine")),))
+    whole, odd = (
+        run_passes(ag_gemm.build({"M": 2048, "K": 2048, "N": n}, {}, WORLD), schedule)
+        for n in (4096, 4080)
+    )
+    assert predict(odd, slow) > 1.05 * predict(whole, slow)
+    fast = replace(H200, l2_gbps=1e6)
+    assert predict(odd, fast) == pytest.approx(predict(whole, fast), rel=0.01)
+
+
+def test_loads_wait_behind_the_stores_of_all_workers_that_end_their_tiles_together() -> None:
+    op = gemm_rs.build({"M": 4096, "K": 2048, "N": 4096}, {}, WORLD)
+    tiles = (("K", 64), ("M", 128), ("N", 128))
+    moves = {
+        "stores": Move(resource="epilogue", sum="epilogue"),
+        "copies": Move(resource="copy_engine", sum="epilogue"),
+    }
+    spent = {}
+    for name, move in moves.items():
+        program = run_passes(
+            op, Schedule(tiles=tiles, stages=5, emitter="gluon", moves=(("C", move),))
+        )
+        free = predict(program, replace(H200, store_stall=0.0))
+        spent[name] = predict(program, replace(H200, store_stall=0.7)) - free
+    assert spent["copies"] == 0.0
+    # 1024 tiles of 132 workers: in five of the waves all store 32 KiB, which their links carry in this time.
+    wave = H200.link_us(132 * 128 * 128 * SIZE)
+    assert 0.3 * 5 * wave < spent["stores"] < 0.7 * 6 * wave

@@ -221,7 +221,7 @@ def test_every_interleaving_of_a_small_program_adds_the_parts_of_its_call() -> N
 
 
 def test_the_clock_exposes_parts_in_the_ring_of_the_product_alone() -> None:
-    """For each own tile of a worker, the time in which its parts are fetched: about 4 us of 4 ranks."""
+    """For each own tile of a worker, the time in which its parts are fetched from the cache: about 2 us."""
     kernel = gemm_rs.build({"M": 2048, "N": 4096, "K": 3584}, {}, 4)
     schedule = Schedule(
         tiles=(("K", 64), ("M", 128), ("N", 128)),
@@ -232,7 +232,7 @@ def test_the_clock_exposes_parts_in_the_ring_of_the_product_alone() -> None:
     fused = run_passes(kernel, schedule)
     ring = parse_ir(print_ir(fused).replace("landing = 2, ", "", 1))
     machine = Machine.load("h200x8")
-    assert 3 < predict(ring, machine) - predict(fused, machine) < 5
+    assert 1 < predict(ring, machine) - predict(fused, machine) < 3
 
 
 @pytest.mark.parametrize("case", [FIVE, RING], ids=["apart", "in the ring of the product"])

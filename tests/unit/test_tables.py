@@ -196,7 +196,10 @@ def test_kin_of_a_device_takes_what_was_tuned_there() -> None:
     assert lookup(op, kin, [there, own]).table is own  # type: ignore[union-attr]
     assert lookup(op, DEVICE, [own]).table is own  # type: ignore[union-attr]
     assert lookup(op, "NVIDIA H100 PCIe", [there, own]) is None
-    assert Machine.of_device(kin, 4) == Machine.of_device(DEVICE, 4)
+    # Four of them have a description of their own; of more there is that of the kin.
+    four, eight = Machine.of_device(kin, 4), Machine.of_device(kin, 8)
+    assert four is not None and (four.name, four.device) == ("h100x4", kin)
+    assert eight is not None and eight == Machine.of_device(DEVICE, 8)
 
 
 def test_unknown_machines_have_the_default() -> None:
