@@ -42,7 +42,7 @@ class CopyingLoader(LoaderMachine):
 
     def on_roles_order(self, orders: Any, number: Any, place: Any) -> None:
         """``roles.order``: the place that was drawn last, as the next number of its worker."""
-        if orders is None or orders is not self.orders:
+        if not isinstance(orders, Orders) or orders is not self.orders:
             self.unclear("something that is no orders")
         if np.any(self.on & (self.number_of(number) != orders.made)):
             self.hazard("orders are not numbered one after the other")
@@ -100,7 +100,7 @@ class CopyingGroups(GroupMachine):
 
     def on_roles_ordered(self, orders: Any, number: Any) -> Num:
         """``roles.ordered``: by both groups, one after the other."""
-        if orders is None or orders is not self.orders:
+        if not isinstance(orders, Orders) or orders is not self.orders:
             self.unclear("something that is no orders")
         at = self.number_of(number)
         if np.any(self.on & (at != self.read_orders)):
