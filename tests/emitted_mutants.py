@@ -17,6 +17,7 @@ EVENT = re.compile(
     r"|tl\.store\(|tl\.dot\(|call\.(head|begin|transfer|notify|wait|launch|collective)|pending ="
     r"|roles\.(ring|turns|pair|tiles|room|claim|fetch|take|give|turn|pass_turn|meet|store|send)\(|hopper\."
     r"|roles\.(fetch_parts|fetch_remote|sum_landed)\(|roles\.delayed_|warp_specialize"
+    r"|roles\.(orders|order|ordered|forward|forwarded|all_forwarded)\("
     r"|number \+=|step \+=|own \+=|at \+=|at = own|met \+="
 )
 CALLS = (
@@ -29,6 +30,9 @@ CALLS = (
     "tl.dot",
     "tl.where",
     "roles.fetch_",
+    "roles.order",
+    "roles.forward",
+    "roles.all_forwarded",
 )
 # What a kernel with roles has two of, one for the operands and one for parts of sums.
 TWINS = {"ring": "landing", "turns": "sums", "number": "own"}

@@ -51,7 +51,7 @@ MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
 def move_of(text: str, channels: int | None = None, tile: int | None = None) -> Move:
     """The move of a resource's name; ``-folded`` behind it puts the sum into the epilogue, ``-two`` asks for
     two shots, ``-pull`` lets parts be read where they were made, by ``-spans`` of tiles that span slices. Own
-    tiles are computed ``-beside`` the others or ``-between`` them."""
+    tiles are computed ``-beside`` the others or ``-between`` them; ``-boxes`` are copied through TMA."""
     own = next((word for word in OWNS if text.endswith(f"-{word}")), "last")
     text = text.removesuffix(f"-{own}")
     spans = text.endswith("-spans")
@@ -60,9 +60,12 @@ def move_of(text: str, channels: int | None = None, tile: int | None = None) -> 
     text = text.removesuffix("-folded")
     direction = "pull" if text.endswith("-pull") else "push"
     text = text.removesuffix("-pull")
+    copies = "boxes" if text.endswith("-boxes") else None
+    text = text.removesuffix("-boxes")
     resource, shots = text.removesuffix("-two"), 2 if text.endswith("-two") else None
     move = Move(resource, tile, channels, "epilogue" if folded else "stage", shots)
-    return replace(move, direction=direction, spans=spans, own=own)
+    move = replace(move, direction=direction, spans=spans, own=own)
+    return move if copies is None else replace(move, copies=copies)
 
 
 def order_of(move: Move, order: str = "auto") -> str:

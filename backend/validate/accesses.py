@@ -35,7 +35,8 @@ from tilelink.backend.validate.values import (
 from tilelink.errors import Source
 
 _TOUCHING = (
-    "load store send tile_push_data fetch fetch_parts fetch_remote store_words load_words sum_words"
+    "load store send forward tile_push_data fetch fetch_parts fetch_remote "
+    "store_words load_words sum_words"
 )
 TOUCHING = frozenset(_TOUCHING.split())
 

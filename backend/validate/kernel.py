@@ -689,6 +689,8 @@ class KernelMachine(AccessMachine):
         key = (self.layout.declared[symbol]["offset"] + number * WORD - COUNTERS) // WORD
         taken = self.queues.setdefault(key, np.zeros(self.layout.world, dtype=np.int64))
         self.trace.queues.add((symbol, number))
+        stage = self.next_stage()
+        self.trace.drawers[stage] = self.trace.drawers.get(stage, np.zeros_like(self.on)) | self.on
         place = self.ticket.copy()
         for rank in range(self.layout.world):
             lanes = np.flatnonzero(self.on & (self.rank == rank))

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from tilelink.backend.validate.forwarding import CopyingGroups, CopyingLoader
 from tilelink.backend.validate.layout import Layout
 from tilelink.backend.validate.loader import FetcherMachine, LoaderMachine, RoleMachine
-from tilelink.backend.validate.ring import Loaded, Pair, Ring, Room, Turns
-from tilelink.backend.validate.roles import GROUPS, GroupMachine
+from tilelink.backend.validate.ring import Loaded, Orders, Pair, Ring, Room, Turns
+from tilelink.backend.validate.roles import GROUPS
 from tilelink.backend.validate.trace import Touch, Trace
 from tilelink.backend.validate.values import (
     Choice,
@@ -51,8 +52,10 @@ class LaunchMachine(RoleMachine):
         streamed: frozenset[str],
         functions: Mapping[str, ast.FunctionDef],
         landed: tuple[int, ...],
+        reverse: bool = False,
     ) -> None:
         super().__init__(source, function, layout, workers, streamed)
+        self.reverse = reverse
         self.functions = functions
         self.used: set[str] = set()
         self.landed = landed
@@ -60,6 +63,7 @@ class LaunchMachine(RoleMachine):
         self.rings: list[Ring] = []
         self.turns: list[Turns] = []
         self.pair: Pair | None = None
+        self.orders: Orders | None = None
         self.rooms: list[Room] = []
         self.started = False
 
@@ -90,6 +94,12 @@ class LaunchMachine(RoleMachine):
         self.once(self.pair)
         self.pair = Pair()
         return self.pair
+
+    def on_roles_orders(self) -> Orders:
+        """``roles.orders``."""
+        self.once(self.orders)
+        self.orders = Orders(np.zeros(self.lanes, dtype=np.int64))
+        return self.orders
 
     def on_roles_tiles(self, descriptor: Any, count: Any) -> Room:
         """``roles.tiles``."""
@@ -141,16 +151,27 @@ class LaunchMachine(RoleMachine):
             self.hazard("two groups take parts of sums from one ring, and have no turns at it")
         if any(ring.readers != (GROUPS if not self.turns else 1) for ring in self.rings):
             self.hazard("the ring waits for another number of groups than take its steps")
+        if self.orders is not None and not self.turns:
+            self.hazard(
+                "groups that have half of each tile are handed tiles that one of them copies"
+            )
         self.started = True
         source, rest = self.source, (self.layout, self.workers, self.streamed)
         loaded = Loaded(self.rings[0], self.rooms)
-        loader = LoaderMachine(source, self.function_of(load), *rest, loaded)
+        loader = CopyingLoader(
+            self.orders, self.reverse, source, self.function_of(load), *rest, loaded
+        )
         self.role(loader, its)
         if loader.opened is not None:
             if self.opened is not None:
                 self.hazard("the launch and its loader both open the call")
             # All that groups do comes behind a step of the loader.
             self.opened = loader.opened
+        if self.orders is not None and not loader.trace.queues:
+            self.hazard("there is shared memory for tiles that are drawn, and nothing is drawn")
+        self.trace.queues |= loader.trace.queues
+        self.trace.tickets |= loader.trace.tickets
+        self.trace.drawers |= loader.trace.drawers
         fetcher = None
         for function, given in fetch:
             landing = Loaded(self.rings[1], self.rooms)
@@ -190,13 +211,14 @@ class LaunchMachine(RoleMachine):
         function = self.function_of(name)
         turns: list[Turns | None] = [*self.turns, None, None]
         assert loader.loaded is not None
-        machine = GroupMachine(
-            self.source, function, self.layout, self.workers, self.streamed,
+        machine = CopyingGroups(
+            self.orders, self.source, function, self.layout, self.workers, self.streamed,
             loader.loaded, turns[0], self.pair,
             fetcher.loaded if fetcher is not None else None, turns[1],
         )  # fmt: skip
         self.bound(machine, function, (Num(machine.role), *given[1:]), GROUPS)
         machine.start({})
+        machine.finished()
         counts = {n: c[: self.lanes] for n, c in machine.trace.segments.items()}
         same = counts.keys() == loader.trace.segments.keys() and all(
             np.array_equal(c, loader.trace.segments[n]) for n, c in counts.items()
@@ -246,7 +268,19 @@ class LaunchMachine(RoleMachine):
         if isinstance(value, Pointer) and not value.shape:
             home = np.tile(full(value.home, self.lanes), times)
             return replace(value, home=home, base=np.tile(full(value.base, self.lanes), times))
-        fixed = Context | Descriptor | Special | Ring | Turns | Pair | Room | int | float | Data
+        fixed = (
+            Context
+            | Descriptor
+            | Special
+            | Ring
+            | Turns
+            | Pair
+            | Orders
+            | Room
+            | int
+            | float
+            | Data
+        )
         if isinstance(value, Choice) or not isinstance(value, fixed):
             self.unclear("an argument of a role")
         return value

@@ -36,6 +36,10 @@ class RoleMachine(KernelMachine):
         """``device.open_call``, which is a function of its own."""
         self.hazard("a role calls a function, which is made for other warps than its own")
 
+    def on_device_queue_next(self, ctx: Any, word: Any) -> Num:
+        """``device.queue_next``, by a role that hands what it draws to nobody."""
+        self.hazard("tasks are drawn by another role than the one that loads operands")
+
     def whole(self, value: Any, what: str) -> int:
         """A constant from 1."""
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -345,11 +345,11 @@ class Validator:
         shared = (self.module.source, function, self.layout, agent.workers, streamed)
         launched = None
         if gluon and self.op(agent).get("roles") is None:
-            machine: KernelMachine = BoxMachine(*shared)
+            machine: KernelMachine = BoxMachine(*shared, reverse)
         elif gluon:
             stages = enumerate(self.op(agent).find("stage"))
             landed = tuple(n for n, stage in stages if any(map(_lands, stage.walk())))
-            machine = launched = LaunchMachine(*shared, self.module.roles, landed)
+            machine = launched = LaunchMachine(*shared, self.module.roles, landed, reverse)
         else:
             machine = WordMachine(*shared, reverse)
         names = [a.arg for a in function.args.args]

@@ -30,6 +30,33 @@ class Pair:
     """``roles.pair``."""
 
 
+@dataclass(slots=True, eq=False)
+class Orders:
+    """``roles.orders``: by number, the place in the queue that the loader of each lane has handed on.
+
+    ``made``: how many it has.
+    """
+
+    made: Ints
+    places: list[Ints] = field(default_factory=list)
+
+    def add(self, on: Mask, place: Ints) -> None:
+        """The next order of the lanes ``on``."""
+        for number in np.unique(self.made[on]).tolist():
+            if number == len(self.places):
+                self.places.append(np.zeros_like(self.made))
+            some = on & (self.made == number)
+            self.places[number][some] = place[some]
+        self.made = self.made + on
+
+    def at(self, number: Ints) -> Ints:
+        """The places of orders that have been made, a number a lane; 0 where it is negative."""
+        found = np.zeros_like(self.made)
+        for one in np.unique(number[number >= 0]).tolist():
+            found = np.where(number == one, self.places[one], found)
+        return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Room:
     """``roles.tiles``: ``count`` boxes of shared memory of a descriptor's block and element type.

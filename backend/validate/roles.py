@@ -8,6 +8,7 @@ callers, so that no role waits for ever and no slot is read too late.
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -88,6 +89,9 @@ class GroupMachine(RoleMachine):
             zeros - 1
         )  # tiles of a worker before the first that takes parts from that ring
         self.flying: list[tuple[Mask, Ints]] = []  # products under way, oldest first
+        self.leaving: list[
+            tuple[Mask, Ints]
+        ] = []  # stores of slots that may not have been read yet
         self.met = zeros.copy()
         self.met_at = zeros.copy()
         self.columns: set[int] = set()  # of tiles that the group has
@@ -163,6 +167,12 @@ class GroupMachine(RoleMachine):
         if node in self.loops:
             self.closed(np.ones(self.lanes, dtype=bool))
 
+    def repeat(self, node: ast.While) -> None:
+        """A stage's loop over tasks that are drawn, likewise."""
+        super().repeat(node)
+        if node in self.loops:
+            self.closed(np.ones(self.lanes, dtype=bool))
+
     # The ring ---------------------------------------------------------------------------------
 
     def on_roles_turn(self, turns: Any, number: Any) -> None:
@@ -230,6 +240,8 @@ class GroupMachine(RoleMachine):
             self.hazard("a step is taken out of turn: the other group's could be meant")
         if np.any(self.on & ((at != first + taking.taken) | (taking.taken >= count))):
             self.hazard("steps are taken that are not those of the task, in their order")
+        if np.any(self.on & (taking.taken - taking.given >= taking.loaded.ring.slots)):
+            self.hazard("a step is waited for while this group has all slots of the ring")
         taking.taken = taking.taken + self.on
         return Slot(at)
 
@@ -252,9 +264,10 @@ class GroupMachine(RoleMachine):
         at, (first, _) = self.number_of(step), self.steps(taking)
         if np.any(on & ((at != first + taking.given) | (taking.given >= taking.taken))):
             self.hazard("a step is given back that was not taken, or not in its order")
-        under_way = self.flying if taking is self.operands else []
-        if any(np.any(on & mask & (busy == at)) for mask, busy in under_way):
-            self.hazard("a step is given back while products of it are under way")
+        if taking is self.operands:
+            for what, under_way in (("products", self.flying), ("stores", self.leaving)):
+                if any(np.any(on & mask & (busy == at)) for mask, busy in under_way):
+                    self.hazard(f"a step is given back while {what} of it are under way")
         taking.given = taking.given + on
         taking.gifts = taking.gifts + on
 
@@ -513,6 +526,10 @@ class GroupMachine(RoleMachine):
         self, descriptors: Any, number: Any, row: Any, column: Any, value: Any, corner: Any
     ) -> None:
         """``roles.send``: by the descriptor of which it has the number."""
+        self.each_of(descriptors, number, lambda one: self.leaves(one, row, column, value, corner))
+
+    def each_of(self, descriptors: Any, number: Any, store: Callable[[Any], None]) -> None:
+        """A store by that of ``descriptors`` of which the lane has the number."""
         before, wanted = (self.on, self.all), self.number_of(number)
         if not isinstance(descriptors, tuple):
             self.unclear("descriptors of peers that are no tuple")
@@ -522,7 +539,7 @@ class GroupMachine(RoleMachine):
             self.on = before[0] & (wanted == one)
             self.all = bool(self.on.all())
             if self.on.any():
-                self.leaves(descriptor, row, column, value, corner)
+                store(descriptor)
         self.on, self.all = before
 
     def leaves(self, descriptor: Any, row: Any, column: Any, value: Any, corner: Any) -> None:
@@ -541,20 +558,28 @@ class GroupMachine(RoleMachine):
         matrix = len(tile.shape) == _CELL_AXES and not tile.form
         if not matrix or tile.shape[1] % room.block[1] or tile.shape[0] != room.block[0]:
             self.unclear(f"a store of a tile of shape {tile.shape} by way of {room.block}")
-        home, first = self.rank, 0
+        home, lo, hi, axes = self.reached(descriptor, row, column, tile.shape)
+        self.write(descriptor.symbol, "tma", self.on, home, lo, hi, tile.flows, axes)
+
+    def reached(
+        self, descriptor: Descriptor, row: Any, column: Any, shape: tuple[int, ...]
+    ) -> tuple[Ints, Ints, Ints, tuple[int, ...]]:
+        """Where a tile that leaves by a descriptor lands: the rank, the box, and the axes of the tile in it."""
+        home, first = self.rank, len(self.layout.dims[descriptor.symbol]) - len(descriptor.block)
         if descriptor.peer is not None:
-            home, first = np.full(self.lanes, descriptor.peer, dtype=np.int64), 1
+            home = np.full(self.lanes, descriptor.peer, dtype=np.int64)
+        elif first:
+            self.unclear("a store of a tile to a tensor of more axes")
         dims = np.array(self.layout.dims[descriptor.symbol][first:])
         starts = [self.number(row), self.number(column)]
         lo = np.stack([full(s.v, self.lanes) for s in starts], axis=1)
         if np.any(lo[self.on] < 0):
             raise Misfit(f"a block of @{descriptor.symbol} that begins outside of {tuple(dims)}")
-        hi = np.minimum(lo + np.array(tile.shape), dims)
+        hi = np.minimum(lo + np.array(shape), dims)
         lo = np.minimum(lo, dims)
         if first:
             lo, hi = np.column_stack((self.rank, lo)), np.column_stack((self.rank + 1, hi))
-        axes = tuple(range(first, first + len(dims)))
-        self.write(descriptor.symbol, "tma", self.on, home, lo, hi, tile.flows, axes)
+        return home, lo, hi, tuple(range(first, first + len(dims)))
 
     def sent(self, room: Room) -> tuple[int, int]:
         """The boxes in which tiles leave a room for other ranks, one when the one before has been read."""

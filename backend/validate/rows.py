@@ -110,6 +110,16 @@ class Rows:
                 grid = np.arange(most)[None, :] < counts[lanes][:, None]
                 turn, who = np.nonzero(grid.T)
                 table[lanes[who], turn] = phase.first + r * phase.count + np.arange(total)
+        if drawn is not None or number in trace.drawers:
+            mine = np.tile(
+                (np.arange(workers) >= low) & (np.arange(workers) < high), self.expected.world
+            )
+            if not np.array_equal(trace.drawers.get(number, ~mine), mine):
+                self.differs(
+                    site,
+                    f"the tasks of the stage @{phase.op.symbol} are drawn by other workers than "
+                    f"{low} to {high - 1}",
+                )
         for lane, segment, ticket in drawn or ():
             if np.any(ticket >= phase.count):
                 self.differs(site, "a worker takes a position that the queue does not have")

@@ -113,6 +113,7 @@ class Trace:
     pairs: dict[int, tuple[int, int]] = field(default_factory=dict)
     queues: set[tuple[str, int]] = field(default_factory=set)
     tickets: dict[int, list[tuple[Ints, Ints, Ints]]] = field(default_factory=dict)
+    drawers: dict[int, Mask] = field(default_factory=dict)  # who draws the tasks of a stage
     flushed: set[int] = field(
         default_factory=set
     )  # stages behind which held notifies are performed

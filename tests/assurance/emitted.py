@@ -63,6 +63,13 @@ BY_ROLES = tuple(
     r for r in (*FOLDED, *FOLDED_TWO) if not r.startswith("sm:") and not r.endswith("between")
 )
 ROLES = ("copy_engine", "epilogue", "none", *BY_ROLES, *PULLED, *SPANNING)
+# What workers of their own copy beside these, from a queue: only beside groups that take turns.
+COPYING = {
+    "ag_gemm": ("sm:2-boxes",),
+    "ag_gemm_swiglu": ("sm:2-boxes",),
+    "gemm_rs": ("sm:2-boxes-folded",),
+    "gemm_rs_add": ("sm:2-boxes-folded",),
+}
 ROLE_TILES = {
     "turns": (("K", 64), ("M", 64), ("N", 128)),
     "halves": (("K", 64), ("M", 128), ("N", 256)),
@@ -135,6 +142,7 @@ def intact() -> Iterator[Case]:
                 yield case(kernel, resource, EVEN, emitter="library", flags=(("nk", True),))
             if resource in ROLES:
                 yield from roles(kernel, resource)
+        yield from copying(kernel)
 
 
 def roles(kernel: str, resource: str, workers: int | None = 3) -> Iterator[Case]:
@@ -148,6 +156,16 @@ def roles(kernel: str, resource: str, workers: int | None = 3) -> Iterator[Case]
         # Ranks share out the sum of a reduce along an axis whose parts may be none that TMA can load.
         for shape in (EVEN, odd) if resource not in FOLDED_TWO else (EVEN,):
             yield case(kernel, resource, shape, emitter="gluon", tiles=tiles, workers=workers)
+
+
+def copying(kernel: str, workers: int = 5) -> Iterator[Case]:
+    """The cases of a kernel in which workers copy beside products whose warps have roles."""
+    for resource in COPYING.get(kernel, ()):
+        for shape, world in ((EVEN, 4), (WIDE, 4), (EVEN, 2)):
+            turns = ROLE_TILES["turns"]
+            yield case(
+                kernel, resource, shape, world=world, emitter="gluon", tiles=turns, workers=workers
+            )
 
 
 def fingerprint(validator: Validator) -> str:
@@ -293,13 +311,21 @@ def run(count: int, seed: int, *, all_intact: bool = True) -> Result:
             if resource in ROLES:
                 for number, one in enumerate(roles(kernel, resource, workers=5)):
                     attack(one, count // 4, seed + number, result, kinds)
-            made, caught = result.mutants - before.mutants, result.refused - before.refused
-            say(
-                f"{kernel} {resource}: {caught} of {made} refused, {result.same - before.same} same"
-            )
+            told(f"{kernel} {resource}", before, result)
+        before = replace(result)
+        for number, one in enumerate(copying(kernel)):
+            attack(one, count // 2, seed + number, result, kinds)
+        if kernel in COPYING:
+            told(f"{kernel}, copied beside products", before, result)
     for kind, number in sorted(kinds.items()):
         say(f"  {number:5}  {kind}")
     return result
+
+
+def told(what: str, before: Result, now: Result) -> None:
+    """What came of the mutants between two counts."""
+    made, caught = now.mutants - before.mutants, now.refused - before.refused
+    say(f"{what}: {caught} of {made} refused, {now.same - before.same} same")
 
 
 def main() -> int:
