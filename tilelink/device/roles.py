@@ -191,6 +191,7 @@ def forwarded(ring, step, first, stores: gl.constexpr):
     Its stores have been read from shared memory then. ``first`` is the tile's first step.
     """
     tma.store_wait(pendings=LEAVING * stores)
+    gl.thread_barrier()  # whichever thread has asked for the stores
     give(ring, step - LEAVING, step - LEAVING >= first)
 
 
@@ -198,6 +199,7 @@ def forwarded(ring, step, first, stores: gl.constexpr):
 def all_forwarded(ring, step, first):
     """Behind the last box of a tile, of steps from ``first`` up to ``step``: give back what is left."""
     tma.store_wait(pendings=0)
+    gl.thread_barrier()
     for back in tl.static_range(LEAVING):
         give(ring, step - LEAVING + back, step - LEAVING + back >= first)
 
