@@ -32,6 +32,11 @@ from tilelink.schedules.schedule import ORDERS, OWNS
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LIMIT = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-5}
 FOLDED = ("copy_engine-folded", "sm:2-folded", "epilogue-folded")
+# What workers copy beside products whose warps have roles.
+BESIDE_ROLES = {
+    "ag_gemm": ("sm:1-boxes", "sm:2-boxes"),
+    "gemm_rs": ("sm:1-boxes-folded", "sm:2-boxes-folded"),
+}
 # Parts of a scatter that are read where they were made.
 PULLED = ("epilogue-pull", "epilogue-pull-folded")
 # The same, by tiles that span the slices of several ranks.
@@ -50,8 +55,8 @@ MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
 
 def move_of(text: str, channels: int | None = None, tile: int | None = None) -> Move:
     """The move of a resource's name; ``-folded`` behind it puts the sum into the epilogue, ``-two`` asks for
-    two shots, ``-pull`` lets parts be read where they were made, by ``-spans`` of tiles that span slices. Own
-    tiles are computed ``-beside`` the others or ``-between`` them; ``-boxes`` are copied through TMA."""
+    two shots, ``-pull`` lets parts be read where they were made, by ``-spans`` of tiles that span slices,
+    ``-boxes`` lets workers copy boxes. Own tiles are computed ``-beside`` the others or ``-between`` them."""
     own = next((word for word in OWNS if text.endswith(f"-{word}")), "last")
     text = text.removesuffix(f"-{own}")
     spans = text.endswith("-spans")
@@ -60,12 +65,11 @@ def move_of(text: str, channels: int | None = None, tile: int | None = None) -> 
     text = text.removesuffix("-folded")
     direction = "pull" if text.endswith("-pull") else "push"
     text = text.removesuffix("-pull")
-    copies = "boxes" if text.endswith("-boxes") else None
+    copies = "boxes" if text.endswith("-boxes") else "rows"
     text = text.removesuffix("-boxes")
     resource, shots = text.removesuffix("-two"), 2 if text.endswith("-two") else None
     move = Move(resource, tile, channels, "epilogue" if folded else "stage", shots)
-    move = replace(move, direction=direction, spans=spans, own=own)
-    return move if copies is None else replace(move, copies=copies)
+    return replace(move, direction=direction, spans=spans, own=own, copies=copies)
 
 
 def order_of(move: Move, order: str = "auto") -> str:
