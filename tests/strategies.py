@@ -32,6 +32,11 @@ from tilelink.schedules.schedule import ORDERS, OWNS
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LIMIT = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-5}
 FOLDED = ("copy_engine-folded", "sm:2-folded", "epilogue-folded")
+# What workers copy beside products whose warps have roles.
+BESIDE_ROLES = {
+    "ag_gemm": ("sm:1-boxes", "sm:2-boxes"),
+    "gemm_rs": ("sm:1-boxes-folded", "sm:2-boxes-folded"),
+}
 # Parts of a scatter that are read where they were made.
 PULLED = ("epilogue-pull", "epilogue-pull-folded")
 # The same, by tiles that span the slices of several ranks.

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.assurance.report import finish, progress
-from tests.strategies import FOLDED, PULLED, move_of
+from tests.strategies import BESIDE_ROLES, FOLDED, PULLED, move_of
 from tilelink import kernels
 from tilelink.backend.mutate import mutants
 from tilelink.backend.pipeline import run_passes
@@ -35,8 +35,12 @@ RESOURCES = {
     "gemm_ar": ("copy_engine", "sm:1", "sm:2", "epilogue", "none", *TWO),
 }
 SIZES = ((2, 3), (3, 1))  # ranks, tiles of a rank
-FEWER = ((2, 2), (3, 1))  # where own tiles that tell every rank are drawn from a queue
-TILE = 16
+FEWER = (
+    (2, 2),
+    (3, 1),
+)  # where own tiles that tell every rank are drawn from a queue, or what roles copy
+# Tiles as short as kernels whose warps have roles multiply.
+TILE, ROLES_TILE = 16, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +61,26 @@ class Instance:
 
     def program(self) -> Op:
         """The fused program, as the passes make it; not proven."""
-        rows = TILE * self.tiles * (self.world if _by_rank(self.kernel, self.resource) else 1)
+        tile = ROLES_TILE if self.roles else TILE
+        rows = tile * self.tiles * (self.world if _by_rank(self.kernel, self.resource) else 1)
         built = getattr(kernels, self.kernel).build(
-            {"M": rows, "K": TILE, "N": TILE}, world=self.world
+            {"M": rows, "K": tile, "N": tile}, world=self.world
         )
-        sizes = (("K", TILE), ("M", TILE), ("N", TILE))
         moves = ((MOVED[self.kernel], move_of(self.resource)),)
-        return run_passes(built, Schedule(tiles=sizes, workers=3, group=2, moves=moves))
+        schedule = Schedule(
+            tiles=tuple((name, tile) for name in "KMN"),
+            # Those that copy do nothing else, so that others can not do their part.
+            workers=self.workers if self.roles else 3,
+            group=2,
+            emitter="gluon" if self.roles else "triton",
+            moves=moves,
+        )
+        return run_passes(built, schedule)
+
+    @property
+    def roles(self) -> bool:
+        """Whether warps have roles, and workers copy beside those that multiply."""
+        return self.resource in BESIDE_ROLES.get(self.kernel, ())
 
 
 def _by_rank(kernel: str, resource: str) -> bool:
@@ -91,6 +108,10 @@ def instances() -> list[Instance]:
             world, tiles = (FEWER if resource == TWO[1] else SIZES)[size]
             tasks = tiles * (world if _by_rank(kernel, resource) else 1)
             for workers in range(1, tasks + 1):
+                found.append(Instance(kernel, resource, world, tiles, workers))
+    for kernel, resources in BESIDE_ROLES.items():
+        for (world, tiles), (copying, resource) in itertools.product(FEWER, enumerate(resources)):
+            for workers in range(copying + 2, tiles * world + 1):
                 found.append(Instance(kernel, resource, world, tiles, workers))
     return found
 
@@ -206,6 +227,11 @@ def small() -> list[Instance]:
         for resource in resources
         for tiles in (1, 2)
         if resource != "none"
+    ] + [
+        Instance(kernel, resource, 2, tiles, copying + 2)
+        for kernel, resources in BESIDE_ROLES.items()
+        for copying, resource in enumerate(resources)
+        for tiles in (1, 2)
     ]
 
 

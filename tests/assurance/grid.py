@@ -173,6 +173,11 @@ def samples() -> list[Sample]:
                         replace(boxes, spans=True),
                         replace(boxes, spans=True, emitter="library"),
                     ]
+            if resource == "sm:1" and kernel in ("ag_gemm", "gemm_rs"):
+                # Warps have roles, and tiles 64 rows at least.
+                beside = replace(plain, tile=64, workers=3, copies="boxes", emitter="gluon")
+                folded = resource if kernel == "ag_gemm" else f"{resource}-folded"
+                found.append(replace(beside, resource=folded))
             if kernel == "ag_gemm" and resource == "copy_engine":
                 found.append(replace(plain, tiles=2, spans=True))
             if resource == "epilogue":

@@ -18,6 +18,8 @@ SMALL = [
     Instance("gemm_rs", "sm:1", 2, 1, 2),
     Instance("gemm_rs", "epilogue", 2, 1, 2),
     Instance("gemm_ar", "copy_engine", 2, 1, 1),
+    Instance("ag_gemm", "sm:1-boxes", 2, 1, 2),
+    Instance("gemm_rs", "sm:1-boxes-folded", 2, 1, 2),
 ]
 
 
@@ -36,6 +38,12 @@ def test_both_searches_agree_on_mutants() -> None:
     found = agree((Instance("gemm_rs", "sm:1", 2, 1, 2), 6, 2000))
     assert found.differ == ()
     assert found.mutants > found.bad > 0
+
+
+def test_both_searches_agree_on_mutants_where_two_loaders_draw() -> None:
+    found = agree((Instance("gemm_rs", "sm:2-boxes-folded", 2, 2, 3), 6, 2000))
+    assert found.differ == ()
+    assert found.mutants >= found.bad > 20
 
 
 def changed(name: str, old: str, new: str) -> Op:
