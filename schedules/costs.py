@@ -125,17 +125,27 @@ def task_us(
 
 
 class Timed:
-    """:func:`task_us` of many moments: of a product, the rate of the tensor cores alone depends on it."""
+    """:func:`task_us` of many moments: of a product, the rate of the tensor cores alone depends on it.
+
+    ``drawing``: workers that share the rate of the cache, where they are others than ``share`` says: those that
+    copy meanwhile leave it to them.
+    """
 
     def __init__(
-        self, machine: Machine, task: Task, code: Code, share: float, active: float
+        self,
+        machine: Machine,
+        task: Task,
+        code: Code,
+        share: float,
+        active: float,
+        drawing: float | None = None,
     ) -> None:
         self._machine, self._task, self._code = machine, task, code
         self._library = bool(task.flops) and code.emitter == "library"
         self._fixed: float | None = None
         self._last: tuple[float, float] | None = None
         vector = task.elementwise / (machine.elementwise_tflops * 1e6) * share
-        cached = task.bytes / (machine.l2_gbps * 1e3) * share
+        cached = task.bytes / (machine.l2_gbps * 1e3) * (share if drawing is None else drawing)
         if not task.flops:
             self._fixed = _unmultiplied_us(machine, task, code, active, vector, cached)
             return

@@ -89,6 +89,7 @@ class _Stage:
     draw: Draw  # of a task with a product
     active: float
     share: float
+    drawing: float  # on the cache: those that copy meanwhile read little
     sums: bool
     copies: bool  # by workers whose loader runs ahead
     timed: dict[Cost, Timed] = field(default_factory=dict)
@@ -338,6 +339,8 @@ class _Clock:
                 launch.get("roles") == TURNS,
                 launch.get("landing") is not None,
             )
+            share = float(max(self.machine.sms, self.geometry.workers[launch.symbol]))
+            share = 1.0 if library else share
             found = self._stages[id(stage)] = _Stage(
                 f"@{stage.symbol}",
                 code,
@@ -346,7 +349,8 @@ class _Clock:
                 ),
                 # One worker alone cannot draw the whole bandwidth of memory.
                 1.0 if library else max(min(workers, tiles), self.machine.sms / 4),
-                1.0 if library else max(self.machine.sms, self.geometry.workers[launch.symbol]),
+                share,
+                max(1.0, share - _copying(launch)),
                 _is_sum(stage),
                 launch.get("roles") is not None and bool(copies_of(stage)),
             )
@@ -435,7 +439,9 @@ class _Clock:
                 sms = self.machine.sms
                 found = Timed(self.machine, work, Code(), sms, sms)
             else:
-                found = Timed(self.machine, work, stage.code, stage.share, stage.active)
+                found = Timed(
+                    self.machine, work, stage.code, stage.share, stage.active, stage.drawing
+                )
             known[cost] = found
         return found
 
@@ -677,6 +683,14 @@ class _Clock:
 def _ahead(task: _Task) -> bool:
     """Whether a task copies boxes, with a loader that has the next ones while these are stored."""
     return task.stage is not None and task.stage.copies
+
+
+def _copying(launch: Op) -> int:
+    """How many workers of a launch with roles copy, and do nothing else."""
+    if launch.get("roles") is None:
+        return 0
+    ranges = (s["workers"] for s in launch.find("stage") if copies_of(s))
+    return sum(int(high) - int(low) for low, high in ranges)
 
 
 def _is_sum(stage: Op) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from tests.strategies import move_of
+from tests.strategies import BESIDE_ROLES, move_of
 from tilelink import kernels
 from tilelink.backend import reference
 from tilelink.backend.pipeline import compile_kernel
@@ -48,6 +48,8 @@ PAIRS = [
     for kernel in MOVED
     for resource in ("copy_engine", "sm:1", "epilogue", "none")
     if (kernel, resource) != ("ag_gemm", "epilogue")
+] + [
+    (kernel, resource) for kernel, resources in BESIDE_ROLES.items() for resource in resources[-1:]
 ]
 KINDS = ("kill", "drop", "delay", "late", "agent", "stall", "epoch", "flag")
 DELAYS = ("delay", "late", "agent")  # below the limits: nothing may fail
@@ -85,10 +87,16 @@ class Tally:
 @cache
 def subject(kernel: str, resource: str, world: int) -> Subject:
     """The tiny instance of ``kernel`` on ``world`` ranks."""
-    op = getattr(kernels, kernel).build({"M": 6 * world, "K": 8, "N": 8}, world=world)
+    roles = resource in BESIDE_ROLES.get(kernel, ())
+    rows, size = (64, 64) if roles else (4, 8)
+    # A tile and a half a rank.
+    extents = {"M": rows * 3 // 2 * world, "K": size, "N": size}
+    op = getattr(kernels, kernel).build(extents, world=world)
     moves = ((MOVED[kernel], move_of(resource)),)
-    tiles = (("K", 8), ("M", 4), ("N", 8))
-    program = compile_kernel(op, Schedule(tiles=tiles, workers=3, group=1, moves=moves))
+    tiles = (("K", size), ("M", rows), ("N", size))
+    emitter = "gluon" if roles else "triton"
+    schedule = Schedule(tiles=tiles, workers=3, group=1, emitter=emitter, moves=moves)
+    program = compile_kernel(op, schedule)
     inputs = [random_inputs(op, seed) for seed in range(CALLS)]
     traces = Traces(Geometry(program))
     clean = FaultRun(traces, inputs, 0, (), LIMITS)
