@@ -42,8 +42,8 @@ STORE_COLUMNS = 128  # of a tile that is stored at once
 ACCUMULATORS = 128  # fp32 registers of a thread that accumulators may take; more of them spill
 ROW_TILES = (16, 32, 64, 128, 256)
 COLUMN_TILES = (32, 64, 128, 256)
-DEPTH_TILES = (32, 64, 128)
 # In the order in which equals are preferred.
+DEPTH_TILES = (64, 128, 32)
 STAGES = (4, 3, 5, 6, 2)
 RING_STAGES = (6, 5, 4, 3)  # of a loader with a warp of its own: the deeper its ring, the better
 GROUPS = (4, 8, 16)
@@ -367,7 +367,7 @@ def _made(base: Any, **changes: Any) -> Any:
 def _fitting(sizes: Sequence[int], length: int) -> list[int]:
     """Tile lengths up to the smallest that holds ``length``, and the largest of them at least."""
     found = [size for size in sizes if size < 2 * length]
-    return found or [sizes[0]]
+    return found or [min(sizes)]
 
 
 def _moved_rows(
