@@ -18,6 +18,8 @@ SHARED_RESERVE = 1_024  # of it: barriers, and what the compiler keeps beside th
 # Boxes of the ring that parts of a sum land in: of fewer, the next is not under way while one is added; of more,
 # parts are on their way long before they are added.
 LEAST_LANDING, MOST_LANDING = 2, 6
+# Boxes of what workers copy beside products that leave while the next one lands; the ring has more slots.
+LEAVING = 2
 TURNS, HALVES = "turns", "halves"
 
 

@@ -8,7 +8,7 @@ from tilelink.backend.copying import copies_of
 from tilelink.backend.passes.common import in_halves, schedule_of
 from tilelink.ir import Block, Op, Ref, Value, make
 from tilelink.schedules import ScheduleError
-from tilelink.schedules.roles import GROUP_ROWS, HALVES, PRODUCT_WARPS, roles_of
+from tilelink.schedules.roles import GROUP_ROWS, HALVES, LEAVING, PRODUCT_WARPS, roles_of
 
 _BEFORE = frozenset({"wait", "zeros", "full", "constant", "param"})
 _INSIDE = frozenset({"load", "transpose", "dot", "yield"})
@@ -119,18 +119,36 @@ def split_copies(stage: Op) -> Copies:
     return Copies(before, load, after)
 
 
-def apart(launch: Op) -> Op | None:
-    """A stage of a launch with roles that shares workers with a stage that copies; None where there is none.
+def check_copies(launch: Op) -> None:
+    """Unfit where a stage of ``launch`` copies beside products that have roles, in a way that roles cannot.
 
-    Whoever copies does nothing else: the roles of these workers take tiles in the order in which they are drawn.
+    Whoever copies does nothing else, lest the roles of a worker take tiles in other orders than they are drawn in.
+    Two groups that take turns send them on, by way of slots of the ring: more than leave at a time, and as tall.
     """
-    workers = (0, int(launch["workers"]))
-    stages = [(op, op.get("workers", workers)) for op in launch.body if op.name == "stage"]
-    for copying, (low, high) in stages:
-        for stage, (first, last) in stages if copies_of(copying) else ():
-            if stage is not copying and first < high and low < last:
-                return stage
-    return None
+    stages = [op for op in launch.body if op.name == "stage"]
+    copying = [op for op in stages if copies_of(op)]
+    if not copying:
+        return
+    if any(map(in_halves, stages)):
+        raise Unfit(copying[0], "workers that copy beside groups that have halves of each tile")
+    for stage in copying:
+        split_copies(stage)
+    if int(launch["stages"]) <= LEAVING:
+        raise Unfit(copying[0], f"workers that copy by way of a ring of {launch['stages']} slots")
+    every = (0, int(launch["workers"]))
+    low, high = copying[0]["workers"]
+    for stage in stages:
+        first, last = stage.get("workers", every)
+        if stage is not copying[0] and first < high and low < last:
+            raise Unfit(stage, "workers that copy and multiply")
+    if len(copying) > 1:
+        raise Unfit(copying[1], "a second stage that copies")
+    rows, columns = (int(n) for n in copying[0]["tile"][-2:])
+    for stage in stages:
+        loop = next((op for op in stage.body if op.name == "for_tiles"), None)
+        if loop is not None and (rows != stage["tile"][0] or columns % int(loop["tile"][0])):
+            tile = f"{rows} x {columns}"
+            raise Unfit(copying[0], f"copies of tiles of {tile}, which are no slots of the ring")
 
 
 def split_product(stage: Op) -> Product:
@@ -321,12 +339,7 @@ def _copies_beside(launch: Op, stage: Op) -> bool:
     if not copies_of(stage) or stage.get("workers") is None:
         return False
     try:
-        if any(map(in_halves, launch.find("stage"))):
-            raise Unfit(stage, "workers that copy beside groups that have halves of each tile")
-        split_copies(stage)
-        shared = apart(launch)
-        if shared is not None:
-            raise Unfit(shared, "workers that copy and multiply")
+        check_copies(launch)
     except Unfit as unfit:
         raise _refused(unfit, stage) from None
     return True

@@ -17,8 +17,7 @@ from tilelink.backend.validate.loader import LoaderMachine
 from tilelink.backend.validate.ring import Cell, Orders, Slot
 from tilelink.backend.validate.roles import GROUPS, GroupMachine
 from tilelink.backend.validate.values import Descriptor, Flow, Ints, Mask, Num
-
-LEAVING = 2  # boxes that ``roles.forwarded`` keeps behind the one that is on its way
+from tilelink.schedules.roles import LEAVING
 
 
 class CopyingLoader(LoaderMachine):

@@ -14,9 +14,8 @@ from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import environment, evaluate, loop_tiles, tile_sizes
 from tilelink.backend.passes.bind_emitter import (
     Unfit,
-    apart,
+    check_copies,
     landing_stages,
-    split_copies,
     split_product,
 )
 from tilelink.backend.product import NotAProduct, product_of
@@ -165,18 +164,16 @@ class _Checker:
                 "roles are for the emitter `gluon`, which without them has kernels that copy alone"
             )
             _fail(launch, detail)
-        for child in launch.body if roles else ():
-            if child.name != "stage":
-                continue
-            try:
-                split_copies(child) if copies_of(child) else split_product(child)
-            except Unfit as unfit:
-                _fail(unfit.op, f"with roles, a stage has no {unfit.detail.removeprefix('a ')}")
+        try:
+            for child in stages if roles else ():
+                if not copies_of(child):
+                    split_product(child)
+            if roles:
+                check_copies(launch)
+        except Unfit as unfit:
+            _fail(unfit.op, f"with roles, a stage has no {unfit.detail.removeprefix('a ')}")
         if roles and launch["roles"] != TURNS and any(map(copies_of, stages)):
             _fail(launch, "workers copy beside two warp groups that take turns, and no others")
-        shared = apart(launch) if roles else None
-        if shared is not None:
-            _fail(shared, "with roles, workers that copy do nothing else")
         self.landing(launch)
 
     def landing(self, launch: Op) -> None:

@@ -93,7 +93,9 @@ def test_what_is_copied_beside_products_gives_the_bits_of_the_reference(
         channels=data.draw(st.sampled_from((None, 1, 2, 3))),
     )
     m, n = 64 * world * data.draw(st.integers(1, 4)), 64 * data.draw(st.integers(1, 4))
-    a, b = whole_numbers(world, m // world if kernel == "ag_gemm" else m, 96, n)
+    # Boxes of what is gathered are of whole steps of the depth.
+    k = 128 if kernel == "ag_gemm" else 96
+    a, b = whole_numbers(world, m // world if kernel == "ag_gemm" else m, k, n)
     one = getattr(kernels, kernel)
     got = one.on("simulate", world=world, schedule=chosen)(a, b)
     for mine, right in zip(got, one.on("reference", world=world)(a, b), strict=True):
@@ -199,9 +201,10 @@ def test_a_lost_signal_ends_every_role(number: int) -> None:
 
 
 FORMS = [
-    (r"workers = \[2, 5\]", "workers = [1, 5]", "do nothing else"),
+    (r"workers = \[2, 5\]", "workers = [1, 5]", "copy and multiply"),
     (r'queue = "dynamic", ', "", "queue of its own"),
     (r'queue = "dynamic", (.*?), workers = \[0, 2\]', r'queue = "dynamic", \1', "all workers"),
+    (r"stages = \d+", "stages = 2", "ring of 2 slots"),
     (r'landing = \d+, roles = "turns"', 'roles = "halves"', "take turns"),
     (r"( +)(%C\.box = load)", r"\1notify @C.done[0, 0]\n\1\2", "in front of what is copied"),
     (r"( +)(notify @C\.ready)", r"\1wait @C.done[0, 0]\n\1\2", "behind its load"),
@@ -230,6 +233,12 @@ def test_what_cannot_be_copied_beside_roles_is_refused_by_name(
     op = kernels.gemm_rs.build({"M": 1024, "K": 128, "N": 512}, world=2)
     with pytest.raises(ScheduleError, match=says):
         run_passes(op, schedule(**change))
+
+
+def test_slices_that_are_no_whole_tiles_are_not_copied_beside_roles() -> None:
+    op = kernels.gemm_rs.build({"M": 192, "K": 128, "N": 512}, world=2)
+    with pytest.raises(ScheduleError, match="no slots of the ring"):
+        run_passes(op, schedule(tile=(64, 128)))
 
 
 def test_what_is_gathered_for_halves_of_tiles_is_copied_in_front() -> None:

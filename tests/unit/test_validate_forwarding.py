@@ -22,12 +22,12 @@ from tilelink.backend.validate import (
     read_module,
     validate,
 )
-from tilelink.backend.validate.forwarding import LEAVING
 from tilelink.backend.validate.prove import Wanted
 from tilelink.device import roles
 from tilelink.errors import Source
 from tilelink.ir import Op
 from tilelink.schedules import Move, Schedule
+from tilelink.schedules.roles import LEAVING
 
 RS, AG = "gemm_rs", "ag_gemm"
 
