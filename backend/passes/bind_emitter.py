@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tilelink.backend.copying import copies_of
 from tilelink.backend.passes.common import in_halves, schedule_of
-from tilelink.ir import Block, Op, Ref, Value, make
+from tilelink.ir import Block, Expr, Op, Ref, Value, make
 from tilelink.schedules import ScheduleError
 from tilelink.schedules.roles import GROUP_ROWS, HALVES, LEAVING, PRODUCT_WARPS, roles_of
 
@@ -144,11 +144,20 @@ def check_copies(launch: Op) -> None:
     if len(copying) > 1:
         raise Unfit(copying[1], "a second stage that copies")
     rows, columns = (int(n) for n in copying[0]["tile"][-2:])
+    ends = [Expr.of(extent) for extent in copying[0]["extent"][-2:]]
+    whole = all(
+        not end.names and int(end.evaluate({})) % length == 0
+        for end, length in zip(ends, (rows, columns), strict=True)
+    )
     for stage in stages:
         loop = next((op for op in stage.body if op.name == "for_tiles"), None)
-        if loop is not None and (rows != stage["tile"][0] or columns % int(loop["tile"][0])):
-            tile = f"{rows} x {columns}"
-            raise Unfit(copying[0], f"copies of tiles of {tile}, which are no slots of the ring")
+        slots = loop is None or (rows == stage["tile"][0] and columns % int(loop["tile"][0]) == 0)
+        if not (whole and slots):
+            of = " x ".join(map(str, ends))
+            detail = (
+                f"copies of {of} in tiles of {rows} x {columns}, which are no slots of the ring"
+            )
+            raise Unfit(copying[0], detail)
 
 
 def split_product(stage: Op) -> Product:
