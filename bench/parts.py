@@ -113,10 +113,15 @@ def _structures(name: str, run: dict[str, Any]) -> str:
 def _tests(name: str, run: dict[str, Any]) -> str:
     rows = run["rows"]
     right = sum(bool(row["ok"]) for row in rows)
+    world, count = run["world"], run.get("gpus", run["world"])
+    where = tables.gpus(count) if count == world else f"{world} ranks on {tables.gpus(count)}"
+    share = "" if count == world else f" --world {world} --share"
+    stopped = [str(row.get("test", row.get("kernel"))) for row in rows if not row["ok"]]
+    failed = f" Not: {', '.join(stopped)}." if stopped else ""
     return (
-        f"## GPU tests, {tables.gpus(run['world'])}\n\n"
-        f"{run['gpu']}, torch {run['torch']}: {right} of {len(rows)} passed.\n\n"
-        "    python -m tests.gpu.run_all --out DIR\n\n"
+        f"## GPU tests, {where}\n\n"
+        f"{run['gpu']}, torch {run['torch']}: {right} of {len(rows)} passed.{failed}\n\n"
+        f"    python -m tests.gpu.run_all --out DIR{share}\n\n"
         f"Raw data: `{name}`.\n"
     )
 

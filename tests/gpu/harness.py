@@ -42,6 +42,7 @@ def spawn(
 
     Once a rank has failed with an error of its own, the others get ten more seconds. Of ``gpus`` fewer than
     ranks, several share one; the driver gives each its turn, so that they wait for each other for milliseconds.
+    Copies by engine can be held up so for longer than a wait may last.
     """
     port = free_port()
     started = time.monotonic()
