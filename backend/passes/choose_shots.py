@@ -38,6 +38,13 @@ def choose_shots(program: Op) -> Op:
     schedule = schedule_of(program)
     for name, tensor in tensors_of(program).items():
         move = schedule.move(name)
+        if tensor["move"] in ("gather", "scatter") and move.shots is not None:
+            raise ScheduleError(
+                tensor.span,
+                field=f"moves.{name}.shots",
+                detail=f"{move.shots}, which means nothing for `{name}`, a {tensor['move']}",
+                help="leave it out: shots are of a `reduce`",
+            )
         if tensor["move"] != "reduce" or move.resource == "none":
             continue
         if dynamic_extent(program) is not None:

@@ -140,6 +140,15 @@ def test_small_sums_take_one_shot_and_large_ones_two() -> None:
     assert parts(511, 1026, tile=128).get("shots") is None  # four ranks divide neither axis
 
 
+@pytest.mark.parametrize(("kernel", "name"), [("ag_gemm", "A"), ("gemm_rs", "C")])
+@pytest.mark.parametrize("shots", [1, 2])
+def test_shots_of_what_is_no_reduce_are_an_error(kernel: str, name: str, shots: int) -> None:
+    op = getattr(kernels, kernel).build({"M": 256, "K": 64, "N": 128}, world=2)
+    asked = replace(default_schedule(op).move(name), shots=shots)
+    with pytest.raises(ScheduleError, match=f"moves.{name}.shots.*means nothing"):
+        run_passes(op, replace(default_schedule(op), moves=((name, asked),)))
+
+
 def test_two_shots_of_what_cannot_be_cut_are_an_error() -> None:
     with pytest.raises(ScheduleError, match=r"moves\.C\.shots.*4 parts"):
         parts(3, 6, shots=2)
