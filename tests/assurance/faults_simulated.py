@@ -89,8 +89,8 @@ def subject(kernel: str, resource: str, world: int) -> Subject:
     """The tiny instance of ``kernel`` on ``world`` ranks."""
     roles = resource in BESIDE_ROLES.get(kernel, ())
     rows, size = (64, 64) if roles else (4, 8)
-    # A tile and a half a rank.
-    extents = {"M": rows * 3 // 2 * world, "K": size, "N": size}
+    # A tile and a half a rank; where warps have roles, workers copy whole ones.
+    extents = {"M": (2 * rows if roles else rows * 3 // 2) * world, "K": size, "N": size}
     op = getattr(kernels, kernel).build(extents, world=world)
     moves = ((MOVED[kernel], move_of(resource)),)
     tiles = (("K", size), ("M", rows), ("N", size))

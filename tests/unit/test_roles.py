@@ -688,7 +688,10 @@ def test_form_of_landed_sums(old: str, new: str, says: str | None) -> None:
 
 @pytest.mark.parametrize("tile", [(128, 128, 5), (128, 256, 4)])
 def test_the_clock_hides_parts_that_land_beneath_the_product(tile: tuple[int, int, int]) -> None:
-    """What remains is to add them: less than to load them, where no other group multiplies meanwhile."""
+    """What remains is to add them: less than to load them, where no other group multiplies meanwhile.
+
+    Of 128 x 256 a worker has one own tile, whose three parts of 64 KB take a few microseconds from the cache.
+    """
     kernel = gemm_rs.build({"M": 2048, "N": 4096, "K": 3584}, {}, WORLD)
     schedule = Schedule(
         tiles=(("K", 64), ("M", tile[0]), ("N", tile[1])),
@@ -702,7 +705,7 @@ def test_the_clock_hides_parts_that_land_beneath_the_product(tile: tuple[int, in
     assert loaded != text
     machine = Machine.load("h200x8")
     landed, behind = predict(program, machine), predict(parse_ir(loaded), machine)
-    assert landed < behind * 0.97 if tile[1] == 256 else landed < behind * 1.01
+    assert landed < behind - 3 if tile[1] == 256 else landed < behind * 1.01
 
 
 def test_the_interpreter_runs_the_triton_kernels_of_the_same_schedule() -> None:
