@@ -122,6 +122,18 @@ def test_tiles_hold_no_more_than_the_rows_of_one_rank_but_where_they_span_shards
     )
 
 
+@pytest.mark.parametrize(
+    ("depth", "columns", "channels"), [(3584, 8192, {2}), (1376, 4096, {2, 4, 8})]
+)
+def test_channels_of_few_rows_are_for_operands_that_the_cache_holds(
+    depth: int, columns: int, channels: set[int]
+) -> None:
+    """Of the eight rows of tiles of a slice: four a channel, or one where the cache holds the operand."""
+    space = Space(build(gemm_rs, 8192, columns, depth), H200)
+    one = replace(space.base.with_tiles(M=128, N=128, K=64), emitter="gluon", warps=8, stages=4)
+    assert {m.channels for s in space.moves(one) for _, m in s.moves if m.sm_workers} == channels
+
+
 def test_workers_copy_beside_roles_in_the_one_form_that_scatters_have() -> None:
     space = Space(build(ag_gemm, 8192, 4096, 4096), H200)
     one = next(s for s in space.computations() if s.emitter == "gluon")
