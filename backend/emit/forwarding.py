@@ -43,7 +43,7 @@ def load_stage(scope: Scope, launch: Op, stage: Op, copies: Copies, ring: list[T
                 scope.tokens.append("token")
             body.ops(scope, copies.before)
             scope.define(copies.load.results[0])
-            name, block, _ = tile_of(scope, stage, copies, ring)
+            name, block, _ = _tile_of(scope, stage, copies, ring)
             with _boxes(scope, copies, block):
                 box = access.box(scope, copies.load)
                 size = block[0] * block[1] * item_bytes(copies.load.results[0].type.dtype)
@@ -71,7 +71,7 @@ def forward_stage(scope: Scope, launch: Op, stage: Op, copies: Copies, ring: lis
 def _forward(scope: Scope, stage: Op, copies: Copies, ring: list[Tile]) -> int:
     """One tile; how many boxes it has."""
     writer = scope.writer
-    name, block, _ = tile_of(scope, stage, copies, ring)
+    name, block, _ = _tile_of(scope, stage, copies, ring)
     stores = tuple(op for op in copies.after if any(o.name == "store" for o in op.walk()))
     told = tuple(op for op in copies.after if op not in stores)
     width = scope.dims[copies.load.results[0].type.shape[1]].block
@@ -115,7 +115,7 @@ def _times(program: Program, op: Op) -> int:
     return (int(ends[1]) - int(ends[0])) * _times(program, op.body[0])  # type: ignore[arg-type]
 
 
-def tile_of(scope: Scope, stage: Op, copies: Copies, ring: list[Tile]) -> Tile:
+def _tile_of(scope: Scope, stage: Op, copies: Copies, ring: list[Tile]) -> Tile:
     """The tile of a slot that a box of what is copied lies in: of as many rows, and columns that come out even."""
     loaded = copies.load.results[0].type
     dims = [scope.dims[name] for name in loaded.shape]
