@@ -32,11 +32,11 @@ from tests.gpu.integers import Problem, emitted, with_jitter
 from tests.gpu.text_mutants import MUTANTS, TextMutant
 from tilelink.errors import TilelinkError
 from tilelink.schedules import default_schedule
+from tilelink.schedules.tables import lookup
 from tilelink.tuning.prepare import make_pool, prepare
 from tilelink.tuning.problem import Problem as Cell
 
 Row = dict[str, Any]
-SMALL = {"M": 512, "K": 256, "N": 512}
 MOST_NS = 60_000  # the longest delay of a rank before a call; a CTA's is 4 µs
 GRAPH = 20  # calls in a graph of the soak
 # What is soaked, and its share of the calls of its kernel. Words behind a resource: how what is stored says that
@@ -46,15 +46,22 @@ SOAKED = (
     ("ag_gemm", "copy_engine roles", 0.2),
     ("ag_gemm", "sm:8", 0.2),
     ("ag_gemm", "sm:8 boxes", 0.3),
+    ("ag_gemm", "sm:4 boxes roles", 0.2),
     ("gemm_rs", "copy_engine", 0.15),
     ("gemm_rs", "copy_engine folded roles", 0.25),
     ("gemm_rs", "sm:8", 0.1),
     ("gemm_rs", "epilogue", 0.15),
     ("gemm_rs", "epilogue folded roles", 0.15),
+    ("gemm_rs", "sm:4 boxes folded roles", 0.2),
     ("gemm_rs", "epilogue sentinel", 0.2),
     ("gemm_ar", "epilogue word", 0.1),
     ("gemm_ar", "epilogue sentinel", 0.2),
 )
+
+
+def small(world: int) -> dict[str, int]:
+    """Extents of the soak: small, with a tile of 128 rows on every rank."""
+    return {"M": max(512, 128 * world), "K": 256, "N": 512}
 
 
 @dataclass(slots=True)
@@ -132,7 +139,7 @@ def soak(run: Run) -> None:
             continue
         calls = int(run.options.calls * share)
         run.watchdog.beat(f"soak of {kind} {resource}")
-        found = problem(run, kind, resource, SMALL, with_jitter)
+        found = problem(run, kind, resource, small(run.world), with_jitter)
         for _ in range(10):
             found.call(8, MOST_NS)
         run.cluster.settle()
@@ -156,7 +163,7 @@ def soak(run: Run) -> None:
                 "test": "soak",
                 "kernel": kind,
                 "resource": resource,
-                **SMALL,
+                **small(run.world),
                 "calls": made,
                 "eager_calls": eager,
                 "elements_a_call": found.out.numel() * run.world,
@@ -173,7 +180,7 @@ def replays(run: Run) -> None:
     """A captured graph of one call, replayed many times with eager calls in between."""
     for kind in ("ag_gemm", "gemm_rs"):
         run.watchdog.beat(f"replays of {kind}")
-        found = problem(run, kind, "copy_engine", SMALL)
+        found = problem(run, kind, "copy_engine", small(run.world))
         found.call()
         run.cluster.settle()
         graph = found.capture(1, 8, MOST_NS // 4)
@@ -193,7 +200,7 @@ def replays(run: Run) -> None:
                 "test": "replays",
                 "kernel": kind,
                 "resource": "copy_engine",
-                **SMALL,
+                **small(run.world),
                 "replays": made,
                 "eager_calls": eager,
                 "wrong_elements": wrong,
@@ -412,27 +419,30 @@ def cost(run: Run) -> None:
             "from tilelink import device\n", "from tests.gpu import unbounded as device\n"
         )
 
-    shapes_ = {
-        "ag_gemm": {"M": 8192, "K": 8192, "N": 7168},
-        "gemm_rs": {"M": 8192, "K": 3584, "N": 8192},
-    }
-    for kind, extents in shapes_.items():
+    shapes_ = (
+        ("ag_gemm", (8192, 8192, 7168)),
+        ("ag_gemm", (8192, 4096, 1376)),
+        ("gemm_rs", (8192, 3584, 8192)),
+        ("gemm_rs", (8192, 1376, 4096)),
+    )
+    device = torch.cuda.get_device_name()
+    timed = []
+    for kind, (m, k, n) in shapes_:
+        extents = {"M": m, "K": k, "N": n}
+        op = getattr(tilelink.kernels, kind).build(extents, world=run.world)
+        tuned = lookup(op, device)
+        timed.append((kind, extents, "default", default_schedule(op)))
+        if tuned is not None:
+            timed.append((kind, extents, "tuned", tuned.schedule))
+    for kind, extents, origin, schedule in timed:
         run.watchdog.beat(f"cost of {kind}")
         kernel = getattr(tilelink.kernels, kind)
         runs = []
         guard = plan.Recorder._guard
         for edit in (None, unbounded):
-            call = emitted(kernel, extents, run.world, None, "bf16", edit)
-            found = Problem(
-                kind,
-                extents["M"],
-                extents["K"],
-                extents["N"],
-                "bf16",
-                run.cluster.rank,
-                run.world,
-                call,
-            )
+            call = emitted(kernel, extents, run.world, schedule, "bf16", edit)
+            m, k, n = (extents[name] for name in "MKN")
+            found = Problem(kind, m, k, n, "bf16", run.cluster.rank, run.world, call)
             if edit is not None:
                 plan.Recorder._guard = lambda self, slot: None  # type: ignore[method-assign]
             try:
@@ -466,7 +476,9 @@ def cost(run: Run) -> None:
             {
                 "test": "cost",
                 "kernel": kind,
-                "resource": "copy_engine",
+                "schedule": origin,
+                "resource": dict(schedule.moves)["A" if kind == "ag_gemm" else "C"].resource,
+                "emitter": schedule.emitter,
                 **extents,
                 "bounded_ms": round(bounded, 4),
                 "unbounded_ms": round(plain, 4),
@@ -512,7 +524,7 @@ def _attack(run: Run, mutant: TextMutant, group: Any) -> tuple[str, int, int, st
     def edit(source: str) -> str:
         return mutant.edit(with_jitter(source))
 
-    found = problem(run, mutant.kernel, mutant.resource, SMALL, edit, group)
+    found = problem(run, mutant.kernel, mutant.resource, small(run.world), edit, group)
     made = 0
     for _ in range(40):
         message = ""

@@ -35,13 +35,14 @@ class TextMutant:
 _AG, _RS, _AR = "ag_gemm", "gemm_rs", "gemm_ar"
 _CE, _SM, _EP = "copy_engine", "sm:8", "epilogue"
 _CE_ROLES, _EP_ROLES = "copy_engine roles", "epilogue folded roles"
+_COPIED, _COPIED_SUM = "sm:4 boxes roles", "sm:4 boxes folded roles"
 _WORD, _SENTINEL = "epilogue word", "epilogue sentinel"
 # A wait of the kernel for a flag or a counter, over one line or three.
 _INSIDE = r"\((?:[^()]|\([^()]*\))*\)"
 _PEER_WAIT = r"device\.peer_tiles?_wait" + _INSIDE
 _COUNT_WAIT = r"device\.consumer_tile_wait" + _INSIDE
 # Up to the count, which is the last argument.
-_COUNTED = r"(counted_(?:all_tile_)?notify\((?:[^()]|\([^()]*\))*,\s*)(\d+)(,?\s*\))"
+_COUNTED = r"(counted_(?:all_)?(?:tile_)?notify\((?:[^()]|\([^()]*\))*,\s*)(\d+)(,?\s*\))"
 _ACKNOWLEDGED = r"device\.rank_notify\(ctx, 128\)"
 _ENDED = r"(device\.end_call\(ctx, \d+, \d+, )False"
 _HOST_NOTIFY = r"^ *call\.notify\(.*\n"
@@ -182,5 +183,27 @@ MUTANTS = (
         r"(device\.peer_pointer\(peers, [^,]*, \d+) \+ slot",
         r"\1 + (1 - slot)",
         2,
+    ),
+    # Workers that copy beside products with roles.
+    TextMutant("dropped wait", _AG, _COPIED, "wait for A.ready", _PEER_WAIT, "0", 2),
+    TextMutant("dropped notify", _AG, _COPIED, "acknowledgement", _ACKNOWLEDGED, "pass"),
+    TextMutant("dropped wait", _RS, _COPIED_SUM, "copy before its tiles", _COUNT_WAIT, "0"),
+    TextMutant(
+        "wrong count",
+        _RS,
+        _COPIED_SUM,
+        "copy one tile early",
+        r"(consumer_tile_wait\(\s*ctx, [^,]*), (\d+),",
+        r"\1, 1,",
+    ),
+    TextMutant("dropped wait", _RS, _COPIED_SUM, "wait for the parts", _PEER_WAIT, "0", 2),
+    TextMutant("wrong count", _RS, _COPIED_SUM, "notify by the first tile", _COUNTED, r"\g<1>1\3"),
+    TextMutant(
+        "dropped notify",
+        _RS,
+        _COPIED_SUM,
+        "notify of a tile",
+        r"^            device\.producer_tile_notify\(.*\n",
+        "",
     ),
 )

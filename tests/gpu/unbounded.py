@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from tilelink.device import *  # noqa: F403
+from tilelink.device.dialect import axis
 from tilelink.device.signal import MAX_WORLD, _fence_proxy
 
 
@@ -40,16 +41,23 @@ def consumer_tile_wait(ctx, word, count, tile, wait, fence: tl.constexpr = False
 
 
 @triton.jit
-def rank_wait(ctx, word, epoch, wait, fence: tl.constexpr = False):
-    """As :func:`tilelink.device.rank_wait`, without limit."""
-    ranks = tl.arange(0, MAX_WORLD)
-    nothing = tl.zeros((MAX_WORLD,), tl.int32)
-    flags = ctx.arena + word + ranks
-    behind = tl.full((), 1, tl.int32)
+def peer_tiles_wait(ctx, word, step, low, high, epoch, tile, wait, fence: tl.constexpr = False):
+    """As :func:`tilelink.device.peer_tiles_wait`, without limit."""
+    ranks = axis(MAX_WORLD)
+    inside = (ranks >= low) & (ranks < high)
+    nothing = ranks * 0
+    flags = ctx.arena + word + ranks * step
+    behind = tl.cast(1, tl.int32)
     while behind != 0:
-        seen = tl.atomic_add(flags, nothing, mask=ranks < ctx.world, sem="acquire", scope="sys")
-        behind = tl.sum(((ranks < ctx.world) & (seen - epoch < 0)).to(tl.int32), axis=0)
+        seen = tl.atomic_add(flags, nothing, mask=inside, sem="acquire", scope="sys")
+        behind = tl.sum((inside & (seen - epoch < 0)).to(tl.int32), axis=0)
     token = behind >> 31
     if fence:
         token = _fence_proxy(token)
     return token
+
+
+@triton.jit
+def rank_wait(ctx, word, epoch, wait, fence: tl.constexpr = False):
+    """As :func:`tilelink.device.rank_wait`, without limit."""
+    return peer_tiles_wait(ctx, word, 1, 0, ctx.world, epoch, 0, wait, fence)

@@ -8,7 +8,7 @@ import pytest
 
 import tilelink.kernels
 from tests.gpu.integers import with_jitter
-from tests.gpu.reliability import SMALL, SOAKED, schedule_of
+from tests.gpu.reliability import SOAKED, schedule_of, small
 from tests.gpu.text_mutants import MUTANTS, TextMutant
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
@@ -17,7 +17,7 @@ from tilelink.backend.pipeline import compile_kernel
 @cache
 def source(kernel: str, resource: str, world: int) -> str:
     """The module that the soak runs."""
-    op = getattr(tilelink.kernels, kernel).build(SMALL, world=world, dtype="bf16")
+    op = getattr(tilelink.kernels, kernel).build(small(world), world=world, dtype="bf16")
     return with_jitter(emit(compile_kernel(op, schedule_of(op, resource))))
 
 
