@@ -82,6 +82,10 @@ class Run:
         """The sum over the ranks of a number, through the store: no collective on the GPU."""
         return sum(self.cluster.agreement.gather(int(value)))
 
+    def wants(self, kind: str, resource: str) -> bool:
+        """Whether the command asks for the kernel under this resource."""
+        return any(text in f"{kind} {resource}" for text in self.options.only.split(","))
+
     def late(self, since: float, limit: float) -> bool:
         """Whether rank 0 finds that ``limit`` seconds have passed; the same on all ranks."""
         return bool(self.cluster.agreement.first(time.monotonic() - since > limit))
@@ -133,9 +137,8 @@ def problem(
 
 def soak(run: Run) -> None:
     """Many calls with delays of ranks and CTAs, most from graphs, inputs that change every call."""
-    texts = run.options.only.split(",")
     for kind, resource, share in SOAKED:
-        if not any(text in f"{kind} {resource}" for text in texts):
+        if not run.wants(kind, resource):
             continue
         calls = int(run.options.calls * share)
         run.watchdog.beat(f"soak of {kind} {resource}")
@@ -492,15 +495,14 @@ def cost(run: Run) -> None:
 
 def mutants(run: Run) -> None:
     """Broken kernels: each must give a wrong element or a time-out, with the soak's delays."""
-    texts: dict[tuple[str, str], bool] = {}
     for mutant in MUTANTS:
+        if not run.wants(mutant.kernel, mutant.resource):
+            continue
         run.watchdog.beat(f"mutant {mutant.kernel} {mutant.resource}: {mutant.name}")
         # A group of its own: one that timed out takes no further calls.
         group = dist.new_group(list(range(run.world)))
         begin = time.monotonic()
         caught, made, wrong, message = _attack(run, mutant, group)
-        key = (mutant.kernel, mutant.resource)
-        texts[key] = True
         run.write(
             {
                 "test": "mutants",
@@ -564,7 +566,12 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", default=list(TESTS))
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON")
     parser.add_argument("--calls", type=int, default=1_000_000, help="of the soak, a kernel")
-    parser.add_argument("--only", default="", metavar="TEXTS", help="soak: only such, by comma")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXTS",
+        help="soak and mutants: only of such kernels and resources, by comma",
+    )
     parser.add_argument("--replays", type=int, default=100_000)
     parser.add_argument("--shapes", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=60, help="of the cost")
