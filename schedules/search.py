@@ -206,9 +206,10 @@ def prune(
     is expected to be: what a user has without us must be measured, and taken where nothing beats it.
     ``effort`` bounds the predictions; what is not ``usable`` is passed over. The best computations of each
     emitter and form of roles, by an estimate of the product alone, are combined with every way to move; the
-    best ways to move of each class with more computations. The best of every class (:func:`class_of`) comes
-    before the second of any, as long as it is not ``WORTH`` times as slow as the best of all: the model may
-    be wrong about a class as a whole. Of schedules that it cannot tell apart one stands for all.
+    best classes of these with more computations, and with what their first member left open. The best of every
+    class (:func:`class_of`) comes before the second of any, as long as it is not ``WORTH`` times as slow as the
+    best of all: the model may be wrong about a class as a whole. Of schedules that it cannot tell apart one
+    stands for all.
     """
     base = space.base
 
@@ -227,18 +228,25 @@ def prune(
     firsts = _first_of(_turns([_first_of(some, kind) for some in moved]), kind)
     wanted = [*first, base, apart, *firsts, *_turns(moved)]
     predicted = _predicted(wanted, predict, effort + len(first))
-    ways = _first_of(sorted(predicted, key=predicted.__getitem__), kind)
-    more = [
-        replace(computation, moves=way.moves, order=way.order)
-        for way in ways[: max(2, effort // 16)]
-        for computation in computations
-        if kind(computation)[:2] == kind(way)[:2]
-    ]
+    ways = _first_of(sorted(predicted, key=predicted.__getitem__), kind)[: max(2, effort // 16)]
+    classes = {kind(way) for way in ways}
+    # Of the best classes other numbers of channels and of workers that copy, and other computations.
+    more = _turns(
+        [
+            [s for s in _turns(moved) if kind(s) in classes],
+            [
+                replace(computation, moves=way.moves, order=way.order)
+                for way in ways
+                for computation in computations
+                if kind(computation)[:2] == kind(way)[:2]
+            ],
+        ]
+    )
     known = set(predicted)
     predicted |= _predicted([s for s in more if s not in known], predict, effort)
     ordered = sorted(predicted, key=predicted.__getitem__)
     best = predicted[ordered[0]]
-    classes = [s for s in _first_of(ordered, kind) if predicted[s] <= WORTH * best]
+    worth = [s for s in _first_of(ordered, kind) if predicted[s] <= WORTH * best]
     # Others that differ in what the model is sure of before those that it can hardly tell apart.
     near = [s for s in ordered if predicted[s] <= NEAR * best]
 
@@ -251,7 +259,7 @@ def prune(
     chosen: list[Trial] = []
     seen: set[Any] = set()
     for schedule in dict.fromkeys(
-        [*first, base, apart, *classes[:most], *kin, *others, *near, *ordered]
+        [*first, base, apart, *worth[:most], *kin, *others, *near, *ordered]
     ):
         us = predicted[schedule]
         same = kind(schedule), schedule.tiles, schedule.warps, schedule.stages, us

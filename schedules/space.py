@@ -47,6 +47,7 @@ DEPTH_TILES = (64, 128, 32)
 STAGES = (4, 3, 5, 6, 2)
 RING_STAGES = (6, 5, 4, 3)  # of a loader with a warp of its own: the deeper its ring, the better
 GROUPS = (4, 8, 16)
+FEW_ROWS = (2,)  # the same, of slices of few rows
 SPLITS = (1, 2, 4, 8)
 TAILS = (2, 3)  # kernels that add three parts at once to 128 elements a thread spill a few bytes
 # Of the workers, those that have a tile in the last wave, from which on it is worth no parts; the shortest depth
@@ -101,12 +102,13 @@ class Space:
             return [self.base]
         found: dict[Schedule, None] = {}
         for emitter in EMITTERS:
+            base = self._waiting() if emitter == "gluon" else self.base
             for tiles in self._tiles(self.product):
                 depths = RING_STAGES if emitter == "gluon" else STAGES
                 for warps, stages in itertools.product((4, 8), depths):
                     for extra in self._extras(emitter, tiles):
                         made = _made(
-                            self.base,
+                            base,
                             tiles=tiles,
                             warps=warps,
                             stages=stages,
@@ -116,6 +118,11 @@ class Space:
                         if made is not None and legal(self.product, made):
                             found.setdefault(self._plain(made))
         return list(found)
+
+    def _waiting(self) -> Schedule:
+        """The default schedule with one slot for all that moves, as products whose warps have roles need it."""
+        moves = ((name, replace(move, slots=1, signal="flag")) for name, move in self.base.moves)
+        return replace(self.base, moves=tuple(moves))
 
     def moves(self, schedule: Schedule) -> list[Schedule]:
         """``schedule`` with every way in which the moved tensors may travel.
@@ -129,8 +136,12 @@ class Space:
             [(tensor.symbol, move) for move in moves if self._walks(schedule, tensor, move)]
             for tensor, moves in self._moves
         ]
-        made = (_moving(schedule, tuple(sorted(some))) for some in itertools.product(*options))
-        found = [s for s in made if s is not None and legal(self.product, s)]
+        made = (
+            one
+            for some in itertools.product(*options)
+            for one in _moving(schedule, tuple(sorted(some)))
+        )
+        found = [s for s in made if legal(self.product, s)]
         return list(dict.fromkeys(one for s in found for one in (s, *self._shallower(s))))
 
     @cached_property
@@ -261,7 +272,13 @@ class Space:
             # A tile that is stored ends with the slice of its owner; parts of sums are not stored there.
             splits = tuple(split for split in splits if split > 1)
         tails = self._tails(tiles) if emitter != "library" else (1,)
-        for group, split, tail in itertools.product(GROUPS, splits, tails):
+        groups: tuple[int, ...] = GROUPS
+        if _moved_rows(self.kernel, rows, ("scatter",)):
+            # Rows of tiles of one slice are walked together: more than it has are as many.
+            per = ceil(tallest / dict(tiles)[rows[0]])
+            fewer = FEW_ROWS if per <= GROUPS[0] else ()
+            groups = tuple(g for g in (*fewer, *GROUPS) if g < 2 * per) or (GROUPS[0],)
+        for group, split, tail in itertools.product(groups, splits, tails):
             if split == 1 or tail == 1:
                 yield {"group": group, "split": split, "tail": tail}
 
@@ -353,16 +370,24 @@ def _pulls(move: dict[str, Any]) -> bool:
     return bool((move["sum"] == "stage") == spans)
 
 
-def _moving(schedule: Schedule, moves: tuple[tuple[str, Move], ...]) -> Schedule | None:
-    """``schedule`` with ``moves``, or None; tiles of all ranks take turns where a sum is pulled, or own tiles do
-    not come last, so that what goes over the link is spread over the call."""
+def _moving(schedule: Schedule, moves: tuple[tuple[str, Move], ...]) -> list[Schedule]:
+    """``schedule`` with ``moves``, where it takes them.
+
+    Tiles of all ranks take turns where a sum is pulled, or own tiles do not come last, so that what goes over the
+    link is spread over the call; where tiles are stored at peers they may, and every link is busy at any time.
+    """
     turns = any(
         (move.direction == "pull" and not move.spans) or move.own != "last" for _, move in moves
     )
-    found: Schedule | None = _made(
-        schedule, moves=moves, order="interleave" if turns else schedule.order
+    pushes = any(
+        move.resource == "epilogue" and move.direction == "push" and move.shots != 1
+        for _, move in moves
     )
-    return found
+    orders = ["interleave"] if turns or pushes else []
+    if not turns:
+        orders.append(schedule.order)
+    made = (_made(schedule, moves=moves, order=order) for order in orders)
+    return [one for one in made if one is not None]
 
 
 def _made(base: Any, **changes: Any) -> Any:

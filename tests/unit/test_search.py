@@ -149,8 +149,8 @@ def test_pruning_keeps_the_default_and_one_of_each_class_that_is_near() -> None:
     op = gemm_rs.build({"M": 2048, "K": 1024, "N": 2048}, {}, 4)
     space = Space(op, H200)
     model = predicted({"copy_engine": 100.0, "sm": 120.0, "epilogue": 150.0, "none": 500.0})
-    kept = prune(space, model, keep=8)  # type: ignore[arg-type]
-    assert len(kept) == 8
+    kept = prune(space, model, keep=16)  # type: ignore[arg-type]
+    assert len(kept) == 16
     assert space.base in [t.schedule for t in kept]
     assert [t.predicted_us for t in kept] == sorted(t.predicted_us for t in kept)
     assert {class_of(t.schedule, None)[2][0] for t in kept} == {
@@ -210,6 +210,23 @@ def test_every_form_of_a_computation_meets_the_ways_to_move_that_it_allows() -> 
     assert any(tail for _, tail, _ in moves)
     assert ("gluon", "copy_engine") in {(e, m.resource) for e, _, m in moves if m.sum == "epilogue"}
     assert any(e == "gluon" and m.resource == "epilogue" for e, _, m in moves)
+
+
+@pytest.mark.parametrize("rows", [1024, 2048])
+def test_a_small_sum_may_be_pushed_by_warps_with_roles_whose_tiles_take_turns(rows: int) -> None:
+    """The default of the smaller one has two slots, which such a product has not."""
+    op = gemm_rs.build({"M": rows, "K": 3584, "N": 8192}, {}, 4)
+    space = Space(op, Machine.load("h200x4"))
+    seeds = [s for s in space.computations() if s.emitter == "gluon"]
+    assert {s.group for s in seeds if dict(s.tiles)["M"] == 128} == (
+        {2} if rows == 1024 else {2, 4}
+    )
+    pushed = [
+        s
+        for s in space.moves(seeds[0])
+        if s.move("C").resource == "epilogue" and s.move("C").direction == "push"
+    ]
+    assert {s.order for s in pushed} == {"auto", "interleave"}
 
 
 def test_more_computations_are_ordered_as_their_way_to_move_needs_it() -> None:
