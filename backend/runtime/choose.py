@@ -95,9 +95,12 @@ def predicted_choice(kernel: Op, device: str, near: Schedule | None = None) -> C
 
 
 def _known_to_pay(schedule: Schedule) -> bool:
-    """Whether what is predicted has ever been measured to be faster: sums that are pulled have not, nor own tiles
-    that do not come last. A search that measures may take them."""
-    return all(move.direction == "push" and move.own == "last" for _, move in schedule.moves)
+    """Whether what is predicted has ever been measured to be faster: sums that are pulled have not, but those of
+    few rows whose tiles span slices, nor own tiles that do not come last. A search that measures may take them."""
+    return all(
+        (move.direction == "push" or move.spans) and move.own == "last"
+        for _, move in schedule.moves
+    )
 
 
 def _tasks(space: Space) -> int:
