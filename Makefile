@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check tune-check assurance
+.PHONY: help demo test check tune-check assurance gpu
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ tune-check: $(INSTALLED)  ## every tuned schedule: proven, compiled, predicted; 
 
 assurance: $(INSTALLED)  ## all evidence that needs no GPU; ARGS="bad_input" runs one case
 	$(BIN)/python -m tests.assurance $(ARGS)
+
+gpu: $(INSTALLED)  ## all evidence that needs two to eight GPUs; ARGS="--seconds 900 grid" bounds it
+	$(BIN)/python -m tests.gpu.evidence --out gpu-evidence $(ARGS)
 
 # The pinned setuptools builds the package itself: an isolated build would fetch an unpinned one.
 $(INSTALLED): pyproject.toml constraints.txt
