@@ -1,6 +1,6 @@
 """Launches larger than the device: the proof's verdict against the simulator's, over seeded configurations.
 
-    python -m tests.assurance.residency [--configurations 200] [--seed 0] [--schedules 30]
+    python -m tests.assurance.residency [--configurations 200] [--seed 0] [--schedules 200]
 
 Each configuration is a compiled kernel with its own grid size, number of workers that are resident, tile
 order, queue kinds, order of stages and resource. The proof says whether any order in which workers start
@@ -34,10 +34,13 @@ from tilelink.kernels import ag_gemm, gemm_ar, gemm_rs
 
 KERNELS = {"ag_gemm": ag_gemm, "gemm_rs": gemm_rs, "gemm_ar": gemm_ar}
 # Copies that wait for a launch stand behind it in the one hardware queue, which the proof counts with and
-# these schedules do not have: they are left out.
+# these schedules do not have: they are left out. With `roles`, workers copy beside products whose warps have them.
 RESOURCES = {
-    "ag_gemm": ("copy_engine", "sm:1", "sm:2"),
-    "gemm_rs": ("sm:1", "sm:2", "epilogue", "sm:2-folded", "epilogue-folded", *PULLED),
+    "ag_gemm": ("copy_engine", "sm:1", "sm:2", "sm:1-boxes roles"),
+    "gemm_rs": (
+        *("sm:1", "sm:2", "epilogue", "sm:2-folded", "epilogue-folded", *PULLED),
+        "sm:1-boxes-folded roles",
+    ),
     "gemm_ar": ("sm:1", "sm:2", "epilogue", "sm:2-two-folded", "epilogue-two-folded"),
 }
 
@@ -58,29 +61,33 @@ def configurations(count: int, seed: int) -> Iterator[Configuration]:
 
 def _configuration(chance: random.Random) -> Configuration:
     kernel = chance.choice(sorted(KERNELS))
-    world = chance.choice((1, 2, 2))
+    resource, _, roles = chance.choice(RESOURCES[kernel]).partition(" ")
+    world = 2 if roles else chance.choice((1, 2, 2))
     workers = chance.randint(3, 5)
+    # Such tiles have 64 rows at least, and end with a rank's.
+    unit, lengths = (64, (64, 128)) if roles else (16, (16, 24, 32))
     case = Case(
         kernel=kernel,
         world=world,
-        m=world * chance.choice((16, 24, 32)),
-        k=16,
-        n=chance.choice((16, 24, 32)),
+        m=world * chance.choice(lengths),
+        k=unit,
+        n=chance.choice(lengths),
         dtype="bf16",
-        resource=chance.choice(RESOURCES[kernel]),
-        tiles=(16, 16, 16),
-        channels=chance.choice((1, 2)),
+        resource=resource,
+        tiles=(unit, unit, unit),
+        channels=1 if roles else chance.choice((1, 2)),
         workers=workers,
         seed=0,
+        emitter="gluon" if roles else "triton",
     )
     order = chance.choice(("auto", "row", "grouped"))
     op = KERNELS[kernel].build({"M": case.m, "N": case.n, "K": case.k}, world=world)
     program = run_passes(op, replace(case.schedule(), order=order, group=chance.choice((1, 2))))
     # On more ranks, or with one place too few on two, few start orders hang, and schedules may miss them.
     resident = chance.choice((1, 2, workers - 1 if world == 1 else 2, workers))
-    queues = chance.choice(("given", "given", "static", "dynamic"))
+    queues = "given" if roles else chance.choice(("given", "given", "static", "dynamic"))
     # The proof takes stages in order, whoever runs them: these are run by all workers, each in order.
-    swap = chance.random() < 0.1 and "sm" not in case.resource and queues != "dynamic"
+    swap = chance.random() < 0.1 and "sm" not in resource and queues != "dynamic"
     base = program
     program = _changed(base, resident, queues, swap)
     if swap and not _means_the_kernel(program):
@@ -177,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--configurations", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--schedules", type=int, default=30)
+    parser.add_argument("--schedules", type=int, default=200)
     args = parser.parse_args()
     found = measure(args.configurations, args.seed, args.schedules)
     count = args.configurations
