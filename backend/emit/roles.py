@@ -392,7 +392,10 @@ class Roles(Loading):
             detail = (
                 f"{self.slots} stages, which take {need} bytes of {SHARED_BYTES} of shared memory"
             )
-            raise refuse_roles(self.launch, detail)
+            assert self.ring is not None
+            fewer = self.slots + left // self.ring.bytes
+            advice = f"{fewer} stages" if fewer > 1 else "smaller tiles"
+            raise refuse_roles(self.launch, detail, advice)
 
     def _direct(self, stage: Op, product: Product) -> None:
         """Note the stores of a stage that can leave through TMA, for the tiles that it has."""

@@ -39,12 +39,12 @@ class NoRoles(CannotEmit):
 
     code = "cannot-emit-roles"
     message = "no code with roles for this: {detail}"
-    hint = "use emitter triton, which runs every launch that multiplies, or tiles of other sizes"
+    hint = "use {advice}, or the emitter triton, which runs every launch that multiplies"
 
 
-def refuse_roles(op: Op, detail: str) -> NoRoles:
-    """The error for ``op`` in a launch with roles."""
-    return NoRoles(op.span, detail=detail)
+def refuse_roles(op: Op, detail: str, advice: str = "tiles of other sizes") -> NoRoles:
+    """The error for ``op`` in a launch with roles; ``advice``: what would do beside Triton."""
+    return NoRoles(op.span, detail=detail, advice=advice)
 
 
 @dataclass(frozen=True, slots=True)

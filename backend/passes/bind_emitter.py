@@ -93,11 +93,11 @@ def _reads(op: Op) -> tuple[object, ...]:
 
 
 class Unfit(Exception):
-    """Why a stage is none that roles can run: the op concerned, and what it is."""
+    """Why a stage is none that roles can run: the op concerned, what it is, and what would do beside Triton."""
 
-    def __init__(self, op: Op, detail: str) -> None:
+    def __init__(self, op: Op, detail: str, advice: str = "") -> None:
         super().__init__(detail)
-        self.op, self.detail = op, detail
+        self.op, self.detail, self.advice = op, detail, advice
 
 
 def split_copies(stage: Op) -> Copies:
@@ -130,11 +130,19 @@ def check_copies(launch: Op) -> None:
     if not copying:
         return
     if any(map(in_halves, stages)):
-        raise Unfit(copying[0], "workers that copy beside groups that have halves of each tile")
+        raise Unfit(
+            copying[0],
+            "workers that copy beside groups that have halves of each tile",
+            "use tiles that one warp group holds, as 128 x 128",
+        )
     for stage in copying:
         split_copies(stage)
     if int(launch["stages"]) <= LEAVING:
-        raise Unfit(copying[0], f"workers that copy by way of a ring of {launch['stages']} slots")
+        raise Unfit(
+            copying[0],
+            f"workers that copy by way of a ring of {launch['stages']} slots",
+            f"use {LEAVING + 1} stages or more",
+        )
     every = (0, int(launch["workers"]))
     low, high = copying[0]["workers"]
     for stage in stages:
@@ -157,7 +165,7 @@ def check_copies(launch: Op) -> None:
             detail = (
                 f"copies of {of} in tiles of {rows} x {columns}, which are no slots of the ring"
             )
-            raise Unfit(copying[0], detail)
+            raise Unfit(copying[0], detail, "use tiles and channels of as many rows as are copied")
 
 
 def split_product(stage: Op) -> Product:
@@ -240,7 +248,11 @@ def _shared_by(stage: Op, product: Product) -> str:
     roles = roles_of(rows, columns, sums)
     if roles is None:
         detail = f"a tile of {rows} x {columns} with {sums} sum{'s' * (sums > 1)}"
-        raise Unfit(stage, f"{detail}, which two warp groups of {GROUP_ROWS} rows cannot hold")
+        raise Unfit(
+            stage,
+            f"{detail}, which two warp groups of {GROUP_ROWS} rows cannot hold",
+            "use smaller tiles",
+        )
     for top in product.epilogue if roles == HALVES else ():
         for op in top.walk():
             along = op.operands[0].type.shape[int(op["axis"])] if op.name in _REDUCE else ""
@@ -356,7 +368,10 @@ def _copies_beside(launch: Op, stage: Op) -> bool:
 
 def _refused(unfit: Unfit, stage: Op) -> ScheduleError:
     return ScheduleError(
-        unfit.op.span or stage.span, field="emitter", detail=unfit.detail, help="use triton"
+        unfit.op.span or stage.span,
+        field="emitter",
+        detail=unfit.detail,
+        help=f"{unfit.advice}, or the emitter triton" if unfit.advice else "use triton",
     )
 
 
@@ -366,7 +381,11 @@ def _roles(stage: Op) -> str:
         if any(op.name == "dot" for op in stage.walk()):
             return _shared_by(stage, split_product(stage))
         if stage.get("workers") is not None:
-            raise Unfit(stage, "workers that copy beside those that multiply")
+            raise Unfit(
+                stage,
+                "workers that copy beside those that multiply, in another form than this emitter has",
+                "use copies `boxes`, of a scatter with the sum `epilogue`",
+            )
     except Unfit as unfit:
         raise _refused(unfit, stage) from None
     return ""

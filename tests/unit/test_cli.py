@@ -80,6 +80,29 @@ def test_ir_from_standard_input(
     assert parse_ir(capsys.readouterr().out) == parse_ir(AG_GEMM.read_text())
 
 
+def test_what_is_printed_may_go_to_a_file_when_all_of_it_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.ir"
+    assert main(["ir", str(AG_GEMM)]) == 0
+    printed = capsys.readouterr().out
+    assert main(["ir", str(AG_GEMM), "-o", str(out)]) == 0
+    assert (capsys.readouterr().out, out.read_text()) == ("", printed)
+    bad = tmp_path / "bad.ir"
+    bad.write_text("program @p {world = 2} do {\n")
+    assert main(["ir", str(bad), "-o", str(out)]) == 1
+    assert out.read_text() == printed
+    assert main(["ir", str(AG_GEMM), "-o", str(tmp_path / "no" / "where")]) == 2
+    assert "where`: No such file or directory" in capsys.readouterr().err
+
+
+def test_an_unknown_option_shows_those_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["emit", str(AG_GEMM), "--stages", "ptx"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: tilelink emit")
+    assert error.endswith("tilelink emit: error: unrecognized arguments: --stages ptx\n")
+
+
 def test_one_program_of_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = tmp_path / "both.ir"
     both.write_text(AG_GEMM.read_text() + (PROGRAMS / "gemm_rs.copy_engine.ir").read_text())

@@ -498,6 +498,13 @@ def test_what_moves_the_bytes_is_told_of_the_program(capsys: pytest.CaptureFixtu
         assert resource in row, row
 
 
+def test_what_moves_an_intermediate_tensor_is_told_too(capsys: pytest.CaptureFixture[str]) -> None:
+    file = f"{ROOT / 'tests' / 'kernels' / 'gemm_rs.py'}::gemm_rs_bias"
+    assert main(["run", file, "--resource", "sm:1"]) == 0
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert "sm:1" in row, row
+
+
 def test_a_kernel_in_ir_with_a_dynamic_extent(capsys: pytest.CaptureFixture[str]) -> None:
     file = str(PROGRAMS / "kernels" / "ag_gemm.ir")
     assert main(["ir", file, "--dynamic", "M"]) == 0

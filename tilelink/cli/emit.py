@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tilelink.cli.options import add_common
+from tilelink.cli.options import add_common, add_output, writing
 from tilelink.cli.source import load
 
 STAGES = ("source", "ttgir", "ptx", "sass")
@@ -19,8 +19,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Print the generated Triton source. The later stages are compiled for sm_90 by "
         "the installed Triton; that needs no GPU.",
     )
-    parser.set_defaults(execute=execute)
+    parser.set_defaults(execute=writing(execute))
     add_common(parser)
+    add_output(parser)
     parser.add_argument("--stage", choices=STAGES, default="source", help="default: source")
 
 

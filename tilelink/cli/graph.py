@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 from tilelink.cli import table
-from tilelink.cli.options import add_common
+from tilelink.cli.options import add_common, add_output, writing
 from tilelink.cli.source import Unit, load
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "an edge where one needs what the other writes (RAW), or where the next call must not "
         "overwrite what this one reads (WAR).",
     )
-    parser.set_defaults(execute=execute)
+    parser.set_defaults(execute=writing(execute))
     add_common(parser)
+    add_output(parser)
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: text")
 
 

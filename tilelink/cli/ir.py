@@ -6,7 +6,7 @@ import argparse
 
 from tilelink.cli import table
 from tilelink.cli.errors import UnknownName
-from tilelink.cli.options import add_common
+from tilelink.cli.options import add_common, add_output, writing
 from tilelink.cli.source import load
 from tilelink.ir import print_ir
 
@@ -20,8 +20,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "`notify`. The text can be edited and given to `run`, `check`, `simulate` and `emit` as FILE "
         "(see docs/ir.md).",
     )
-    parser.set_defaults(execute=execute, parser=parser)
+    parser.set_defaults(execute=writing(execute))
     add_common(parser, file_optional=True)
+    add_output(parser)
     point = parser.add_mutually_exclusive_group()
     point.add_argument("--after", metavar="PASS", help="the IR as this pass leaves it")
     point.add_argument("--fused", action="store_true", help="the fused program, after all passes")

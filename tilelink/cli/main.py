@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = argparse.Namespace()
     try:
-        parser().parse_args(arguments, args)
+        _, unknown = parser().parse_known_args(arguments, args)
+        if unknown:
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         code: int = args.execute(args)
         sys.stdout.flush()
         return code
@@ -68,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.register(commands)
+    for part in commands.choices.values():
+        part.set_defaults(parser=part)
     return top
 
 

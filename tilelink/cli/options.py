@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,8 @@ from tilelink.ir import DTYPES, Op
 
 if TYPE_CHECKING:
     from tilelink.schedules import Schedule
+
+Execute = Callable[[argparse.Namespace], int]
 
 FILE_HELP = (
     "Python source or IR text (a kernel, or a fused program); `-` is standard input; "
@@ -232,6 +236,31 @@ def _shown(path: str) -> str:
     """A path as errors show it: whole where it is of a sensible length, printable in any case."""
     text = path if len(path) <= 200 else f"{path[:80]}…{path[-40:]}"
     return text.encode("unicode_escape").decode() if not text.isprintable() else text
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """``-o``, for commands that print one text; see :func:`writing`."""
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", help="write it there, not to standard output"
+    )
+
+
+def writing(execute: Execute) -> Execute:
+    """``execute`` of a command, with what it prints in the file that ``-o`` names, if it names one.
+
+    The file is written when all of it is there: a command that fails leaves it as it was.
+    """
+
+    def run(args: argparse.Namespace) -> int:
+        if args.output is None:
+            return execute(args)
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            code = execute(args)
+        write_file(args.output, printed.getvalue())
+        return code
+
+    return run
 
 
 def write_file(path: str, text: str) -> None:

@@ -15,7 +15,7 @@ from tilelink.cli.options import add_common, positive, seed
 from tilelink.cli.source import Unit, load
 from tilelink.errors import TilelinkError
 from tilelink.ir import FLOATS, Op
-from tilelink.schedules import ScheduleError
+from tilelink.schedules import Schedule, ScheduleError
 
 if TYPE_CHECKING:
     import torch
@@ -250,7 +250,9 @@ def describe(unit: Unit, program: Op, backend: str) -> list[str]:
 
 def resources(program: Op) -> str:
     """What moves the bytes: one word, or ``A=… C=…`` where the tensors differ."""
-    moves = {
+    # Of an intermediate tensor a fused program has buffers alone: the schedule knows it still.
+    chosen = Schedule.from_json(program["schedule"]).moves if program.get("schedule") else ()
+    moves = {name: move.resource for name, move in chosen} | {
         tensor.symbol: str(tensor["resource"])
         for tensor in program.find("tensor")
         if tensor.get("resource") is not None
