@@ -64,12 +64,12 @@ class Machine:
     all peers beside products, ``box_gbps`` what all workers that copy boxes beside products with roles send to
     all peers together; both are ``link_gbps`` where a description does not say. ``copy_drag`` and ``store_drag``:
     while products draw a share of the bandwidth of memory for operands that the cache cannot hold, copies and
-    the stores of tiles take longer by this times the share. ``store_stall``: of the time in which the stores of a
-    worker, and of all that share its links, are on their way, the share in which it computes nothing of its next
-    tile. ``poll_us`` is one look of a worker at a flag.
-    ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the start and of the end of a
-    call, ``stream_us`` of handing over to a side stream and ``stream_wait_us`` of a stream's wait for a counter.
-    ``collective_gbps`` is bus bandwidth by number of ranks, collective and bytes of the whole tensor.
+    the stores of tiles take longer by this times the share. ``store_gbps``: for as long as the tile that a
+    worker has stored to a peer takes at this rate, it computes nothing of its next one. ``poll_us`` is one look of
+    a worker at a flag. ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the start and
+    of the end of a call, ``stream_us`` of handing over to a side stream and ``stream_wait_us`` of a stream's wait
+    for a counter. ``collective_gbps`` is bus bandwidth by number of ranks, collective and bytes of the whole
+    tensor.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Machine:
     box_gbps: float
     copy_drag: float
     store_drag: float
-    store_stall: float
+    store_gbps: float
     poll_us: float
     launch_us: float
     head_us: float
@@ -250,6 +250,6 @@ def _parse(found: dict[str, Any]) -> Machine:
         found.setdefault(rate, found["link_gbps"])
     found.setdefault("copy_drag", 0.0)
     found.setdefault("store_drag", 0.0)
-    found.setdefault("store_stall", 0.0)
+    found.setdefault("store_gbps", math.inf)
     found["kin"] = tuple(found.get("kin", ()))
     return Machine(**{field.name: found[field.name] for field in fields(Machine)})

@@ -56,9 +56,9 @@ class _Task:
     # What the events come from, and how many of them have been taken.
     piece: Piece | None = None
     taken: int = 0
-    # Whether it has stored to a peer since its last product, and whether the next one is held up by that.
-    stored: bool = False
-    stalled: bool = False
+    # Bytes that it has stored to peers since its last product, and when the last of them are on the link.
+    stored: float = 0.0
+    left: float = 0.0
     worked: float = 0.0  # how long its last product took
     copied: float = 0.0  # when it has moved what it copies, were its own rate the limit
     seen: dict[int, list[Element]] = field(default_factory=dict)
@@ -367,12 +367,6 @@ class _Clock:
     # Events.
 
     def _step(self, task: _Task, now: float) -> None:
-        if task.stalled:
-            task.stalled = False
-            held = self.machine.store_stall * (self.ranks[task.track.rank].egress - now)
-            if held > 0.0:
-                self._spend(task, now, held, "copy", "loads behind stores", ":")
-                return
         for event in task.events:
             # Gaps are no events of the piece.
             task.taken += not isinstance(event, _Gap)
@@ -472,19 +466,13 @@ class _Clock:
         return took + machine.contention * min(max(busy, 0.0), took)
 
     def _stalls(self, task: _Task, product: Work, now: float) -> bool:
-        """Whether the loads of a product wait behind stores of its worker; it goes on later.
-
-        Workers that end their tiles together share the link, so that the stores of each are on their way until
-        those of all are there.
-        """
-        if not task.stored or not self.machine.store_stall:
+        """Whether the loads of a product stand behind what its worker stores to peers; it goes on later."""
+        held, task.stored = task.stored / (self.machine.store_gbps * 1e3), 0.0
+        if held <= 0.0:
             return False
-        task.stored = False
         task.events = chain((product,), task.events)
         task.taken -= 1
-        # Behind the others whose tiles end now, so that it sees what they store.
-        self._push(now, task)
-        task.stalled = True
+        self._spend(task, now, held, "copy", "loads behind stores", ":")
         return True
 
     def _poll_us(self, task: _Task, event: Wait) -> float:
@@ -633,12 +621,16 @@ class _Clock:
             rate = machine.bulk_copy_gbps if bulk else machine.push_gbps
             stored = now + event.bytes / (rate * 1e3)
             task.arrives = max(task.arrives, arrives, stored)
-            # Its shared memory, or its place in the queue of stores, is free once the bytes are on the link.
-            task.stored = True
-            if source.egress <= now + took:
+            if task.worked > 0.0:
+                task.stored += event.bytes
+            # Its shared memory, or its place in the queue of stores, is free once the bytes are on the link. Of
+            # two groups that take turns each has its own, which it needs again behind the other's next tile.
+            turns = task.stage is not None and task.stage.code.turns
+            free, task.left = task.left if turns else source.egress, source.egress
+            if free <= (now if turns else now + took):
                 return False
             label = f"{event.op.symbol} to rank {event.peer}"
-            self._spend(task, now, source.egress - now, "copy", label, digit(event.peer))
+            self._spend(task, now, free - now, "copy", label, digit(event.peer))
             return True
         if streamed:
             done = source.engine = arrives + machine.copy_us

@@ -311,7 +311,6 @@ def test_large_tiles_do_not_spill(
     [
         ("between", 4, 1024, (128, 256), "triton"),
         ("between", 8, 1024, (128, 256), "triton"),
-        ("beside", 8, 4096, (128, 128), "gluon"),
         ("beside", 8, 4096, (128, 256), "triton"),
     ],
 )
