@@ -20,14 +20,36 @@ from tilelink.backend.validate.values import Descriptor, Flow, Ints, Mask, Num
 from tilelink.schedules.roles import LEAVING
 
 
-class CopyingLoader(LoaderMachine):
-    """The role that loads, of a launch in which some workers copy. ``orders``: None where none does."""
+class _Drawing(KernelMachine):
+    """A role of a launch in which some workers copy what is drawn. ``orders``: None where none does.
+
+    What it does of a task is held to the task's order by :meth:`in_order`: each role to its own side of it.
+    """
+
+    def __init__(self, orders: Orders | None, *args: Any) -> None:
+        super().__init__(*args)
+        self.orders = orders
+        self.drawn_tasks = np.zeros(self.lanes, dtype=np.int64)  # that have begun
+
+    def begin(self, fresh: Mask) -> None:
+        """A task begins in some lanes."""
+        super().begin(fresh)
+        if fresh.any() and isinstance(self.loops[self.stage], ast.While):
+            self.drawn_tasks = self.drawn_tasks + fresh
+        self.in_order(fresh)
+
+    def in_order(self, on: Mask) -> None:
+        """Refuses what is done where it is not the turn of the last task that began."""
+        raise NotImplementedError
+
+
+class CopyingLoader(_Drawing, LoaderMachine):
+    """The role that loads: it draws a place, hands it to the groups, and then loads the boxes."""
 
     def __init__(self, orders: Orders | None, reverse: bool, *args: Any) -> None:
-        super().__init__(*args)
-        self.orders, self.reverse = orders, reverse
+        super().__init__(orders, *args)
+        self.reverse = reverse
         self.draws = np.zeros(self.lanes, dtype=np.int64)
-        self.drawn_tasks = np.zeros(self.lanes, dtype=np.int64)  # that have begun
 
     def on_device_queue_next(self, ctx: Any, word: Any) -> Num:
         """``device.queue_next``: the place before has been handed on."""
@@ -51,14 +73,7 @@ class CopyingLoader(LoaderMachine):
             self.hazard("another place is handed to the groups than the one that was drawn")
         orders.add(self.on, self.ticket)
 
-    def begin(self, fresh: Mask) -> None:
-        """A task begins in some lanes: of one that is drawn, the groups have been told."""
-        super().begin(fresh)
-        if fresh.any() and isinstance(self.loops[self.stage], ast.While):
-            self.drawn_tasks = self.drawn_tasks + fresh
-        self.told(fresh)
-
-    def told(self, on: Mask) -> None:
+    def in_order(self, on: Mask) -> None:
         """Refuses what is done before its order, behind the next one, or by a worker that copies beside it."""
         made = np.zeros(self.lanes, dtype=np.int64) if self.orders is None else self.orders.made
         if np.any(on & ((self.draws != made) | (self.drawn_tasks != made))):
@@ -66,17 +81,17 @@ class CopyingLoader(LoaderMachine):
 
     def on_roles_claim(self, ring: Any, step: Any, size: Any) -> Slot:
         """``roles.claim``: behind the order of the tile."""
-        self.told(self.on)
+        self.in_order(self.on)
         return super().on_roles_claim(ring, step, size)
 
     def on_roles_fetch(self, *args: Any) -> None:
         """``roles.fetch``: behind the order of the tile."""
-        self.told(self.on)
+        self.in_order(self.on)
         super().on_roles_fetch(*args)
 
     def signal(self, on: Mask, symbol: str, home: Ints, flat: Ints, **facts: Any) -> int:
         """A wait: behind the order of the tile."""
-        self.told(on)
+        self.in_order(on)
         return super().signal(on, symbol, home, flat, **facts)
 
     def finished(self) -> None:
@@ -88,14 +103,12 @@ class CopyingLoader(LoaderMachine):
                 self.hazard("groups are not told of every tile, and of the end of the queue")
 
 
-class CopyingGroups(GroupMachine):
-    """The groups, of a launch in which some workers copy: these send on what lies in the slots that they take."""
+class CopyingGroups(_Drawing, GroupMachine):
+    """The groups: those of workers that copy send on what lies in the slots that they take."""
 
     def __init__(self, orders: Orders | None, *args: Any) -> None:
-        super().__init__(*args)
-        self.orders = orders
+        super().__init__(orders, *args)
         self.read_orders = np.zeros(self.lanes, dtype=np.int64)
-        self.drawn_tasks = np.zeros(self.lanes, dtype=np.int64)  # that have begun
 
     def on_roles_ordered(self, orders: Any, number: Any) -> Num:
         """``roles.ordered``: by both groups, one after the other."""
@@ -114,21 +127,14 @@ class CopyingGroups(GroupMachine):
         self.ticket = np.where(self.on, place, self.ticket)
         return Num(place)
 
-    def begin(self, fresh: Mask) -> None:
-        """A task begins in some lanes: its order is the last one that has been read."""
-        super().begin(fresh)
-        if fresh.any() and isinstance(self.loops[self.stage], ast.While):
-            self.drawn_tasks = self.drawn_tasks + fresh
-        self.told(fresh)
-
-    def told(self, on: Mask) -> None:
+    def in_order(self, on: Mask) -> None:
         """Refuses what belongs to a tile behind another order than its own."""
         if np.any(on & (self.drawn_tasks != self.read_orders)):
             self.hazard("a tile is taken before its order has been read, or behind the next one")
 
     def on_roles_take(self, ring: Any, step: Any) -> Slot:
         """``roles.take``: the loader gives the next order when all of this tile has been loaded."""
-        self.told(self.on)
+        self.in_order(self.on)
         return super().on_roles_take(ring, step)
 
     def on_roles_forward(
