@@ -150,11 +150,15 @@ def _reliability(name: str, run: Row) -> str:
             f"Bounded waits against waits without limit: what was measured is void, {reason}.\n"
         )
     if costs:
+        # Rows that name a schedule kept what ends a call, which older ones left out with the guard.
+        named = "schedule" in costs[0]
+        without = "" if named else " and no guard"
         lines.append(
-            "Bounded waits and error records, against waits without limit and no guard, side by side.\n"
+            f"Bounded waits and error records, against waits without limit{without}, side by side.\n"
         )
         columns = (
             "kernel",
+            *(("schedule", "resource", "emitter") if named else ()),
             "M",
             "K",
             "N",
