@@ -8,6 +8,7 @@ the other: a tile's boxes are loaded behind its order and before the next, and t
 from __future__ import annotations
 
 import ast
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from tilelink.backend.validate.values import Descriptor, Flow, Ints, Mask, Num
 from tilelink.schedules.roles import LEAVING
 
 
-class _Drawing(KernelMachine):
+class _Drawing(KernelMachine, ABC):
     """A role of a launch in which some workers copy what is drawn. ``orders``: None where none does.
 
     What it does of a task is held to the task's order by :meth:`in_order`: each role to its own side of it.
@@ -38,9 +39,9 @@ class _Drawing(KernelMachine):
             self.drawn_tasks = self.drawn_tasks + fresh
         self.in_order(fresh)
 
+    @abstractmethod
     def in_order(self, on: Mask) -> None:
         """Refuses what is done where it is not the turn of the last task that began."""
-        raise NotImplementedError
 
 
 class CopyingLoader(_Drawing, LoaderMachine):
