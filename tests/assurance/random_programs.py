@@ -5,6 +5,9 @@ type. Each is compiled and proven, then run twice in a row on different data: in
 seeded schedule, a share also in Triton's interpreter. Outputs of both calls must be those of the
 reference, bit for bit where the data are whole numbers that every step keeps whole.
 
+``--beside`` more are of kernels whose workers copy boxes beside products whose warps have roles, which need
+whole tiles.
+
 What the front end, a pass or the emitter refuses with an error of its own is counted apart, by stage and
 code. Everything else is a mismatch: other numbers, any error of a run, and a proof that refuses what the
 passes made. Each is printed as JSON, and ``--replay JSON`` runs that program again.
@@ -18,7 +21,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import tilelink
 from tests.assurance.report import finish, progress
-from tests.strategies import LIMIT, TORCH, Drawn, drawn_programs
+from tests.strategies import LIMIT, TORCH, Drawn, drawn_programs, move_of
 from tilelink import kernels
 from tilelink.backend import reference
 from tilelink.backend.emit.scope import CannotEmit
@@ -45,6 +48,19 @@ CALLS = 2
 RUN_LIMIT, WAIT_LIMIT = 600.0, 150.0
 # The same on every rank: what is added behind an all-reduce.
 SHARED = ("bias", "residual", "R")
+
+# What workers can copy beside products whose warps have roles: a gather, and a scatter with its sum.
+BESIDE_ROLES = {
+    "ag_gemm": "boxes",
+    "ag_gemm_nk": "boxes",
+    "ag_gemm_silu": "boxes",
+    "ag_gemm_swiglu": "boxes",
+    "ag_cyclic": "boxes",
+    "ag_zigzag": "boxes",
+    "gemm_rs": "boxes-folded",
+    "gemm_rs_add": "boxes-folded",
+    "gemm_rs_bias": "boxes-folded",
+}
 
 
 class Mismatch(AssertionError):
@@ -123,6 +139,41 @@ def with_dynamic_queues(program: Op, which: int) -> Op:
     return rewrite(program, change)
 
 
+def copied_beside_roles(drawn: Drawn) -> Drawn:
+    """A program like ``drawn`` in which workers copy boxes beside products whose warps have roles.
+
+    Of whole tiles, one step deep, so that on up to three ranks what is whole stays whole.
+    """
+    (tensor, plain), *_ = drawn.schedule.moves
+    world, extents, tile = 2 + drawn.world % 2, dict(drawn.extents), 64
+    copying = 1 + drawn.workers % 3
+    workers = copying + drawn.schedule.workers
+    move = move_of(f"sm:{copying}-{BESIDE_ROLES[drawn.family.name]}", plain.channels)
+    schedule = replace(
+        drawn.schedule,
+        tiles=(("K", tile), ("M", tile), ("N", tile * (1 + drawn.dynamic % 2))),
+        workers=workers,
+        warps=8,
+        stages=3,
+        emitter="gluon",
+        moves=((tensor, move),),
+    )
+    sizes = {
+        "K": tile,
+        "M": tile * world * (1 + extents["M"] % 3),
+        "N": tile * (1 + extents["N"] % 3),
+    }
+    return replace(
+        drawn,
+        mapping="",
+        world=world,
+        extents=tuple(sizes.items()),
+        dtype="fp16" if drawn.dtype == "fp16" else "bf16",
+        schedule=schedule,
+        workers=workers,
+    )
+
+
 def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest over rows of ‖found − expected‖ / max(‖expected‖, √columns).
 
@@ -188,16 +239,29 @@ class Tally:
 
     programs: int = 0
     interpreted: int = 0
+    beside: int = 0
     maps: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     mismatches: list[str] = field(default_factory=list)
 
 
 def explore(
-    count: int, number: int, interpreted: bool, report: Callable[[int], None] = lambda _: None
+    count: int,
+    number: int,
+    interpreted: bool = False,
+    report: Callable[[int], None] = lambda _: None,
+    *,
+    beside: bool = False,
 ) -> Tally:
-    """``count`` distinct random programs from the seed ``number``; a failure is shrunk and ends it."""
+    """``count`` distinct random programs from the seed ``number``; a failure is shrunk and ends it.
+
+    ``beside``: all of workers that copy beside roles.
+    """
     tally, seen = Tally(), set[str]()
+    programs = drawn_programs(small=interpreted)
+    if beside:
+        programs = programs.filter(lambda one: one.family.name in BESIDE_ROLES)
+        programs = programs.map(copied_beside_roles)
     failures: list[str] = []
     while tally.programs < count:
         before = len(seen)
@@ -210,7 +274,7 @@ def explore(
             suppress_health_check=list(HealthCheck),
             phases=(Phase.generate, Phase.shrink),
         )
-        @given(drawn=drawn_programs(small=interpreted))
+        @given(drawn=programs)
         def one(drawn: Drawn) -> None:
             if repr(drawn) in seen or tally.programs >= count:
                 return
@@ -225,6 +289,7 @@ def explore(
                 return
             tally.programs += 1
             tally.interpreted += interpreted
+            tally.beside += beside
             tally.maps += bool(drawn.mapping)
             if tally.programs % 50 == 0:
                 report(tally.programs)
@@ -243,14 +308,15 @@ def explore(
     return tally
 
 
-def _job(job: tuple[int, int, bool]) -> Tally:
+def _job(job: tuple[int, int, bool, bool]) -> Tally:
     torch.set_num_threads(1)
     start = time.perf_counter()
 
     def report(done: int) -> None:
         progress(f"seed {job[1]}: {done} of {job[0]}, {time.perf_counter() - start:.0f} s")
 
-    return explore(*job, report)
+    count, number, interpreted, beside = job
+    return explore(count, number, interpreted, report, beside=beside)
 
 
 def replay(text: str, interpreted: bool) -> None:
@@ -268,6 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000, help="programs in the simulator alone")
     parser.add_argument("--interpreted", type=int, default=40, help="and in the interpreter too")
+    parser.add_argument("--beside", type=int, default=60, help="and of workers beside roles")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--replay", metavar="JSON", help="run this program only")
@@ -278,11 +345,12 @@ def main() -> None:
         return
     start = time.perf_counter()
     share = -(-options.count // (2 * options.processes))
-    parts = [(share, options.seed + n, False) for n in range(2 * options.processes)]
+    parts = [(share, options.seed + n, False, False) for n in range(2 * options.processes)]
+    parts += [(options.beside, options.seed + 104_729, False, True)] * bool(options.beside)
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         tallies = pool.map(_job, parts, chunksize=1)
     if options.interpreted:
-        tallies.append(_job((options.interpreted, options.seed + 7919, True)))
+        tallies.append(_job((options.interpreted, options.seed + 7919, True, False)))
     refused: dict[str, int] = {}
     for tally in tallies:
         for code, number in sorted(tally.refused.items()):
@@ -296,6 +364,7 @@ def main() -> None:
         programs=programs,
         simulated=programs,
         interpreted=sum(t.interpreted for t in tallies),
+        beside_roles=sum(t.beside for t in tallies),
         drawn_maps=sum(t.maps for t in tallies),
         mismatches=mismatches,
         refused=sum(refused.values()),

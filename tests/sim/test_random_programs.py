@@ -8,7 +8,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.assurance import random_programs
-from tests.assurance.random_programs import Mismatch, check, compare, data, explore, kernel_op
+from tests.assurance.random_programs import (
+    BESIDE_ROLES,
+    Mismatch,
+    check,
+    compare,
+    copied_beside_roles,
+    data,
+    explore,
+    kernel_op,
+)
 from tests.strategies import FAMILIES, Drawn, drawn_programs
 from tilelink.backend import reference
 from tilelink.backend.pipeline import compile_kernel
@@ -22,6 +31,26 @@ def test_random_programs_agree_with_the_reference() -> None:
     assert tally.programs == 20
     assert sum(tally.refused.values()) <= 2
     assert tally.maps >= 2
+
+
+def test_so_do_those_of_workers_that_copy_beside_roles() -> None:
+    tally = explore(6, 1, beside=True)
+    assert tally.mismatches == []
+    assert tally.beside == tally.programs == 6
+
+
+@pytest.mark.parametrize("family", sorted(BESIDE_ROLES))
+@given(source=st.data())
+@settings(max_examples=2, derandomize=True, suppress_health_check=list(HealthCheck), deadline=None)
+def test_workers_of_these_copy_beside_roles(family: str, source: st.DataObject) -> None:
+    drawn = source.draw(drawn_programs().filter(lambda d: d.family.name == family))
+    drawn = copied_beside_roles(drawn)
+    (launch,) = compile_kernel(kernel_op(drawn), drawn.schedule).find("launch")
+    assert launch["roles"] == "turns"
+    stages = launch.find("stage")
+    (copies,) = (stage for stage in stages if stage.get("queue") == "dynamic")
+    products = [stage for stage in stages if stage is not copies]
+    assert products and all(s["workers"][0] == copies["workers"][1] for s in products)
 
 
 @given(drawn=drawn_programs())
