@@ -20,9 +20,9 @@ def schedule(name: str, value: object, *words: str, code: int = 2) -> Command:
     return Command(f"schedule: {name}", arguments, words, code=code, files=files)
 
 
-def scattered(name: str, move: dict[str, object], *words: str) -> Command:
-    """``check --schedule`` of a kernel that scatters C, with a move of it."""
-    files = {"s.json": json.dumps({"moves": {"C": move}})}
+def scattered(name: str, move: dict[str, object], *words: str, **fields: object) -> Command:
+    """``check --schedule`` of a kernel that scatters C, with a move of it and other ``fields``."""
+    files = {"s.json": json.dumps({"moves": {"C": move}, **fields})}
     arguments = ("check", str(ROOT / "examples" / "gemm_rs.py"), "--schedule", "s.json")
     return Command(f"schedule: {name}", arguments, words, code=2, files=files)
 
@@ -183,6 +183,31 @@ CASES: tuple[Case, ...] = (
         },
         "own",
         "registers",
+    ),
+    scattered(
+        "rows copied beside roles",
+        {"resource": "sm:4", "sum": "epilogue"},
+        "emitter",
+        "copy beside",
+        "triton",
+        emitter="gluon",
+        tiles={"M": 128, "N": 128},
+    ),
+    scattered(
+        "boxes beside roles, summed in a stage",
+        {"resource": "sm:4", "copies": "boxes"},
+        "emitter",
+        "copy beside",
+        "triton",
+        emitter="gluon",
+    ),
+    scattered(
+        "boxes beside halves of tiles",
+        {"resource": "sm:4", "copies": "boxes", "sum": "epilogue"},
+        "emitter",
+        "halves",
+        emitter="gluon",
+        tiles={"M": 128, "N": 256},
     ),
     schedule("copies of letters", move(resource="sm:4", copies="letters"), "copies", "letters"),
     schedule("boxes by copy engine", move(copies="boxes"), "copies", "copy_engine"),
