@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,3 +107,24 @@ CASES = (
     Case("gemm_ar folded", gemm_ar, "epilogue", (1024, 192, 512), (128, 128, 5), (), "epilogue"),
     Case("gemm_ar_add", gemm_ar_add, "copy_engine", (256, 128, 128), (64, 128, 5), BOTH),
 )  # fmt: skip
+
+TURNS, HALVES, RS, SWIGLU = CASES[1], CASES[2], CASES[6], CASES[5]
+FOLDED = next(c for c in CASES if c.sum == "epilogue")
+EPILOGUE = next(c for c in CASES if c.resource == "epilogue" and c.tile[1] == 256)
+LANDING = next(c for c in CASES if c.sum == "epilogue" and c.tile == (128, 128, 4))
+FIVE = next(c for c in CASES if c.name == "gemm_rs folded" and c.tile == (128, 128, 5))
+FOLDED_HALVES = next(c for c in CASES if c.sum == "epilogue" and c.tile[1] == 256)
+ADDED = next(c for c in CASES if c.depth == 128)
+PEERS = next(c for c in CASES if c.name == "gemm_rs folded" and c.tile[:2] == (64, 128))
+ALL = next(c for c in CASES if c.name == "gemm_ar" and c.tile[1] == 256)
+
+
+def named(case: Case) -> str:
+    """A short name of a case."""
+    return f"{case.name} {case.resource} {case.tile}"
+
+
+@functools.cache
+def fused(case: Case) -> Op:
+    """The fused program of a case, made once."""
+    return case.fused()

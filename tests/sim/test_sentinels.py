@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.edits import changed, check
 from tests.sim.test_words import WHOLE, compiled, pair, trial, words
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
@@ -14,10 +15,10 @@ from tilelink.backend.expand import bytes_of, environment
 from tilelink.backend.pipeline import compile_kernel, run_passes
 from tilelink.backend.simulate.attack import attack
 from tilelink.backend.simulate.explore import explore
-from tilelink.backend.validate import EmittedError, read_module, validate
+from tilelink.backend.validate import EmittedError
 from tilelink.backend.verify import verify
 from tilelink.backend.verify.errors import BoundsError, RaceError, ReuseError, UndecidedError
-from tilelink.errors import Source, TilelinkError
+from tilelink.errors import TilelinkError
 from tilelink.ir import Op, layout
 from tilelink.schedules import Move, Schedule
 
@@ -152,11 +153,9 @@ EDITS = (
 def test_an_edit_of_the_text_is_refused(edit: str | tuple[str, str]) -> None:
     text, program = emitted()
     old, new = (edit, "pass") if isinstance(edit, str) else edit
-    start = text.index("@triton.jit")
-    changed, count = re.subn(old, new, text[start:], count=1)
-    assert count == 1 and changed != text[start:]
+    edited = changed(text, old, new)
     with pytest.raises((EmittedError, SyntaxError)):
-        validate(read_module(Source("emitted.py", text[:start] + changed)), program)
+        check(program, edited)
 
 
 def test_what_is_emptied_before_it_is_read_or_behind_the_loop_is_refused() -> None:
@@ -170,7 +169,7 @@ def test_what_is_emptied_before_it_is_read_or_behind_the_loop_is_refused() -> No
     for at, moved in ((before, f"{indent}{call}\n"), (late, f"\n    {call}\n")):
         changed = without[:at] + moved + without[at:]
         with pytest.raises(EmittedError):
-            validate(read_module(Source("emitted.py", changed)), program)
+            check(program, changed)
 
 
 def emitted() -> tuple[str, Op]:
@@ -178,7 +177,7 @@ def emitted() -> tuple[str, Op]:
     op = kernels.gemm_ar.build({"M": 16, "K": 16, "N": 64}, world=2)
     program = compile_kernel(op, words("gemm_ar", 16, workers=2, shots=2, signal="sentinel"))
     text = emit(program)
-    validate(read_module(Source("emitted.py", text)), program)
+    check(program, text)
     return text, program
 
 

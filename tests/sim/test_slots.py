@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 
 import tilelink
 import tilelink.language as tk
+from tests.edits import changed, check
 from tests.sim.test_shots import TENSOR, agrees, schedule
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel, run_passes
 from tilelink.backend.runtime.image import image_of
 from tilelink.backend.simulate.explore import explore
-from tilelink.backend.validate import EmittedError, read_module, validate
+from tilelink.backend.validate import EmittedError
 from tilelink.backend.verify import UndecidedError, VerifyError, verify
 from tilelink.backend.verify.errors import ReuseError
-from tilelink.errors import Source, TilelinkError
+from tilelink.errors import TilelinkError
 from tilelink.ir import Op, parse_ir, print_ir
 from tilelink.schedules import Move, Schedule, ScheduleError
 
@@ -241,10 +242,8 @@ EDITS = (
 def test_an_edit_of_the_text_is_refused(edit: str | tuple[str, str]) -> None:
     program = compiled(32, shots=2)
     text = emit(program)
-    validate(read_module(Source("emitted.py", text)), program)
+    check(program, text)
     old, new = (edit, "") if isinstance(edit, str) else edit
-    start = text.index("@triton.jit")
-    changed, count = re.subn(old, new, text[start:], count=1)
-    assert count == 1 and changed != text[start:]
+    edited = changed(text, old, new)
     with pytest.raises(EmittedError):
-        validate(read_module(Source("emitted.py", text[:start] + changed)), program)
+        check(program, edited)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.edits import changed, check
 from tests.sim.test_shots import TENSOR, agrees, schedule
 from tilelink import kernels
 from tilelink.backend.emit.triton import emit
@@ -336,10 +336,8 @@ def test_an_edit_of_the_text_is_refused(edit: str | tuple[str, str]) -> None:
     op = kernels.gemm_ar.build({"M": 16, "K": 16, "N": 64}, world=2)
     program = compile_kernel(op, words("gemm_ar", 16, workers=2, shots=2))
     text = emit(program)
-    validate(read_module(Source("emitted.py", text)), program)
+    check(program, text)
     old, new = (edit, "") if isinstance(edit, str) else edit
-    start = text.index("@triton.jit")
-    changed, count = re.subn(old, new, text[start:], count=1)
-    assert count == 1 and changed != text[start:]
+    edited = changed(text, old, new)
     with pytest.raises((EmittedError, SyntaxError)):
-        validate(read_module(Source("emitted.py", text[:start] + changed)), program)
+        check(program, edited)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from tests.assurance.emitted import BESIDE, EVEN, MUTATED, ODD, RESOURCES, TILES, Result, attack
 from tests.assurance.emitted import case as case_of
+from tests.edits import changed, check
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.validate import (
     EmittedDiffers,
@@ -38,19 +38,6 @@ def _emitted(kernel: str, resource: str, shape: tuple[tuple[str, int], ...]) -> 
 def emitted(kernel: str, resource: str, shape: dict[str, int] = EVEN) -> tuple[Op, str]:
     """A program with several tasks a worker, and its module."""
     return _emitted(kernel, resource, tuple(shape.items()))
-
-
-def check(program: Op, text: str) -> None:
-    """Validates a text."""
-    validate(read_module(Source("emitted.py", text)), program)
-
-
-def changed(text: str, pattern: str, new: str) -> str:
-    """The text with the first match of a pattern behind the carried program replaced."""
-    start = text.index('"""\n', text.index("TEXT = ") + 12)
-    body, count = re.subn(pattern, new, text[start:], count=1)
-    assert count == 1, pattern
-    return text[:start] + body
 
 
 @pytest.mark.parametrize(("kernel", "resource"), PAIRS)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import random
 import re
 
 import pytest
 
-from tests.assurance.emitted import attempt
-from tests.emitted_mutants import mutants
+from tests.edits import changed, check, refused_of
 from tilelink import kernels
 from tilelink.backend.emit.offline import compile_offline, lint
 from tilelink.backend.emit.triton import emit
@@ -19,12 +17,8 @@ from tilelink.backend.validate import (
     EmittedError,
     EmittedHazard,
     Unclear,
-    read_module,
-    validate,
 )
-from tilelink.backend.validate.prove import Wanted
 from tilelink.device import roles
-from tilelink.errors import Source
 from tilelink.ir import Op
 from tilelink.schedules import Move, Schedule
 from tilelink.schedules.roles import LEAVING
@@ -53,11 +47,6 @@ def emitted(kernel: str, stages: int = 4) -> tuple[Op, str]:
     )
     program = compile_kernel(op, schedule)
     return program, emit(program)
-
-
-def check(program: Op, text: str) -> None:
-    """Validates a text."""
-    validate(read_module(Source("emitted.py", text)), program)
 
 
 @pytest.mark.parametrize("kernel", [RS, AG])
@@ -171,11 +160,8 @@ EDITS = [
 @pytest.mark.parametrize(("kernel", "old", "new", "error"), EDITS)
 def test_an_edit_is_refused(kernel: str, old: str, new: str, error: type[EmittedError]) -> None:
     program, text = emitted(kernel)
-    start = text.index('"""\n', text.index("TEXT = ") + 12)
-    body, count = re.subn(old, new, text[start:], count=1, flags=re.DOTALL)
-    assert count == 1, old
     with pytest.raises(error):
-        check(program, text[:start] + body)
+        check(program, changed(text, old, new, re.DOTALL))
 
 
 def test_other_workers_draw_no_tiles() -> None:
@@ -214,24 +200,10 @@ def test_a_launch_that_copies_nothing_has_no_orders() -> None:
 
 @pytest.mark.parametrize("kernel", [RS, AG])
 def test_mutants_of_the_copying_stage_are_refused(kernel: str) -> None:
-    """A sample of those in its lines; those that change no event of any worker are no mutants."""
     program, text = emitted(kernel)
-    wanted = Wanted(program)
-    original, reason = attempt(text, wanted)
-    assert not reason
     lines, concerned = text.splitlines(), set()
     for number, line in enumerate(lines, 1):
         if re.search(r"# Stage \w\.push", line):
             end = next(n for n in range(number + 1, len(lines)) if not lines[n].strip())
             concerned |= set(range(number + 1, end + 1))
-    kinds: dict[str, list[str]] = {}
-    for mutant in mutants(text):
-        if mutant.line in concerned:
-            kinds.setdefault(mutant.kind, []).append(mutant.text)
-    chance, refused = random.Random(0), 0
-    for some in kinds.values():
-        for changed in chance.sample(some, min(6, len(some))):
-            print_, reason = attempt(changed, wanted)
-            refused += bool(reason)
-            assert reason or print_ == original, changed
-    assert refused > 30
+    assert refused_of(program, text, lambda mutant: mutant.line in concerned) > 30
