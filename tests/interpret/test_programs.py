@@ -57,6 +57,30 @@ def test_program_gives_the_right_numbers_call_after_call(path: Path) -> None:
             assert float(error.max()) < 4e-3
 
 
+def test_a_kernel_of_many_ops_agrees_with_torch() -> None:
+    """Causal attention with uneven tiles, a projection, a bias and gelu, against plain PyTorch."""
+    program = parse_ir((Path(__file__).parent / "attention.ir").read_text(), "attention.ir")
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    given = {
+        "Q": random(2, 40, 24),
+        "K": random(2, 40, 24),
+        "V": random(2, 40, 24),
+        "W": random(24, 24),
+        "bias": random(24),
+    }
+    found = interpret.run(program, [given], scalars={"scale": 0.2}, timeout=100.0, emit=emit)[0]
+    q, k, v, w, bias = (t.float() for t in given.values())
+    scores = q @ k.transpose(1, 2) * 0.2
+    scores = scores.masked_fill(~torch.ones(40, 40).tril().bool(), -1e30)
+    wanted = torch.nn.functional.gelu((scores.softmax(-1) @ v) @ w.T + bias)
+    assert (found["O"].float() - wanted).norm() / wanted.norm() < 5e-3
+    assert (found["L"] - scores.logsumexp(-1)).abs().max() < 1e-4
+
+
 def test_lost_signal_is_named_with_its_place() -> None:
     program = read("ag_gemm.copy_engine.ir")
 

@@ -13,23 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages import COMMAND, shown
 from tilelink.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "mistakes.md"
-COMMAND = "    $ "
-
-
-def messages(text: str) -> dict[str, str]:
-    """The commands of the page, each with the indented text that follows it."""
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if line.startswith(COMMAND):
-            lines = found.setdefault(line.removeprefix(COMMAND), [])
-        elif line.startswith("    "):
-            lines.append(line.removeprefix("    "))
-    return {command: "\n".join(lines) for command, lines in found.items()}
 
 
 def execute(command: str) -> tuple[int, str]:
@@ -67,7 +55,7 @@ def written_anew(text: str) -> str:
     return "\n".join(out) + "\n"
 
 
-SAID = messages(PAGE.read_text())
+SAID = shown(PAGE.read_text())
 
 
 def test_page_holds_the_mistakes_that_everyone_makes() -> None:

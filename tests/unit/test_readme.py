@@ -6,27 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages import shown
 from tilelink.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-COMMAND = "    $ "
-
-
-def shown(text: str) -> dict[str, str]:
-    """The commands of a page, each with the indented text right below it."""
-    found: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if line.startswith(COMMAND):
-            lines = found.setdefault(line.removeprefix(COMMAND), [])
-        elif line.startswith("    "):
-            lines.append(line.removeprefix("    "))
-        else:
-            lines = []
-    return {command: "\n".join(lines) for command, lines in found.items()}
-
-
 SHOWN = shown((ROOT / "README.md").read_text())
+
+
+def test_readme_shows_the_example_as_it_is() -> None:
+    readme = (ROOT / "README.md").read_text()
+    block = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert block is not None
+    shown = [line.partition("  #")[0].rstrip() for line in block[1].splitlines()]
+    example = (ROOT / "examples" / "ag_gemm.py").read_text()
+    assert "\n".join(shown[3:]).strip() in example
 
 
 def test_page_shows_the_main_commands() -> None:
