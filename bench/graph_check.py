@@ -11,7 +11,6 @@ control compares the last output with the result of other inputs: it must find m
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -212,16 +211,14 @@ def main() -> int:
     options = parser.parse_args()
     environment.prepare()
     from bench.cluster import Cluster, Watchdog, describe_error
+    from bench.run import write_json
 
     cluster = Cluster()
     data = {"kind": "graph_check", **environment.describe(cluster.world), "cases": []}
-    path = Path(options.out)
 
     def write(stopped: str | None = None) -> None:
         if cluster.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(data | {"stopped": stopped}, indent=1)
-            path.write_text(text + "\n", encoding="utf-8")
+            write_json(Path(options.out), data | {"stopped": stopped})
 
     watchdog = Watchdog(options.watchdog + (10 if cluster.rank else 0), write)
     for case in CASES:

@@ -15,7 +15,6 @@ times the parts of the library's schedule as well.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -245,17 +244,15 @@ def main() -> int:
     options = parser.parse_args()
     environment.prepare()
     from bench.cluster import Cluster, Watchdog, describe_error
+    from bench.run import write_json
     from tilelink.schedules import ScheduleError
 
     cluster = Cluster()
     data = {"kind": "host_cost", **environment.describe(cluster.world), "cases": []}
-    path = Path(options.out)
 
     def write(stopped: str | None = None) -> None:
         if cluster.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(data | {"stopped": stopped}, indent=1)
-            path.write_text(text + "\n", encoding="utf-8")
+            write_json(Path(options.out), data | {"stopped": stopped})
 
     watchdog = Watchdog(options.watchdog + (10 if cluster.rank else 0), write)
     asked = options.schedules.split(",") if options.schedules else []

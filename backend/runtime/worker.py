@@ -287,16 +287,12 @@ class Call(Views):
         ]
         for thread in threads:
             thread.start()
-        try:
+        with self._failing():
             for name, after, action in self._main:
                 self._wait_for(after)
                 with contextlib.suppress(Stopped):
                     action()
                 self._done[name].set()
-        except Failed:
-            pass
-        except BaseException as error:
-            self._fail(error)
         for thread in threads:
             thread.join()
         if self._errors:
@@ -337,22 +333,25 @@ class Call(Views):
 
     def _run_stream(self, name: str) -> None:
         after, actions = self._streams[name]
-        try:
+        with self._failing():
             self._wait_for(after)
             with contextlib.suppress(Stopped):
                 for action in actions:
                     self._check()
                     action()
             self._done[name].set()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Keeps an error for :meth:`finish`, but for that which says that there is one."""
+        try:
+            yield
         except Failed:
             pass
         except BaseException as error:
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        self._errors.append(error)
-        # Kernels that wait for what will not come any more leave at once.
-        self._shared.stop()
+            self._errors.append(error)
+            # Kernels that wait for what will not come any more leave at once.
+            self._shared.stop()
 
     def _collective(self, op: str, src: torch.Tensor, dst: torch.Tensor) -> None:
         shared = self._shared

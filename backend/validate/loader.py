@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -189,18 +190,12 @@ class LoaderMachine(RoleMachine):
             self.on & (np.any(first < 0, axis=1) | np.any(last > np.array(dims[1:]), axis=1))
         ):
             self.hazard(f"a box that does not lie inside of one part of @{symbol}")
-        tokens: dict[int, Mask] = {}
-        for start in (self.number(row), self.number(column)):
-            for wait, mask in start.tokens.items():
-                tokens[wait] = tokens.get(wait, np.zeros_like(self.on)) | mask
-        at, size = self.number_of(step), int(np.prod(room.block)) * room.item
-        for number in range(self.layout.world - 1):
-            source = np.where(self.rank <= number, number + 1, number)
-            slot = self.on_roles_claim(ring, Num(at + number), size)
+
+        def box(source: Ints) -> Flow:
             lo, hi = np.column_stack((source, first)), np.column_stack((source + 1, last))
-            flow = Flow(symbol, self.on.copy(), self.rank, lo, hi, (1, 2))
-            self.lands(slot, known[0], flow, tokens)
-            self.asked(room)
+            return Flow(symbol, self.on.copy(), self.rank, lo, hi, (1, 2))
+
+        self.others_land(ring, step, (row, column), room, known[0], box)
 
     def on_roles_fetch_remote(
         self,
@@ -217,8 +212,8 @@ class LoaderMachine(RoleMachine):
         assert self.loaded is not None
         self.task()
         self.among(rank, world)
-        ranks = range(self.layout.world)
-        if not isinstance(parts, tuple) or len(parts) != len(ranks) or not isinstance(room, Room):
+        world = self.layout.world
+        if not isinstance(parts, tuple) or len(parts) != world or not isinstance(room, Room):
             self.unclear("parts that are not one a rank, or that land nowhere")
         known = [n for n, r in enumerate(self.loaded.rooms) if r is room]
         if not known or room.count != self.loaded.ring.slots:
@@ -240,17 +235,34 @@ class LoaderMachine(RoleMachine):
         outside = np.any(first < 0, axis=1) | np.any(last > dims, axis=1)
         if np.any(self.on & outside):
             self.hazard(f"a box that does not lie inside of @{symbol}")
+
+        def box(source: Ints) -> Flow:
+            return Flow(symbol, self.on.copy(), source, first, last, (0, 1))
+
+        self.others_land(ring, step, (row, column), room, known[0], box)
+
+    def others_land(
+        self,
+        ring: Any,
+        step: Any,
+        corner: tuple[Any, Any],
+        room: Room,
+        number: int,
+        box: Callable[[Ints], Flow],
+    ) -> None:
+        """A step for what comes of every other rank, in rank order; ``box``: that of a rank, a lane each.
+
+        ``number``: that of the room. A box begins at a row and a column.
+        """
         tokens: dict[int, Mask] = {}
-        for start in (self.number(row), self.number(column)):
+        for start in map(self.number, corner):
             for wait, mask in start.tokens.items():
                 tokens[wait] = tokens.get(wait, np.zeros_like(self.on)) | mask
         at, size = self.number_of(step), int(np.prod(room.block)) * room.item
-        for number in ranks[:-1]:
-            source = np.where(self.rank <= number, number + 1, number)
-            slot = self.on_roles_claim(ring, Num(at + number), size)
-            self.lands(
-                slot, known[0], Flow(symbol, self.on.copy(), source, first, last, (0, 1)), tokens
-            )
+        for other in range(self.layout.world - 1):
+            source = np.where(self.rank <= other, other + 1, other)
+            slot = self.on_roles_claim(ring, Num(at + other), size)
+            self.lands(slot, number, box(source), tokens)
             self.asked(room)
 
     def finished(self) -> None:

@@ -62,7 +62,10 @@ def walk_sources() -> Iterator[tuple[Path, list[str]]]:
 
 
 def walk_texts() -> Iterator[tuple[Path, str]]:
-    """Every text file that belongs to the project; folders with a dot are somebody's own, but .ci."""
+    """Every text file that belongs to the project; folders with a dot are somebody's own, but .ci.
+
+    So is the file ``.git`` of a worktree.
+    """
     for folder, inner, files in os.walk(ROOT):
         inner[:] = sorted(
             name
@@ -71,7 +74,7 @@ def walk_texts() -> Iterator[tuple[Path, str]]:
             and name not in ("__pycache__", "build", "dist")
             and not name.endswith(".egg-info")
         )
-        for name in sorted(files):
+        for name in sorted(set(files) - {".git"}):
             path = Path(folder) / name
             try:
                 yield path.relative_to(ROOT), path.read_text()

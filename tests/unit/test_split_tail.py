@@ -13,6 +13,7 @@ import torch
 import tilelink
 import tilelink.language as tk
 from tests.roles import CASES as ROLES
+from tests.unit.test_split_depth import scaled
 from tilelink.backend.emit.offline import compile_offline, lint
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.mutate.judge import EQUIVALENT, Trial, decide
@@ -166,17 +167,6 @@ def test_programs_round_trip() -> None:
 
 
 # What is refused ----------------------------------------------------------------------------------
-
-
-@tilelink.kernel("reduce C[M, N] sum")
-def scaled(A, B, C):  # type: ignore[no-untyped-def]
-    M, K = A.shape
-    N = B.shape[1]
-    for m, n in tk.tiles(M, N):
-        acc = tk.zeros([m, n], tk.float32)
-        for k in tk.tiles(K):
-            acc = tk.dot(A[m, k], B[k, n], acc * 0.5)
-        C[m, n] = acc
 
 
 @tilelink.kernel("gather A[M, K] over K")
