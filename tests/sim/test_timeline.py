@@ -121,7 +121,9 @@ def test_the_critical_path_covers_the_whole_time() -> None:
 
 
 def test_nobody_does_two_things_at_once() -> None:
-    for track in ag_gemm().tracks:
+    tracks = ag_gemm().tracks
+    assert max(len(track.segments) for track in tracks) > 2
+    for track in tracks:
         for before, after in itertools.pairwise(track.segments):
             assert before.end <= after.start + 1e-9
 

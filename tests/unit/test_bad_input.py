@@ -57,7 +57,9 @@ def test_the_interpreter_works_after_bad_inputs() -> None:
 
     pytest.importorskip("triton")
     names = [f"executor: {name} [interpret]" for name in ("too few ranks", "integers")]
-    for case in (c for c in bad_executors.CASES if c.name in names):
+    chosen = [c for c in bad_executors.CASES if c.name in names]
+    assert len(chosen) == len(names)
+    for case in chosen:
         found = outcome_of(case)
         assert not found.fault, f"{case.name}: {found.fault}\n{found.text}"
     given = bad_executors.good()

@@ -138,7 +138,12 @@ def test_what_does_not_fold_is_refused(kernel: object, moves: dict[str, Move], s
 
 def test_one_rank_has_nothing_to_fold() -> None:
     op = gemm_rs.build({"M": 32, "K": 16, "N": 16}, {}, 1)
-    verify(run_passes(op, Schedule(moves=(("C", Move(sum="epilogue")),))), op)
+    folded, plain = (
+        run_passes(op, Schedule(moves=(("C", Move(sum=where)),))) for where in ("epilogue", "stage")
+    )
+    verify(folded, op)
+    assert folded.find("launch") == plain.find("launch")
+    assert not folded.find("load_sum")
 
 
 @cache

@@ -119,9 +119,9 @@ def test_launches_whose_sums_land_apart(change: dict[str, object], boxes: int | 
     text = emit(fused)
     assert ("_fetch(" in text) == (boxes is not None)
     # The fetcher waits, not the loader.
-    for role in text.split("@gluon.jit\n")[1:]:
-        loads = role.startswith("def gemm_rs_load(")
-        assert not (loads and boxes) or "tiles_wait(" not in role
+    loaders = [r for r in text.split("@gluon.jit\n") if re.match(r"def \w+_load\(", r)]
+    assert loaders
+    assert not boxes or all("tiles_wait(" not in role for role in loaders)
 
 
 # The form ----------------------------------------------------------------------------------------

@@ -310,15 +310,17 @@ def test_the_clock_finds_that_weights_are_read_once() -> None:
 
 def test_the_graph_has_an_edge_from_each_tile_to_every_owner_of_its_rows() -> None:
     graph = build_graph(build(48, 32, 2), schedule())
-    for node, data in graph.nodes(data=True):
-        if not node.startswith("C.gemm["):
-            continue
+    tiles = [(n, d) for n, d in graph.nodes(data=True) if n.startswith("C.gemm[")]
+    # Two ranks have three tiles by two, and sum two channels of their slice in two parts.
+    assert len(tiles) == 2 * 3 * 2
+    for node, data in tiles:
         (start, stop), (column, _) = data["tile"]["m"], data["tile"]["n"]
         owners = {start // 24, (stop - 1) // 24} - {data["rank"]}
         sent = {v for _, v, kind in graph.out_edges(node, data="kind") if kind == "RAW"}
         wanted = {f"C[{column // 16}]:{data['rank']}->{owner}" for owner in owners}
         assert {v for v in sent if "->" in v} == wanted
     needed = [(n, d) for n, d in graph.nodes(data=True) if n.startswith("C.sum[")]
+    assert len(needed) == 2 * 2 * 2
     for node, data in needed:
         channel, other = data["tile"]["n.C.1"][0] // 16, 1 - data["rank"]
         found = {u for u, _, kind in graph.in_edges(node, data="kind") if kind == "RAW"}

@@ -186,7 +186,7 @@ def test_a_schedule_that_cannot_be_compiled_is_not_kept() -> None:
     op = ag_gemm.build({"M": 2048, "K": 1024, "N": 2048}, {}, 4)
     model = predicted({"copy_engine": 100.0})
     kept = prune(Space(op, H200), model, keep=6)  # type: ignore[arg-type]
-    assert all(math.isfinite(t.predicted_us) for t in kept)
+    assert kept and all(math.isfinite(t.predicted_us) for t in kept)
     assert all(t.schedule.move("A").resource == "copy_engine" for t in kept)
 
 

@@ -157,7 +157,9 @@ def test_a_broken_table_is_refused_by_name(change: object, words: str) -> None:
 def test_the_tables_of_the_package_are_as_they_would_be_written() -> None:
     from importlib.resources import files
 
-    for found in load_tables():
+    tables = load_tables()
+    assert tables
+    for found in tables:
         text = (files("tilelink.schedules") / "tuned" / found.name).read_text()
         assert found.to_json() == text
         assert found.file_name == found.name
