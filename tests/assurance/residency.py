@@ -1,6 +1,6 @@
 """Launches larger than the device: the proof's verdict against the simulator's, over seeded configurations.
 
-    python -m tests.assurance.residency [--configurations 200] [--beside 100] [--seed 0] [--schedules 30]
+    python -m tests.assurance.residency [--configurations 200] [--beside 100] [--seed 0] [--schedules 200]
 
 Each configuration is a compiled kernel with its own grid size, number of workers that are resident, tile
 order, queue kinds, order of stages and resource. ``--beside`` more are of workers that copy boxes beside
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--configurations", type=int, default=200)
     parser.add_argument("--beside", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--schedules", type=int, default=30)
+    parser.add_argument("--schedules", type=int, default=200)
     parser.add_argument("--states", type=int, default=20_000)
     args = parser.parse_args()
     found = measure(args.configurations, args.seed, args.schedules, args.beside, args.states)
