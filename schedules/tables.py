@@ -152,10 +152,12 @@ class Found:
 def kernel_key(kernel: Op) -> str:
     """16 hex digits of what ``kernel`` (Tile IR) computes and moves.
 
-    Element types count; its name, its file, the values of extents and the number of ranks do not.
+    Element types count; its name, its file, the values of extents, whether they vary from call to call, and the
+    number of ranks do not.
     """
     plain = replace(kernel, ref=Ref("kernel")).with_attrs(file=None, world=None)
-    body = tuple(op.with_attrs(value=0) if op.name == "extent" else op for op in plain.body)
+    any_value = {"value": 0, "dynamic": None, "least": None}
+    body = tuple(op.with_attrs(**any_value) if op.name == "extent" else op for op in plain.body)
     return hashlib.sha256(print_ir(plain.with_ops(body)).encode()).hexdigest()[:16]
 
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime.choose import choices, compile_chosen, predicted_choice
 from tilelink.ir import Op, Ref
 from tilelink.kernel import Kernel
 from tilelink.kernels import ag_gemm, gemm, gemm_ar, gemm_rs
-from tilelink.schedules import Schedule, default_schedule
+from tilelink.schedules import Schedule, default_schedule, tables
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.tables import (
     BadTable,
@@ -70,6 +71,34 @@ def test_a_kernel_of_another_name_has_the_same_key() -> None:
     op = built()
     renamed = replace(op, ref=Ref("mine"))
     assert kernel_key(renamed) == kernel_key(op)
+
+
+def test_what_was_tuned_serves_calls_with_fewer_rows_too() -> None:
+    rows = {"M": 1024, "K": 512, "N": 512}
+    dynamic = ag_gemm.build(rows, {}, 4, dynamic=("M",))
+    assert kernel_key(dynamic) == kernel_key(built())
+    copied = replace(entry(1024, 512, 512), schedule=default_schedule(built()))
+    found = lookup(dynamic, DEVICE, [table(copied)])
+    assert found is not None
+    assert Schedule.from_json(compile_kernel(dynamic, found.schedule)["schedule"]) == found.schedule
+
+
+def test_of_what_was_tuned_a_call_with_fewer_rows_takes_no_more_than_compiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Slots are of programs whose rows are known.
+    slots = Schedule.from_json('{"moves": {"C": {"resource": "epilogue", "slots": 2}}}')
+    fixed = gemm_rs.build({"M": 1024, "K": 512, "N": 512}, {}, 4)
+    assert compile_kernel(fixed, slots)["slots"] == 2
+    dynamic = gemm_rs.build({"M": 1024, "K": 512, "N": 512}, {}, 4, dynamic=("M",))
+    key = kernel_key(fixed)
+    made = Entry({"M": 1024, "K": 512, "N": 512}, slots, 10.0)
+    only = Table("gemm_rs", key, "bf16", 4, DEVICE, (RUN,), (made,), name="t.json")
+    monkeypatch.setattr(tables, "load_tables", lambda: (only,))
+    assert next(choices(dynamic, DEVICE)).schedule == slots
+    program, origin = compile_chosen(dynamic, None, DEVICE)
+    assert origin != "tuned (t.json)"
+    assert program.get("slots") is None
 
 
 def test_lookup_takes_the_entry_of_the_shape() -> None:
