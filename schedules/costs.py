@@ -143,11 +143,14 @@ class Timed:
         self._machine, self._task, self._code = machine, task, code
         self._library = bool(task.flops) and code.emitter == "library"
         self._fixed: float | None = None
+        # Of a task without a product, where a wait in front of it has held it up.
+        self.late_us = 0.0
         self._last: tuple[float, float] | None = None
         vector = task.elementwise / (machine.elementwise_tflops * 1e6) * share
         cached = task.bytes / (machine.l2_gbps * 1e3) * (share if drawing is None else drawing)
         if not task.flops:
             self._fixed = _unmultiplied_us(machine, task, code, active, vector, cached)
+            self.late_us = _unmultiplied_us(machine, task, code, active, vector, cached, late=True)
             return
         if self._library:
             return
@@ -191,17 +194,26 @@ class Timed:
 
 
 def _unmultiplied_us(
-    machine: Machine, task: Task, code: Code, active: float, vector: float, cached: float
+    machine: Machine,
+    task: Task,
+    code: Code,
+    active: float,
+    vector: float,
+    cached: float,
+    late: bool = False,
 ) -> float:
-    """Microseconds of a task without a product; ``vector`` and ``cached``: of its operations, and at the cache."""
+    """Microseconds of a task without a product; ``vector`` and ``cached``: of its operations, and at the cache.
+
+    ``late``: a wait has held it up, so that nothing of it has been fetched while a product was computed.
+    """
     if task.landed:
         # The stores behind it are under way while the next tile is multiplied. But where parts lie in the ring of
         # the product, the other group begins that tile when they are there. What peers wrote is in the cache.
         held = code.turns and not code.apart
         fetched = task.landed / (machine.l2_gbps * 1e3) * active + machine.load_us
-        return vector + (fetched if held else 0.0)
+        return vector + (fetched if held or late else 0.0)
     if task.sums:
         # Behind a wait: what stands before it is another task's.
-        return 0.0 if code.turns else max(vector, _sums_us(machine, task, active))
+        return 0.0 if code.turns and not late else max(vector, _sums_us(machine, task, active))
     memory = task.memory / (machine.sum_gbps * 1e3) * active
     return max(vector, cached, memory) + (machine.load_us if task.bytes else 0.0)

@@ -61,6 +61,7 @@ class _Task:
     left: float = 0.0
     worked: float = 0.0  # how long its last product took
     copied: float = 0.0  # when it has moved what it copies, were its own rate the limit
+    freed: float = -inf  # when the last wait that held it up was over
     seen: dict[int, list[Element]] = field(default_factory=dict)
 
 
@@ -448,6 +449,8 @@ class _Clock:
         timed = self._timed(cost, stage)
         if stage is None:
             return timed.us(now)
+        if not cost.flops and now <= task.freed:
+            return timed.late_us
         state = self.ranks[task.track.rank]
         if cost.flops:
             state.began = min(state.began, now)
@@ -524,8 +527,8 @@ class _Clock:
             if took and self.record:
                 acquired = Segment(now, now + took, "signal", f"acquire {symbol}", "|")
                 task.track.segments.append(acquired)
-            task.waiting = None
-            self._push(now + took, task)
+            task.waiting, task.freed = None, now + took
+            self._push(task.freed, task)
         self._blocked[rank, symbol] = still
 
     def _notify(self, task: _Task, event: Notify, now: float) -> float:
@@ -657,7 +660,8 @@ class _Clock:
         # Beside products; a stage behind them has the links for itself.
         beside = task.stage is not None and not task.stage.sums
         rate = machine.read_gbps if beside else machine.link_gbps
-        begin, took = now - ahead, event.bytes / (rate * 1e3)
+        # What it had to wait for it cannot have asked for before.
+        begin, took = max(now - ahead, min(now, task.freed)), event.bytes / (rate * 1e3)
         target.ingress = max(target.ingress, begin) + took
         target.received += event.bytes
         for state in peers:

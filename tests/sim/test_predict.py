@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from tilelink.backend.simulate.geometry import Geometry
 from tilelink.backend.simulate.mirror import Asymmetric, Mirror, Piece
 from tilelink.backend.simulate.walk import Notify
 from tilelink.kernels import ag_gemm, gemm_ar, gemm_rs
-from tilelink.schedules import default_schedule
+from tilelink.schedules import Schedule, default_schedule
+from tilelink.schedules.costs import Code, Task, Timed
 from tilelink.schedules.machine import Machine
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -50,6 +52,29 @@ def test_another_event_at_the_same_place_is_no_mirror_image() -> None:
     assert mirror.notify(Piece(stream.body), at, event, 1).op is event.op
     with pytest.raises(Asymmetric):
         mirror.notify(Piece(stream.body), at - 1, event, 1)
+
+
+def test_what_is_waited_for_is_fetched_behind_the_wait() -> None:
+    # One tile a worker on two ranks: that of the peer is there no sooner than the own one, so that what it has to
+    # read for its sum stands behind its product, and is as long under way as the links take.
+    op = gemm_rs.build({"M": 128, "K": 3584, "N": 8192}, {}, 2)
+    pulled = Schedule.from_json(
+        """{"tiles": {"M": 64, "N": 128, "K": 64}, "stages": 5, "emitter": "gluon", "order": "interleave",
+            "moves": {"C": {"resource": "epilogue", "sum": "epilogue", "direction": "pull"}}}"""
+    )
+    program = run_passes(op, pulled)
+    machine = Machine.load("h200x2")
+    slow = replace(machine, read_gbps=machine.read_gbps / 2)
+    read = 64 * 8192 * 2 / (machine.read_gbps * 1e3)
+    assert predict(program, slow) - predict(program, machine) == pytest.approx(read, rel=0.05)
+
+
+def test_a_part_that_comes_late_is_not_there_for_nothing() -> None:
+    part = 128 * 128 * 2.0
+    for task in (Task(sums=part), Task(landed=part)):
+        timed = Timed(H200, task, Code("gluon", turns=True, apart=True), H200.sms, H200.sms)
+        assert timed.us(0.0) < timed.late_us
+        assert timed.late_us > part / (H200.l2_gbps * 1e3)  # were all of the cache its own
 
 
 def test_prediction_is_fast_enough_for_a_search() -> None:
