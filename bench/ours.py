@@ -169,7 +169,8 @@ def shown_schedule(
         program, origin = compile_kernel(op, None), "default"
     else:
         choose = importlib.import_module(CHOOSE)
-        program, origin = choose.compile_chosen(op, None, device)
+        chosen = choose.compile_chosen(op, None, device)
+        program, origin = chosen.program, chosen.origin
     text = program.get("schedule")
     return None if text is None else dict(json.loads(str(text))), origin
 

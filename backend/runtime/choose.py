@@ -7,10 +7,12 @@ never on a clock; ranks that read different tables disagree on the schedule, whi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tilelink import knobs
+from tilelink.backend.expand import environment, evaluate
+from tilelink.backend.passes.common import tasks_of_stage
 from tilelink.backend.pipeline import compile_kernel, run_passes
 from tilelink.backend.simulate import predict
 from tilelink.errors import TilelinkError
@@ -23,6 +25,9 @@ from tilelink.schedules.tables import lookup, world_of
 
 # Tasks that the virtual clock may step through for one choice: about a second.
 TASKS = 12_000
+# Of a schedule with so many tasks, and as many times those of the default one, each is too small to win, and the
+# clock takes long: copies by boxes of a slice whose rows no box divides, for one.
+MANY, MORE = 2_000, 16
 SUM_BYTES = 8192  # of an all-reduce, the part that weighs as much as a task
 # The model's median error: a predicted gain below it is none.
 GAIN = 0.05
@@ -36,62 +41,94 @@ class Choice:
     origin: str
 
 
-def choices(kernel: Op, device: str) -> Iterator[Choice]:
-    """Schedules of ``kernel`` on GPUs that CUDA calls ``device``, the one to try first first."""
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A fused program, proven, what is emitted of it, and where its schedule is from, in words."""
+
+    program: Op
+    source: str
+    origin: str
+
+
+def choices(
+    kernel: Op, device: str, compiles: Callable[[Choice], bool] = lambda _: True
+) -> Iterator[Choice]:
+    """Schedules of ``kernel`` on GPUs that CUDA calls ``device``, the one to try first first.
+
+    What is tuned counts where it ``compiles``: of another shape, or of an earlier version, it need not.
+    """
     if knobs.TUNED.get():
         found = lookup(kernel, device)
         near = None if found is None else Choice(found.schedule, found.origin)
+        if near is not None and not compiles(near):
+            near = None
         if found is not None and near is not None and found.distance == 0:
             yield near
         # What was measured at another shape is a guess here: the model may know better.
-        predicted = predicted_choice(kernel, device, None if found is None else found.schedule)
-        if predicted is not None:
-            yield predicted
+        yield from predicted_choices(kernel, device, None if near is None else near.schedule)
         if near is not None:
             yield near
     yield Choice(None, "default")
 
 
-def compile_chosen(kernel: Op, schedule: Schedule | None, device: str) -> tuple[Op, str]:
-    """The fused program of ``kernel``, proven, and the origin of its schedule.
+def compile_chosen(kernel: Op, schedule: Schedule | None, device: str) -> Chosen:
+    """``kernel`` compiled under ``schedule``; None takes the first of :func:`choices` that can be compiled.
 
-    ``schedule``: what the caller asks for; None takes the first of :func:`choices` that can be compiled.
+    The passes, the proof and the emitter may each refuse one.
     """
     if schedule is not None:
-        return compile_kernel(kernel, schedule), "given"
-    for choice in choices(kernel, device):
+        return _compiled(kernel, Choice(schedule, "given"))
+    known: dict[Choice, Chosen | None] = {}
+
+    def attempt(choice: Choice) -> Chosen | None:
+        if choice not in known:
+            try:
+                known[choice] = _compiled(kernel, choice)
+            except TilelinkError:
+                known[choice] = None
+        return known[choice]
+
+    for choice in choices(kernel, device, lambda choice: attempt(choice) is not None):
         if choice.schedule is None:
             break
-        try:
-            return compile_kernel(kernel, choice.schedule), choice.origin
-        except TilelinkError:
-            # Of another shape, or of an earlier version: the next one.
-            continue
-    return compile_kernel(kernel, None), "default"
+        found = attempt(choice)
+        if found is not None:
+            return found
+    return _compiled(kernel, Choice(None, "default"))
 
 
-def predicted_choice(kernel: Op, device: str, near: Schedule | None = None) -> Choice | None:
-    """The schedule with the shortest predicted time; None without a model of the machine or a clear gain.
+def _compiled(kernel: Op, choice: Choice) -> Chosen:
+    from tilelink.backend.emit.triton import emit
 
-    The gain is over ``near``, the schedule of a shape nearby, or else over the default one.
+    program = compile_kernel(kernel, choice.schedule)
+    return Chosen(program, emit(program), choice.origin)
+
+
+def predicted_choices(kernel: Op, device: str, near: Schedule | None = None) -> tuple[Choice, ...]:
+    """The schedules with the shortest predicted times, the shortest first; none without a model of the machine.
+
+    Each is expected to be faster by a clear gain than ``near``, the schedule of a shape nearby, or else than the
+    default.
     """
     machine = Machine.of_device(device, world_of(kernel))
     if machine is None:
-        return None
+        return ()
     space = Space(kernel, machine)
     if space.product is None:
-        return None
-    effort = max(4, min(24, TASKS // _tasks(space)))
+        return ()
+    tasks = _tasks(space)
+    effort, most = max(4, min(24, TASKS // tasks)), max(MANY, MORE * tasks)
 
-    def of(schedules: object) -> list[float]:
-        return [_predicted_us(kernel, s, machine) for s in schedules]  # type: ignore[attr-defined]
+    def of(schedules: Sequence[Schedule]) -> list[float]:
+        return [_predicted_us(kernel, s, machine, most) for s in schedules]
 
     trials = prune(space, of, keep=effort, effort=effort)
     (known_us,) = of([space.base if near is None else near])
-    best = next((trial for trial in trials if _known_to_pay(trial.schedule)), None)
-    if best is None or best.predicted_us > (1.0 - GAIN) * known_us:
-        return None
-    return Choice(best.schedule, f"predicted {best.predicted_us:.0f} us on {machine.name}")
+    return tuple(
+        Choice(trial.schedule, f"predicted {trial.predicted_us:.0f} us on {machine.name}")
+        for trial in trials
+        if _known_to_pay(trial.schedule) and trial.predicted_us <= (1.0 - GAIN) * known_us
+    )
 
 
 def _known_to_pay(schedule: Schedule) -> bool:
@@ -116,11 +153,17 @@ def _tasks(space: Space) -> int:
     return max(1, rows * columns + sums)
 
 
-def _predicted_us(kernel: Op, schedule: Schedule, machine: Machine) -> float:
+def _predicted_us(kernel: Op, schedule: Schedule, machine: Machine, most: int) -> float:
+    """Microseconds; infinity where the passes refuse the schedule, or make more than ``most`` tasks of it."""
     try:
-        return predict(run_passes(kernel, schedule), machine)
+        program = run_passes(kernel, schedule)
+        env = environment(program)
+        stages = [op for op in program.walk() if op.name == "stage"]
+        if sum(evaluate(tasks_of_stage(program, s), env, s) for s in stages) > most:
+            return math.inf
+        return predict(program, machine)
     except TilelinkError:
         return math.inf
 
 
-__all__ = ["Choice", "choices", "compile_chosen", "default_schedule", "predicted_choice"]
+__all__ = ["Choice", "choices", "compile_chosen", "default_schedule", "predicted_choices"]

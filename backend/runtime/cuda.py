@@ -318,10 +318,8 @@ def _meet_kernel(
         bound = kernel.bind((), state.world, {**tensors, **scalars})
         bound, _ = kernel.at_capacity(bound, capacities)
         op: Op = kernel.build_for(bound)
-        program, _ = compile_chosen(op, schedule, torch.cuda.get_device_name(state.device))
-        from tilelink.backend.emit.triton import emit
-
-        source = emit(program)
+        chosen = compile_chosen(op, schedule, torch.cuda.get_device_name(state.device))
+        program, source = chosen.program, chosen.source
         image = image_of(program)
         module = load_module(write_module(source, image.name))
         shapes = {n: list(s.dims) for n, s in image.tensors.items()}

@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from tilelink.backend.pipeline import compile_kernel
-from tilelink.backend.runtime.choose import choices, compile_chosen, predicted_choice
+from tilelink.backend.emit.scope import NoRoles
+from tilelink.backend.expand import environment, evaluate
+from tilelink.backend.passes.common import tasks_of_stage
+from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.runtime.choose import choices, compile_chosen, predicted_choices
 from tilelink.ir import Op, Ref
 from tilelink.kernel import Kernel
 from tilelink.kernels import ag_gemm, gemm, gemm_ar, gemm_rs
@@ -96,9 +99,9 @@ def test_of_what_was_tuned_a_call_with_fewer_rows_takes_no_more_than_compiles(
     only = Table("gemm_rs", key, "bf16", 4, DEVICE, (RUN,), (made,), name="t.json")
     monkeypatch.setattr(tables, "load_tables", lambda: (only,))
     assert next(choices(dynamic, DEVICE)).schedule == slots
-    program, origin = compile_chosen(dynamic, None, DEVICE)
-    assert origin != "tuned (t.json)"
-    assert program.get("slots") is None
+    found = compile_chosen(dynamic, None, DEVICE)
+    assert found.origin != "tuned (t.json)"
+    assert found.program.get("slots") is None
 
 
 def test_lookup_takes_the_entry_of_the_shape() -> None:
@@ -200,17 +203,17 @@ def test_a_call_takes_what_was_tuned_for_it() -> None:
     op = ag_gemm.build(extents, {}, tuned.world)
     first = next(choices(op, tuned.device))
     assert first.schedule == tuned.entries[0].schedule
-    program, origin = compile_chosen(op, None, tuned.device)
-    assert Schedule.from_json(program["schedule"]) == tuned.entries[0].schedule
-    assert origin.startswith("tuned")
+    found = compile_chosen(op, None, tuned.device)
+    assert Schedule.from_json(found.program["schedule"]) == tuned.entries[0].schedule
+    assert found.origin.startswith("tuned")
 
 
 def test_the_callers_schedule_and_the_knob_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = load_tables()[0]
     op = ag_gemm.build(dict(tuned.entries[0].extents), {}, tuned.world)
     asked = replace(default_schedule(op), group=1)
-    program, origin = compile_chosen(op, asked, tuned.device)
-    assert (Schedule.from_json(program["schedule"]), origin) == (asked, "given")
+    found = compile_chosen(op, asked, tuned.device)
+    assert (Schedule.from_json(found.program["schedule"]), found.origin) == (asked, "given")
     monkeypatch.setenv("TILELINK_TUNED", "0")
     assert [c.origin for c in choices(op, tuned.device)] == ["default"]
 
@@ -248,9 +251,38 @@ def test_a_product_alone_is_the_same_on_any_number_of_ranks() -> None:
 
 def test_a_shape_that_nobody_tuned_is_predicted_the_same_each_time() -> None:
     op = gemm_ar.build({"M": 16, "K": 512, "N": 2048}, {}, 4)
-    first, second = (predicted_choice(op, DEVICE) for _ in range(2))
+    first, second = (predicted_choices(op, DEVICE) for _ in range(2))
     assert first == second
     assert Machine.of_device(DEVICE, 4) is not None
+
+
+def test_a_prediction_does_not_step_through_any_number_of_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tilelink.backend.runtime import choose
+
+    def tasks(program: Op) -> int:
+        env = environment(program)
+        stages = [op for op in program.walk() if op.name == "stage"]
+        return sum(int(evaluate(tasks_of_stage(program, s), env, s)) for s in stages)
+
+    # Of slices of 138 rows a box has two, and so a copy as many tasks as a hundred tiles.
+    op = gemm_rs.build({"M": 1104, "K": 176, "N": 6416}, {}, 8)
+    boxes = Schedule.from_json(
+        """{"tiles": {"M": 256, "N": 128, "K": 64}, "group": 4,
+            "moves": {"C": {"resource": "sm:4", "copies": "boxes"}}}"""
+    )
+    default = tasks(run_passes(op))
+    assert tasks(run_passes(op, boxes)) > 100 * default
+    clocked: list[int] = []
+
+    def clock(program: Op, _: Machine) -> float:
+        clocked.append(tasks(program))
+        return float(len(clocked))
+
+    monkeypatch.setattr(choose, "predict", clock)
+    predicted_choices(op, DEVICE)
+    assert default <= max(clocked) < 20 * default
 
 
 def test_a_schedule_that_does_not_compile_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,9 +293,65 @@ def test_a_schedule_that_does_not_compile_gives_way(monkeypatch: pytest.MonkeyPa
     wrong = Schedule.from_json('{"moves": {"X": {"resource": "copy_engine"}}}')
     refused = iter([choose.Choice(wrong, "tuned"), choose.Choice(None, "default")])
     monkeypatch.setattr(choose, "choices", lambda *_: refused)
-    program, origin = choose.compile_chosen(op, None, DEVICE)
-    assert origin == "default"
-    assert Schedule.from_json(program["schedule"]) == default_schedule(op)
+    found = choose.compile_chosen(op, None, DEVICE)
+    assert found.origin == "default"
+    assert Schedule.from_json(found.program["schedule"]) == default_schedule(op)
+
+
+# Two groups have half of a tile each: there is no code for that where the last tile of a slice is not full.
+HALVES = Schedule.from_json(
+    """{"tiles": {"M": 128, "N": 256, "K": 64}, "stages": 4, "emitter": "gluon",
+        "moves": {"C": {"resource": "copy_engine", "channels": 4}}}"""
+)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rows", "dynamic"),
+    [(gemm_rs, 324, ()), (gemm_ar, 2048, ("M",))],
+    ids=["slices", "dynamic"],
+)
+def test_a_schedule_that_cannot_be_emitted_gives_way(
+    kernel: Kernel, rows: int, dynamic: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extents = {"M": rows, "K": 512, "N": 1024}
+    op = kernel.build(extents, {}, 2, dynamic=dynamic)
+    with pytest.raises(NoRoles):
+        compile_chosen(op, HALVES, DEVICE)
+    made = Entry(extents, HALVES, 10.0)
+    only = Table(kernel.name, kernel_key(op), "bf16", 2, DEVICE, (RUN,), (made,), name="t.json")
+    monkeypatch.setattr(tables, "load_tables", lambda: (only,))
+    found = compile_chosen(op, None, DEVICE)
+    assert "t.json" not in found.origin and found.source
+
+
+def test_what_is_predicted_and_cannot_be_emitted_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilelink.backend.runtime import choose
+
+    op = gemm_rs.build({"M": 324, "K": 512, "N": 1024}, {}, 2)
+    second = choose.Choice(default_schedule(op), "second")
+    both = choose.Choice(HALVES, "first"), second
+    monkeypatch.setattr(choose, "predicted_choices", lambda *_: both)
+    assert choose.compile_chosen(op, None, "another GPU").origin == "second"
+
+
+def test_a_prediction_has_the_default_to_beat_where_what_was_tuned_nearby_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tilelink.backend.runtime import choose
+
+    op = gemm_rs.build({"M": 324, "K": 512, "N": 1024}, {}, 2)
+    nearby = Entry({"M": 512, "K": 512, "N": 1024}, HALVES, 10.0)
+    only = Table("gemm_rs", kernel_key(op), "bf16", 2, DEVICE, (RUN,), (nearby,), name="t.json")
+    monkeypatch.setattr(tables, "load_tables", lambda: (only,))
+    seen: list[Schedule | None] = []
+
+    def predicted(_: Op, __: str, near: Schedule | None = None) -> tuple[choose.Choice, ...]:
+        seen.append(near)
+        return ()
+
+    monkeypatch.setattr(choose, "predicted_choices", predicted)
+    assert compile_chosen(op, None, DEVICE).origin == "default"
+    assert seen == [None]
 
 
 @pytest.mark.parametrize(("kernel", "rows"), [(gemm_rs, 128), (gemm_ar, 4096)])
@@ -274,15 +362,15 @@ def test_a_prediction_alone_has_no_call_take_what_was_never_measured_to_pay(
 
     op = kernel.build({"M": rows, "K": 512, "N": 1024}, {}, 4)
 
-    def predicted(_: Op, schedule: Schedule, __: Machine) -> float:
+    def predicted(_: Op, schedule: Schedule, __: Machine, ___: int) -> float:
         pulled = any(m.direction == "pull" and not m.spans for _, m in schedule.moves)
         new = pulled or any(m.own != "last" for _, m in schedule.moves)
         return 1.0 if new else 20.0 if schedule.workers == 132 else 30.0
 
     monkeypatch.setattr(choose, "_predicted_us", predicted)
     near = replace(default_schedule(op), workers=66)
-    found = predicted_choice(op, DEVICE, near)
-    assert found is not None
-    moves = [move for _, move in found.schedule.moves]  # type: ignore[union-attr]
+    found = predicted_choices(op, DEVICE, near)
+    assert found
+    moves = [move for choice in found for _, move in choice.schedule.moves]  # type: ignore[union-attr]
     assert all(move.direction == "push" or move.spans for move in moves)
     assert all(move.own == "last" for move in moves)

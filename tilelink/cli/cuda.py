@@ -58,8 +58,7 @@ def program_of(unit: Unit, args: argparse.Namespace, device: str) -> Op:
 
     if unit.fused or args.schedule or args.tile or args.resource or args.workers:
         return unit.program(args)
-    program, _ = compile_chosen(unit.op, None, device)
-    return program
+    return compile_chosen(unit.op, None, device).program
 
 
 def run_unit(unit: Unit, args: argparse.Namespace, rank: int, device: Any) -> list[list[str]]:
