@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tilelink import knobs
 from tilelink.backend.expand import environment, evaluate
@@ -20,11 +20,13 @@ from tilelink.ir import Op
 from tilelink.schedules import Schedule, default_schedule
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.search import prune
-from tilelink.schedules.space import Space
+from tilelink.schedules.space import TAILS, Space
 from tilelink.schedules.tables import lookup, world_of
 
-# Tasks that the virtual clock may step through for one choice: about a second.
-TASKS = 12_000
+# Tasks that the virtual clock may step through for one choice: some seconds, where that many are worth it.
+TASKS = 60_000
+# Schedules that are predicted for one: of fewer some forms are not among them.
+LEAST, MOST = 4, 24
 # Of a schedule with so many tasks, and as many times those of the default one, each is too small to win, and the
 # clock takes long: copies by boxes of a slice whose rows no box divides, for one.
 MANY, MORE = 2_000, 16
@@ -59,9 +61,10 @@ def choices(
     """
     if knobs.TUNED.get():
         found = lookup(kernel, device)
-        near = None if found is None else Choice(found.schedule, found.origin)
-        if near is not None and not compiles(near):
-            near = None
+        tuned = [] if found is None else [Choice(found.schedule, found.origin)]
+        if found is not None and found.distance > 0:
+            tuned.insert(0, Choice(_refitted(kernel, found.schedule, device), found.origin))
+        near = next((choice for choice in tuned if compiles(choice)), None)
         if found is not None and near is not None and found.distance == 0:
             yield near
         # What was measured at another shape is a guess here: the model may know better.
@@ -69,6 +72,18 @@ def choices(
         if near is not None:
             yield near
     yield Choice(None, "default")
+
+
+def _refitted(kernel: Op, schedule: Schedule, device: str) -> Schedule:
+    """``schedule``, tuned for another shape, with the ``tail`` that the model expects most of.
+
+    How full the last wave is depends on the shape, so what was best there says nothing of it here.
+    """
+    machine = Machine.of_device(device, world_of(kernel))
+    if machine is None:
+        return schedule
+    tails = [schedule, *(replace(schedule, tail=tail) for tail in (1, *TAILS))]
+    return min(tails, key=lambda s: _predicted_us(kernel, s, machine, TASKS))
 
 
 def compile_chosen(kernel: Op, schedule: Schedule | None, device: str) -> Chosen:
@@ -117,7 +132,7 @@ def predicted_choices(kernel: Op, device: str, near: Schedule | None = None) -> 
     if space.product is None:
         return ()
     tasks = _tasks(space)
-    effort, most = max(4, min(24, TASKS // tasks)), max(MANY, MORE * tasks)
+    effort, most = max(LEAST, min(MOST, TASKS // tasks)), max(MANY, MORE * tasks)
 
     def of(schedules: Sequence[Schedule]) -> list[float]:
         return [_predicted_us(kernel, s, machine, most) for s in schedules]
@@ -127,16 +142,18 @@ def predicted_choices(kernel: Op, device: str, near: Schedule | None = None) -> 
     return tuple(
         Choice(trial.schedule, f"predicted {trial.predicted_us:.0f} us on {machine.name}")
         for trial in trials
-        if _known_to_pay(trial.schedule) and trial.predicted_us <= (1.0 - GAIN) * known_us
+        if _known_to_pay(kernel, trial.schedule) and trial.predicted_us <= (1.0 - GAIN) * known_us
     )
 
 
-def _known_to_pay(schedule: Schedule) -> bool:
+def _known_to_pay(kernel: Op, schedule: Schedule) -> bool:
     """Whether what is predicted has ever been measured to be faster: sums that are pulled have not, but those of
-    few rows whose tiles span slices, nor own tiles that do not come last. A search that measures may take them."""
+    few rows whose tiles span slices, nor own tiles of a scatter that do not come last. A search that measures may
+    take them."""
+    reduced = {tensor.symbol for tensor in kernel.find("tensor") if tensor["move"] == "reduce"}
     return all(
-        (move.direction == "push" or move.spans) and move.own == "last"
-        for _, move in schedule.moves
+        (move.direction == "push" or move.spans) and (move.own == "last" or name in reduced)
+        for name, move in schedule.moves
     )
 
 
