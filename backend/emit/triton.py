@@ -11,6 +11,7 @@ from tilelink.backend.emit.gluon import emit_roles
 from tilelink.backend.emit.host import Host
 from tilelink.backend.emit.kernel import Kernel, emit_kernel, kernel_name
 from tilelink.backend.emit.scope import Program
+from tilelink.backend.emit.tiles import check_tiles
 from tilelink.backend.passes.order_memory import streamed
 from tilelink.ir import Op, print_ir
 
@@ -37,7 +38,7 @@ def emit(program: Op) -> str:
 
     The module has the program's text (``TEXT``), a Triton kernel for every launch, ``host(call)``,
     which enqueues one call, and ``run``. Raises :class:`~tilelink.backend.emit.scope.CannotEmit` where
-    there is no code for an op.
+    there is no code for an op, and :class:`~tilelink.backend.emit.tiles.TileTooLarge` where a value is too large.
     """
     text = print_ir(program)
     kernels = kernels_of(program)
@@ -78,10 +79,12 @@ def kernels_of(program: Op) -> list[tuple[int, Kernel]]:
     facts = Program(program)
     system = streamed(program)
     taken = {"TEXT", "host", "run", *facts.symbols}
+    launches = [launch for launch in program.find("launch") if launch.get("emitter") != "library"]
+    for launch in launches:
+        check_tiles(facts, launch)
     return [
         (id(launch), _emitter(launch)(facts, launch, kernel_name(launch, taken), system))
-        for launch in program.find("launch")
-        if launch.get("emitter") != "library"
+        for launch in launches
     ]
 
 
