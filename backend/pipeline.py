@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tilelink.backend.passes import PASSES, UnsupportedProgram
 from tilelink.backend.verify import verify
-from tilelink.errors import TilelinkError
+from tilelink.errors import TilelinkError, choices
 from tilelink.frontend.errors import StoreOutsideLoop
 from tilelink.ir import Op, print_ir
 from tilelink.schedules import Schedule, ScheduleError, default_schedule
@@ -19,7 +19,7 @@ class NoSuchPass(TilelinkError):
 
     code = "no-such-pass"
     message = "there is no pass `{name}`"
-    hint = "passes: {known}"
+    hint = "{advice}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def _check_names(kernel: Op, schedule: Schedule) -> None:
             raise ScheduleError(
                 field=f"{field}.{unknown[0]}",
                 detail=f"`{kernel.symbol}` has no {what} `{unknown[0]}`",
-                help=f"known: {', '.join(known) or '(none)'}",
+                help=choices(unknown[0], known),
             )
 
 
@@ -85,7 +85,7 @@ def run_passes(
     """
     known = [name for name, _ in PASSES]
     if after is not None and after not in known:
-        raise NoSuchPass(name=after, known=", ".join(known))
+        raise NoSuchPass(name=after, advice=choices(after, known, "passes"))
     chosen = schedule or default_schedule(kernel)
     _check_names(kernel, chosen)
     _check_stores(kernel)

@@ -8,7 +8,7 @@ from collections.abc import Mapping as Map
 from dataclasses import dataclass, field
 from typing import Any
 
-from tilelink.errors import InternalError, Span
+from tilelink.errors import InternalError, Span, choices, did_you_mean
 from tilelink.frontend.builder import Builder
 from tilelink.frontend.errors import (
     BadCall,
@@ -170,7 +170,7 @@ class _Round:
             if given[name] not in DTYPES:
                 raise DtypeMismatch(
                     what=f"`{name}` is {given[name]}, which kernels do not know",
-                    advice=f"use one of {', '.join(DTYPES)}",
+                    advice=choices(given[name], DTYPES, "use one of"),
                 )
         tensors = [n for n in self.parameters if n in self.request.present]
         first = next((given[n] for n in tensors if n in given), self.request.dtype)
@@ -282,7 +282,8 @@ class _Round:
                         statement.span,
                         name=name,
                         where=f" in kernel `{self.source.name}`",
-                        advice=f"a mapping names parameters of `{self.source.name}` and tensors of `tk.empty`",
+                        advice=did_you_mean(name, roles)
+                        or f"a mapping names parameters of `{self.source.name}` and tensors of `tk.empty`",
                     )
         for name in roles:
             if name not in self.facts.dims:

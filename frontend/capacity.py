@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from tilelink.errors import choices
 from tilelink.frontend.build import Request
 from tilelink.frontend.errors import BadCall, NotDivisible
 from tilelink.frontend.mapping import Mapping as TileMapping
@@ -49,7 +50,7 @@ def read_capacities(kernel: str, mapping: TileMapping, given: Any) -> dict[str, 
         if name not in known:
             raise BadCall(
                 what=f"`{name}` is no extent of the mapping of `{kernel}`",
-                advice=f"its extents: {', '.join(sorted(known))}",
+                advice=choices(name, sorted(known), "its extents"),
             )
         whole = all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes)
         if not whole or list(sizes) != sorted(set(sizes)):

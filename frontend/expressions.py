@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from tilelink import language
-from tilelink.errors import Span
+from tilelink.errors import Span, did_you_mean
 from tilelink.frontend.builder import Builder
 from tilelink.frontend.errors import (
     DtypeMismatch,
@@ -52,6 +51,12 @@ _COMPARE: dict[type[ast.cmpop], tuple[str, Callable[[Any, Any], Any]]] = {
     ast.NotEq: ("ne", operator.ne),
 }
 _METHODS = ("to", "sum", "max", "min")
+# What there is of tensors, tiles and values, by the kind of the owner.
+_ATTRIBUTES = {
+    TensorRef: ("shape", "dtype"),
+    TileVar: ("index", "start", "stop", "size"),
+    Value: ("T", "dtype", "shape", *_METHODS),
+}
 # Torch's own spelling of element types, as its objects print.
 TORCH_DTYPES = {
     "torch.bfloat16": "bf16",
@@ -184,9 +189,9 @@ class Expressions(ABC):
     def _spelling(self, node: ast.Name, scope: Scope) -> str:
         """What may have been meant by a name that stands for nothing."""
         name = node.id
-        close = difflib.get_close_matches(name, scope.names, 1)
+        close = did_you_mean(name, scope.names)
         if close:
-            return f"did you mean `{close[0]}`?"
+            return close
         if name == "tk":
             return "the file needs `import tilelink.language as tk`"
         if name in ("RANK", "WORLD"):
@@ -222,14 +227,13 @@ class Expressions(ABC):
         if isinstance(owner, ModuleType):
             found = getattr(owner, name, _ABSENT)
             if found is _ABSENT:
-                close = difflib.get_close_matches(name, dir(owner), 1)
+                of = ast.unparse(node.value)
                 raise UnknownName(
                     span,
                     name=f"{ast.unparse(node)}",
                     where="",
-                    advice=f"did you mean `{ast.unparse(node.value)}.{close[0]}`?"
-                    if close
-                    else f"see `dir({ast.unparse(node.value)})`",
+                    advice=did_you_mean(f"{of}.{name}", [f"{of}.{known}" for known in dir(owner)])
+                    or f"see `dir({of})`",
                 )
             return self.check_outer(found, ast.unparse(node), span)
         if isinstance(owner, TensorRef):
@@ -259,7 +263,7 @@ class Expressions(ABC):
                 return tuple(self._length(dim) for dim in owner.type.shape)
             if name in _METHODS:
                 return Method(owner, name)
-        advice = {
+        advice = did_you_mean(name, _ATTRIBUTES.get(type(owner), ())) or {
             TensorRef: "a tensor has `shape` and `dtype`; read a tile of it with `A[m, k]`",
             TileVar: "a tile variable has `index`, `start`, `stop` and `size`",
             Value: "a value has `T`, `to`, `sum`, `max`, `min` and `dtype`",

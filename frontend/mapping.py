@@ -13,9 +13,9 @@ from typing import Any
 
 from lark import Token, Tree
 
-from tilelink.errors import Source, Span
+from tilelink.errors import Source, Span, choices
 from tilelink.frontend import mapping_errors as errors
-from tilelink.frontend.mapping_syntax import Locator, did_you_mean, parse_tree
+from tilelink.frontend.mapping_syntax import Locator, parse_tree
 from tilelink.ir import Expr, binary
 
 _OPERATORS = {
@@ -339,8 +339,7 @@ class _Checker:
         if token in self.placed:
             suggestion = f"`{token}` is a tensor; read an element of a table with `{token}[i]`"
         else:
-            known = ", ".join(f"`{n}`" for n in sorted(scope))
-            suggestion = did_you_mean(token, scope) or f"known here: {known}"
+            suggestion = choices(token, sorted(scope), "known here")
         raise errors.UnknownName(span, name=token, where=where, suggestion=suggestion)
 
     def table(self, token: Token, index: list[Expr], scope: dict[str, str], where: str) -> Expr:

@@ -25,6 +25,9 @@ class MappingSyntaxError(MappingError):
     message = "this does not parse as a communication mapping: unexpected {found}"
     hint = "a statement looks like `gather A[M, K] over M`; frontend/mapping.lark is the reference"
     examples: ClassVar[tuple[str, ...]] = ()
+    # The words that can stand at that place, and the hint where none of them is close.
+    words: ClassVar[tuple[str, ...]] = ()
+    advice: ClassVar[str] = ""
 
 
 class UnknownStatement(MappingSyntaxError):
@@ -33,6 +36,8 @@ class UnknownStatement(MappingSyntaxError):
     code = "unknown-statement"
     message = "a statement cannot begin with {found}"
     hint = "{suggestion}"
+    words = ("combine", "exchange", "gather", "local", "reduce", "ring", "scatter", "shard")
+    advice = "statements begin with " + ", ".join(f"`{word}`" for word in words)
     examples = ("gathr A[M, K] over M", "A[M, K] over M", "{ tile 1 }", "owner m", "over M", "7")
 
 
@@ -259,7 +264,9 @@ class UnknownMap(MappingSyntaxError):
 
     code = "unknown-map"
     message = "expected `owner`, `tile` or `signal`, found {found}"
-    hint = "write each map on a line of its own: `owner m / 64`, `tile 128 x K`, `signal t / 2`"
+    hint = "{suggestion}"
+    words = ("owner", "tile", "signal")
+    advice = "write each map on a line of its own: `owner m / 64`, `tile 128 x K`, `signal t / 2`"
     examples = (
         "gather A[M] over M { tiles 1 }",
         "gather A[M] over M { rank m }",

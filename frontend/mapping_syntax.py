@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -13,12 +12,11 @@ from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedInput, UnexpectedToken
 from lark.lark import PostLex
 
-from tilelink.errors import Source, Span
+from tilelink.errors import Source, Span, did_you_mean
 from tilelink.frontend.mapping_errors import SYNTAX_MISTAKES, MappingSyntaxError
 
 # What the lexer reads in parts, and stops inside of.
 _WHOLE = re.compile(r"//|\*\*|\d+\.\d*|\.\d+")
-STATEMENTS = ("combine", "exchange", "gather", "local", "reduce", "ring", "scatter", "shard")
 
 
 @cache
@@ -119,8 +117,7 @@ def _mistake(error: UnexpectedInput, locator: Locator) -> MappingSyntaxError:
     matches = (taught[s] for s in _signatures(error) if s in taught)
     mistake = next(matches, MappingSyntaxError)
     span, found = _place(error, locator)
-    fallback = "statements begin with " + ", ".join(f"`{s}`" for s in STATEMENTS)
-    suggestion = did_you_mean(found.strip("`"), STATEMENTS) or fallback
+    suggestion = did_you_mean(found.strip("`"), mistake.words) or mistake.advice
     return mistake(span, found=found, suggestion=suggestion)
 
 
@@ -146,11 +143,3 @@ def _place(error: UnexpectedInput, locator: Locator) -> tuple[Span, str]:
     rest = re.match(r"[=<>!]=|\w+|.", lines[line - 1][column - 1 :])
     found = rest[0] if rest else ""
     return locator.at(line, column, column + len(found)), f"`{found}`"
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``did you mean `gather`?``, or an empty string where nothing is close."""
-    candidates = sorted(known)
-    by_case = [c for c in candidates if c.lower() == word.lower()]
-    close = by_case or difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
-    return f"did you mean `{close[0]}`?" if close else ""

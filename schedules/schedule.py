@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
-from tilelink.errors import TilelinkError
+from tilelink.errors import TilelinkError, choices
 
 ORDERS = ("auto", "row", "grouped", "arrival", "departure", "interleave")
 # Who makes the code of a stage: `gluon` gives warps roles, `library` runs plain matrix products as the
@@ -31,6 +31,7 @@ DIRECTIONS = ("push", "pull")
 # When the tiles of a rank's own slice are computed, whose epilogue adds what has arrived: behind all others,
 # beside them by some workers, or between them by all.
 OWNS = ("last", "beside", "between")
+RESOURCES = ("copy_engine", "sm:N", "epilogue", "none")
 _RESOURCE = re.compile(r"copy_engine|epilogue|none|sm:[1-9]\d{0,4}")
 
 
@@ -99,16 +100,13 @@ class Move:
             raise ScheduleError(
                 field="resource",
                 detail=f"`{self.resource}` is not a resource",
-                help="use copy_engine, sm:N, epilogue or none",
+                help=choices(self.resource, RESOURCES, "use one of"),
             )
         if self.tile is not None:
             _positive("tile", self.tile)
         if self.channels is not None:
             _positive("channels", self.channels)
-        if self.sum not in SUMS:
-            raise ScheduleError(
-                field="sum", detail=f"`{self.sum}`", help="use one of " + ", ".join(SUMS)
-            )
+        _one_of("sum", self.sum, SUMS)
         if self.shots is not None and not _one_or_two(self.shots):
             raise ScheduleError(
                 field="shots",
@@ -139,10 +137,7 @@ class Move:
         self._check_signal()
         self._check_direction()
         self._check_own()
-        if self.copies not in COPIES:
-            raise ScheduleError(
-                field="copies", detail=f"`{self.copies}`", help="use one of " + ", ".join(COPIES)
-            )
+        _one_of("copies", self.copies, COPIES)
         if self.copies != "rows" and not self.sm_workers:
             raise ScheduleError(
                 field="copies",
@@ -157,10 +152,7 @@ class Move:
             )
 
     def _check_signal(self) -> None:
-        if self.signal not in SIGNALS:
-            raise ScheduleError(
-                field="signal", detail=f"`{self.signal}`", help="use one of " + ", ".join(SIGNALS)
-            )
+        _one_of("signal", self.signal, SIGNALS)
         if self.signal == "flag":
             return
         for field, needed in (("resource", "epilogue"), ("slots", 2), ("sum", "stage")):
@@ -172,12 +164,7 @@ class Move:
                 )
 
     def _check_direction(self) -> None:
-        if self.direction not in DIRECTIONS:
-            raise ScheduleError(
-                field="direction",
-                detail=f"`{self.direction}`",
-                help="use one of " + ", ".join(DIRECTIONS),
-            )
+        _one_of("direction", self.direction, DIRECTIONS)
         if self.direction == "push":
             return
         for field, needed in (("resource", "epilogue"), ("signal", "flag")):
@@ -189,10 +176,7 @@ class Move:
                 )
 
     def _check_own(self) -> None:
-        if self.own not in OWNS:
-            raise ScheduleError(
-                field="own", detail=f"`{self.own}`", help="use one of " + ", ".join(OWNS)
-            )
+        _one_of("own", self.own, OWNS)
         if self.own == "last":
             return
         for field, needed in (("resource", "epilogue"), ("sum", "epilogue"), ("direction", "push")):
@@ -308,16 +292,8 @@ class Schedule:
                 detail=f"{self.stages} stages",
                 help=f"use 1 to {MAX_STAGES}: each holds a set of tiles in shared memory",
             )
-        if self.order not in ORDERS:
-            raise ScheduleError(
-                field="order", detail=f"`{self.order}`", help="use one of " + ", ".join(ORDERS)
-            )
-        if self.emitter not in EMITTERS:
-            raise ScheduleError(
-                field="emitter",
-                detail=f"`{self.emitter}`",
-                help="use one of " + ", ".join(EMITTERS),
-            )
+        _one_of("order", self.order, ORDERS)
+        _one_of("emitter", self.emitter, EMITTERS)
         if self.split > MAX_SPLIT:
             raise ScheduleError(
                 field="split",
@@ -491,7 +467,7 @@ def _checked(data: object, cls: type[Any], prefix: str) -> dict[str, Any]:
             raise ScheduleError(
                 field=f"{prefix}{key}",
                 detail="there is no such field",
-                help="known fields: " + ", ".join(known),
+                help=choices(key, known, "known fields"),
             )
         kind = _KINDS.get(key)
         if kind is not None and (
@@ -503,6 +479,13 @@ def _checked(data: object, cls: type[Any], prefix: str) -> dict[str, Any]:
                 help=f"give {_SPOKEN[kind]}",
             )
     return dict(data)
+
+
+def _one_of(field: str, value: object, known: tuple[str, ...]) -> None:
+    """ScheduleError unless ``value`` is one of the words ``known``."""
+    if value not in known:
+        detail = f"`{value!s:.60}` is none of its words"
+        raise ScheduleError(field=field, detail=detail, help=choices(value, known, "use one of"))
 
 
 def _one_or_two(value: object) -> bool:

@@ -12,6 +12,8 @@ The printed shape is the same for Python source, mapping text and IR text::
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -55,6 +57,21 @@ class Span:
                 f"{pad} | {' ' * (self.column - 1)}{'^' * width}",
             )
         )
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """``did you mean `gather`?``, or an empty string where nothing of ``known`` is close to ``word``."""
+    candidates, given = sorted(known), str(word)
+    by_case = [c for c in candidates if c.lower() == given.lower()]
+    close = by_case or difflib.get_close_matches(given, candidates, n=1)
+    return f"did you mean `{close[0]}`?" if close else ""
+
+
+def choices(word: object, known: Iterable[str], intro: str = "known") -> str:
+    """The help for a ``word`` that is none of ``known``: what may have been meant, and all there is."""
+    names = list(known)
+    listed = f"{intro}: {', '.join(names) or '(none)'}"
+    return " ".join(filter(None, (did_you_mean(word, names), listed)))
 
 
 class TilelinkError(Exception):

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from tilelink.errors import InternalError, Source, TilelinkError
+from tilelink.errors import InternalError, Source, TilelinkError, choices
 
 if TYPE_CHECKING:
     from tilelink.frontend.bind import Bound, Signature
@@ -258,7 +258,7 @@ class Kernel:
 
         wrong: tuple[str, str] | None = None
         if backend is not None and backend not in BACKENDS:
-            wrong = f"there is no backend `{backend}`", ", ".join(BACKENDS)
+            wrong = f"there is no backend `{backend}`", choices(backend, BACKENDS)
         elif schedule is not None and not isinstance(schedule, Schedule):
             wrong = (
                 f"`schedule` is a {type(schedule).__name__}",

@@ -62,3 +62,73 @@ def test_a_whole_axis_that_is_too_large_is_to_be_walked(
     assert "`tk.tiles(N)`" in refused(capsys, *words)
     file.write_text(ROWS.replace("m in tk.tiles(M)", "m, n in tk.tiles(M, N)").replace(":]", "n]"))
     assert main(words) == 0
+
+
+AG_GEMM = ROOT / "examples" / "ag_gemm.py"
+MEANT = re.compile(r"did you mean `([^`]+)`\?")
+
+
+def meant(capsys: pytest.CaptureFixture[str]) -> str:
+    """What may have been meant, as the error just printed says."""
+    said = capsys.readouterr().err
+    found = MEANT.search(said)
+    assert found is not None, said
+    return found[1]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "slip"),
+    [
+        ("gather A", "gahter A", "gahter"),
+        ("gather A[", "gather AA[", "AA"),
+        ('over M"', 'over M { onwer m / (M / WORLD) }"', "onwer"),
+        ('over M"', 'over M { owner m / (M / WRLD) }"', "WRLD"),
+        ("tk.zeros", "tk.zeroes", "tk.zeroes"),
+        ("tk.float32", "tk.flot32", "tk.flot32"),
+        ("C[m, n] = acc", "C[m, n] = ac", "ac"),
+        ("C[m, n] = acc", "C[m, n] = acc.tto(tk.bfloat16)", "tto"),
+        ("C[m, n] = acc", "C[m, n] = acc * m.strt", "strt"),
+    ],
+)
+def test_what_may_have_been_meant_in_a_kernel_is_accepted(
+    right: str, wrong: str, slip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "k.py"
+    file.write_text(AG_GEMM.read_text().replace(right, wrong, 1))
+    assert main(["ir", str(file)]) == 1
+    corrected = re.sub(rf"\b{re.escape(slip)}\b", meant(capsys), wrong)
+    file.write_text(AG_GEMM.read_text().replace(right, corrected, 1))
+    assert main(["ir", str(file)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "slip"),
+    [
+        ("chek FILE", "chek"),
+        ("check FILE --wrld 2", "--wrld"),
+        ("check FILE::ag_gem", "ag_gem"),
+        ("check FILE --set MM=256", "MM"),
+        ("check FILE --tile Mm=64", "Mm"),
+        ("check FILE --dtype bf61", "bf61"),
+        ("check FILE --dtype AA=bf16", "AA"),
+        ("check FILE --resource A=copyengine", "copyengine"),
+        ("check FILE --emitter tritn", "tritn"),
+        ("check FILE --target h20x8", "h20x8"),
+        ("ir FILE --after order-tile", "order-tile"),
+        ("mutate FILE --class drop_wait --limit 1", "drop_wait"),
+        ("check FILE --schedule {'wrkers':64}", "wrkers"),
+        ("check FILE --schedule {'order':'groupd'}", "groupd"),
+        ("check FILE --schedule {'tiles':{'Mm':64}}", "Mm"),
+        ("check FILE --schedule {'moves':{'Aa':{}}}", "Aa"),
+        ("check FILE --schedule {'moves':{'A':{'resorce':'none'}}}", "resorce"),
+        ("check FILE --schedule {'moves':{'A':{'resource':'copyengine'}}}", "copyengine"),
+        ("check FILE --schedule {'moves':{'A':{'signal':'flags'}}}", "flags"),
+    ],
+)
+def test_what_may_have_been_meant_on_the_command_line_is_accepted(
+    words: str, slip: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [w.replace("FILE", str(AG_GEMM)).replace("'", '"') for w in words.split()]
+    assert main(given) == 2
+    word = meant(capsys)
+    assert main([re.sub(rf"(?<![\w/-]){slip}(?!\w)", word, w) for w in given]) == 0

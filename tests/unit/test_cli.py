@@ -100,7 +100,8 @@ def test_an_unknown_option_shows_those_of_its_command(capsys: pytest.CaptureFixt
     assert main(["emit", str(AG_GEMM), "--stages", "ptx"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("usage: tilelink emit")
-    assert error.endswith("tilelink emit: error: unrecognized arguments: --stages ptx\n")
+    said = "unrecognized arguments: --stages ptx; did you mean `--stage`?"
+    assert error.endswith(f"tilelink emit: error: {said}\n")
 
 
 def test_one_program_of_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,7 @@ EXCHANGE = "exchange X[T, H] by dest[T, k] into R[CAP, H], offs[WORLD + 1]\n"
         ("gather A[M, K] over N", "over-not-a-dimension", 1, "N", "`M`, `K`"),
         ("gather A[2 * M, K] over M", "over-not-a-dimension", 1, "M", "`K`"),
         ("gather A[M, M] over M", "over-twice", 1, "M", "two axes"),
-        ("gather A[M, K] over M { owner n / 4 }", "unknown-name", 1, "n", "`K`, `M`"),
+        ("gather A[M, K] over M { owner n / 4 }", "unknown-name", 1, "n", "K, M, WORLD"),
         ("gather A[M, K] over M { owner M_ / 4 }", "unknown-name", 1, "M_", "`M`"),
         ("gather A[M, K] over M { tile 4 x t }", "unknown-name", 1, "t", "tile"),
         ("gather A[M, K] over M { signal m }", "unknown-name", 1, "m", "signal"),

@@ -59,7 +59,7 @@ class UnknownName(BadUsage):
 
     code: ClassVar[str] = "unknown-name"
     message: ClassVar[str] = "{option}: there is no {what} `{name}`"
-    hint: ClassVar[str] = "known: {known}"
+    hint: ClassVar[str] = "{advice}"
 
 
 class FusedIsFixed(BadUsage):

@@ -8,6 +8,7 @@ from tilelink.cli import table
 from tilelink.cli.errors import UnknownName
 from tilelink.cli.options import add_common, add_output, writing
 from tilelink.cli.source import load
+from tilelink.errors import choices
 from tilelink.ir import print_ir
 
 
@@ -41,9 +42,8 @@ def execute(args: argparse.Namespace) -> int:
     if args.after is not None:
         known = [name for name, _ in _passes()]
         if args.after not in known:
-            raise UnknownName(
-                option="--after", what="pass", name=args.after, known=", ".join(known)
-            )
+            advice = choices(args.after, known)
+            raise UnknownName(option="--after", what="pass", name=args.after, advice=advice)
     for unit in load(args):
         if args.after is not None:
             from tilelink.backend.pipeline import run_passes

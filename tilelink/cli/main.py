@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tilelink import __version__, knobs
 from tilelink.cli import check, emit, env, graph, ir, mutate, run, simulate, tune
 from tilelink.cli.errors import BadUsage, TooLarge
 from tilelink.cli.source import is_ir
-from tilelink.errors import InternalError, TilelinkError
+from tilelink.errors import InternalError, TilelinkError, did_you_mean
 from tilelink.schedules import ScheduleError
 
 COMMANDS = (run, check, ir, graph, emit, simulate, tune, mutate, env)
@@ -58,9 +60,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error, arguments, args)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors say what may have been meant by a word that it does not know."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and ``message``, and exits with 2."""
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        option = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        meant = ""
+        if choice is not None:
+            meant = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
+        elif option is not None:
+            meant = did_you_mean(option[1], re.findall(r"--[\w-]+", self.format_help()))
+        super().error(f"{message}; {meant}" if meant else message)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; each command module adds its own part."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="tilelink",
         description=DESCRIPTION,
         epilog=EPILOG,

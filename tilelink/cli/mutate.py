@@ -18,7 +18,7 @@ from tilelink.cli.errors import IntactFails, UnknownName
 from tilelink.cli.inputs import random_inputs
 from tilelink.cli.options import add_common, positive, write_file
 from tilelink.cli.source import Unit, load
-from tilelink.errors import TilelinkError
+from tilelink.errors import TilelinkError, choices
 from tilelink.ir import Op, print_ir
 from tilelink.ir.instance import at_extents
 
@@ -61,8 +61,8 @@ def execute(args: argparse.Namespace) -> int:
 
     for name in args.classes or ():
         if name not in CLASSES:
-            known = ", ".join(CLASSES)
-            raise UnknownName(option="--class", what="class", name=name, known=known)
+            advice = choices(name, CLASSES)
+            raise UnknownName(option="--class", what="class", name=name, advice=advice)
     code = 0
     for unit in small(args):
         program = unproven(unit, args)

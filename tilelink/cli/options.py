@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tilelink.cli.errors import UnknownName, UnreadableFile
+from tilelink.errors import choices
 from tilelink.ir import DTYPES, Op
 
 if TYPE_CHECKING:
@@ -128,13 +129,14 @@ def dtypes(text: str) -> dict[str, str]:
     found = _named(text)
     for value in found.values():
         if value not in DTYPES:
-            raise argparse.ArgumentTypeError(f"`{value}` is not one of {', '.join(DTYPES)}")
+            raise argparse.ArgumentTypeError(f"`{value}` is no type; {choices(value, DTYPES)}")
     return found
 
 
 def resources(text: str) -> dict[str, str]:
     """``sm:16`` as ``{"": "sm:16"}``, ``A=copy_engine,C=none`` by tensor."""
     from tilelink.schedules import Move, ScheduleError
+    from tilelink.schedules.schedule import RESOURCES
 
     found = _named(text)
     for value in found.values():
@@ -142,7 +144,7 @@ def resources(text: str) -> dict[str, str]:
             Move(resource=value)
         except ScheduleError:
             raise argparse.ArgumentTypeError(
-                f"`{value}` is not one of copy_engine, sm:N, epilogue, none"
+                f"`{value}` is no resource; {choices(value, RESOURCES)}"
             ) from None
     return found
 
@@ -173,13 +175,13 @@ def schedule_of(args: argparse.Namespace, kernel: Op) -> Schedule:
     schedule = default
     if args.schedule:
         schedule = Schedule.from_json(read_text(args.schedule))
-        _check_names("--schedule", "extent", dict(schedule.tiles), extents)
-        _check_names("--schedule", "moved tensor", [name for name, _ in schedule.moves], moved)
+        check_known("--schedule", "extent", dict(schedule.tiles), extents)
+        check_known("--schedule", "moved tensor", [name for name, _ in schedule.moves], moved)
     tiles = merged(args.tile)
-    _check_names("--tile", "extent", tiles, extents)
+    check_known("--tile", "extent", tiles, extents)
     schedule = schedule.with_tiles(**tiles)
     if args.resource:
-        _check_names("--resource", "moved tensor", [n for n in args.resource if n], moved)
+        check_known("--resource", "moved tensor", [n for n in args.resource if n], moved)
         moves = {name: schedule.move(name) for name in moved}
         for name, resource in args.resource.items():
             for target in [name] if name else moved:
@@ -192,12 +194,12 @@ def schedule_of(args: argparse.Namespace, kernel: Op) -> Schedule:
     return schedule
 
 
-def _check_names(option: str, what: str, names: Iterable[str], known: list[str]) -> None:
+def check_known(option: str, what: str, names: Iterable[str], known: list[str]) -> None:
+    """UnknownName for the first of ``names``, which ``option`` gives, that is none of ``known``."""
     for name in names:
         if name not in known:
-            raise UnknownName(
-                option=option, what=what, name=name, known=", ".join(sorted(known)) or "(none)"
-            )
+            advice = choices(name, known)
+            raise UnknownName(option=option, what=what, name=name, advice=advice)
 
 
 def read_text(text_or_path: str) -> str:

@@ -6,7 +6,7 @@ import argparse
 import ast
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +19,8 @@ from tilelink.cli.errors import (
     NoKernel,
     UnknownName,
 )
-from tilelink.cli.options import merged, read_file, read_input, schedule_of
-from tilelink.errors import IRSyntaxError
+from tilelink.cli.options import check_known, merged, read_file, read_input, schedule_of
+from tilelink.errors import IRSyntaxError, choices
 from tilelink.frontend.validate import check_kernel
 from tilelink.ir import Op, parse_ir
 from tilelink.ir.check import check_types
@@ -131,7 +131,7 @@ def is_ir(path: str, text: str) -> bool:
 
 def _choose(known: Mapping[str, object], wanted: str, path: str) -> list[str]:
     if (wanted and wanted not in known) or not known:
-        advice = f"it holds: {', '.join(sorted(known))}"
+        advice = choices(wanted, sorted(known), "it holds")
         if not known:
             advice = "a kernel is a function under `@tilelink.kernel(...)`"
         raise NoKernel(path=path, wanted=f"`{wanted}`" if wanted else "at all", advice=advice)
@@ -165,10 +165,10 @@ def _from_ir(op: Op, path: str, args: argparse.Namespace) -> Unit:
                 raise FusedIsFixed(option=option, path=path)
         return unit
     extents = [child.symbol for child in op.find("extent")]
-    _check_extents("--set", sets, extents)
-    _check_extents("--dynamic", args.dynamic, extents)
+    check_known("--set", "extent", sets, extents)
+    check_known("--dynamic", "extent", args.dynamic, extents)
     if args.dtype:
-        raise UnknownName(option="--dtype", what="choice for", name=path, known="IR has its types")
+        raise UnknownName(option="--dtype", what="choice for", name=path, advice="IR has its types")
     world = world_of(args, int(op["world"]))
     body = tuple(
         child.with_attrs(
@@ -229,9 +229,11 @@ def _build(kernel: Kernel, name: str, path: str, args: argparse.Namespace) -> Un
         ) from None
     extents = [child.symbol for child in op.find("extent")]
     # An extent may have several names in the source, of which the IR keeps one.
-    _check_extents("--set", [name for name in sets if name not in _named_extents(kernel)], extents)
-    _check_extents("--dynamic", args.dynamic, extents)
-    _check_tensors(named, [child.symbol for child in op.find("tensor")])
+    check_known(
+        "--set", "extent", [name for name in sets if name not in _named_extents(kernel)], extents
+    )
+    check_known("--dynamic", "extent", args.dynamic, extents)
+    check_known("--dtype", "tensor", named, [child.symbol for child in op.find("tensor")])
     return Unit(name, path, op)
 
 
@@ -245,18 +247,6 @@ def _named_extents(kernel: Kernel) -> set[str]:
             targets = [name for target in node.targets for name in ast.walk(target)]
             found |= {name.id for name in targets if isinstance(name, ast.Name)}
     return found
-
-
-def _check_extents(option: str, names: Iterable[str], known: list[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise UnknownName(option=option, what="extent", name=name, known=", ".join(known))
-
-
-def _check_tensors(named: dict[str, str], known: list[str]) -> None:
-    for name in named:
-        if name not in known:
-            raise UnknownName(option="--dtype", what="tensor", name=name, known=", ".join(known))
 
 
 def world_of(args: argparse.Namespace, default: int) -> int:
@@ -275,7 +265,7 @@ def machine_of(target: str | None) -> Machine:
     try:
         return Machine.load(target) if target is not None else Machine.load()
     except UnknownMachineError:
-        known = ", ".join(Machine.known())
+        advice = choices(target, Machine.known())
         raise UnknownName(
-            option="--target", what="machine", name=str(target), known=known
+            option="--target", what="machine", name=str(target), advice=advice
         ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tilelink.errors import choices
 from tilelink.ir.check_ops import TYPES, nothing
 from tilelink.ir.check_tables import (
     ALIGN_BYTES,
@@ -263,7 +264,7 @@ class Checker:
                     raise error(
                         op,
                         f"`{key}` of `{op.name}` is {value!r}",
-                        f"use one of {', '.join(CHOICES[key])}",
+                        choices(value, CHOICES[key], "use one of"),
                     )
                 continue
             kind = KIND_OF.get(f"{key}:{op.name}", KIND_OF.get(key))
@@ -295,7 +296,9 @@ class Checker:
         type_ = value.type
         if type_.dtype not in DTYPES and not type_.is_tile:
             raise error(
-                op, f"`{value}` has the unknown type `{type_}`", f"use {', '.join(DTYPES)} or tile"
+                op,
+                f"`{value}` has the unknown type `{type_}`",
+                choices(type_.dtype, [*DTYPES, "tile"], "use one of"),
             )
         if type_.is_tile and (type_.shape or op.name not in ("stage", "for_tiles")):
             raise error(op, f"`{value}` cannot be a `tile`: only loop variables are")

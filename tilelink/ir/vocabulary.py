@@ -7,11 +7,10 @@ be an access that the proof does not see.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
-from tilelink.errors import TilelinkError
+from tilelink.errors import TilelinkError, did_you_mean
 from tilelink.ir.node import DECLARATIONS, Op, Ref
 
 # Attributes by op; `!` marks those that must be there. docs/ir.md says what they mean.
@@ -160,11 +159,9 @@ def _check_ref(op: Op, ref: Ref, declared: dict[str, str], kinds: tuple[str, ...
 
 def _fail(op: Op, what: str, word: str, known: Iterable[str]) -> None:
     known = list(known)
-    close = difflib.get_close_matches(word, known, 1)
-    if close:
-        advice = f"did you mean `{close[0]}`?"
-    elif known and len(known) <= 12:
+    advice = did_you_mean(word, known)
+    if not advice and known and len(known) <= 12:
         advice = "known here: " + ", ".join(f"`{name}`" for name in known)
-    else:
+    elif not advice:
         advice = "docs/ir.md lists the ops and their attributes"
     raise IRNameError(op.span, what=what, advice=advice)
