@@ -11,9 +11,8 @@ from tilelink.frontend.mapping_errors import ConstantDivisionByZero
 from tilelink.frontend.owners import shard_indices
 from tilelink.ir import Expr, Op
 from tilelink.ir.layout import MAX_WORLD
-from tilelink.ir.limits import check_shared
+from tilelink.ir.limits import MAX_EXTENT, check_shared
 
-MAX_EXTENT = 2**31 - 1  # indices are int32
 _MOVES = {
     "gather": ("gathered", "reads", "load"),
     "ring": ("held by a ring", "reads", "load"),

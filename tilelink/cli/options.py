@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from tilelink.cli.errors import UnknownName, UnreadableFile
 from tilelink.errors import choices
 from tilelink.ir import DTYPES, Op
+from tilelink.ir.layout import MAX_WORLD
+from tilelink.ir.limits import MAX_EXTENT
 
 if TYPE_CHECKING:
     from tilelink.schedules import Schedule
@@ -32,7 +34,7 @@ def add_common(parser: argparse.ArgumentParser, *, file_optional: bool = False) 
         "file", metavar="FILE", nargs="?" if file_optional else None, help=FILE_HELP
     )
     shape = parser.add_argument_group("what to compile it for")
-    shape.add_argument("--world", type=positive, metavar="W", help="number of ranks (default: 4)")
+    shape.add_argument("--world", type=world, metavar="W", help="number of ranks (default: 4)")
     shape.add_argument(
         "--set",
         type=extents,
@@ -97,6 +99,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def _at_most(most: int, text: str) -> int:
+    value = positive(text)
+    if value > most:
+        raise argparse.ArgumentTypeError(
+            f"`{text:.40}` is too large: it is a number from 1 to {most}"
+        )
+    return value
+
+
+def world(text: str) -> int:
+    """A number of ranks."""
+    return _at_most(MAX_WORLD, text)
+
+
 def seed(text: str) -> int:
     """A number that random generators take."""
     if not (text.isascii() and text.isdecimal()) or len(text) > 18:
@@ -115,7 +131,7 @@ def extents(text: str) -> dict[str, int]:
             raise argparse.ArgumentTypeError(
                 f"`{name.strip()}` is no extent; `--world` gives the ranks"
             )
-        found[name.strip()] = positive(value.strip())
+        found[name.strip()] = _at_most(MAX_EXTENT, value.strip())
     return found
 
 

@@ -19,7 +19,6 @@ from tilelink.ir.check_tables import (
     KINDS,
     LOOPS,
     MANY,
-    MAX_EXTENT,
     MAX_WORKERS,
     SHAPES,
     SPOKEN,
@@ -28,6 +27,7 @@ from tilelink.ir.check_tables import (
 )
 from tilelink.ir.expr import Expr
 from tilelink.ir.layout import MAX_WORLD
+from tilelink.ir.limits import MAX_EXTENT
 from tilelink.ir.node import DECLARATIONS, All, At, Broadcast, Op, Range, Ref, Value
 from tilelink.ir.text import parse_expr
 from tilelink.ir.types import DTYPES, INTEGERS, Type

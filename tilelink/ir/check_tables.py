@@ -12,7 +12,6 @@ from tilelink.ir.layout import ENCODINGS
 from tilelink.ir.node import DECLARATIONS, Op, Ref
 from tilelink.ir.types import DTYPES
 
-MAX_EXTENT = 2**31 - 1
 MAX_WORKERS = 2**13
 ALIGN_BYTES = 16  # of buffers: what one vector access takes
 DOCS = "docs/ir.md says what every op takes"

@@ -8,6 +8,7 @@ from tilelink.errors import Span, TilelinkError
 
 # Tasks and iterations of one loop over all ranks. A row of the proof takes some hundred bytes.
 MAX_ROWS = 2**23
+MAX_EXTENT = 2**31 - 1  # indices are int32
 # Elements of an axis that ranks share out: its owners are an array.
 MAX_SHARED = 2**26
 
