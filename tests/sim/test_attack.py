@@ -24,6 +24,7 @@ from tilelink.backend.pipeline import compile_kernel, run_passes
 from tilelink.backend.simulate import RaceError, run_calls
 from tilelink.backend.simulate.attack import Failure, attack
 from tilelink.backend.simulate.boxes import FEW, BoxTable
+from tilelink.backend.simulate.command import reproduce
 from tilelink.backend.simulate.explore import explore
 from tilelink.backend.simulate.geometry import Geometry
 from tilelink.backend.simulate.hostility import HOLDING, MODES, PRIORITIES, SKEWED, Hostility
@@ -32,7 +33,7 @@ from tilelink.backend.simulate.trace import Traces
 from tilelink.cli.inputs import random_inputs
 from tilelink.cli.main import main
 from tilelink.errors import TilelinkError
-from tilelink.ir import Op, parse_ir
+from tilelink.ir import Op, parse_ir, print_ir
 from tilelink.ir.node import rewrite
 from tilelink.kernel import load_kernels
 
@@ -110,15 +111,16 @@ def test_numbers_alone_do_not_see_a_missing_wait_that_versions_do() -> None:
     assert seen > 0
 
 
+@pytest.mark.parametrize("file", ["broken.ir", "broken.txt"])
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_a_failure_is_reproduced_by_its_seed_and_by_its_command(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ack = "wait @ack[0..WORLD] {epoch = (0 - 1)"
     text = sample_text(name).replace(ack, f'{ack}, order = "relaxed"')
     if text == sample_text(name):
         pytest.skip("nothing is acknowledged in this program")
-    path = tmp_path / "broken.ir"
+    path = tmp_path / file
     path.write_text(text)
     program = parse_ir(text, str(path))
     failure = attacked(program, seed=7)
@@ -278,3 +280,15 @@ def test_tables_of_boxes_agree_with_counting_elements() -> None:
         assert sorted(table.meets[row]) == [i for i, c in enumerate(cells) if c & mine]
         assert sorted(table.covers[row]) == [i for i, c in enumerate(cells) if c <= mine]
     assert np.all([row in table.meets[row] for row in range(len(boxes))])
+
+
+def test_the_command_of_a_kernel_in_ir_has_its_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "kernel.txt"
+    path.write_text(print_ir(kernels.gemm_rs.build({"M": 24, "K": 8, "N": 16}, world=2)))
+    program = compile_kernel(parse_ir(path.read_text(), str(path)).with_attrs(world=4))
+    words = shlex.split(reproduce(program, 3, 2))
+    assert main(words[1:]) == 0
+    ran = capsys.readouterr().out.splitlines()[-1].split()
+    assert ran[2] == "4" and "M=24" in ran and "(call" in ran

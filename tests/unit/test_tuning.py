@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -270,12 +271,17 @@ def test_collectives_of_other_numbers_of_ranks_take_the_nearest_curve() -> None:
 def test_the_command_searches_by_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     file = str(ROOT / "tilelink" / "kernels" / "gemm_rs.py")
     command = ["tune", f"{file}::gemm_rs", "--simulate", "--target", "h200x4", "--effort", "8"]
+    command += ["--dtype", "fp16"]
     assert main([*command, "--candidates", "3", "--set", "M=512,K=256,N=512"]) == 0
     said = capsys.readouterr().out
     assert "predicted for h200x4 at world 4" in said
     assert "the first is proven" in said
     pasted = next(line for line in said.splitlines() if "--schedule '" in line)
-    text = pasted.split("--schedule '")[1].rstrip("'")
+    words = shlex.split(pasted)
+    assert main(words[1:]) == 0
+    ran = capsys.readouterr().out.splitlines()[1].split()
+    assert ran[1:4] == ["simulate", "4", "fp16"] and "M=512" in ran
+    text = words[-1]
     op = gemm_rs.build({"M": 512, "K": 256, "N": 512}, {}, 4)
     assert dict(Schedule.from_json(text).tiles).keys() == dict(default_schedule(op).tiles).keys()
 

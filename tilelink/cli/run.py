@@ -149,12 +149,17 @@ def run_calls(program: Op, inputs: list[Arguments], seed: int, schedules: int) -
     and the next ones is raised."""
     from tilelink.backend import simulate
     from tilelink.backend.simulate.attack import attack
+    from tilelink.backend.simulate.command import reproduce
+    from tilelink.backend.simulate.errors import RunError
 
     if schedules > 1:
         found = attack(program, inputs, None, schedules, seed)
         if found is not None:
             # The same schedule once more: an error that one run shows by itself is told in full.
             simulate.run_calls(program, inputs, found.seed)
+            if isinstance(found.error, RunError):
+                again = reproduce(program, seed, len(inputs))
+                found.error.command = f"{again} --schedules {schedules}"
             raise found.error
     return simulate.run_calls(program, inputs, seed)
 

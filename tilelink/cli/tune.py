@@ -194,7 +194,7 @@ def harvest(args: argparse.Namespace) -> int:
 
 def simulate(args: argparse.Namespace) -> int:
     """Searches by the model, and puts the best schedule through the proof and the simulator."""
-    from tilelink.tuning.session import tune_simulated
+    from tilelink.tuning.session import paste, tune_simulated
 
     machine = machine_of(args.target)
     for unit in load(args):
@@ -205,7 +205,7 @@ def simulate(args: argparse.Namespace) -> int:
         print(f"{unit.name}: {shape}, predicted for {machine.name} at world {unit.world}")
         print(table.render(("us", "schedule"), rows))
         print(found.checked)
-        print(found.paste(unit.path))
+        print(paste(unit.path, kernel, found.trials[0]))
     return 0
 
 

@@ -32,7 +32,6 @@ def execute_cuda(args: argparse.Namespace) -> int:
     args.world = world
     units = load(args)
     path, _, _ = args.file.rpartition("::") if "::" in args.file else (args.file, "", "")
-    shown = Path(path).name
     problems = [
         Problem(
             os.path.abspath(path),
@@ -49,14 +48,7 @@ def execute_cuda(args: argparse.Namespace) -> int:
 
     def finished(outcome: Outcome) -> None:
         if outcome.result is not None:
-            print(
-                paste(
-                    shown,
-                    outcome.problem.kernel,
-                    dict(outcome.problem.extents),
-                    outcome.result.best,
-                )
-            )
+            print(paste(path, outcome.problem.build(), outcome.result.best))
 
     try:
         return run_campaign(

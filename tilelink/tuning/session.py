@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilelink.backend.pipeline import compile_kernel
+from tilelink.backend.simulate.command import kernel_words
 from tilelink.errors import TilelinkError
 from tilelink.ir import Op
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.search import NothingRuns, Trial, prune
 from tilelink.schedules.space import Space
-from tilelink.schedules.tables import extents_of
 from tilelink.tuning.predict import predictor
 
 Progress = Callable[[str], None]
@@ -22,24 +23,18 @@ Progress = Callable[[str], None]
 class Simulated:
     """A search without a GPU: trials that the proof accepts, the best first, and what was checked."""
 
-    kernel: str
-    extents: dict[str, int]
     trials: tuple[Trial, ...]
     refused: int
     checked: str
 
-    def paste(self, file: str) -> str:
-        """How to use the best schedule: a command line and Python."""
-        return paste(file, self.kernel, self.extents, self.trials[0])
 
-
-def paste(file: str, kernel: str, extents: dict[str, int], best: Trial) -> str:
-    """A command line and a Python call that use the schedule of ``best``."""
+def paste(file: str, kernel: Op, best: Trial) -> str:
+    """A command line and a Python call that use the schedule of ``best`` for ``kernel``, which ``file`` holds."""
     text = json.dumps(best.schedule.to_sparse(), sort_keys=True)
-    shape = ",".join(f"{name}={value}" for name, value in extents.items())
+    words = shlex.join([*kernel_words(kernel, file), "--schedule", text])
     return (
-        f"  tilelink run {file}::{kernel} --set {shape} --schedule '{text}'\n"
-        f"  {kernel}.on(schedule=tilelink.schedules.Schedule.from_json('{text}'))"
+        f"  tilelink run {words}\n"
+        f"  {kernel.symbol}.on(schedule=tilelink.schedules.Schedule.from_json('{text}'))"
     )
 
 
@@ -67,5 +62,5 @@ def tune_simulated(
         if refused:
             checked += f"; {len(refused)} refused before it"
         rest = tuple(trials[number:])
-        return Simulated(kernel.symbol, extents_of(kernel), rest, len(refused), checked)
+        return Simulated(rest, len(refused), checked)
     raise NothingRuns(kernel=kernel.symbol, count=len(trials), notes=tuple(refused[:8]))
