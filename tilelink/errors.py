@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+SHOWN = 140  # characters of a line that are shown beside a mistake in it
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -44,17 +46,23 @@ class Span:
         return f"{self.source.name}:{self.line}:{self.column}"
 
     def caret(self) -> str:
-        """The source line with the span underlined, as the error text shows it."""
+        """The source line with the span underlined, as the error text shows it; of a long line what is near."""
         number = str(self.line)
         pad = " " * len(number)
         text = self.source.line(self.line).replace("\t", " ")
-        width = max(1, min(self.end, len(text) + 1) - self.column)
+        first, last = self.column - 1, max(self.column, min(self.end - 1, len(text)))
+        if len(text) > SHOWN:
+            start = max(0, min(first - SHOWN // 4, len(text) - SHOWN))
+            stop, before = start + SHOWN, "…" if start else ""
+            text = f"{before}{text[start:stop]}{'…' if stop < len(text) else ''}"
+            first = first - start + len(before)
+            last = max(first + 1, min(last, stop) - start + len(before))
         return "\n".join(
             (
                 f"{pad}--> {self}",
                 f"{pad} |",
                 f"{number} | {text}",
-                f"{pad} | {' ' * (self.column - 1)}{'^' * width}",
+                f"{pad} | {' ' * first}{'^' * (last - first)}",
             )
         )
 

@@ -111,7 +111,8 @@ def _measure_blocks(program: Op) -> Op:
                 raise UnsupportedProgram(
                     tensor.span,
                     detail=f"`{tensor.symbol}` moves by `{tensor['move']}`, which only the reference runs",
-                    help='use .on("reference", world=…), or gather, scatter, reduce and shard',
+                    help='`tilelink run FILE --backend reference` or .on("reference", world=…) runs it; '
+                    "gather, scatter, reduce and shard are fused",
                 )
             continue
         extent = global_dims(tensor, names)[tensor["over"]]

@@ -132,3 +132,29 @@ def test_what_may_have_been_meant_on_the_command_line_is_accepted(
     assert main(given) == 2
     word = meant(capsys)
     assert main([re.sub(rf"(?<![\w/-]){slip}(?!\w)", word, w) for w in given]) == 0
+
+
+@pytest.mark.parametrize("file", ["moe.py", "attention.py"])
+def test_what_is_not_fused_runs_where_the_help_says(
+    file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", str(ROOT / "tests" / "kernels" / file)]
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert "error[cannot-fuse]" in printed.err
+    advised = set(re.findall(r"`tilelink run FILE (.*?)`", printed.err))
+    assert len(advised) == 1
+    assert main([*command, *advised.pop().split()]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    fused = [line for line in printed.out.splitlines()[1:] if "refused" not in line]
+    assert len(rows) > len(fused)
+    assert all(row.split()[1] == "reference" and row.endswith("ran") for row in rows)
+
+
+def test_the_reference_alone_sees_what_depends_on_tiles(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "k.py"
+    file.write_text(AG_GEMM.read_text().replace("= acc\n", "= acc - tk.max(acc, 1, True)\n"))
+    assert main(["run", str(file), "--backend", "reference"]) == 1
+    assert "error[tile-dependent]" in capsys.readouterr().err

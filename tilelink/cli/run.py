@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tilelink.cli import table
 from tilelink.cli.env import lacking
-from tilelink.cli.errors import BadUsage, SimulatedOnly, Unavailable
+from tilelink.cli.errors import BadUsage, FusedOnly, SimulatedOnly, Unavailable
 from tilelink.cli.inputs import check_memory, random_inputs
 from tilelink.cli.options import add_common, positive, seed
 from tilelink.cli.source import Unit, load
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Tensors = list[dict[str, torch.Tensor]]
     Arguments = list[dict[str, Any]]
 
-BACKENDS = ("simulate", "interpret", "cuda")
+BACKENDS = ("simulate", "interpret", "cuda", "reference")
 HEADER = (
     "kernel",
     "backend",
@@ -49,7 +49,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="run on random inputs and compare with the reference",
         description="Run the fused program on random inputs and compare every output with the "
         "reference. The error is the largest over rows of |row - reference| / |reference row|; NaN and "
-        "infinities have to stand where the reference has them.",
+        "infinities have to stand where the reference has them. With `--backend reference` the reference "
+        "alone is run, of mappings too that cannot be fused.",
     )
     parser.set_defaults(execute=execute)
     add_common(parser)
@@ -57,7 +58,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--backend",
         choices=BACKENDS,
         default="simulate",
-        help="default: simulate; cuda runs one rank a process, started by torchrun",
+        help="default: simulate; cuda runs one rank a process, started by torchrun; reference fuses nothing",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the inputs and of the scheduler")
     parser.add_argument(
@@ -96,6 +97,9 @@ def execute(args: argparse.Namespace) -> int:
         try:
             if not unit.fused:
                 check_memory(unit.op)  # before minutes are spent on a program that cannot be run
+            if args.backend == "reference":
+                rows.append(run_reference(unit, args))
+                continue
             program = unit.program(args)
             if args.backend == "interpret" and has_roles(program):
                 roles.append(unit.name)
@@ -128,6 +132,25 @@ def execute(args: argparse.Namespace) -> int:
     if failures and all(isinstance(error, BadUsage | ScheduleError) for error in failures):
         return 2
     return int(bool(failures) or any(row[-1] == "WRONG" for row in rows))
+
+
+def run_reference(unit: Unit, args: argparse.Namespace) -> list[str]:
+    """The table row of a kernel that the reference has run, by whole extents and by shorter tiles.
+
+    FusedOnly where a fused program carries no kernel for its extents and ranks.
+    """
+    from tilelink.backend.reference_tilings import check_tilings
+
+    kernel = kernel_of(unit)
+    if kernel is None:
+        raise FusedOnly(command="run --backend reference", path=unit.path)
+    if not unit.fused:
+        unit.schedule(args)  # nothing is scheduled, but what is asked for has to be there
+    inputs = random_inputs(kernel, args.seed)
+    outputs = reference_of(kernel, inputs)
+    assert outputs is not None
+    check_tilings(kernel, inputs, outputs, limit_of)
+    return [*describe(unit, kernel, args.backend), ", ".join(outputs[0]), "-", "-", "ran"]
 
 
 def run_program(program: Op, inputs: Arguments, backend: str, seed: int) -> Tensors:
@@ -219,11 +242,12 @@ def limit_of(kernel: Op, name: str) -> float:
     0 for integers. Of floats the coarsest type counts that the kernel stores or converts to: what is stored in
     bf16 and read again is rounded in other places where sums are taken in another order.
     """
-    if kernel.declared(name)["dtype"] not in LIMITS:
+    own = kernel.declared(name)["dtype"]
+    if own not in LIMITS:
         return 0.0
     rounded = {kernel.declared(op.symbol)["dtype"] for op in kernel.walk() if op.name == "store"}
     rounded |= {op.results[0].type.dtype for op in kernel.walk() if op.name == "cast"}
-    return max(LIMITS[dtype] for dtype in rounded if dtype in LIMITS)
+    return max(LIMITS[dtype] for dtype in {own, *rounded} if dtype in LIMITS)
 
 
 def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
