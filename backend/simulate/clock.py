@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 from tilelink.backend.copying import copies_of
 from tilelink.backend.simulate.draw import Draw, draw_of
-from tilelink.backend.simulate.errors import DeadlockError
+from tilelink.backend.simulate.errors import DeadlockError, StandstillError
 from tilelink.backend.simulate.geometry import Geometry, Tile, bind_args
 from tilelink.backend.simulate.mirror import Asymmetric, Mirror, Piece
 from tilelink.backend.simulate.timeline import Segment, Timeline, Track, digit
+from tilelink.backend.simulate.trace import tile_text
 from tilelink.backend.simulate.walk import (
     Cost,
     Element,
@@ -35,11 +36,13 @@ from tilelink.backend.simulate.walk import (
     Walker,
     Work,
 )
-from tilelink.ir import DTYPES, Op
+from tilelink.ir import DTYPES, Op, op_line
 from tilelink.schedules.costs import Code, Timed
 from tilelink.schedules.costs import Task as TaskCost
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.roles import TURNS
+
+TOLD = 8  # tasks that an error lists
 
 
 @dataclass(slots=True, eq=False)
@@ -190,10 +193,7 @@ class _Clock:
             else:
                 self._set(item, now)
         if self._unfinished:
-            waiting = [t for t in self.tasks if t.waiting is not None]
-            span = waiting[0].waiting.op.span if waiting and waiting[0].waiting else None
-            notes = tuple(f"{t.track.name} waits" for t in waiting[:8])
-            raise DeadlockError(span, blocked=self._unfinished, notes=notes)
+            raise self._deadlock()
         if not self.tasks:
             return 0.0
         # The side streams join, and the guards of the outputs run.
@@ -202,6 +202,39 @@ class _Clock:
         last.segments.append(Segment(last.end, end, "start", "finish", " "))
         last.end = end
         return end
+
+    def _deadlock(self) -> StandstillError:
+        """What each task waits for; of waits at one place of the program one is told before further ones."""
+        waiting = [(t, t.waiting) for t in self.tasks if t.waiting is not None]
+        met = [t for tasks in self._met.values() for t, _ in tasks if len(tasks) < len(self.ranks)]
+        places = [id(wait.op) for _, wait in waiting]
+        order = sorted(range(len(waiting)), key=lambda n: (places[:n].count(places[n]) > 0, n))
+        lines = [self._awaited(*waiting[n]) for n in order]
+        lines += [f"{t.track.name} waits for the collective on every rank" for t in met]
+        if len(lines) > TOLD:
+            lines = [*lines[:TOLD], f"and {len(lines) - TOLD} more"]
+        span = waiting[order[0]][1].op.span if waiting else self.geometry.program.span
+        return StandstillError(span, blocked=self._unfinished, notes=tuple(lines))
+
+    def _awaited(self, task: _Task, wait: Wait) -> str:
+        """A task, its tile, and the first element that it waits for in vain."""
+        need = 1 if wait.count is None else wait.count
+        rank = task.track.rank
+        values = [self._values.get((rank, wait.symbol, e), (0,))[0] for e in wait.elements]
+        element, value = next(
+            (e, v) for e, v in zip(wait.elements, values, strict=True) if v < need
+        )
+        channel = f"{wait.symbol}[{', '.join(map(str, element))}]"
+        tile = ""
+        if task.piece is not None and task.piece.stage is not None:
+            stage = task.piece.stage
+            tiles = self.geometry.queue(stage, self.ranks[rank].walker.env)[task.piece.position]
+            tile = f" stage @{stage.symbol} tile {tile_text(stage, tiles)}"
+        place = f" ({wait.op.span})" if wait.op.span is not None else ""
+        return (
+            f"{task.track.name}{tile} waits at `{op_line(wait.op)}`{place} for {channel}, which is {value} "
+            f"and must be {need}"
+        )
 
     def _push(self, time: float, item: _Task | _Signal) -> None:
         self._pushed += 1

@@ -32,6 +32,15 @@ class DeadlockError(RunError):
     hint = "each line waits for the next; the last one names what never comes"
 
 
+class StandstillError(DeadlockError):
+    """A deadlock of a timed run, which knows what each task waits for, but follows no waits."""
+
+    hint = (
+        "a notify is missing, or comes behind its own wait: `tilelink check FILE` and `tilelink run FILE` "
+        "follow these waits to it"
+    )
+
+
 class BalanceError(RunError):
     """A notify that nobody waits for, or a count that no wait expects."""
 

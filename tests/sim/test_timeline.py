@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import time
 
 import pytest
@@ -156,6 +157,26 @@ def test_a_program_that_cannot_end_is_an_error() -> None:
     text = sample_text("gemm_rs.copy_engine").replace("count = 6", "count = 7")
     with pytest.raises(DeadlockError):
         timeline(parse_ir(text), H200)
+
+
+def test_a_standstill_names_rank_tile_channel_and_line_of_each_wait() -> None:
+    text = sample_text("ag_gemm.copy_engine")
+    kept = [line for line in text.splitlines(keepends=True) if "notify @A.ready" not in line]
+    (line,) = (number for number, words in enumerate(kept, 1) if "wait @A.ready" in words)
+    with pytest.raises(DeadlockError) as caught:
+        timeline(parse_ir("".join(kept), "lost.ir"), H200)
+    *told, more = caught.value.notes
+    pattern = (
+        r"rank (\d) @ag_gemm worker \d+ stage @\w+(?:\.\w+)* tile m=(\d+)\.\.\d+ n=\d+\.\.\d+ waits at "
+        rf"`wait @A\.ready.*` \(lost\.ir:{line}:\d+\) for A\.ready\[(\d), \d\], which is 0 and must be 1"
+    )
+    rows = int(parse_ir(text).find("extent")[0]["value"]) // 4
+    for note in told:
+        found = re.fullmatch(pattern, note)
+        assert found is not None, note
+        rank, start, source = map(int, found.groups())
+        assert source == start // rows != rank
+    assert int(more.split()[1]) + len(told) == caught.value.values["blocked"]
 
 
 def test_a_large_program_is_timed_in_seconds() -> None:
