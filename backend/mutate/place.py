@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tilelink.backend.mutate.sites import (
     AGENTS,
@@ -18,6 +18,7 @@ from tilelink.backend.mutate.sites import (
 )
 from tilelink.ir import Op
 
+FEW_WORKERS = 8  # of which each number that fits is tried
 _MOVES_DATA = ("transfer", "store", "load", "load_sum")
 
 
@@ -105,10 +106,14 @@ def agent_order(program: Op) -> Iterator[Mutant]:
 
 
 def oversize_grid(program: Op) -> Iterator[Mutant]:
-    """A launch -> fewer workers on the device than it has."""
+    """A launch -> fewer workers on the device than it has: each number, of many workers some."""
     for site in sites(program, "launch"):
         workers = int(site.op["workers"])
-        for resident in range(workers - 1, 0, -1):
+        numbers: Iterable[int] = range(workers - 1, 0, -1)
+        if workers > FEW_WORKERS:
+            halves = (workers >> n for n in range(1, workers.bit_length()))
+            numbers = tuple(dict.fromkeys((workers - 1, *halves)))
+        for resident in numbers:
             op = with_attr(site.op, "resident", resident)
             yield mutant(program, site, "oversize-grid", f"{resident} workers fit", op)
 

@@ -12,6 +12,7 @@ from tilelink.backend.mutate import CLASSES, OPERATORS, deletions, mutants
 from tilelink.backend.mutate.judge import prove
 from tilelink.backend.mutate.sites import replaced, sites
 from tilelink.cli.main import main
+from tilelink.cli.mutate import Progress
 from tilelink.ir import Op, parse_ir, print_ir
 from tilelink.ir.vocabulary import check_names
 
@@ -178,3 +179,23 @@ def test_command_takes_a_kernel_at_a_small_instance(capsys: pytest.CaptureFixtur
 def test_command_names_the_classes_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mutate", "nothing.ir", "--class", "dorp"]) == 2
     assert "there is no class `dorp`" in capsys.readouterr().err
+
+
+def test_of_many_workers_some_numbers_that_fit_are_tried() -> None:
+    def fitting(workers: int) -> list[int]:
+        program = parse_ir(
+            f"program @f {{world = 2}} do {{\n  launch @g {{workers = {workers}}} do {{\n  }}\n}}\n"
+        )
+        found = [m for m in mutants(program) if m.name == "oversize-grid"]
+        return [int(m.program.find("launch")[0]["resident"]) for m in found]
+
+    assert fitting(8) == [7, 6, 5, 4, 3, 2, 1]
+    assert fitting(132) == [131, 66, 33, 16, 8, 4, 2, 1]
+
+
+def test_progress_says_how_long_all_mutants_take() -> None:
+    progress = Progress("f", 200)
+    progress.done = 50
+    assert progress.text(progress.start + 1.0) == "f: 50 of 200 mutants"
+    said = progress.text(progress.start + 30.0)
+    assert said.startswith("f: 50 of 200 mutants in 30 s, all in about 120 s") and "--limit" in said

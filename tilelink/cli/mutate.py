@@ -7,6 +7,7 @@ import json
 import random
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # The smallest instance that still has several tiles, ranks and workers: exploration visits every
 # interleaving, and their number grows exponentially.
 WORLD, TILE, TILES, CALLS = 2, 8, 3, 2
+EVERY_S = 10.0  # seconds between two lines about the progress
 HEADER = ("class", "mutants", "refused", "found", "equivalent", "proof missed", "simulator missed")
 
 
@@ -48,7 +50,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--class", dest="classes", action="append", metavar="C", help="only mutants of this class"
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="at most N, drawn by --seed")
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="at most N, drawn by --seed (a fused program of user size may take seconds a mutant)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of inputs, schedules and --limit")
     parser.add_argument("--json", action="store_true", help="one line of JSON a kernel")
     parser.add_argument("--survivors", metavar="DIR", help="write survivors there, one file each")
@@ -73,9 +80,10 @@ def execute(args: argparse.Namespace) -> int:
             kept = set(random.Random(args.seed).sample(range(len(chosen)), args.limit))
             chosen = [m for n, m in enumerate(chosen) if n in kept]
         verdicts = []
-        for number, mutant in enumerate(chosen):
+        progress = Progress(unit.name, len(chosen))
+        for mutant in chosen:
             verdicts.append(judge(mutant, trial, seed=args.seed))
-            progress(number + 1, len(chosen))
+            progress.step()
         print(as_json(unit, verdicts) if args.json else render(unit, verdicts, len(trial.inputs)))
         survivors = [v for v in verdicts if v.survivors]
         code |= bool(survivors)
@@ -174,10 +182,39 @@ def check_intact(program: Op, trial: Trial, seed: int) -> None:
         raise IntactFails(name=program.symbol, oracle=found)
 
 
-def progress(done: int, total: int) -> None:
-    """A counter on standard error, where that is a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r{done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+class Progress:
+    """How many mutants have been judged, on standard error: a counter on a terminal, else a line now and then.
+
+    Once it is seen that all take long, it is said how long, and that ``--limit`` judges fewer.
+    """
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name = name
+        self.total = total
+        self.done = 0
+        self.start = self.said = time.monotonic()
+
+    def step(self) -> None:
+        """One more has been judged."""
+        self.done += 1
+        now = time.monotonic()
+        if sys.stderr.isatty():
+            end = "\n" if self.done == self.total else ""
+            print(f"\r{self.text(now)}", end=end, file=sys.stderr, flush=True)
+        elif now - self.said >= EVERY_S and self.done < self.total:
+            self.said = now
+            print(self.text(now), file=sys.stderr, flush=True)
+
+    def text(self, now: float) -> str:
+        """The count; behind ``EVERY_S`` seconds, the time that all take too."""
+        count = f"{self.name}: {self.done} of {self.total} mutants"
+        passed = now - self.start
+        if passed < EVERY_S:
+            return count
+        whole = passed / self.done * self.total
+        return (
+            f"{count} in {passed:.0f} s, all in about {whole:.0f} s; `--limit N` judges N of them"
+        )
 
 
 def tally(verdicts: Sequence[Verdict]) -> dict[str, Counter[str]]:
