@@ -34,6 +34,14 @@ def roles_of(rows: int, columns: int, sums: int) -> str | None:
     return HALVES if rows % (2 * GROUP_ROWS) == 0 and held <= 2 * GROUP_FP32 else None
 
 
+def fitting_tile(rows: int, columns: int, sums: int) -> tuple[int, int]:
+    """Rows and columns of a tile that two groups can share, near to one that they cannot; powers of two."""
+    rows = max(rows, GROUP_ROWS)
+    while roles_of(rows, columns, sums) is None:
+        rows, columns = (rows // 2, columns) if rows > columns else (rows, columns // 2)
+    return rows, columns
+
+
 def room_bytes(rows: int, roles: str, item: int) -> int:
     """Bytes of shared memory by way of which the tiles of both groups leave, at least."""
     return 2 * (rows // 2 if roles == HALVES else rows) * LEAST_ROOM * item

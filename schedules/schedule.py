@@ -121,7 +121,7 @@ class Move:
             raise ScheduleError(
                 field="slots",
                 detail=f"2 slots, but `{self.resource}` is no work of the launch",
-                help="use sm:N or epilogue, or 1 slot",
+                help="use 1 slot, or sm:N, or epilogue where a kernel stores the tensor",
             )
         _positive("streams", self.streams)
         if self.streams > MAX_STREAMS or (self.streams > 1 and self.resource != "copy_engine"):
@@ -155,36 +155,33 @@ class Move:
         _one_of("signal", self.signal, SIGNALS)
         if self.signal == "flag":
             return
-        for field, needed in (("resource", "epilogue"), ("slots", 2), ("sum", "stage")):
-            if getattr(self, field) != needed:
-                raise ScheduleError(
-                    field="signal",
-                    detail=f"words, but {field} is `{getattr(self, field)}`",
-                    help=f"`{self.signal}` needs {field} `{needed}`; or use the signal `flag`",
-                )
+        self._check_needs(
+            "signal", "flag", (("resource", "epilogue"), ("slots", 2), ("sum", "stage"))
+        )
 
     def _check_direction(self) -> None:
         _one_of("direction", self.direction, DIRECTIONS)
         if self.direction == "push":
             return
-        for field, needed in (("resource", "epilogue"), ("signal", "flag")):
-            if getattr(self, field) != needed:
-                raise ScheduleError(
-                    field="direction",
-                    detail=f"pull, but {field} is `{getattr(self, field)}`",
-                    help=f"`pull` needs {field} `{needed}`; or use the direction `push`",
-                )
+        self._check_needs("direction", "push", (("resource", "epilogue"), ("signal", "flag")))
 
     def _check_own(self) -> None:
         _one_of("own", self.own, OWNS)
         if self.own == "last":
             return
-        for field, needed in (("resource", "epilogue"), ("sum", "epilogue"), ("direction", "push")):
+        needs = (("resource", "epilogue"), ("sum", "epilogue"), ("direction", "push"))
+        self._check_needs("own", "last", needs)
+
+    def _check_needs(self, name: str, usual: str, needs: tuple[tuple[str, str | int], ...]) -> None:
+        """ScheduleError unless fields have what a value of ``name`` that is not the ``usual`` one goes with."""
+        value = getattr(self, name)
+        for field, needed in needs:
             if getattr(self, field) != needed:
                 raise ScheduleError(
-                    field="own",
-                    detail=f"{self.own}, but {field} is `{getattr(self, field)}`",
-                    help=f"`{self.own}` needs {field} `{needed}`; or use `last`",
+                    field=name,
+                    detail=f"`{value}`, but {field} is `{getattr(self, field)}`",
+                    help=f"use `{usual}`; of a sum over ranks, a scatter or a reduce, `{value}` goes with "
+                    f"{json.dumps(dict(needs))}",
                 )
 
     def by(self, resource: str) -> Move:
@@ -272,7 +269,8 @@ class Schedule:
                 raise ScheduleError(
                     field=f"tiles.{extent}",
                     detail=f"{size} is no power of two",
-                    help="Triton's tiles are powers of two",
+                    help=f"Triton's tiles are powers of two: use {1 << size.bit_length() - 1} or "
+                    f"{1 << size.bit_length()}",
                 )
         for name in ("group", "workers", "warps", "stages", "split", "tail"):
             _positive(name, getattr(self, name))
@@ -312,7 +310,9 @@ class Schedule:
                 raise ScheduleError(
                     field=f"moves.{name}.resource",
                     detail=f"{move.resource} leaves none of {self.workers} workers to compute",
-                    help="use fewer communication workers",
+                    help=f"use sm:1 to sm:{self.workers - 1}, or more workers"
+                    if self.workers > 1
+                    else "use two workers or more",
                 )
             if move.own != "last" and self.order != "interleave":
                 raise ScheduleError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tilelink.backend.emit.scope import TL_DTYPE, Dim, Scope, item_bytes, refuse
+from tilelink.backend.emit.scope import TL_DTYPE, Dim, Scope, item_bytes, refuse, refuse_roles
 from tilelink.backend.emit.text import condition
 from tilelink.ir import All, At, Broadcast, Expr, Index, Op, Range, Ref, Type, Value
 
@@ -416,7 +416,17 @@ def box(scope: Scope, op: Op) -> Box:
     sides = (ref,) if choice is None else (ref, op["own"])
     pairs = [_tma_load(scope, op, side, block, placed) for side in sides]
     if pairs[0] is None or None in pairs:
-        raise refuse(op, "a load of a main loop with roles that TMA cannot make")
+        if max(block) > _TMA_BLOCK:
+            raise refuse_roles(
+                op,
+                f"a load of {' x '.join(map(str, block))} elements in a main loop, which TMA cannot make",
+                f"tiles of at most {_TMA_BLOCK} along each axis",
+            )
+        raise refuse_roles(
+            op,
+            "a load of a main loop that TMA cannot make",
+            "extents whose rows are a multiple of 16 bytes long and end with a tile",
+        )
     if scope.program.symbols[ref.symbol]["dtype"] != type_.dtype:
         raise refuse(op, "a load of a main loop with roles that converts")
     rows, cols = pairs[0]

@@ -36,6 +36,7 @@ from tilelink.backend.passes.bind_emitter import Product
 from tilelink.ir import At, Expr, Op, Value
 from tilelink.schedules.roles import LEAST_ROOM, SHARED_BYTES, SHARED_RESERVE, sent_box
 
+LEAST_DEPTH = 16  # elements of a step of a product
 GROUP_WARPS = 4
 REGISTERS = (232, 40)  # of a thread of a group, and of one that loads
 
@@ -394,8 +395,21 @@ class Roles(Loading):
             )
             assert self.ring is not None
             fewer = self.slots + left // self.ring.bytes
-            advice = f"{fewer} stages" if fewer > 1 else "smaller tiles"
+            advice = f"{fewer} stages" if fewer > 1 else self._shorter(left)
             raise refuse_roles(self.launch, detail, advice)
+
+    def _shorter(self, left: int) -> str:
+        """A depth of the steps of which two or more fit, and how many; ``left`` bytes are left as it is."""
+        assert self.ring is not None
+        loop = self.products[0][1].loop
+        whole, depth = self.slots * self.ring.bytes + left, int(loop["tile"][0])
+        shorter = depth // 2
+        while shorter >= LEAST_DEPTH:
+            fit = whole * depth // (self.ring.bytes * shorter)
+            if fit > 1:
+                return f"`--tile {loop['extent'][0]}={shorter}` and {min(fit, self.slots)} stages"
+            shorter //= 2
+        return "smaller tiles"
 
     def _direct(self, stage: Op, product: Product) -> None:
         """Note the stores of a stage that can leave through TMA, for the tiles that it has."""

@@ -8,7 +8,14 @@ from tilelink.backend.copying import copies_of
 from tilelink.backend.passes.common import in_halves, schedule_of
 from tilelink.ir import Block, Expr, Op, Ref, Value, make
 from tilelink.schedules import ScheduleError
-from tilelink.schedules.roles import GROUP_ROWS, HALVES, LEAVING, PRODUCT_WARPS, roles_of
+from tilelink.schedules.roles import (
+    GROUP_ROWS,
+    HALVES,
+    LEAVING,
+    PRODUCT_WARPS,
+    fitting_tile,
+    roles_of,
+)
 
 _BEFORE = frozenset({"wait", "zeros", "full", "constant", "param"})
 _INSIDE = frozenset({"load", "transpose", "dot", "yield"})
@@ -248,10 +255,12 @@ def _shared_by(stage: Op, product: Product) -> str:
     roles = roles_of(rows, columns, sums)
     if roles is None:
         detail = f"a tile of {rows} x {columns} with {sums} sum{'s' * (sums > 1)}"
+        fits = zip(stage["extent"], fitting_tile(rows, columns, sums), strict=True)
+        lengths = ",".join(f"{extent}={length}" for extent, length in fits)
         raise Unfit(
             stage,
             f"{detail}, which two warp groups of {GROUP_ROWS} rows cannot hold",
-            "use smaller tiles",
+            f"use `--tile {lengths}`",
         )
     for top in product.epilogue if roles == HALVES else ():
         for op in top.walk():

@@ -150,7 +150,7 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             tensor.span,
             field=f"moves.{name}.resource",
             detail=f"`{name}` is an input: no epilogue computes its tiles",
-            help="use copy_engine, sm:N or none",
+            help=f"use copy_engine, sm:N or none{_left_out(move)}",
         )
     if info.kind == "gather":
         for stage in stages_of(program):
@@ -185,6 +185,13 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
     )
     program = sized_copies(program, moved(program, name))
     return _in_channel_order(program, name, rows) if folded(program, name) else program
+
+
+def _left_out(move: Move) -> str:
+    """The fields of ``move`` that not every resource has, as what to leave out."""
+    fields = ("sum", "slots", "signal", "direction", "own")
+    given = [f"`{name}`" for name in fields if getattr(move, name) != getattr(Move(), name)]
+    return f", and leave out {' and '.join(given)}" if given else ""
 
 
 def _check_pulled(tensor: Op, info: Moved) -> None:

@@ -18,6 +18,7 @@ from tilelink.backend.passes.common import (
 )
 from tilelink.ir import INDEX, At, Block, Expr, Index, Op, Ref, Type, Value, make
 from tilelink.schedules import ScheduleError
+from tilelink.schedules.schedule import MAX_SPLIT
 
 _INSIDE = frozenset({"load", "transpose", "dot", "yield"})
 
@@ -167,7 +168,9 @@ class _Cut:
         self.depth = Expr.of(loop["extent"][0])
         length = int(evaluate(self.depth, environment(program), loop))
         if length % parts:
-            _refuse(loop, f"{length} elements of `{self.depth}` are no {parts} equal parts")
+            even = ", ".join(str(n) for n in range(1, MAX_SPLIT + 1) if length % n == 0)
+            detail = f"{length} elements of `{self.depth}` are no {parts} equal parts"
+            _refuse(loop, detail, f"use one of {even}")
 
     def made(self) -> tuple[list[Op], list[Op]]:
         """The tensors of parts, and the two nests."""

@@ -1,8 +1,11 @@
 """The help of a refusal, followed, leads to a command that is accepted."""
 
+import json
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,3 +161,134 @@ def test_the_reference_alone_sees_what_depends_on_tiles(
     file.write_text(AG_GEMM.read_text().replace("= acc\n", "= acc - tk.max(acc, 1, True)\n"))
     assert main(["run", str(file), "--backend", "reference"]) == 1
     assert "error[tile-dependent]" in capsys.readouterr().err
+
+
+def emitted(
+    capsys: pytest.CaptureFixture[str], file: str, schedule: Mapping[str, Any], *more: str
+) -> tuple[str, str]:
+    """The field and the help of the refusal to emit an example under ``schedule``; empty where it is emitted."""
+    words = ["emit", str(ROOT / "examples" / f"{file}.py"), "--schedule", json.dumps(schedule)]
+    code = main([*words, *more])
+    said = capsys.readouterr().err
+    assert bool(code) == said.startswith("error["), said
+    if not code:
+        return "", ""
+    field = re.search(r"schedule field `([\w.]+)`", said)
+    return field[1] if field else "", said.splitlines()[-1].partition("= help: ")[2]
+
+
+KINDS = [("ag_gemm", "A"), ("gemm_rs", "C"), ("gemm_ar", "C")]
+
+
+@pytest.mark.parametrize(("file", "tensor"), KINDS)
+@pytest.mark.parametrize(
+    "move",
+    [
+        {"signal": "word"},
+        {"signal": "sentinel"},
+        {"signal": "word", "slots": 2},
+        {"direction": "pull"},
+        {"own": "beside"},
+        {"own": "between", "sum": "epilogue"},
+        {"slots": 2},
+        {"slots": 2, "resource": "none"},
+        {"resource": "epilogue"},
+        {"resource": "epilogue", "slots": 2},
+        {"resource": "epilogue", "signal": "word", "slots": 2},
+        {"resource": "epilogue", "direction": "pull"},
+        {"resource": "sm:132"},
+    ],
+    ids=str,
+)
+def test_the_first_advice_on_a_move_is_accepted(
+    file: str, tensor: str, move: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = dict(move)
+    for _ in range(4):
+        field, advice = emitted(capsys, file, {"moves": {tensor: changed}})
+        if not advice:
+            return
+        field = field.rpartition(".")[2]
+        first = re.match(r"use (?:`\"sum\": )?[`\"]?([\w:]+)", advice)
+        assert first is not None, advice
+        changed[field] = int(first[1]) if first[1].isdecimal() else first[1]
+        for name in re.findall(r"`(\w+)`", advice.partition("leave out ")[2]):
+            del changed[name]
+    pytest.fail(f"four times advised, and refused still: {advice}")
+
+
+@pytest.mark.parametrize("file", ["gemm_rs", "gemm_ar"])
+@pytest.mark.parametrize(
+    "move",
+    [{"signal": "word"}, {"signal": "sentinel"}, {"own": "beside"}, {"direction": "pull"}],
+    ids=str,
+)
+def test_what_a_field_goes_with_is_accepted_of_a_sum(
+    file: str, move: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, advice = emitted(capsys, file, {"moves": {"C": move}})
+    needs = re.search(r"goes with (\{.*\})", advice)
+    assert needs is not None, advice
+    schedule: dict[str, Any] = {"moves": {"C": {**move, **json.loads(needs[1])}}}
+    _, advice = emitted(capsys, file, schedule)
+    if advice.startswith("use the order `interleave`"):
+        _, advice = emitted(capsys, file, {**schedule, "order": "interleave"})
+    if advice == "use push, or two shots":
+        schedule["moves"]["C"]["shots"] = 2
+        _, advice = emitted(capsys, file, schedule)
+    assert not advice
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tiles": {"M": 32, "N": 64, "K": 32}},
+        {"tiles": {"M": 256, "N": 256, "K": 64}},
+        {"tiles": {"M": 64, "N": 512, "K": 64}},
+        {"tiles": {"M": 128, "N": 256, "K": 64}, "stages": 16},
+        {"tiles": {"M": 128, "N": 256, "K": 256}, "stages": 4},
+        {
+            "tiles": {"M": 128, "N": 256, "K": 256},
+            "moves": {"A": {"resource": "sm:8", "copies": "boxes"}},
+        },
+        {"tiles": {"M": 128, "N": 128, "K": 512}},
+        {"warps": 4},
+    ],
+    ids=str,
+)
+def test_advice_on_roles_is_accepted(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = ["--set", "M=1024,N=512,K=2048"]
+    schedule = {"emitter": "gluon", **given}
+    for _ in range(3):
+        _, advice = emitted(capsys, "ag_gemm", schedule, *shape)
+        if not advice:
+            break
+        assert not any(emitted(capsys, "ag_gemm", {**schedule, "emitter": "triton"}, *shape))
+        tiles = re.search(r"`--tile ([^`]*)`", advice)
+        if tiles is not None:
+            new = dict(part.split("=") for part in tiles[1].split(","))
+            schedule["tiles"] = {**schedule["tiles"], **{n: int(v) for n, v in new.items()}}
+        most = re.search(r"at most (\d+) along each axis", advice)
+        if most is not None:
+            schedule["tiles"] = {n: min(v, int(most[1])) for n, v in schedule["tiles"].items()}
+        stages, warps = re.search(r"(\d+) stages", advice), re.match(r"use (\d+),", advice)
+        if stages is not None:
+            schedule["stages"] = int(stages[1])
+        if warps is not None:
+            schedule["warps"] = int(warps[1])
+    else:
+        pytest.fail(f"three times advised, and refused still: {advice}")
+
+
+def test_advice_on_parts_and_powers_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--set", "M=512,N=256,K=192"]
+    parts = re.findall(r"\d+", emitted(capsys, "ag_gemm", {"split": 5}, *shape)[1])
+    assert parts == ["1", "2", "3", "4", "6", "8", "12", "16"]
+    for part in parts:
+        assert not any(emitted(capsys, "ag_gemm", {"split": int(part)}, *shape))
+    powers = re.findall(r"\d+", emitted(capsys, "ag_gemm", {"tiles": {"M": 100}})[1])
+    assert powers == ["64", "128"]
+    for power in powers:
+        assert not any(emitted(capsys, "ag_gemm", {"tiles": {"M": int(power)}}))
