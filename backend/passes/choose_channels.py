@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tilelink.backend.expand import environment
 from tilelink.backend.passes.common import (
     MOVED,
@@ -448,6 +450,8 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
         stage, variable = storing_stage(program, info.name)
         length = rows if variable is None else int(stage["tile"][variable])
         unit = max(rows, min(length, info.shard) // rows * rows)
+    # Whoever sums a part to hand it on says so once a tile, to one channel.
+    unit = math.lcm(unit, min(_relayed_rows(program, info), info.shard))
     units = -(-info.shard // unit)
     asked = move.tile or _asked_tile(program, tensor, info)
     per = None
@@ -478,6 +482,14 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
         whole = info.shard if info.axis else 0
         tile = next(t for t in range(tile, 0, -1) if channel_rows % t == whole % t == 0)
     return tile, channel_rows
+
+
+def _relayed_rows(program: Op, info: Moved) -> int:
+    """Rows of a tile in which this rank sums its part of a reduce in two shots; 1 where there is none."""
+    for stage in stages_of(program):
+        if any(store.get("relay") for store in accesses(stage, info.name, "store")):
+            return int(stage["tile"][info.axis])
+    return 1
 
 
 def _asked_tile(program: Op, tensor: Op, info: Moved) -> int | None:

@@ -55,3 +55,11 @@ def scaled_twice(A, B, C):
         C[m, n] = C[m, n] * 2.0
     for m, n in tk.tiles(M, N):
         C[m, n] = C[m, n] * 3.0
+
+
+@tilelink.kernel("reduce Y[M, N] sum", example={"M": 64, "N": 1024})
+def doubled_rows(X, Y):
+    """Y = the sum over ranks of 2 X, by whole rows: the longer they are, the fewer are a tile."""
+    M, _ = X.shape
+    for m in tk.tiles(M):
+        Y[m, :] = X[m, :] * 2.0

@@ -220,3 +220,24 @@ def test_a_dynamic_extent_takes_one_shot_and_one_slot() -> None:
         move = Move(resource="epilogue", **given)
         with pytest.raises(ScheduleError, match="known at run time only"):
             run_passes(op, Schedule(moves=(("C", move),)))
+
+
+@pytest.mark.parametrize("resource", ("epilogue", "copy_engine", "sm:2"))
+@pytest.mark.parametrize(("m", "n"), ((64, 1024), (60, 1024), (64, 2048)))
+def test_parts_are_handed_on_in_taller_tiles_than_they_are_stored_in(
+    resource: str, m: int, n: int
+) -> None:
+    kernel = load_kernels(Path(__file__).parents[1] / "kernels" / "misc.py")["doubled_rows"]
+    op = kernel.build({"M": m, "N": n}, {}, 4)
+    moves = (("Y", Move(resource, shots=2)),)
+    chosen = Schedule(tiles=(("M", 16), ("N", 128)), workers=5, moves=moves)
+    program = compile_kernel(op, chosen)
+    stages = {
+        s.symbol: s["tile"][0] for launch in program.find("launch") for s in launch.find("stage")
+    }
+    assert stages["Y.relay"] > stages["Y.tiles"]
+    inputs = random_inputs(op, m)
+    for mine, right in zip(simulate.run(program, inputs), reference(op, inputs), strict=True):
+        assert torch.equal(mine["Y"], right["Y"])
+    emitted = Source("emitted.py", emit(program))
+    validate(read_module(emitted), program)
