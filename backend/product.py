@@ -51,7 +51,8 @@ def product_of(stage: Op) -> Product:
     before, behind = ops[: loops[0]], ops[loops[0] + 1 :]
     start = {op.results[0].name for op in before if op.name == "zeros"}
     for op in before:
-        if op.name != "zeros":
+        # Scalars stand before every loop; what uses one is refused where it stands.
+        if op.name not in ("zeros", "param", "constant"):
             _fail(op, f"`{op.name}` stands before its loop")
     dots = [op for op in loop.body if op.name == "dot"]
     if len(dots) != 1:

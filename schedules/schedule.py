@@ -360,6 +360,13 @@ class Schedule:
         """A copy in which every moved tensor uses ``resource``."""
         return replace(self, moves=tuple((n, m.by(resource)) for n, m in self.moves))
 
+    def with_emitter(self, emitter: str) -> Schedule:
+        """A copy for ``emitter``: of another than Triton without slots, as a call is one of its kernels."""
+        moves = self.moves
+        if emitter != "triton":
+            moves = tuple((n, replace(m, slots=1, signal="flag")) for n, m in moves)
+        return replace(self, emitter=emitter, moves=moves)
+
     def to_json(self) -> str:
         """One line of JSON that :meth:`from_json` reads back."""
         data = asdict(self)

@@ -393,7 +393,7 @@ def _roles(stage: Op) -> str:
             raise Unfit(
                 stage,
                 "workers that copy beside those that multiply, in another form than this emitter has",
-                "use copies `boxes`, of a scatter with the sum `epilogue`",
+                "use the resource copy_engine, or of a scatter with the sum `epilogue` the copies `boxes`",
             )
     except Unfit as unfit:
         raise _refused(unfit, stage) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.simulate.clock import timeline
 from tilelink.backend.validate import read_module, validate
 from tilelink.errors import Source
+from tilelink.kernel import load_kernels
 from tilelink.kernels import ag_gemm, gemm_ar, gemm_ar_add, gemm_rs, gemm_rs_add
 from tilelink.schedules import Move
 from tilelink.schedules.machine import Machine
@@ -129,3 +131,31 @@ def test_predicted_time_is_that_of_both_in_turn(
     found = timeline(library(kernel, {"M": m, "K": k, "N": n}, world=8), H200)
     assert found.makespan == pytest.approx(measured, rel=0.12)
     assert found.makespan == pytest.approx(found.compute + found.communication, rel=0.01)
+
+
+def test_a_scalar_of_a_later_loop_is_in_no_product_s_way(tmp_path: Path) -> None:
+    file = tmp_path / "scaled.py"
+    file.write_text(
+        "import tilelink\n"
+        "import tilelink.language as tk\n\n\n"
+        '@tilelink.kernel("reduce P[M, N] sum")\n'
+        "def scaled(A, B, O, factor):\n"
+        "    M, K = A.shape\n"
+        "    N = B.shape[1]\n"
+        "    P = tk.empty([M, N], A.dtype)\n"
+        "    for m, n in tk.tiles(M, N):\n"
+        "        acc = tk.zeros([m, n], tk.float32)\n"
+        "        for k in tk.tiles(K):\n"
+        "            acc = tk.dot(A[m, k], B[k, n], acc)\n"
+        "        P[m, n] = acc\n"
+        "    for m, n in tk.tiles(M, N):\n"
+        "        O[m, n] = P[m, n] * factor\n"
+    )
+    kernel = load_kernels(file)["scaled"]
+    given: dict[str, Any] = {"A": draw(32, 24, seed=1), "B": draw(24, 16, seed=2)}
+    plan = schedule(kernel.build({"M": 32, "K": 24, "N": 16}, world=WORLD), "none")
+    found = kernel.on("simulate", world=WORLD, schedule=plan)(**given, factor=2.0)
+    for one, two in zip(
+        found, kernel.on("reference", world=WORLD)(**given, factor=2.0), strict=True
+    ):
+        assert torch.equal(one, two)

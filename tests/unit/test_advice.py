@@ -292,3 +292,15 @@ def test_advice_on_parts_and_powers_is_accepted(capsys: pytest.CaptureFixture[st
     assert powers == ["64", "128"]
     for power in powers:
         assert not any(emitted(capsys, "ag_gemm", {"tiles": {"M": int(power)}}))
+
+
+@pytest.mark.parametrize("emitter", ["gluon", "library"])
+@pytest.mark.parametrize("shape", ["M=128,K=256,N=512", "M=1024,K=256,N=1024"])
+def test_another_emitter_takes_the_default_of_its_own(
+    emitter: str, shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(ROOT / "examples" / "gemm_rs.py")
+    words = ["emit", file, "--set", shape, "--emitter", emitter, "--tile", "M=64,N=128"]
+    if emitter == "library":
+        words += ["--resource", "none"]
+    assert main(words) == 0, capsys.readouterr().err

@@ -206,7 +206,7 @@ def schedule_of(args: argparse.Namespace, kernel: Op) -> Schedule:
     if args.workers:
         schedule = replace(schedule, workers=args.workers)
     if args.emitter:
-        schedule = replace(schedule, emitter=args.emitter)
+        schedule = schedule.with_emitter(args.emitter)
     return schedule
 
 
