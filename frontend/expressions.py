@@ -189,6 +189,10 @@ class Expressions(ABC):
     def _spelling(self, node: ast.Name, scope: Scope) -> str:
         """What may have been meant by a name that stands for nothing."""
         name = node.id
+        extent = name.upper()
+        if len(name) == 1 and name != extent and extent in scope.names:
+            # By convention a tile of an extent: the one is not meant by the other.
+            return f"no loop around this walks `{extent}` by `{name}`: `for …, {name} in tk.tiles(…, {extent})`"
         close = did_you_mean(name, scope.names)
         if close:
             return close
@@ -478,6 +482,12 @@ class Expressions(ABC):
         left, right = self.builder.literal(left), self.builder.literal(right)
         if isinstance(left, Value | Num) or isinstance(right, Value | Num):
             return self.builder.arithmetic(name, left, right, span, hint)
+        for side in (left, right):
+            if isinstance(side, TileVar | TensorRef | MovedTile) and None not in (left, right):
+                advice = "compare an element or a tile of it, `A[m, k] > 0`"
+                if isinstance(side, TileVar):
+                    advice = f"a tile is a range of indices: compare `{side.value.name}.index` and choose by `tk.where`"
+                raise self.unsupported(span, f"a comparison of {describe(side)}", advice)
         a, b = dtype_name(left) or left, dtype_name(right) or right
         return fold(a, b)
 
