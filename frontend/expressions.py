@@ -486,7 +486,7 @@ class Expressions(ABC):
             if isinstance(side, TileVar | TensorRef | MovedTile) and None not in (left, right):
                 advice = "compare an element or a tile of it, `A[m, k] > 0`"
                 if isinstance(side, TileVar):
-                    advice = f"a tile is a range of indices: compare `{side.value.name}.index` and choose by `tk.where`"
+                    advice = f"a tile is a range: compare `{side.value.name}.index` and choose by `tk.where`"
                 raise self.unsupported(span, f"a comparison of {describe(side)}", advice)
         a, b = dtype_name(left) or left, dtype_name(right) or right
         return fold(a, b)
@@ -522,9 +522,13 @@ class Expressions(ABC):
         """A matrix product with its type rule."""
         for x in (a, b):
             if not isinstance(x, Value) or len(x.type.shape) != 2:
-                raise self.unsupported(
-                    span, f"`dot` of {describe(x)}", "`dot` takes two tiles of two axes"
+                whole = isinstance(x, TensorRef)
+                advice = (
+                    f"read a tile of it: `{x.name}[m, k]`"
+                    if whole
+                    else "it takes two tiles of two axes"
                 )
+                raise self.unsupported(span, f"`dot` of {describe(x)}", advice)
         if a.type.dtype != b.type.dtype or a.type.dtype not in FLOATS:
             raise DtypeMismatch(
                 span,
@@ -541,12 +545,17 @@ class Expressions(ABC):
                 map(self.builder.same_dim, acc.type.shape, (m, n))
             )
             if not same:
-                self._no_product(acc, Value("product", Type("fp32", (m, n))), span)
+                raise ShapeMismatch(
+                    span,
+                    left=f"the accumulator, of shape `[{', '.join(acc.type.shape)}]`,",
+                    right=f"the product, of shape `[{m}, {n}]`",
+                    advice=f"start it with `tk.zeros([{m}, {n}], tk.float32)`",
+                )
             if acc.type.dtype != "fp32":
                 raise DtypeMismatch(
                     span,
                     what=f"`dot` adds in fp32, but its accumulator is {acc.type.dtype}",
-                    advice="start it with `tk.zeros([m, n], tk.float32)` and convert after the loop",
+                    advice=f"start it with `tk.zeros([{m}, {n}], tk.float32)` and convert after the loop",
                 )
             operands += (acc,)
         return self.builder.emit("dot", operands, Type("fp32", (m, n)), span, hint)
@@ -556,7 +565,7 @@ class Expressions(ABC):
             span,
             left=f"a tile of shape `[{', '.join(a.type.shape)}]`",
             right=f"a tile of shape `[{', '.join(b.type.shape)}]`",
-            advice="`dot` multiplies [m, k] by [k, n] and adds [m, n]; transpose with `x.T`",
+            advice="`dot` multiplies [m, k] by [k, n]; transpose with `x.T`",
         )
 
     def builtin(self, function: Any) -> str | None:
