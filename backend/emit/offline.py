@@ -15,6 +15,7 @@ from typing import Any
 from tilelink.backend.emit.compiler import compile_kernel
 from tilelink.backend.emit.kernel import Kernel, compile_options
 from tilelink.backend.emit.scope import Program
+from tilelink.backend.emit.tiles import step_bytes
 from tilelink.backend.emit.triton import kernels_of
 from tilelink.errors import TilelinkError
 from tilelink.ir import Op
@@ -48,6 +49,7 @@ class Compiled:
     descriptors of tensors that nothing but the user writes, ``read_back`` those of buffers that are
     read within a call, ``wide`` the pointers to tensors of 2^31 elements and
     more; ``wide_arena`` is set where a symmetric buffer is that large, ``roles`` where warps have roles.
+    ``stages_held`` of the main loop hold ``step`` bytes each.
     """
 
     name: str
@@ -64,6 +66,16 @@ class Compiled:
     wide: tuple[str, ...] = ()
     wide_arena: bool = False
     roles: bool = False
+    stages_held: int = 0
+    step: int = 0
+
+    @property
+    def stages_fit(self) -> int:
+        """How many stages there is shared memory for; 0 where no number of them would do."""
+        if not self.step:
+            return 0
+        beside = self.shared - self.stages_held * self.step
+        return max(0, (SHARED_LIMIT - beside) // self.step)
 
 
 def signature(program: Op, kernel: Kernel) -> dict[str, str]:
@@ -122,6 +134,7 @@ def compile_offline(source: str, program: Op, sass: bool = True) -> list[Compile
                 notes = tuple(failed.strip().splitlines()[-12:])
                 raise CompileFailed(launch.span, kernel=kernel.name, notes=notes)
             read = _read(Path(folder) / kernel.name, kernel, launch)
+            read = replace(read, step=step_bytes(Program(program), launch))
             done.append(_with_memory(read, program, kernel))
     return done
 
@@ -145,6 +158,7 @@ def _read(out: Path, kernel: Kernel, launch: Op) -> Compiled:
         _dot_rows(launch),
         any(op.name == "wait" for op in launch.walk()),
         roles=launch.get("roles") is not None,
+        stages_held=kernel.stages,
     )
 
 
@@ -221,7 +235,11 @@ def lint_code(compiled: Compiled, sass: str) -> list[str]:
     if any(compiled.dots) and not re.search(r"\b(?:HGMMA|HMMA)", sass):
         problems.append("a 16-bit matrix product without tensor cores")
     if compiled.shared > SHARED_LIMIT:
-        problems.append(f"{compiled.shared} bytes of shared memory, {SHARED_LIMIT} are there")
+        most = compiled.stages_fit
+        advice = f"use `stages = {most}`" if most else "use smaller tiles"
+        problems.append(
+            f"{compiled.shared} bytes of shared memory, {SHARED_LIMIT} are there: {advice}"
+        )
     if "MULTIMEM" in sass:
         problems.append("a multimem instruction")
     return problems

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tilelink.backend.emit.scope import Program, power_of_two
+from tilelink.backend.emit.scope import Program, item_bytes, power_of_two
 from tilelink.errors import TilelinkError
 from tilelink.ir import Expr, Op, Value
 from tilelink.schedules.schedule import MAX_TILE
@@ -52,6 +52,17 @@ def check_tiles(program: Program, launch: Op) -> None:
         most=MAX_TILE,
         advice=_advice(program, axes, [value for _, value in large]),
     )
+
+
+def step_bytes(program: Program, launch: Op) -> int:
+    """Bytes of the tiles that a step of a main loop loads, which each stage holds; of the loop that loads most."""
+    axes = _axes(program, launch)
+    found = [0]
+    for loop in launch.walk():
+        if loop.name == "for_tiles" and any(op.name == "dot" for op in loop.body):
+            loads = [op.results[0] for op in loop.body if op.name == "load"]
+            found.append(sum(_count(program, axes, v) * item_bytes(v.type.dtype) for v in loads))
+    return max(found)
 
 
 def _values(launch: Op) -> Iterator[tuple[Op, Value]]:

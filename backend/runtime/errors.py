@@ -131,7 +131,10 @@ class TooLargeForSM(TilelinkError):
     message: ClassVar[str] = (
         "a CTA of `{kernel}` needs {required} of {resource}, and there are {limit}"
     )
-    hint: ClassVar[str] = "use fewer stages or smaller tiles in the schedule"
+    hint: ClassVar[str] = (
+        "use fewer stages or smaller tiles in the schedule; `tilelink emit FILE --stage ttgir`, with the same "
+        "schedule and extents, says how many stages fit"
+    )
 
 
 class DriverError(TilelinkError):

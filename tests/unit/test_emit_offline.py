@@ -133,3 +133,20 @@ def test_what_is_no_cubin_or_has_no_code_is_refused() -> None:
     kernel = compiled(read("ag_gemm.copy_engine"))
     with pytest.raises(ValueError, match="no code"):
         code_of(kernel.cubin.replace(b".text", b".test"))
+
+
+@pytest.mark.parametrize(
+    ("tile", "stages"), [((128, 256, 128), 5), ((128, 128, 64), 12), ((64, 64, 128), 16)]
+)
+def test_more_stages_than_fit_are_told_how_many_do(tile: tuple[int, int, int], stages: int) -> None:
+    kernel = kernels.ag_gemm.build({"M": 2048, "N": 2048, "K": 2048}, {}, 4)
+
+    def compiled(stages: int) -> Compiled:
+        chosen = Schedule(tiles=tuple(zip("MNK", tile, strict=True)), stages=stages)
+        program = compile_kernel(kernel, chosen)
+        (found,) = compile_offline(emit(program), program, sass=False)
+        return found
+
+    most = compiled(stages).stages_fit
+    assert 1 < most < stages
+    assert compiled(most).shared <= SHARED_LIMIT < compiled(most + 1).shared
