@@ -186,7 +186,7 @@ def emitted() -> tuple[str, Op]:
     [{"resource": "sm:4", "slots": 2}, {"resource": "epilogue"}, {"resource": "copy_engine"}],
 )
 def test_sentinels_need_two_slots_and_stores_of_the_epilogue(move: dict[str, Any]) -> None:
-    with pytest.raises(TilelinkError, match="`sentinel` needs"):
+    with pytest.raises(TilelinkError, match="`sentinel` goes with"):
         Move(signal="sentinel", **move)
     moved = Schedule(moves=(("C", Move(resource="epilogue", slots=2, signal="sentinel")),))
     assert Schedule.from_json(moved.to_json()) == moved

@@ -221,8 +221,11 @@ def test_every_interleaving_of_a_small_program_adds_the_parts_of_its_call() -> N
 
 
 def test_the_clock_exposes_parts_in_the_ring_of_the_product_alone() -> None:
-    """For each own tile of a worker, the time in which its parts are fetched from the cache: about 2 us."""
-    kernel = gemm_rs.build({"M": 2048, "N": 4096, "K": 3584}, {}, 4)
+    """For each own tile of a worker, the time in which its parts are fetched from the cache: about 2 us.
+
+    Of so deep a product that parts are there before it ends; what has to be waited for is fetched behind it.
+    """
+    kernel = gemm_rs.build({"M": 2048, "N": 4096, "K": 7168}, {}, 4)
     schedule = Schedule(
         tiles=(("K", 64), ("M", 128), ("N", 128)),
         stages=5,
