@@ -184,7 +184,7 @@ def test_form_of_landed_sums(old: str, new: str, says: str | None) -> None:
 def test_the_clock_hides_parts_that_land_beneath_the_product(tile: tuple[int, int, int]) -> None:
     """What remains is to add them: less than to load them, where no other group multiplies meanwhile.
 
-    Of 128 x 256 a worker has two own tiles, whose three parts of 64 KB each take a few microseconds from the cache.
+    Of 128 x 256 a worker has two own tiles, whose three parts of 64 KB take a few microseconds from the cache.
     """
     kernel = gemm_rs.build({"M": 4096, "N": 4096, "K": 3584}, {}, WORLD)
     schedule = Schedule(

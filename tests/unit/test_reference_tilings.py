@@ -157,7 +157,9 @@ def f(A, C):
 def test_a_row_of_one_small_number_is_no_mistake(tmp_path: Path) -> None:
     """gelu of a large negative number is the difference of two that are nearly equal."""
     kernel = build(
-        tmp_path, GEMM.replace(STORE, "C[m, n] = tk.gelu(acc)"), extents={"M": 8192, "N": 1, "K": 64}
+        tmp_path,
+        GEMM.replace(STORE, "C[m, n] = tk.gelu(acc)"),
+        extents={"M": 8192, "N": 1, "K": 64},
     )
     # So many rows that some sums are rounded otherwise when they are cut, in whatever order a CPU adds.
     inputs = random_inputs(kernel, 0)
