@@ -30,6 +30,8 @@ LEAST, MOST = 4, 24
 # Of a schedule with so many tasks, and as many times those of the default one, each is too small to win, and the
 # clock takes long: copies by boxes of a slice whose rows no box divides, for one.
 MANY, MORE = 2_000, 16
+# Tasks up to which a schedule that was tuned for another shape is predicted again: a second each.
+REFITTED = 12_000
 SUM_BYTES = 8192  # of an all-reduce, the part that weighs as much as a task
 # The model's median error: a predicted gain below it is none.
 GAIN = 0.05
@@ -63,7 +65,9 @@ def choices(
         found = lookup(kernel, device)
         tuned = [] if found is None else [Choice(found.schedule, found.origin)]
         if found is not None and found.distance > 0:
-            tuned.insert(0, Choice(_refitted(kernel, found.schedule, device), found.origin))
+            refitted = _refitted(kernel, found.schedule, device)
+            if refitted != found.schedule:
+                tuned.insert(0, Choice(refitted, f"{found.origin}, tail {refitted.tail}"))
         near = next((choice for choice in tuned if compiles(choice)), None)
         if found is not None and near is not None and found.distance == 0:
             yield near
@@ -82,8 +86,8 @@ def _refitted(kernel: Op, schedule: Schedule, device: str) -> Schedule:
     machine = Machine.of_device(device, world_of(kernel))
     if machine is None:
         return schedule
-    tails = [schedule, *(replace(schedule, tail=tail) for tail in (1, *TAILS))]
-    return min(tails, key=lambda s: _predicted_us(kernel, s, machine, TASKS))
+    others = (replace(schedule, tail=tail) for tail in (1, *TAILS) if tail != schedule.tail)
+    return min([schedule, *others], key=lambda s: _predicted_us(kernel, s, machine, REFITTED))
 
 
 def compile_chosen(kernel: Op, schedule: Schedule | None, device: str) -> Chosen:

@@ -42,6 +42,13 @@ def table(*entries: Entry, world: int = 4, device: str = DEVICE) -> Table:
     return Table("ag_gemm", key, "bf16", world, device, (RUN,), entries, name="t.json")
 
 
+def table_of(op: Op, made: Entry) -> Table:
+    """A table with one entry, of the kernel and the ranks of ``op``."""
+    return Table(
+        op.symbol, kernel_key(op), "bf16", op["world"], DEVICE, (RUN,), (made,), name="t.json"
+    )
+
+
 def entry(m: int, k: int, n: int, group: int = 2, us: float = 10.0) -> Entry:
     schedule = replace(default_schedule(built()), group=group)
     return Entry({"M": m, "K": k, "N": n}, schedule, us)
@@ -94,9 +101,7 @@ def test_of_what_was_tuned_a_call_with_fewer_rows_takes_no_more_than_compiles(
     fixed = gemm_rs.build({"M": 1024, "K": 512, "N": 512}, {}, 4)
     assert compile_kernel(fixed, slots)["slots"] == 2
     dynamic = gemm_rs.build({"M": 1024, "K": 512, "N": 512}, {}, 4, dynamic=("M",))
-    key = kernel_key(fixed)
-    made = Entry({"M": 1024, "K": 512, "N": 512}, slots, 10.0)
-    only = Table("gemm_rs", key, "bf16", 4, DEVICE, (RUN,), (made,), name="t.json")
+    only = table_of(fixed, Entry({"M": 1024, "K": 512, "N": 512}, slots, 10.0))
     monkeypatch.setattr(tables, "load_tables", lambda: (only,))
     assert next(choices(dynamic, DEVICE)).schedule == slots
     found = compile_chosen(dynamic, None, DEVICE)
@@ -318,7 +323,7 @@ def test_a_schedule_that_cannot_be_emitted_gives_way(
     with pytest.raises(NoRoles):
         compile_chosen(op, HALVES, DEVICE)
     made = Entry(extents, HALVES, 10.0)
-    only = Table(kernel.name, kernel_key(op), "bf16", 2, DEVICE, (RUN,), (made,), name="t.json")
+    only = table_of(op, made)
     monkeypatch.setattr(tables, "load_tables", lambda: (only,))
     found = compile_chosen(op, None, DEVICE)
     assert "t.json" not in found.origin and found.source
@@ -339,10 +344,11 @@ def test_of_another_shape_the_tail_is_chosen_anew(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(choose, "_predicted_us", predicted)
     for rows, tail in ((1024, 3), (2048, 2)):
         made = Entry({"M": rows, "K": 8192, "N": 2048}, copied, 10.0)
-        only = Table("ag_gemm", kernel_key(op), "bf16", 2, DEVICE, (RUN,), (made,), name="t.json")
+        only = table_of(op, made)
         monkeypatch.setattr(tables, "load_tables", lambda only=only: (only,))
-        found = [c.schedule for c in choices(op, DEVICE) if "t.json" in c.origin]
-        assert found[0] == replace(copied, tail=tail)
+        found = next(c for c in choices(op, DEVICE) if "t.json" in c.origin)
+        assert found.schedule == replace(copied, tail=tail)
+        assert found.origin.endswith(", tail 2") == (tail != copied.tail)
 
 
 def test_what_is_predicted_and_cannot_be_emitted_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +368,7 @@ def test_a_prediction_has_the_default_to_beat_where_what_was_tuned_nearby_does_n
 
     op = gemm_rs.build({"M": 324, "K": 512, "N": 1024}, {}, 2)
     nearby = Entry({"M": 512, "K": 512, "N": 1024}, HALVES, 10.0)
-    only = Table("gemm_rs", kernel_key(op), "bf16", 2, DEVICE, (RUN,), (nearby,), name="t.json")
+    only = table_of(op, nearby)
     monkeypatch.setattr(tables, "load_tables", lambda: (only,))
     seen: list[Schedule | None] = []
 
