@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,39 @@ def test_a_schedule_stays_until_another_one_is_clearly_faster_in_the_same_run() 
     assert after(tilelink_epilogue=[24.0]) == ("epilogue", 24.0)
 
 
+def test_a_schedule_that_may_be_no_entry_gives_way_to_the_next_fastest() -> None:
+    def no(*resources: str) -> Callable[[Problem, Schedule, str], str]:
+        return lambda _problem, schedule, _device: (
+            "spills" if schedule.move("C").resource in resources else ""
+        )
+
+    text = raw(case(tilelink_copy=[20.0], tilelink_epilogue=[24.0]))
+    (table,) = harvest(text, "raw.json", (), no("copy_engine"))
+    (entry,) = table.entries
+    assert (entry.schedule.move("C").resource, entry.us) == ("epilogue", 24.0)
+    # What the table has stays: another check is there for it.
+    (again,) = harvest(text, "raw.json", [table], no("copy_engine", "epilogue"))
+    assert again.entries == table.entries
+    assert harvest(text, "raw.json", (), no("copy_engine", "epilogue")) == []
+
+
+def test_harvesting_leaves_out_what_the_check_of_tables_would_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spilling = case(tilelink_copy=[20.0], tilelink_epilogue=[25.0])
+    for row in spilling["candidates"]:
+        if row["name"] == "tilelink_copy":
+            row["schedule"]["tiles"] |= {"M": 128, "N": 256}
+            row["schedule"]["warps"] = 4
+    path, out = tmp_path / "raw.json", tmp_path / "tuned"
+    path.write_text(raw(spilling))
+    assert main(["tune", "--harvest", str(path), "-o", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"left out: {PROBLEM.cell}: the schedule does not fit the GPU" in said
+    (entry,) = json.loads(next(out.iterdir()).read_text())["entries"]
+    assert entry["us"] == 25.0
+
+
 def test_what_is_no_benchmark_makes_no_table() -> None:
     with pytest.raises(BadHarvest, match=r"raw\.json"):
         harvest("{}", "raw.json")
@@ -290,7 +324,7 @@ def test_the_command_scores_and_harvests(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "raw.json"
-    path.write_text(raw(case(tilelink_copy=[40.0], tilelink_none=[45.0], in_turn=[50.0])))
+    path.write_text(raw(case(tilelink_epilogue=[40.0], tilelink_none=[45.0], in_turn=[50.0])))
     main(["tune", "--score", str(path)])
     said = capsys.readouterr().out
     assert "2 points in 1 cells" in said

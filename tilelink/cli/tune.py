@@ -14,7 +14,9 @@ from tilelink.cli.options import add_common, positive, read_file, write_file
 from tilelink.cli.source import load, machine_of
 
 if TYPE_CHECKING:
+    from tilelink.schedules import Schedule
     from tilelink.schedules.tables import Table
+    from tilelink.tuning.problem import Problem
 
 ERROR_GOAL = 0.15
 
@@ -176,15 +178,26 @@ def score(args: argparse.Namespace) -> int:
 
 def harvest(args: argparse.Namespace) -> int:
     """Writes the tables that raw measurements make into the folder of ``--out``."""
+    from tilelink.schedules.machine import Machine
     from tilelink.schedules.tables import parse_table
+    from tilelink.tuning.check import fault_of
     from tilelink.tuning.harvest import harvest
+
+    def fault(problem: Problem, schedule: Schedule, device: str) -> str:
+        machine = Machine.of_device(device, problem.world)
+        if machine is None:
+            return ""  # --check refuses the table as a whole
+        found = fault_of(problem, schedule, machine.name)
+        if found:
+            print(f"left out: {found}")
+        return found
 
     folder = Path(args.out or "schedules/tuned")
     known: list[Table] = [
         parse_table(read_file(str(path)), path.name) for path in sorted(folder.glob("*.json"))
     ]
     for path in args.harvest:
-        known = harvest(read_file(path), path, known)
+        known = harvest(read_file(path), path, known, fault)
     folder.mkdir(parents=True, exist_ok=True)
     for made in known:
         write_file(str(folder / made.file_name), made.to_json())

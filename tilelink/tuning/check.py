@@ -299,6 +299,18 @@ def read_code(built: Sequence[tuple[Compiled, ...]]) -> list[str]:
     ]
 
 
+def fault_of(problem: Problem, schedule: Schedule, machine: str) -> str:
+    """Why no entry may have this schedule; empty if one may."""
+    outcome = check_entry(problem.to_json(), schedule.to_json(), machine)
+    if outcome.kind is not None:
+        kind = next(k for k in _KINDS if k.__name__ == outcome.kind)
+        return _line(kind(place=problem.cell, **outcome.fields))
+    built = compile_entry(problem.to_json(), schedule.to_json())
+    (code,) = read_code([built.kernels])
+    found = "; ".join(filter(None, (built.fault, code)))
+    return f"{problem.cell}: {found}" if found else ""
+
+
 def _shape(schedule: Schedule) -> str:
     tiles = " ".join(f"{name}={size}" for name, size in schedule.tiles)
     return f"tiles {tiles}, {schedule.stages} stages, {schedule.warps} warps"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tilelink.errors import TilelinkError
@@ -29,13 +29,19 @@ class BadHarvest(TilelinkError):
     hint = "give the raw JSON of bench/run.py"
 
 
-def harvest(text: str, source: str, known: Iterable[Table] = ()) -> list[Table]:
+def harvest(
+    text: str,
+    source: str,
+    known: Iterable[Table] = (),
+    fault: Callable[[Problem, Schedule, str], str] = lambda *_: "",
+) -> list[Table]:
     """The tables ``known``, with an entry for each cell of the raw JSON ``text`` in which one of ours ran.
 
     ``source`` is the name under which the raw data lies in the repository. Of eager calls and replays of the
     same the faster ones count, of ours and of the baseline: a repeated call is a replay. Times of several runs
     are not compared: a schedule that the run measured too, and of which none is faster by more than ``GAIN``,
-    stays, with its new time.
+    stays, with its new time. ``fault`` says of a problem, a schedule and a device why that may be no entry,
+    empty if it may: the next fastest is taken then. What a table holds already is not asked about.
     """
     try:
         data = json.loads(text)
@@ -53,10 +59,16 @@ def harvest(text: str, source: str, known: Iterable[Table] = ()) -> list[Table]:
         problem = Problem(READY_MADE, case["kind"], extents, int(case["world"]))
         empty = problem.table(device)
         key = empty.key, empty.world, empty.device
-        table = tables.setdefault(key, empty)
-        kept = {e.schedule for e in table.entries if e.extents == extents}
-        near = [e for e in measured if e.us <= (1.0 + GAIN) * measured[0].us]
-        new.setdefault(key, []).append(next((e for e in near if e.schedule in kept), measured[0]))
+        kept = {e.schedule for e in tables.get(key, empty).entries if e.extents == extents}
+        sound = (
+            e for e in measured if e.schedule in kept or not fault(problem, e.schedule, device)
+        )
+        best = next(sound, None)
+        if best is None:
+            continue
+        near = (e for e in measured if e.us <= (1.0 + GAIN) * best.us)
+        tables.setdefault(key, empty)
+        new.setdefault(key, []).append(next((e for e in near if e.schedule in kept), best))
     return [
         table.with_entries(new[key], run) if key in new else table for key, table in tables.items()
     ]
