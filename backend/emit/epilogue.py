@@ -21,8 +21,9 @@ COLUMNS = 32
 # as much as makes 64 elements of arrived parts, 128 bytes that are under way.
 LEAST_ROLE_EACH, ROLE_COLUMNS, _ROLE_ARRIVED = 16, 16, 64
 # Bytes that a thread of a role holds of a sum and of arrived parts, those of several pieces of its tile: what its
-# registers have room for beside its own part of 128 x 128 elements; and beside that of 64 x 256.
-_ROLE_HELD, _HALVES_HELD = 384, 256
+# registers have room for beside its own part of 128 x 128 elements; and beside that of 64 x 256, or the masks of rows
+# that are not all there.
+_ROLE_HELD, _LESS_HELD = 384, 256
 
 
 def role_each(world: int) -> int:
@@ -65,8 +66,10 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
     at = next((n for n, op in enumerate(tail) if tells(op)), len(tail))
     tail, signals = tail[:at], tail[at:]
     parts, width = [name], whole.block
-    least = ROLE_COLUMNS if scope.grid[0] else COLUMNS
-    widest = scope.landed or max(least, scope.each * 32 * scope.warps // rows)
+    least, each = (ROLE_COLUMNS if scope.grid[0] else COLUMNS), scope.each
+    if scope.grid[0] and _ragged(scope, own):
+        each = max(LEAST_ROLE_EACH, each // 2)
+    widest = scope.landed or max(least, each * 32 * scope.warps // rows)
     while width > widest:
         width //= 2
         parts = [half for part in parts for half in halves(scope, part, rows, width)]
@@ -115,11 +118,16 @@ def _landed(
     return found
 
 
+def _ragged(scope: Scope, own: Value) -> bool:
+    """Whether some tiles have fewer rows than others, so that what is read and stored of each is masked."""
+    return not scope.dims[own.type.shape[0]].exact
+
+
 def _ahead(scope: Scope, own: Value, rows: int, width: int) -> int:
     """How many pieces of a tile a role asks for before it adds up the first; each has ``rows`` x ``width``."""
     if not scope.grid[0]:
         return 1
     each = -(-rows * width // (32 * scope.warps))
     part = each * (scope.program.world - 1) * DTYPES[own.type.dtype]
-    held = _ROLE_HELD if rows > GROUP_ROWS else _HALVES_HELD
+    held = _ROLE_HELD if rows > GROUP_ROWS and not _ragged(scope, own) else _LESS_HELD
     return max(1, (held - 4 * each) // part)

@@ -208,7 +208,7 @@ def _aligned(scope: Scope, found: list[Axis], step: int | Expr, size: int) -> bo
     """Whether the first element of a tile always lies at a multiple of 16 bytes.
 
     The start of a loop tile along the innermost axis is a multiple of the tile, which is its block
-    where it is exact; along the others the stride decides.
+    where it is exact or ends at a number; along the others the stride decides.
     """
     if not isinstance(step, int) or step * size % 16:
         return False
@@ -217,8 +217,8 @@ def _aligned(scope: Scope, found: list[Axis], step: int | Expr, size: int) -> bo
             continue
         if not isinstance(axis.stride, int):
             return False
-        whole = axis.dim is not None and axis.dim.exact and axis.own_start
-        unit = axis.dim.block if whole and axis.dim is not None else 1
+        dim = axis.dim if axis.own_start else None
+        unit = dim.block if dim is not None and (dim.exact or dim.bound) else 1
         if axis.stride * unit * size % 16:
             return False
     return True
@@ -235,7 +235,10 @@ def _relative(scope: Scope, label: str, found: list[Axis]) -> tuple[str, str]:
         lift = lifted(position, len(live))
         vectors.append(times(f"{lanes}{lift}", scope.expr(axis.stride, 5)))
         if not axis.dim.exact:
-            masks.append(f"({lanes} < {axis.dim.length}){lift}")
+            # One number for all tiles where there is one: neighbours are in or out together, and are read at once.
+            one = axis.own_start and axis.dim.bound
+            inside = f"{plus(axis.start, lanes)} < {one}" if one else f"{lanes} < {axis.dim.length}"
+            masks.append(f"({inside}){lift}")
     offsets = scope.writer.let(f"{label}_offsets", plus(*vectors))
     scope.used.add(offsets)
     return offsets, mask_of(scope, label, masks)
