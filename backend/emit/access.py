@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from tilelink.backend.emit.scope import TL_DTYPE, Dim, Scope, item_bytes, refuse, refuse_roles
+from tilelink.backend.emit.scope import (
+    LANES,
+    TL_DTYPE,
+    Dim,
+    Scope,
+    item_bytes,
+    refuse,
+    refuse_roles,
+)
 from tilelink.backend.emit.text import condition
 from tilelink.ir import All, At, Broadcast, Expr, Index, Op, Range, Ref, Type, Value
 
@@ -23,6 +31,7 @@ class Axis:
     own_start: bool = True  # starts where the loop tile does
     stride: int | Expr = 1
     to_end: bool = False  # starts elsewhere, but the last tile of the loop ends with the axis
+    unit: int = 1  # divides every start
 
 
 def strides(scope: Scope, symbol: str) -> list[int | Expr]:
@@ -67,9 +76,11 @@ def _axis(scope: Scope, op: Op, item: Index, whole: Expr | int, step: int | Expr
         dim, length = scope.dims[name], scope.program.constant(whole)
         shift = scope.program.length(Expr.name(f"{name}.start"), item.start)
         to_end = bool(dim.bound) and shift is not None and int(dim.bound) + shift == length
-        return Axis(scope.expr(item.start), dim, name, "", False, step, to_end)
+        unit = item.start.substitute(scope.program.env).divisor(scope.unit)
+        return Axis(scope.expr(item.start), dim, name, "", False, step, to_end, unit)
     if isinstance(item, Value) and item.type.is_tile:
-        return Axis(scope.dims[item.name].start, scope.dims[item.name], item.name, "", True, step)
+        dim = scope.dims[item.name]
+        return Axis(dim.start, dim, item.name, "", True, step, unit=dim.unit)
     if isinstance(item, Value):
         text = scope.names[item.name]
         if not item.type.shape:
@@ -151,13 +162,18 @@ def place(
             wide = f"tl.cast({axis.start}, tl.int64)" if big and axis.start != "0" else axis.start
             scalars.append(times(wide, stride))
             continue
-        start = plus(axis.start, token)
+        name = f"{label}_{names[position]}"
+        scope.used.add(name)
+        first = axis.start
+        if axis.stride == 1 and "%" in first and axis.unit % LANES == 0:
+            # Of a remainder Triton does not know what divides it.
+            first = scope.fresh(f"{name}_start")
+            scope.writer.let(first, f"tl.multiple_of({axis.start}, {LANES})")
+        start = plus(first, token)
         token = ""
         text = axis.vector or scope.lanes(axis.name, axis.dim.block, position, rank)
         if start != "0":
             text = f"{start} + {text}"
-        name = f"{label}_{names[position]}"
-        scope.used.add(name)
         if big and not scope.writer.fits(f"{name} = tl.cast({text}, tl.int64)"):
             text = scope.writer.let(name, text)
         if big:
@@ -175,7 +191,7 @@ def place(
             elif axis.own_start and axis.dim.stop:
                 mask = f"{name} < {axis.dim.stop}"
             else:
-                limit = plus(axis.start, axis.dim.length)
+                limit = plus(first, axis.dim.length)
                 if not scope.writer.fits(f"{label}_mask0 = ({name} < {limit}){lift}"):
                     limit = scope.writer.let(scope.fresh(f"{name}_end"), limit)
                 mask = f"{name} < {limit}"

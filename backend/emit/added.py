@@ -8,6 +8,7 @@ is asked for.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import gcd
 
 from tilelink.backend.emit import body
 from tilelink.backend.emit.columns import by_addresses, divisible, halves, tells, to_owners
@@ -92,7 +93,9 @@ def ops(scope: Scope, tail: tuple[Op, ...]) -> bool:
             start = scope.fresh(f"{variable}_part")
             scope.writer.let(start, f"{whole.start} + {number * width}")
         length = str(width) if whole.exact else f"({whole.stop} - {start})"
-        places.append(replace(whole, block=width, length=length, start=start))
+        places.append(
+            replace(whole, block=width, length=length, start=start, unit=gcd(whole.unit, width))
+        )
     scope.folded = not scope.grid[0]
     for number, dim in enumerate(places):
         scope.dims[variable] = dim

@@ -8,6 +8,7 @@ at a time: the same ops are written again, with the tile's last variable standin
 from __future__ import annotations
 
 from dataclasses import replace
+from math import gcd
 
 from tilelink.backend.emit import added, body, sums
 from tilelink.backend.emit.columns import by_addresses, divisible, halves, tells, to_owners
@@ -21,8 +22,8 @@ COLUMNS = 32
 # as much as makes 64 elements of arrived parts, 128 bytes that are under way.
 LEAST_ROLE_EACH, ROLE_COLUMNS, _ROLE_ARRIVED = 16, 16, 64
 # Bytes that a thread of a role holds of a sum and of arrived parts, those of several pieces of its tile: what its
-# registers have room for beside its own part of 128 x 128 elements; and beside that of 64 x 256, or the masks of rows
-# that are not all there.
+# registers have room for beside its own part of 128 x 128 elements; and beside that of 64 x 256, or the masks of
+# rows that are not all there.
 _ROLE_HELD, _LESS_HELD = 384, 256
 
 
@@ -82,7 +83,14 @@ def _tail(scope: Scope, tail: tuple[Op, ...]) -> None:
             start = scope.fresh(f"{variable}_part")
             scope.writer.let(start, f"{whole.start} + {number * width}")
         length = str(width) if whole.exact else f"({whole.stop} - {start})"
-        places.append((part, replace(whole, block=width, length=length, start=start)))
+        places.append(
+            (
+                part,
+                replace(
+                    whole, block=width, length=length, start=start, unit=gcd(whole.unit, width)
+                ),
+            )
+        )
     if scope.landed:
         places = _landed(scope, tail, places)
         own, tail = tail[0].results[0], tail[1:]

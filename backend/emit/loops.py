@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
-from tilelink.backend.emit.scope import Dim, Scope, power_of_two, refuse
+from tilelink.backend.emit.scope import LANES, Dim, Scope, power_of_two, refuse
 from tilelink.ir import Expr, Op, Value
 
 
@@ -109,17 +110,28 @@ def announce(scope: Scope, loop: Op) -> list[str]:
                 whole = None if limit is None else scope.program.constant(limit)
                 exact, fits = whole is not None and whole % int(size) == 0, block == size
                 bound = str(whole) if fits and whole is not None and not exact else ""
+                unit = 1 if whole is None else gcd(size, whole)
                 scope.dims[variable.name] = Dim(
-                    block, str(size), exact and fits, start, "", fits, fits, bound
+                    block, str(size), exact and fits, start, "", fits, fits, bound, unit
                 )
                 found.append(variable.name)
     return found
 
 
 def place_tile(
-    scope: Scope, variable: Value, number: str, start: str, size: int, limit: Any, low: str = "0"
+    scope: Scope,
+    variable: Value,
+    number: str,
+    start: str,
+    size: int,
+    limit: Any,
+    low: str = "0",
+    segment: int | None = None,
 ) -> None:
-    """Names of a tile variable: its start, stop and number."""
+    """Names of a tile variable: its start, stop and number.
+
+    Tiles of a segment start at a multiple of ``segment``, and end at one, or in front of it.
+    """
     if not variable.type.is_tile:
         scope.define(variable)
         scope.writer.let(scope.names[variable.name], number)
@@ -134,8 +146,13 @@ def place_tile(
     whole = scope.program.constant(limit) if low == "0" else None
     exact = whole is not None and whole % size == 0
     stop = f"{names['start']} + {size}"
+    ends = whole if segment is None else segment
+    unit = 1 if ends is None else gcd(size, ends)
     if not exact:
         stop = f"tl.minimum({stop}, {scope.expr(limit)})"
+        # Of the smaller one of two numbers Triton does not know what divides both.
+        if unit % LANES == 0 and variable.name in scope.program.innermost:
+            stop = f"tl.multiple_of({stop}, {LANES})"
     scope.writer.let(names["stop"], stop)
     scope.writer.let(names["tile"], number)
     scope.names[f"{variable.name}.tile"] = names["tile"]
@@ -144,7 +161,7 @@ def place_tile(
     fits = block == size
     bound = str(whole) if fits and whole is not None and not exact else ""
     scope.dims[variable.name] = Dim(
-        block, length, exact and fits, names["start"], names["stop"], fits, fits, bound
+        block, length, exact and fits, names["start"], names["stop"], fits, fits, bound, unit
     )
 
 
@@ -241,7 +258,9 @@ def _segment_tile(
         end = scope.fresh(f"{variable.name}_end")
         scope.writer.let(end, f"{position} * {segment} + {scope.expr(walk.live, 4)}")
         scope.names[end] = end
-        place_tile(scope, variable, number, start, size, Expr.name(end))
+        live = scope.program.constant(walk.live)
+        both = None if live is None or constant is None else gcd(constant, live)
+        place_tile(scope, variable, number, start, size, Expr.name(end), segment=both)
         if variable.name in scope.dims:
             scope.dims[variable.name] = replace(scope.dims[variable.name], ends=False)
         return
@@ -256,7 +275,7 @@ def _segment_tile(
     end = scope.fresh(f"{variable.name}_end")
     scope.writer.let(end, f"({position} + 1) * {segment}")
     scope.names[end] = end
-    place_tile(scope, variable, number, start, size, Expr.name(end))
+    place_tile(scope, variable, number, start, size, Expr.name(end), segment=constant)
     if variable.name in scope.dims:
         scope.dims[variable.name] = replace(scope.dims[variable.name], ends=False)
 

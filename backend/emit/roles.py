@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from math import gcd
 
 from tilelink.backend.emit import access, added, body, epilogue, forwarding, sums
 from tilelink.backend.emit.held import Held
@@ -214,7 +215,9 @@ class Roles(Loading):
         scope.writer.let(start, f"{dim.start} + role * {block}")
         length = str(block) if dim.exact else f"({stop} - {start})"
         stop = f"{start} + {block}" if dim.exact else stop
-        scope.dims[variable.name] = Dim(block, length, dim.exact, start, stop, dim.ends)
+        scope.dims[variable.name] = Dim(
+            block, length, dim.exact, start, stop, dim.ends, unit=gcd(dim.unit, block)
+        )
 
     def _products(self, stage: Op, product: Product) -> None:
         """The main loop: products under way while the next step's tiles are waited for."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from tilelink.backend.emit.text import Writer, identifier, render
 from tilelink.errors import Span, TilelinkError
-from tilelink.ir import DTYPES, Expr, Op, Type, Value
+from tilelink.ir import DTYPES, At, Expr, Op, Type, Value
 from tilelink.ir.layout import ENCODINGS, SLOT_BYTES, WORD
 
 TL_DTYPE = {
@@ -19,6 +19,9 @@ TL_DTYPE = {
     "int64": "tl.int64",
     "bool": "tl.int1",
 }
+
+# Elements of 16 bits that a thread loads or stores at once: 16 bytes.
+LANES = 8
 
 
 class CannotEmit(TilelinkError):
@@ -54,7 +57,8 @@ class Dim:
     ``exact`` says that all are; ``ends`` that what lies past them lies past the axis too, where TMA
     reads zeros. ``start`` is the text of the first index of a loop tile, ``stop`` one past its last. ``fits``
     says that a tile which is not short has no element past its end. ``bound``: a number that no element of a tile
-    with ``fits`` reaches, but those past the end of a short one do; where there is none, it is empty.
+    with ``fits`` reaches, but those past the end of a short one do; where there is none, it is empty. ``unit``
+    divides the first index of every tile and one past the last.
     """
 
     block: int
@@ -65,6 +69,7 @@ class Dim:
     ends: bool = False
     fits: bool = False
     bound: str = ""
+    unit: int = 1
 
 
 def power_of_two(value: int) -> int:
@@ -99,6 +104,14 @@ class Program:
             for dim in operand.type.shape
         }
 
+        # Variables along which the elements of some symbol lie one behind the other.
+        self.innermost = {
+            last.value.name if isinstance(last, At) else last.name
+            for op in program.walk()
+            for ref in (op.ref, op.get("own"))
+            for last in (ref.index[-1:] if ref is not None else ())
+            if isinstance(last, (At, Value))
+        }
         # Buffers and flags lie in two slots, and nobody acknowledges.
         self.slots = program.get("slots") is not None
         self.folded = any(op.get("folded") for op in program.find("head"))  # into the launches
@@ -325,6 +338,11 @@ class Scope:
                 {k: v for k, v in self.program.env.items() if k in value.names}
             )
         return render(value, self.lookup, outer)
+
+    def unit(self, name: str) -> int:
+        """What divides every value of the variable ``name``."""
+        base, _, part = name.rpartition(".")
+        return self.dims[base].unit if part in ("start", "stop") and base in self.dims else 1
 
     def dim(self, text: str) -> Dim:
         """The dimension that a type names."""

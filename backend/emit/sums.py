@@ -56,10 +56,11 @@ def load_sum(scope: Scope, op: Op) -> None:
         # A part of columns lies closer together where it lands than in the whole.
         if strides(scope, own.symbol) != steps[1:]:
             apart, _ = _relative(scope, f"{name}_own", near)
+    # Said of where parts begin: of the first part's place, which lies no further, it would get lost.
+    for begin in ([there] + [here] * (own is not None)) * aligned:
+        scope.writer.line(f"{begin} = tl.multiple_of({begin}, 16)")
     # All loads stand before the first addition, so that they are under way together.
     masked = [f"mask={mask}", "other=0"] if mask else []
-    if aligned and apart:
-        scope.writer.line(f"{here} = tl.multiple_of({here}, 16)")
     for source in range(count):
         scope.used.update((f"{chosen}{source}", f"{part}{source}"))
         shift = scope.expr(Expr.of(steps[0]) * source)
@@ -67,8 +68,6 @@ def load_sum(scope: Scope, op: Op) -> None:
         if own is not None and not apart:
             choice = f"tl.where(rank == {source}, {here}, {chosen}{source})"
             scope.writer.line(f"{chosen}{source} = {choice}")
-        if aligned:
-            scope.writer.line(f"{chosen}{source} = tl.multiple_of({chosen}{source}, 16)")
         places = f"{chosen}{source} + {offsets}"
         if apart:
             args = [f"rank == {source}", f"{here} + {apart}", places]
@@ -207,8 +206,7 @@ def _corner(scope: Scope, pointer: str, found: list[Axis], token: str) -> list[s
 def _aligned(scope: Scope, found: list[Axis], step: int | Expr, size: int) -> bool:
     """Whether the first element of a tile always lies at a multiple of 16 bytes.
 
-    The start of a loop tile along the innermost axis is a multiple of the tile, which is its block
-    where it is exact or ends at a number; along the others the stride decides.
+    Along the innermost axis it is what divides all starts of tiles that decides, along the others the stride too.
     """
     if not isinstance(step, int) or step * size % 16:
         return False
@@ -217,9 +215,7 @@ def _aligned(scope: Scope, found: list[Axis], step: int | Expr, size: int) -> bo
             continue
         if not isinstance(axis.stride, int):
             return False
-        dim = axis.dim if axis.own_start else None
-        unit = dim.block if dim is not None and (dim.exact or dim.bound) else 1
-        if axis.stride * unit * size % 16:
+        if axis.stride * axis.unit * size % 16:
             return False
     return True
 

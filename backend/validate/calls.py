@@ -254,10 +254,14 @@ class TileCalls(Machine):
         return tiles.merged(wide, shape, self.on, self.loose)
 
     def on_tl_multiple_of(self, value: Any, by: Any) -> Any:
-        """``tl.multiple_of``: a promise on an address, which is checked."""
+        """``tl.multiple_of``: a promise on an address or a number, which is checked."""
         if not isinstance(by, int):
             self.unclear("an alignment that is not constant")
         for mask, part in options(self.on, value):
+            if isinstance(part, Num):
+                if np.any(full(part.v, self.lanes)[self.on & mask] % by):
+                    self.hazard(f"the number is not a multiple of {by} in every worker")
+                continue
             if not isinstance(part, Pointer) or part.shape:
                 self.unclear("an alignment of something that is no address")
             # Everything starts at a multiple of 16 bytes.

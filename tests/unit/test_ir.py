@@ -63,6 +63,28 @@ def test_folding_keeps_the_value(a: Expr, b: Expr, op: str) -> None:
 
 
 @given(expressions())
+@settings(max_examples=200)
+def test_a_divisor_divides_the_value(expr: Expr) -> None:
+    value = _safe(expr)
+    if value is None:
+        return
+
+    def of(name: str) -> int:
+        known = ENV[name]
+        return known if isinstance(known, int) else 1
+
+    divisor = expr.divisor(of)
+    assert value == 0 if divisor == 0 else value % divisor == 0
+
+
+def test_what_divides_the_start_of_a_slice_divides_places_in_it() -> None:
+    starts = {"n.start": 24}
+    slice_start = (Expr.name("n.start") + 36) % 360 + Expr.name("i") * 8
+    assert slice_start.divisor(lambda name: starts.get(name, 1)) == 4
+    assert (Expr.name("n.start") // 4).divisor(lambda name: starts.get(name, 1)) == 1
+
+
+@given(expressions())
 def test_arrays_evaluate_as_numbers_do(expr: Expr) -> None:
     alone = _safe(expr)
     if alone is None:

@@ -297,26 +297,6 @@ def test_arrived_parts_are_loaded_together_16_bytes_a_thread(world: int, loads: 
     assert max(map(len, runs)) >= loads
 
 
-@pytest.mark.parametrize(("m", "n"), [(1004, 528), (1004, 512), (1024, 528)])
-@pytest.mark.parametrize("world", [2, 4])
-def test_arrived_parts_of_tiles_with_a_ragged_edge_are_loaded_16_bytes_a_thread_too(
-    world: int, m: int, n: int
-) -> None:
-    """Nor do the masks of their rows spill: of such tiles less is asked for at once."""
-    kernel = gemm_rs.build({"M": m, "N": n, "K": 192}, {}, world)
-    schedule = Schedule(
-        tiles=(("K", 64), ("M", 128), ("N", 128)),
-        stages=6,
-        emitter="gluon",
-        moves=(("C", Move(resource="epilogue", sum="epilogue")),),
-    )
-    program = compile_kernel(kernel, schedule)
-    compiled = compile_offline(emit(program), program)[0]
-    assert lint(compiled) == []
-    loads = re.findall(r"\bLDG\.E\.EF\S*", compiled.stages["sass"])
-    assert loads and all(op.endswith(".128") for op in loads)
-
-
 @pytest.mark.parametrize(
     ("world", "tile", "stages"),
     [(2, (128, 128), 6), (4, (128, 128), 5), (4, (128, 256), 4), (8, (128, 256), 3), (8, (64, 256), 4)],

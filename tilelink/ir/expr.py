@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -153,6 +154,17 @@ class Expr:
             return env[self.args[0]][tuple(a.evaluate(env) for a in self.args[1:])]
         left, right = self.args
         return _EVALUATE[self.op](left.evaluate(env), right.evaluate(env))
+
+    def divisor(self, of: Callable[[str], int]) -> int:
+        """A number that divides every value, by what ``of`` says of each variable; 0 where the value is 0."""
+        if self.op == "const":
+            return abs(int(self.args[0]))
+        if self.op == "name":
+            return of(self.args[0])
+        if self.op not in ("+", "-", "%", "*", "min", "max"):
+            return 1
+        left, right = (a.divisor(of) for a in self.args)
+        return left * right if self.op == "*" else gcd(left, right)
 
     def substitute(self, env: Mapping[str, ExprLike]) -> Expr:
         """The expression with names replaced, folded where all is constant."""
