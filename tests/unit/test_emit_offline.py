@@ -127,6 +127,27 @@ def test_kernels_disassembled_together_have_the_instructions_of_each() -> None:
     assert len(set(together)) == 2 and disassemble([]) == []
 
 
+def test_what_ends_a_wait_is_a_loop_over_many_ranks() -> None:
+    """Written out for eight ranks at every wait, as it is for few, it takes what a kernel with roles lacks."""
+
+    def built(world: int) -> Compiled:
+        kernel = kernels.ag_gemm.build({"M": 8192, "K": 8192, "N": 7392}, {}, world)
+        schedule = Schedule(
+            tiles=(("K", 64), ("M", 128), ("N", 128)),
+            stages=6,
+            emitter="gluon",
+            tail=3,
+            moves=(("A", Move(resource="copy_engine")),),
+        )
+        program = compile_kernel(kernel, schedule)
+        return compile_offline(emit(program), program)[0]
+
+    few, many = built(4), built(8)
+    assert lint(few) == [] and lint(many) == []
+    stops = [code.stages["ptx"].count("atom.global.sys.release.exch") for code in (few, many)]
+    assert 0 < stops[1] < stops[0]
+
+
 def test_what_is_no_cubin_or_has_no_code_is_refused() -> None:
     with pytest.raises(ValueError, match="not an ELF file"):
         code_of(b"source")
