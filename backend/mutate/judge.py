@@ -2,7 +2,7 @@
 
 The proof and the simulator are asked apart. What either of them misses is explored in full, with its
 numbers: only a mutant whose every interleaving ends with the right numbers is *equivalent*. What cannot be
-explored is *undecided*, and counts against whoever missed it.
+explored is *undecided*: nobody knows whether it was missed, and it survives like one that was.
 """
 
 from __future__ import annotations
@@ -66,11 +66,17 @@ class Verdict:
 
     @property
     def survivors(self) -> tuple[str, ...]:
-        """The oracles, of `proof` and `simulator`, that missed a mutant that is not equivalent."""
+        """The oracles, of `proof` and `simulator`, that said nothing of a mutant that is not equivalent."""
         if self.truth is None or self.truth.word == EQUIVALENT:
             return ()
         said = (("proof", self.proof), ("simulator", self.simulator))
         return tuple(name for name, word in said if word == "")
+
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """Those of the survivors' oracles that should have objected: the mutant is known to be wrong."""
+        known = self.truth is not None and self.truth.word == DIFFERENT
+        return self.survivors if known else ()
 
 
 def prove(program: Op, kernel: Op | None = None) -> str:

@@ -50,15 +50,16 @@ def test_exploration_tells_equivalent_from_different() -> None:
     assert truth.word == DIFFERENT and "relative error" in truth.why
 
 
-def test_too_many_states_are_undecided_and_count_as_missed() -> None:
+def test_too_many_states_are_undecided_and_survive_but_nobody_missed_them() -> None:
     sample = Sample("ag_gemm", "A", "sm:1", 2, 4)
     program, trial = prepared(sample)
     assert decide(program, trial, limit=3).word == UNDECIDED
     mutant = next(iter(mutants(program)))
     verdict = Verdict(mutant, "", "race", Truth(UNDECIDED, ""))
-    assert verdict.survivors == ("proof",)
+    assert verdict.survivors == ("proof",) and verdict.missed == ()
     assert Verdict(mutant, "", "", Truth(EQUIVALENT, "")).survivors == ()
-    assert Verdict(mutant, "", "", Truth(DIFFERENT, "")).survivors == ("proof", "simulator")
+    different = Verdict(mutant, "", "", Truth(DIFFERENT, ""))
+    assert different.survivors == different.missed == ("proof", "simulator")
 
 
 def test_judging_leaves_the_inputs_alone() -> None:

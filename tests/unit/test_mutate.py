@@ -170,6 +170,26 @@ def test_command_keeps_survivors_as_ir(
         assert isinstance(parse_ir(text), Op)
 
 
+def test_command_says_of_the_undecided_that_nobody_knows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilelink.backend.mutate import judge
+
+    path = write_small(tmp_path)
+    unknown = judge.Truth(judge.UNDECIDED, "too many states")
+    monkeypatch.setattr(judge, "prove", lambda *_: "")
+    monkeypatch.setattr(judge, "decide", lambda *_, **__: unknown)
+    options = ["mutate", str(path), "--class", "drop", "--limit", "2"]
+    assert main([*options, "--json"]) == 1
+    counts = json.loads(capsys.readouterr().out)["classes"]["drop"]
+    assert counts["undecided"] == counts["mutants"] == 2
+    assert not any(key.endswith("missed") for key in counts)
+    assert main(options) == 1
+    printed = capsys.readouterr().out
+    assert "missed by" not in printed
+    assert printed.count("# may be right, no objection from: proof\n# undecided: too many") == 2
+
+
 def test_command_takes_a_kernel_at_a_small_instance(capsys: pytest.CaptureFixture[str]) -> None:
     source = str(Path(__file__).parents[2] / "examples" / "gemm_rs.py")
     assert main(["mutate", source, "--class", "missing-ack", "--limit", "3"]) == 0

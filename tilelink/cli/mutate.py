@@ -31,7 +31,16 @@ if TYPE_CHECKING:
 # interleaving, and their number grows exponentially.
 WORLD, TILE, TILES, CALLS = 2, 8, 3, 2
 EVERY_S = 10.0  # seconds between two lines about the progress
-HEADER = ("class", "mutants", "refused", "found", "equivalent", "proof missed", "simulator missed")
+HEADER = (
+    "class",
+    "mutants",
+    "refused",
+    "found",
+    "equivalent",
+    "undecided",
+    "proof missed",
+    "simulator missed",
+)
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,7 +50,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="break the fused program on purpose; proof and simulator must notice",
         description="Make every single mistake of docs/mutants.md in the fused program, and ask the proof "
         "and the simulator about each, apart. What one of them misses is explored in every interleaving; "
-        "unless it proves equivalent, it is printed. Without --set, --world, --tile and --workers the "
+        "unless it proves equivalent, it is printed: as missed, or as undecided where there are too many. "
+        "Without --set, --world, --tile and --workers the "
         f"instance is small: {WORLD} ranks, {WORLD} workers, tiles of {TILE}, {TILES} of them along the "
         "moved axis (the next multiple of the ranks) and one along the others.",
     )
@@ -227,7 +237,7 @@ def tally(verdicts: Sequence[Verdict]) -> dict[str, Counter[str]]:
         counts["found"] += bool(verdict.simulator)
         counts["equivalent"] += verdict.truth is not None and verdict.truth.word == "equivalent"
         counts["undecided"] += verdict.truth is not None and verdict.truth.word == "undecided"
-        for name in verdict.survivors:
+        for name in verdict.missed:
             counts[f"{name} missed"] += 1
     return found
 
@@ -235,16 +245,15 @@ def tally(verdicts: Sequence[Verdict]) -> dict[str, Counter[str]]:
 def render(unit: Unit, verdicts: Sequence[Verdict], calls: int) -> str:
     """The table, class by class."""
     counted = tally(verdicts)
-    columns = (*HEADER[:5], "undecided", *HEADER[5:])
     total: Counter[str] = Counter()
     rows = []
     for name, counts in counted.items():
         total += counts
-        rows.append([name, *(str(counts[column]) for column in columns[1:])])
-    rows.append(["all", *(str(total[column]) for column in columns[1:])])
+        rows.append([name, *(str(counts[column]) for column in HEADER[1:])])
+    rows.append(["all", *(str(total[column]) for column in HEADER[1:])])
     shape = " ".join(f"{op.symbol}={op['value']}" for op in unit.op.find("extent"))
     head = f"{unit.name}: {shape}, {unit.world} ranks, {calls} calls"
-    return f"{head}\n{table.render(columns, rows, '  ')}"
+    return f"{head}\n{table.render(HEADER, rows, '  ')}"
 
 
 def as_json(unit: Unit, verdicts: Sequence[Verdict]) -> str:
@@ -254,10 +263,10 @@ def as_json(unit: Unit, verdicts: Sequence[Verdict]) -> str:
 
 
 def text_of(mutant: Mutant, verdict: Verdict) -> str:
-    """A survivor as IR text that every command takes, and why it is wrong."""
+    """A survivor as IR text that every command takes, and why it is wrong, or why nobody knows."""
     assert verdict.truth is not None
-    what = f"{mutant.name}: {mutant.description}"
-    lines = [what, f"missed by: {', '.join(verdict.survivors)}"]
+    who = "missed by" if verdict.missed else "may be right, no objection from"
+    lines = [f"{mutant.name}: {mutant.description}", f"{who}: {', '.join(verdict.survivors)}"]
     lines += [f"{verdict.truth.word}: {line}" for line in verdict.truth.why.splitlines()]
     return "".join(f"# {line}\n" for line in lines) + print_ir(mutant.program)
 
