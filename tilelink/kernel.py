@@ -12,7 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from tilelink.errors import InternalError, Source, TilelinkError, choices
+from tilelink.errors import InternalError, Source, Span, TilelinkError, choices
+from tilelink.signature import checked
 
 if TYPE_CHECKING:
     from tilelink.frontend.bind import Bound, Signature
@@ -231,6 +232,7 @@ class Kernel:
             raise _clean(error) from None
         return replace(bound, request=request), values
 
+    @checked("Kernel.on", 'kernel.on("simulate", world=4)')
     def on(
         self,
         backend: str | None = None,
@@ -470,6 +472,7 @@ def _unwrap(outputs: Any) -> Any:
     return outputs
 
 
+@checked("tilelink.kernel", '@tilelink.kernel("gather A[M, K] over M", example=dict(M=512))')
 def kernel(
     mapping: str, *, example: Mapping[str, int] | None = None
 ) -> Callable[[Callable[..., Any]], Kernel]:
@@ -564,7 +567,6 @@ def load_kernels(path: str | Path) -> dict[str, Kernel]:
 
     Raises BadFile where the file cannot be read or imported, and the errors of its kernels.
     """
-    from tilelink.errors import Span
     from tilelink.frontend.errors import BadFile
     from tilelink.frontend.source import display_name
 
@@ -603,12 +605,11 @@ def load_kernels(path: str | Path) -> dict[str, Kernel]:
     try:
         spec.loader.exec_module(module)
     except TilelinkError as error:
+        error.span = error.span or _place_in(error, path, Source(name, text))
         raise _clean(error) from None
     except (Exception, SystemExit) as error:
-        line = _line_in(error, str(path.resolve()))
-        here = None if line is None else Span(Source(name, text), line, 1, len(text) + 1)
         raise BadFile(
-            here,
+            _place_in(error, path, Source(name, text)),
             what=f"importing {name} failed: {type(error).__name__}: {error}",
             advice="the file is imported to find its kernels",
         ) from None
@@ -620,11 +621,11 @@ def _line(found: Kernel) -> int:
     return found.source.node.lineno
 
 
-def _line_in(error: BaseException, path: str) -> int | None:
-    """The last line of ``path`` on the way to ``error``."""
-    found, frame = None, error.__traceback__
+def _place_in(error: BaseException, path: Path, source: Source) -> Span | None:
+    """The last line of ``path``, whose text is ``source``, on the way to ``error``."""
+    found, frame, file = None, error.__traceback__, str(path.resolve())
     while frame is not None:
-        if frame.tb_frame.f_code.co_filename == path:
-            found = frame.tb_lineno
+        if frame.tb_frame.f_code.co_filename == file:
+            found = Span(source, frame.tb_lineno, 1, len(source.text) + 1)
         frame = frame.tb_next
     return found

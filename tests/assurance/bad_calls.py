@@ -163,6 +163,7 @@ CASES: tuple[Case, ...] = (
         "world too large", ("world", "100000"), lambda t, a, b: ((a[0], b[0]), {"world": 100000})
     ),
     on("no such backend", ("`tpu`", "simulate"), backend="tpu"),
+    on("an option that is misspelt", ("`wrld`", "did you mean `world`?"), wrld=2),
     on("a backend that is a number", ("3", "backend"), backend=3),
     on("a seed that is text", ("seed", "'x'"), backend="simulate", seed="x"),
     on("a group on a CPU backend", ("group", "simulate"), backend="simulate", group="tp"),

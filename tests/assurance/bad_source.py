@@ -42,9 +42,10 @@ def body(name: str, old: str, new: str, *words: str, **how: Any) -> Command:
     return Command(f"source: {name}", ("check", "k.py"), ("k.py:", *words), files={"k.py": text})
 
 
-def whole(name: str, *words: str, **how: Any) -> Command:
+def whole(name: str, *words: str, code: int = 1, **how: Any) -> Command:
     """A kernel file made with :func:`kernel_text`."""
-    return Command(f"source: {name}", ("check", "k.py"), words, files={"k.py": kernel_text(**how)})
+    files = {"k.py": kernel_text(**how)}
+    return Command(f"source: {name}", ("check", "k.py"), words, code=code, files=files)
 
 
 def text(name: str, content: str, *words: str, code: int = 1) -> Command:
@@ -110,7 +111,29 @@ CASES: tuple[Case, ...] = (
         ("nowhere.map",),
     ),
     Call("decorator: mapping file binary", lambda: _binary_mapping(), ("binary.map",)),
-    whole("decorator not called", "mapping", decorator="@tilelink.kernel"),
+    whole("decorator not called", "mapping", "k.py:6", decorator="@tilelink.kernel"),
+    whole(
+        "decorator: an unknown argument",
+        "`exmple`",
+        "did you mean `example`?",
+        "k.py:6",
+        decorator=f"@tilelink.kernel({MAPPING}, exmple=dict(M=64))",
+    ),
+    whole(
+        "decorator: an example that is not named",
+        "too many positional arguments",
+        "example=dict(M=512)",
+        decorator=f"@tilelink.kernel({MAPPING}, dict(M=64))",
+    ),
+    whole("decorator: nothing", "'mapping'", "k.py:6", decorator="@tilelink.kernel()"),
+    whole(
+        "decorator: an example of small letters",
+        "there is no extent `m`",
+        "did you mean `M`?",
+        "k.py:6",
+        code=2,
+        decorator=f"@tilelink.kernel({MAPPING}, example=dict(m=64, N=32, K=32))",
+    ),
     whole(
         "async function", "async", decorator=f"@tilelink.kernel({MAPPING})\nasync def g(A): pass\n"
     ),

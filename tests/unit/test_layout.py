@@ -38,7 +38,7 @@ LAYERS = (
     ("tilelink.backend.simulate", "tilelink.backend.emit"),
     ("tilelink.backend.runtime",),
     ("tilelink.backend",),
-    ("tilelink.kernel",),
+    ("tilelink.kernel", "tilelink.signature"),
     ("tilelink",),
     # What a user could write: it sees the package from outside.
     ("tilelink.kernels",),

@@ -20,7 +20,7 @@ from tilelink.cli.errors import (
     UnknownName,
 )
 from tilelink.cli.options import check_known, merged, read_file, read_input, schedule_of
-from tilelink.errors import IRSyntaxError, choices
+from tilelink.errors import IRSyntaxError, choices, did_you_mean
 from tilelink.frontend.validate import check_kernel
 from tilelink.ir import Op, parse_ir
 from tilelink.ir.check import check_types
@@ -224,6 +224,7 @@ def _build(kernel: Kernel, name: str, path: str, args: argparse.Namespace) -> Un
         )
     except MissingExtent as error:
         values = error.values
+        _check_example(kernel, re.findall(r"`(\w+)`", str(values["names"])))
         raise MissingExtents(
             error.span, kernel=name, names=values["names"], first=values["first"]
         ) from None
@@ -235,6 +236,16 @@ def _build(kernel: Kernel, name: str, path: str, args: argparse.Namespace) -> Un
     check_known("--dynamic", "extent", args.dynamic, extents)
     check_known("--dtype", "tensor", named, [child.symbol for child in op.find("tensor")])
     return Unit(name, path, op)
+
+
+def _check_example(kernel: Kernel, missing: list[str]) -> None:
+    """UnknownName where the decorator gives an extent no value, but one to a name that is close to it."""
+    known, source = _named_extents(kernel), kernel.source
+    for name in kernel.example:
+        meant = did_you_mean(name, missing)
+        if name not in known and meant:
+            place = source.span(next(reversed(source.node.decorator_list), source.node))
+            raise UnknownName(place, option="example", what="extent", name=name, advice=meant)
 
 
 def _named_extents(kernel: Kernel) -> set[str]:
