@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from tilelink import language
 from tilelink.backend.expand import environment, evaluate
 from tilelink.backend.passes.common import (
     MOVED,
@@ -20,6 +21,8 @@ from tilelink.schedules import Schedule, ScheduleError
 
 # Resources that move bytes without a kernel of ours.
 APART = ("none", "copy_engine")
+# Element types as a kernel writes them.
+_WRITTEN = {t.name: name for name, t in vars(language).items() if isinstance(t, language.DType)}
 
 
 def choose_emitter(program: Op) -> Op:
@@ -91,7 +94,7 @@ def _whole(program: Op, schedule: Schedule, stage: Op) -> Op:
             error.op.span or stage.span,
             field="emitter",
             detail=f"`library` multiplies whole matrices and does no more: {error.detail}",
-            help="use triton, or keep the product apart in a loop nest of its own",
+            help=f"use the emitter triton, or {error.advice.format(made=_made(stage))}",
         ) from None
     names = environment(program)
     axis, segment = int(stage.get("axis", 0)), stage.get("segment")
@@ -113,6 +116,13 @@ def _whole(program: Op, schedule: Schedule, stage: Op) -> Op:
         stage = stage.with_attrs(axis=None, segment=None, segments=None, visit=None)
     body = tuple(_deep(program, op, met) if op.blocks else op for op in stage.body)
     return stage.with_ops(body).with_attrs(tile=tiles, group=None, flatten=None)
+
+
+def _made(stage: Op) -> str:
+    """The declaration of a tensor that the product of ``stage`` can be stored in."""
+    dot = next(op for op in stage.walk() if op.name == "dot")
+    extents = ", ".join(map(str, stage["extent"]))
+    return f"`P = tk.empty([{extents}], tk.{_WRITTEN[dot.operands[0].type.dtype]})`"
 
 
 def _met(program: Op, schedule: Schedule, stage: Op) -> Iterator[Moved]:

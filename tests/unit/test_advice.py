@@ -304,3 +304,67 @@ def test_another_emitter_takes_the_default_of_its_own(
     if emitter == "library":
         words += ["--resource", "none"]
     assert main(words) == 0, capsys.readouterr().err
+
+
+def layer(body: str) -> str:
+    """A kernel of two products at most, with ``body`` behind its extents."""
+    return f"""
+import tilelink
+import tilelink.language as tk
+
+
+@tilelink.kernel("gather A[M, K] over M", example={{"M": 64, "N": 32, "K": 32}})
+def f(A, B, D, C):
+    M, K = A.shape
+    N = B.shape[1]
+{body}"""
+
+
+SUM = """
+    for m, n in tk.tiles(M, N):
+        {0} = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            {0} = tk.dot(A[m, k], {1}[k, n], {0})
+"""
+BEHIND = "    for m, n in tk.tiles(M, N):\n        C[m, n] = {}\n"
+LEFT, RIGHT = SUM.format("b", "B"), SUM.format("d", "D")
+EACH = f"{LEFT}        P[m, n] = b\n{RIGHT}        Q[m, n] = d\n" + BEHIND.format(
+    "P[m, n] * Q[m, n]"
+)
+# What the library does not multiply, and what its help makes of it.
+UNLIKE = {
+    "two loops": (LEFT + RIGHT.split("\n", 2)[2] + "        C[m, n] = b * d\n", EACH),
+    "two products": (
+        LEFT.replace("        for", "        d = tk.zeros([m, n], tk.float32)\n        for")
+        + "            d = tk.dot(A[m, k], D[k, n], d)\n        C[m, n] = b * d\n",
+        EACH,
+    ),
+    "arithmetic": (
+        LEFT + "        C[m, n] = tk.silu(b)\n",
+        LEFT + "        P[m, n] = b\n" + BEHIND.format("tk.silu(P[m, n])"),
+    ),
+    "an operand that is computed": (
+        LEFT.replace("A[m, k]", "tk.silu(A[m, k])") + "        C[m, n] = b\n",
+        "    for m, k in tk.tiles(M, K):\n        T[m, k] = tk.silu(A[m, k])\n"
+        + LEFT.replace("A[m, k]", "T[m, k]")
+        + "        C[m, n] = b\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_the_library_does_not_multiply_is_taken_apart_as_the_help_says(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = UNLIKE[name]
+    path = tmp_path / "f.py"
+    words = ["run", str(path), "--emitter", "library", "--resource", "none", "--world", "2"]
+    path.write_text(layer(before))
+    advice = refused(capsys, *words)
+    declared = re.search(r"`P = (tk\.empty\(.*?\))`", advice)
+    # An operand's tensor has the operand's extents.
+    made = declared[1] if declared else "tk.empty([M, K], tk.bfloat16)"
+    assert declared or "`tk.empty`" in advice
+    names = [tensor for tensor in "PQT" if f"{tensor}[m" in after]
+    path.write_text(layer("".join(f"    {tensor} = {made}\n" for tensor in names) + after))
+    assert main(words) == 0, capsys.readouterr().err
