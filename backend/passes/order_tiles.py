@@ -138,12 +138,18 @@ def _check_dynamic(program: Op) -> None:
             continue
         first = dims[0] == Expr.name(name) and not any(name in d.names for d in dims[1:])
         info = moved(program, tensor.symbol)
-        if not first or (tensor["move"] != "local" and info.axis != 0):
+        if not first:
             raise UnsupportedProgram(
                 tensor.span,
-                detail=f"the dynamic extent `{name}` is not the first axis of `{tensor.symbol}`, "
-                "or not the one along which it moves",
-                help="only rows can be many or few from call to call",
+                detail=f"the dynamic extent `{name}` is not the first axis of `{tensor.symbol}`",
+                help=f"only rows can be many or few from call to call: let `{name}` be the first axis of all "
+                "tensors that have it, and of no tensor another one",
+            )
+        if tensor["move"] != "local" and info.axis != 0:
+            raise UnsupportedProgram(
+                tensor.span,
+                detail=f"`{tensor.symbol}` has the dynamic extent `{name}`, and moves over another axis",
+                help=f"move it over `{name}`, or compile the kernel for each extent",
             )
         if tensor["move"] not in ("local", "reduce") and info.block != info.shard:
             raise UnsupportedProgram(
@@ -382,8 +388,8 @@ def _segments(
     if len(axes) > 1:
         raise UnsupportedProgram(
             probe.span,
-            detail="tensors moved over two different loop axes meet in one loop nest",
-            help="split the nest in two",
+            detail=f"{_named(demands)} meet in one loop nest, moved over different axes of it",
+            help=_parted(probe, demands),
         )
     demands.sort(key=lambda d: (("own", "arrival", "departure").index(d.order), d.moved.block))
     first = demands[0]
@@ -391,8 +397,8 @@ def _segments(
     if segment != first.moved.block:
         raise UnsupportedProgram(
             probe.span,
-            detail="two tensors of one loop nest have different owner blocks",
-            help="give them the same owner map",
+            detail=f"{_named(demands)} meet in one loop nest, and have different owner blocks",
+            help=f"give them the same owner map, or {_parted(probe, demands)}",
         )
     info = first.moved
     attrs: dict[str, object] = {"segment": segment, "axis": first.axis or None}
@@ -408,6 +414,24 @@ def _segments(
         attrs["visit"] = _arrival(info) if order == "arrival" else _departure(info)
         attrs["interleave"] = True if order == "interleave" else None
     return attrs
+
+
+def _named(demands: list[_Demand]) -> str:
+    """The tensors of ``demands``, as a text lists them."""
+    names = list(dict.fromkeys(f"`{d.moved.name}`" for d in demands))
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _parted(probe: Op, demands: list[_Demand]) -> str:
+    """What makes two loop nests of ``probe``, each of which meets one of the tensors of ``demands``."""
+    stored = [d.moved.name for d in demands if any(accesses(probe, d.moved.name, "store"))]
+    if stored:
+        return (
+            f"store into a tensor of its own (`tk.empty`) in place of `{stored[-1]}`, and copy that to "
+            f"`{stored[-1]}` in a loop nest behind it"
+        )
+    read = demands[-1].moved.name
+    return f"copy `{read}` to a tensor of its own (`tk.empty`) in a loop nest in front of it, and read that"
 
 
 def _all_segments(info: Moved) -> dict[str, object]:

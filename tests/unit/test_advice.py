@@ -368,3 +368,62 @@ def test_what_the_library_does_not_multiply_is_taken_apart_as_the_help_says(
     names = [tensor for tensor in "PQT" if f"{tensor}[m" in after]
     path.write_text(layer("".join(f"    {tensor} = {made}\n" for tensor in names) + after))
     assert main(words) == 0, capsys.readouterr().err
+
+
+TWO_AXES = """
+import tilelink
+import tilelink.language as tk
+
+
+@tilelink.kernel("{mapping}", example={{"M": 32, "N": 32, "K": 32}})
+def f(A, B, C):
+    M, K = A.shape
+    N = B.shape[1]
+{before}    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], {read}[k, n], acc)
+        {store}[m, n] = acc
+{behind}"""
+IN_FRONT = """
+    P = tk.empty([K, N], tk.bfloat16)
+    for k, n in tk.tiles(K, N):
+        P[k, n] = B[k, n]
+"""
+IN_THE_END = """
+    for m, n in tk.tiles(M, N):
+        C[m, n] = P[m, n]
+"""
+
+
+@pytest.mark.parametrize(
+    ("mapping", "says"),
+    [
+        ("gather A[M, K] over M; gather B[K, N] over N", "copy `B` to a tensor of its own"),
+        ("gather A[M, K] over M; shard C[M, N] over N", "in place of `C`"),
+        ("gather A[M, K] over M; scatter C[M, N] over N sum", "in place of `C`"),
+        (
+            "gather A[M, K] over M; scatter C[M, N] over M sum { owner m % WORLD }",
+            "in place of `C`",
+        ),
+    ],
+)
+def test_a_loop_nest_that_tensors_cut_apart_is_two_as_the_help_says(
+    mapping: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "f.py"
+    words = ["run", str(path), "--world", "2", "--tile", "M=16,N=16"]
+    path.write_text(TWO_AXES.format(mapping=mapping, before="", read="B", store="C", behind=""))
+    assert says in refused(capsys, *words)
+    parted = (
+        {"before": IN_FRONT, "read": "P", "store": "C", "behind": ""}
+        if "copy `B`" in says
+        else {
+            "before": "    P = tk.empty([M, N], tk.bfloat16)\n",
+            "read": "B",
+            "store": "P",
+            "behind": IN_THE_END,
+        }
+    )
+    path.write_text(TWO_AXES.format(mapping=mapping, **parted))
+    assert main(words) == 0, capsys.readouterr().err
