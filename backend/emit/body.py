@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from tilelink.backend.emit import access, sums, transfers, words
 from tilelink.backend.emit.loops import Walk, announce, enter_tiles
-from tilelink.backend.emit.scope import TL_DTYPE, Program, Scope, origin, refuse
+from tilelink.backend.emit.scope import TL_DTYPE, CannotEmit, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import condition, one_call
 from tilelink.ir import All, At, Expr, Op, Range, Value
 from tilelink.ir.layout import SLOT_FLAGS, WORD
@@ -54,7 +54,11 @@ def ops(scope: Scope, body: tuple[Op, ...]) -> None:
     emptied = len(scope.emptied)
     for op in body:
         handler = scope.over.get(op.name) or _OPS.get(op.name, _elementwise)
-        handler(scope, op)
+        try:
+            handler(scope, op)
+        except CannotEmit as error:
+            error.span = error.span or op.span
+            raise
     words.empty(scope, emptied)
 
 
@@ -219,7 +223,8 @@ def _expand(scope: Scope, op: Op) -> None:
 def _reshape(scope: Scope, op: Op) -> None:
     value, type_ = op.operands[0], op.results[0].type
     if scope.loose(value.type) or scope.loose(type_):
-        raise refuse(op, "a reshape of a tile that may be short")
+        advice = "tiles whose lengths divide their extents are whole"
+        raise refuse(op, "a reshape of a tile that may be short", advice)
     shape = ", ".join(map(str, scope.blocks(type_)))
     assign(scope, op, f"tl.reshape({scope.names[value.name]}, ({shape},))", frozenset())
 

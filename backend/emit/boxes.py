@@ -9,7 +9,7 @@ from __future__ import annotations
 from tilelink.backend.emit import access, body
 from tilelink.backend.emit.kernel import Kernel, heading, leave, parameters_of
 from tilelink.backend.emit.loops import Walk, decode, total
-from tilelink.backend.emit.scope import Program, Scope, item_bytes, origin, refuse
+from tilelink.backend.emit.scope import ANOTHER_SCHEDULE, Program, Scope, item_bytes, origin, refuse
 from tilelink.backend.emit.text import Writer
 from tilelink.ir import Op
 
@@ -52,7 +52,7 @@ class Boxes:
         """The box of a descriptor for a tile of ``shape``, as many of which make the tile."""
         columns = min(shape[1], BOX_COLUMNS * 2 // item_bytes(dtype))
         if len(shape) != 2 or shape[1] % columns:
-            raise refuse(op, f"a copy of a tile of shape {shape} in boxes")
+            raise refuse(op, f"a copy of a tile of shape {shape} in boxes", ANOTHER_SCHEDULE)
         return shape[0], columns
 
     def _load(self, scope: Scope, op: Op) -> None:
@@ -64,7 +64,8 @@ class Boxes:
             raise refuse(op, "a copy of boxes of another form than TMA's")
         count = shape[1] // block[1]
         if count * block[0] * block[1] * item_bytes(dtype) > ROOM:
-            raise refuse(op, f"a copy of a tile of shape {shape}: shared memory does not hold it")
+            detail = f"a copy of a tile of shape {shape}: shared memory does not hold it"
+            raise refuse(op, detail, ANOTHER_SCHEDULE)
         self.block = block
         name = access.descriptor(scope, op.symbol, block)
         self.shared = [f"room = boxes.room({name}, {count})", f"landed = boxes.landing({count})"]

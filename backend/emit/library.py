@@ -137,7 +137,8 @@ class _Library:
             self.call(None)
             return
         if len(choices) > 1:
-            raise refuse(choices[1], "a product of which both operands lie in one of two places")
+            detail = "a product of which both operands lie in one of two places"
+            raise refuse(choices[1], detail, "use the emitter triton")
         (choice,) = choices
         with self.host.writer.block(f"if {self.condition(choice['when'])}:"):
             self.call(choice)
@@ -170,7 +171,7 @@ class _Library:
                 zeros = {f"{v.name}.start": 0 for v in self.extents if v != self.cut}
                 moved = isinstance(item, At) and item.start.substitute(zeros).value != 0
                 if moved or self.known(length) != self.known(self.extents[value]):
-                    raise refuse(op, "a product of a part of a matrix")
+                    raise refuse(op, "a product of a part of a matrix", "use the emitter triton")
                 parts.append(":")
                 continue
             start = item.start if isinstance(item, At) else Expr.name(f"{value.name}.start")

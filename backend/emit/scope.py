@@ -29,12 +29,17 @@ class CannotEmit(TilelinkError):
 
     code = "cannot-emit"
     message = "no code for this: {detail}"
-    hint = "another schedule may avoid it; `tilelink simulate` runs every program"
+    hint = "{advice}; `tilelink run FILE` runs every program, in the simulator"
 
 
-def refuse(op: Op, detail: str) -> CannotEmit:
-    """The error for ``op``."""
-    return CannotEmit(op.span, detail=detail)
+# What would do instead: of what the passes write for some schedules, and of what they never write.
+ANOTHER_SCHEDULE = "another schedule may avoid it"
+AS_THE_PASSES = "no pass writes it so: `tilelink ir --fused` of a kernel shows what has code"
+
+
+def refuse(op: Op, detail: str, advice: str = AS_THE_PASSES) -> CannotEmit:
+    """The error for ``op``; ``advice``: what would do instead."""
+    return CannotEmit(op.span, detail=detail, advice=advice)
 
 
 class NoRoles(CannotEmit):
@@ -298,7 +303,11 @@ class Scope:
             return f"tl.arange(0, {block})"
         width = self.dims[columns].block
         if rank == 1 and name not in (rows, columns):
-            raise CannotEmit(None, detail=f"an index along `{name}` behind the main loop")
+            raise NoRoles(
+                None,
+                detail=f"a vector along `{name}` behind the main loop",
+                advice="vectors along the rows or columns of the tile",
+            )
         row = name == rows if rank == 1 else position == 0
         memory = ", True" if (rank == 2 and not self.as_products) or self.as_memory else ""
         if row:
@@ -316,7 +325,9 @@ class Scope:
         if name == "RANK":
             return "rank"
         if name.endswith("[]"):
-            raise CannotEmit(None, detail=f"the table `{name[:-2]}` inside an expression")
+            raise CannotEmit(
+                None, detail=f"the table `{name[:-2]}` inside an expression", advice=AS_THE_PASSES
+            )
         if name in self.names:
             return self.names[name]
         if name in self.program.env:
@@ -327,7 +338,7 @@ class Scope:
         if base in self.dims:
             dim = self.dims[base]
             return {"start": dim.start, "stop": dim.stop}.get(part) or self.names[f"{base}.tile"]
-        raise CannotEmit(None, detail=f"the unknown name `{name}`")
+        raise CannotEmit(None, detail=f"the unknown name `{name}`", advice=AS_THE_PASSES)
 
     def expr(self, value: Expr | int | str, outer: int = 0) -> str:
         """An expression as Python text, folded over fixed extents."""
@@ -351,7 +362,11 @@ class Scope:
             return self.dims[text]
         value = self.program.constant(text)
         if value is None:
-            raise CannotEmit(None, detail=f"a value as long as the run-time extent `{text}`")
+            raise CannotEmit(
+                None,
+                detail=f"a value as long as the run-time extent `{text}`",
+                advice=f"walk it by tiles of `tk.tiles({text})`",
+            )
         block = max(least, power_of_two(value))
         return Dim(block, str(value), block == value)
 

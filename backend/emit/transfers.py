@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tilelink.backend.emit.access import base, identifier_of, product, strides, times
-from tilelink.backend.emit.scope import Scope, item_bytes, refuse
+from tilelink.backend.emit.scope import CannotEmit, Scope, item_bytes, refuse
 from tilelink.ir import All, At, Expr, Index, Op, Range, Ref, Value
 
 
@@ -17,7 +17,7 @@ def transfer(scope: Scope, op: Op) -> None:
     dtype = str(scope.program.symbols[ref.symbol]["dtype"])
     source, target = _cut_as(source, target), _cut_as(target, source)
     if (source.rows, source.columns) != (target.rows, target.columns):
-        raise refuse(op, "a transfer between regions that split differently into rows")
+        raise _refuse(op, "a transfer between regions that split differently into rows")
     here = base(scope, ref.symbol)
     there = base(scope, to.symbol, scope.expr(op["peer"]))
     if scope.program.symbols[to.symbol].name == "tensor":
@@ -40,6 +40,13 @@ def transfer(scope: Scope, op: Op) -> None:
             scope.writer.call(f"{name} = tl.multiple_of(", [f"{name}{cast}", "16"])
     texts = [scope.expr(n) for n in numbers]
     scope.writer.call("device.tile_push_data(", [*pair, source.rows, *texts])
+
+
+def _refuse(op: Op, detail: str) -> CannotEmit:
+    """The error for a transfer that another schedule of the tensor that moves does not have."""
+    name = op["to"].symbol.partition(".")[0]
+    advice = f"use the resource copy_engine for `{name}`, or a `moves.{name}.tile` that divides what a rank owns"
+    return refuse(op, detail, advice)
 
 
 def _cut_as(region: _Region, other: _Region) -> _Region:
@@ -113,11 +120,13 @@ def _region(scope: Scope, op: Op, ref: Ref) -> _Region:
             columns = product(columns, count)
     if rows:  # a tile of run-time length: its rows one by one
         if kept[inner][1] is not None or len(rows) > 1 or outer:
-            raise refuse(op, "a transfer of this region")
+            raise _refuse(
+                op, "a transfer of tiles of which one may be short, and whose rows lie apart"
+            )
         return _Region(tuple(starts), rows[0], None, columns, kept[inner][2], tuple(shifts))
     if not outer:
         return _Region(tuple(starts), "1", 1, columns, columns, tuple(shifts))
     if len(outer) > 1:
-        raise refuse(op, "a transfer of a region with more than one stride")
+        raise _refuse(op, "a transfer of a region with more than one stride")
     extent, count, step, _ = outer[0]
     return _Region(tuple(starts), extent, count, columns, step, tuple(shifts))

@@ -427,3 +427,67 @@ def test_a_loop_nest_that_tensors_cut_apart_is_two_as_the_help_says(
     )
     path.write_text(TWO_AXES.format(mapping=mapping, **parted))
     assert main(words) == 0, capsys.readouterr().err
+
+
+CUBE = """
+import tilelink
+import tilelink.language as tk
+
+
+@tilelink.kernel("gather A[B, S, D] over S", example={"B": 2, "S": 36, "D": 32})
+def f(A, C):
+    B, S, D = A.shape
+    for b, s, d in tk.tiles(B, S, D):
+        C[b, s, d] = A[b, s, d] * 2.0
+"""
+
+
+def test_what_has_no_code_is_avoided_as_the_help_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "f.py"
+    path.write_text(CUBE)
+
+    def words(**move: object) -> list[str]:
+        chosen = json.dumps({"moves": {"A": move}})
+        return ["emit", str(path), "--world", "2", "--schedule", chosen]
+
+    advice = refused(capsys, *words(resource="sm:2", tile=4))
+    assert "copy_engine for `A`" in advice and "`moves.A.tile` that divides" in advice
+    assert main(words(resource="copy_engine", tile=4)) == 0
+    assert main(words(resource="sm:2", tile=6)) == 0
+
+
+def test_a_vector_that_roles_have_no_layout_for_is_refused_at_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "f.py"
+    extents = {"M": 128, "N": 128, "K": 64}
+    text = ONE_AXIS.format(vector="tk.sum(D[:].to(tk.float32), axis=0)", given=extents)
+    path.write_text(text)
+    words = ["emit", str(path), "--emitter", "gluon", "--tile", "M=128,N=128"]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    number = 1 + text.splitlines().index("        d = tk.sum(D[:].to(tk.float32), axis=0)")
+    assert "error[cannot-emit-roles]" in said and f"f.py:{number}:" in said
+    assert "rows or columns" in said
+    path.write_text(ONE_AXIS.format(vector="D[n].to(tk.float32)[None, :]", given=extents))
+    assert main(words) == 0, capsys.readouterr().err
+
+
+ONE_AXIS = """
+import tilelink
+import tilelink.language as tk
+
+
+@tilelink.kernel("gather A[M, K] over M; local D[N]", example={given})
+def f(A, B, D, C):
+    M, K = A.shape
+    N = B.shape[1]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n], tk.float32)
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], B[k, n], acc)
+        d = {vector}
+        C[m, n] = acc * d
+"""
