@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
@@ -442,6 +443,8 @@ def prepare_interpreter() -> None:
     signal._clock = read_clock
     poll_gently()
     spare_work()
+    # NumPy computes what stands behind the end of a short tile too, and nothing reads it.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=interpreter.__name__)
     torch.set_num_threads(1)
 
 

@@ -13,6 +13,7 @@ from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import interpret
 from tilelink.backend.runtime.errors import BadArgument, RankFailed, RankStuck, WaitTimeout
 from tilelink.ir import Op, parse_ir
+from tilelink.kernel import load_kernels
 from tilelink.schedules import Move, Schedule
 
 PROGRAMS = sorted((Path(__file__).parents[1] / "programs").glob("*.ir"))
@@ -82,6 +83,23 @@ def test_a_kernel_of_many_ops_agrees_with_torch() -> None:
     wanted = torch.nn.functional.gelu((scores.softmax(-1) @ v) @ w.T + bias)
     assert (found["O"].float() - wanted).norm() / wanted.norm() < 5e-3
     assert (found["L"] - scores.logsumexp(-1)).abs().max() < 1e-4
+
+
+def test_what_stands_behind_the_end_of_a_short_tile_warns_nobody(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ratio.py"
+    path.write_text(
+        "import tilelink\nimport tilelink.language as tk\n\n"
+        '@tilelink.kernel("gather A[M, N] over M")\n'
+        "def ratio(A, B, C):\n    M, N = A.shape\n    for m, n in tk.tiles(M, N):\n"
+        "        C[m, n] = A[m, n] / B[m, n]\n"
+    )
+    shards = [torch.full((3, 5), 6.0), torch.full((3, 5), 8.0)]
+    kernel = load_kernels(path)["ratio"]
+    found = kernel.on("interpret", world=2)(shards, torch.full((6, 5), 2.0))
+    assert all(torch.equal(got, torch.cat(shards) / 2.0) for got in found)
+    assert "Warning" not in capfd.readouterr().err
 
 
 def test_lost_signal_is_named_with_its_place() -> None:
