@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tilelink.cli import patience
 from tilelink.cli.main import main
 from tilelink.ir import parse_ir
 
@@ -227,3 +228,20 @@ def test_an_edited_program_is_held_against_the_kernel_that_it_carries(
     path.write_text(text.replace("value = 64}", "value = 32}", 1))
     assert main(["run", str(path)]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[-1] == "ran"
+
+
+@pytest.mark.parametrize("command", ["run", "simulate"])
+def test_what_takes_long_says_so_once_and_not_in_what_it_prints(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [command, str(ROOT / "examples" / "ag_gemm.py"), "--set", "M=64,N=32,K=32"]
+    monkeypatch.setattr(patience, "AFTER_S", 600.0)
+    assert main(words) == 0
+    quick = capsys.readouterr()
+    assert quick.err == ""
+    monkeypatch.setattr(patience, "AFTER_S", 0.0)
+    assert main(words) == 0
+    slow = capsys.readouterr()
+    assert slow.out == quick.out
+    assert slow.err.startswith("ag_gemm: ") and len(slow.err.splitlines()) == 1
+    assert "4 ranks of M=64 K=32 N=32" in slow.err

@@ -12,6 +12,7 @@ from tilelink.cli.env import lacking
 from tilelink.cli.errors import BadUsage, FusedOnly, SimulatedOnly, Unavailable
 from tilelink.cli.inputs import check_memory, random_inputs
 from tilelink.cli.options import add_common, positive, seed
+from tilelink.cli.patience import patience
 from tilelink.cli.source import Unit, load
 from tilelink.errors import TilelinkError
 from tilelink.ir import FLOATS, Op
@@ -104,12 +105,13 @@ def execute(args: argparse.Namespace) -> int:
             if args.backend == "interpret" and has_roles(program):
                 roles.append(unit.name)
             inputs = [random_inputs(unit.op, args.seed + call) for call in range(args.calls)]
-            if repeated:
-                outputs = run_calls(program, inputs, args.seed, args.schedules)
-            else:
-                outputs = [run_program(program, inputs[0], args.backend, args.seed)]
-            kernel = kernel_of(unit)
-            wanted = [reference_of(kernel, given) for given in inputs]
+            with patience(waiting(unit, args.backend)):
+                if repeated:
+                    outputs = run_calls(program, inputs, args.seed, args.schedules)
+                else:
+                    outputs = [run_program(program, inputs[0], args.backend, args.seed)]
+                kernel = kernel_of(unit)
+                wanted = [reference_of(kernel, given) for given in inputs]
         except TilelinkError as error:
             failures.append(error)
             rows.append([*describe(unit, unit.op, args.backend), "-", "-", "-", "refused"])
@@ -132,6 +134,13 @@ def execute(args: argparse.Namespace) -> int:
     if failures and all(isinstance(error, BadUsage | ScheduleError) for error in failures):
         return 2
     return int(bool(failures) or any(row[-1] == "WRONG" for row in rows))
+
+
+def waiting(unit: Unit, backend: str) -> str:
+    """What is said of a run that takes long."""
+    shape = " ".join(f"{child.symbol}={child['value']}" for child in unit.op.find("extent"))
+    what = {"simulate": "simulating", "interpret": "interpreting"}[backend]
+    return f"{unit.name}: {what} {unit.world} ranks of {shape}; smaller extents (`--set`) take less"
 
 
 def run_reference(unit: Unit, args: argparse.Namespace) -> list[str]:

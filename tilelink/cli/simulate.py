@@ -7,6 +7,7 @@ import json
 import shutil
 
 from tilelink.cli.options import add_common, write_file
+from tilelink.cli.patience import patience
 from tilelink.cli.source import load, machine_of
 
 
@@ -33,8 +34,10 @@ def execute(args: argparse.Namespace) -> int:
     width = min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
     traces = []
     for unit in load(args):
-        predicted = timeline(unit.program(args), machine)
         shape = " ".join(f"{op.symbol}={op['value']}" for op in unit.op.find("extent"))
+        program = unit.program(args)
+        with patience(f"{unit.name}: predicting the tiles of {unit.world} ranks of {shape}"):
+            predicted = timeline(program, machine)
         print(f"{unit.name}: {shape}, predicted by the machine model")
         print(predicted.render(width))
         print("critical path")
