@@ -236,7 +236,9 @@ class Calls(Expressions):
         if not isinstance(axis, int) or not -rank <= axis < rank:
             raise UnsupportedSyntax(
                 span,
-                what=f"`{name}` of a value with {rank} axes along {describe(axis)}",
+                what=f"`{name}` without an axis"
+                if axis is None
+                else f"`{name}` along {describe(axis)}, of a value whose axes are {rank}, counted from 0,",
                 advice=f"name the axis: `tk.{name}(x, axis={max(rank - 1, 0)})`",
             )
         axis %= rank

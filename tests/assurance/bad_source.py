@@ -154,6 +154,20 @@ CASES: tuple[Case, ...] = (
     body(
         "a method whose value is lost", STORE, f"{STORE}\n    acc.to(tk.bfloat16)", "nothing uses"
     ),
+    body(
+        "a sum without an axis",
+        STORE,
+        "C[m, n] = tk.sum(acc)",
+        "`sum` without an axis",
+        "tk.sum(x, axis=1)",
+    ),
+    body(
+        "a sum along an axis that is not there",
+        STORE,
+        "C[m, n] = tk.sum(acc, axis=2)",
+        "along `2`",
+        "2, counted from 0",
+    ),
     body("a name in place of a store", STORE, "C = acc", "stores nothing", "C[m, n] = x"),
     body("no store", STORE, "pass", "k.py:10", "reads `A` and `B`", "stores nothing"),
     body("a sum with no start", ZEROS, "pass", "`acc`", "give `acc` a value before"),
