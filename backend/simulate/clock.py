@@ -166,6 +166,7 @@ class _Clock:
         self.ranks = [_Rank(Walker(geometry, r, sums=not alone)) for r in ranks]
         self.tasks: list[_Task] = []
         self.collectives = 0.0
+        self._library_us = 0.0  # when the last collective that has begun ends
         self._heap: list[tuple[float, int, _Task | _Signal]] = []
         self._pushed = 0
         self._unfinished = 0
@@ -287,14 +288,17 @@ class _Clock:
         took = 0.0
         if not self.alone:
             took = self.machine.collective_us(op["op"], size, self.geometry.world)
+        # The library runs those of one group in turn.
+        begin = max(now, self._library_us)
+        self._library_us = end = begin + took
         self.collectives += took
         for other, since in met:
-            if now > since:
+            if begin > since:
                 cause = (task.track, now)
-                other.track.segments.append(Segment(since, now, "wait", "wait", ".", cause))
+                other.track.segments.append(Segment(since, begin, "wait", "wait", ".", cause))
             label = str(op["op"])
-            other.track.segments.append(Segment(now, now + took, "copy", label, "="))
-            self._push(now + took, other)
+            other.track.segments.append(Segment(begin, end, "copy", label, "="))
+            self._push(end, other)
 
     def _finished(self, task: _Task, now: float) -> None:
         self._unfinished -= 1

@@ -5,12 +5,17 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.sim.programs import NAMES, resized, sample, sample_text
+from tilelink.backend.pipeline import run_passes
 from tilelink.backend.simulate import DeadlockError, Timeline, timeline
 from tilelink.ir import parse_ir
+from tilelink.kernel import load_kernels
+from tilelink.schedules import Move, default_schedule
 from tilelink.schedules.machine import Machine, UnknownMachineError
 
 H200 = Machine.load()
@@ -89,6 +94,30 @@ def test_nothing_is_faster_than_its_bounds(name: str) -> None:
     assert found.makespan >= found.compute
     assert found.makespan >= found.communication
     assert 0.0 < found.efficiency <= 1.0
+
+
+def test_collectives_of_one_group_run_in_turn(tmp_path: Path) -> None:
+    """The library takes them one behind the other, so no call ends before the sum of them."""
+    path = tmp_path / "both.py"
+    path.write_text(
+        "import tilelink\nimport tilelink.language as tk\n\n"
+        '@tilelink.kernel("gather A[M, K] over M; gather B[K, N] over K")\n'
+        "def both(A, B, C):\n"
+        "    M, K = A.shape\n"
+        "    N = B.shape[1]\n"
+        "    for m, n in tk.tiles(M, N):\n"
+        "        acc = tk.zeros((m, n))\n"
+        "        for k in tk.tiles(K):\n"
+        "            acc = tk.dot(A[m, k], B[k, n], acc)\n"
+        "        C[m, n] = acc.to(C.dtype)\n"
+    )
+    op = load_kernels(path)["both"].build({"M": 4096, "K": 4096, "N": 4096}, {}, 4)
+    moves = tuple((name, Move(resource="none")) for name in "AB")
+    schedule = replace(default_schedule(op), moves=moves)
+    found = timeline(run_passes(op, schedule), H200)
+    one = H200.collective_us("all_gather", 4096 * 4096 * 2, 4)
+    assert found.communication == pytest.approx(2 * one)
+    assert found.makespan >= found.communication + found.compute / 2
 
 
 def test_waits_delay_the_tiles_that_need_them() -> None:
