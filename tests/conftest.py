@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import pytest
 
 INTERPRETER = "tests/interpret/"
+
+# Before anything loads PyTorch, and for every process that a test starts: tensors are small, and threads that
+# share an operation wait for each other where tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A machine lent for a GPU run may have pytest and nothing else of the `dev` extra.
 with contextlib.suppress(ImportError):
