@@ -552,12 +552,12 @@ class Runner:
     def _passed(self, ins: Wait, channel: Channel, need: int) -> None:
         """A wait has passed: the task knows what was released to it."""
         task, released, asked = self.task, channel.released, channel.asked
-        if released and not ins.relaxed and not ins.carried:
-            for element in ins.elements:
+        acquires = not ins.relaxed and not ins.carried
+        for element in ins.elements:
+            if acquires:
                 carried = released.get(element)
                 if carried is not None:
                     carried.acquire(task.clock, task.kernel, ins.gpu)
-        for element in ins.elements:
             if asked.get(element, need) <= need:
                 asked[element] = need
         if ins.proxy:

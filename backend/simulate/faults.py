@@ -208,7 +208,8 @@ class FaultRun(Scheduler):
         if state.started <= task.call:
             state.started = task.call + 1
             self._arrived(task.rank)
-        self._step(task)
+        if self._step(task):
+            self._push(task)
         if task.blocked is not None and task not in self._watches:
             self._watch(task, task.blocked)
         call = self.calls[task.rank]

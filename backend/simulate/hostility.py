@@ -12,6 +12,7 @@ come to, with what others wait for still in its hands.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 MODES = 6
 RANDOM, PRIORITIES, STARVED, SKEWED, UNEVEN, HOLDING = range(MODES)
@@ -20,7 +21,12 @@ _AHEAD = 4.0  # more than the random part of what is sorted by
 
 class Hostility:
     """The choices of one run. ``components`` are (rank, agent, worker) in the order of their numbers,
-    ``streams`` the names of streams, ``steps`` about how many steps the run takes."""
+    ``streams`` the names of streams, ``steps`` about how many steps the run takes.
+
+    ``key`` is what the next step of a task is sorted by, the smallest first: of its component, what notifies the
+    task holds back, and whether the step draws from a dynamic queue. ``late`` says whether a store stays in the
+    store buffer until a release.
+    """
 
     def __init__(
         self,
@@ -38,7 +44,6 @@ class Hostility:
         agents = sorted({agent for _, agent, _ in components})
         draw = self.random.random
         self.bias = [0.0] * len(components)
-        self._draw = draw
         self._changes: list[int] = []
         self._steps = 0
         if self.mode == PRIORITIES:
@@ -68,18 +73,8 @@ class Hostility:
                 found.setdefault(worker if alike else (rank, worker), 2.0 * (draw() < 0.5))
                 for rank, _, worker in components
             ]
-
-    def key(self, component: int, holds: bool = False, draws: bool = False) -> float:
-        """What the next step of a task is sorted by: the smallest runs first.
-
-        ``holds``: the task holds a notify back; ``draws``: the step draws from a dynamic queue.
-        """
-        if self.mode == PRIORITIES:
-            return self.bias[component]
-        if self.mode == HOLDING and (holds or draws):
-            turn = -_AHEAD if holds else _AHEAD
-            return self.bias[component] + turn + self._draw()
-        return self.bias[component] + self._draw()
+        self.key = self._keys()
+        self.late = self._lateness()
 
     def ran(self, component: int) -> None:
         """A task has made a step."""
@@ -93,8 +88,25 @@ class Hostility:
         """Whether :meth:`ran` need be told of steps."""
         return bool(self._changes)
 
-    def late(self) -> bool:
-        """Whether a store stays in the store buffer until a release."""
-        return self.lateness > 0.0 and (
-            self.lateness == 1.0 or self.random.random() < self.lateness
-        )
+    # Asked at every step, so all that the seed has settled is left out of them.
+
+    def _keys(self) -> Callable[..., float]:
+        bias, draw = self.bias, self.random.random
+
+        def by_priority(component: int, holds: object = (), draws: bool = False) -> float:
+            return bias[component]
+
+        def by_draw(component: int, holds: object = (), draws: bool = False) -> float:
+            return bias[component] + draw()
+
+        def holding(component: int, holds: object = (), draws: bool = False) -> float:
+            turn = -_AHEAD if holds else _AHEAD if draws else 0.0
+            return bias[component] + turn + draw()
+
+        return {PRIORITIES: by_priority, HOLDING: holding}.get(self.mode, by_draw)
+
+    def _lateness(self) -> Callable[[], bool]:
+        lateness, draw = self.lateness, self.random.random
+        if lateness in (0.0, 1.0):
+            return lambda: lateness == 1.0
+        return lambda: draw() < lateness

@@ -65,6 +65,7 @@ class Outline:
             if d.kind in ("flag", "counter")
             for place in self.places(d.name)
         ]
+        self.counters = sorted(d.name for d in decls if d.kind == "counter")
         self.buffers: list[tuple[Decl, str]] = [
             (d, place)
             for d in decls

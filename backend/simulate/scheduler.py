@@ -148,14 +148,18 @@ class Scheduler:
 
     def _run(self) -> None:
         self._begin()
-        ready, most, pop = self._ready, self.options.steps, heapq.heappop
+        ready, most, key = self._ready, self.options.steps, self._key
+        pop, push = heapq.heappop, heapq.heappush
         ran = self.hostility.ran if self.hostility.counts else None
         while ready:
             task = pop(ready)[2]
             self.steps += 1
             if self.steps > most:
                 raise StepsError(self.geometry.program.span, steps=most)
-            self._step(task)
+            if self._step(task):
+                # As :meth:`_push`.
+                self._pushed = number = self._pushed + 1
+                push(ready, (key(task.component, task.held, task.draws), number, task))
             if ran is not None:
                 ran(task.component)
         if self.tasks or any(call.left for call in self.calls):
@@ -177,18 +181,19 @@ class Scheduler:
         for rank in order:
             self._start_call(rank)
 
-    def _step(self, task: Task) -> None:
+    def _step(self, task: Task) -> bool:
+        """Let a task make a step; whether it can make another one now."""
         assert task.steps is not None
         try:
             blocked = next(task.steps)
         except StopIteration:
             self._finish_task(task)
-            return
+            return False
         if blocked is None:
-            self._push(task)
-        else:
-            task.blocked = blocked
-            self.blocked.setdefault((task.rank, blocked.place), []).append(task)
+            return True
+        task.blocked = blocked
+        self.blocked.setdefault((task.rank, blocked.place), []).append(task)
+        return False
 
     def _deadlock(self) -> DeadlockError:
         tasks = list(self.tasks)
@@ -207,7 +212,7 @@ class Scheduler:
 
     def _push(self, task: Task) -> None:
         self._pushed = number = self._pushed + 1
-        key = self._key(task.component, bool(task.held), task.draws)
+        key = self._key(task.component, task.held, task.draws)
         heapq.heappush(self._ready, (key, number, task))
 
     def _wake(self, rank: int, place: str) -> None:
@@ -321,7 +326,9 @@ class Scheduler:
         resident = min(int(agent.get("resident", count)), count)
         if resident < count:
             self.hostility.random.shuffle(order)
-        call.queued[name], call.after[name] = order[resident:], after.copy()
+        call.queued[name] = order[resident:]
+        if call.queued[name]:
+            call.after[name] = after.copy()
         for worker in order[:resident]:
             self._start_worker(rank, agent, worker, after)
         if not call.queued[name]:
@@ -419,7 +426,13 @@ class Scheduler:
     def _workers_know(self, rank: int, name: str) -> Clock:
         """What the workers of a launch know together."""
         _, first, last = self.outline.rows[rank, name]
-        known: Clock = np.maximum.reduce(self._rows[first:last])
+        return self._known(first, last)
+
+    def _known(self, first: int, last: int) -> Clock:
+        """What the components in a range know together."""
+        known: Clock = self._rows[first].copy()
+        if last - first > 1:
+            np.maximum.reduce(self._rows[first:last], out=known)
         return known
 
     def _parts(self, name: str) -> range:
@@ -460,7 +473,7 @@ class Scheduler:
         for other in self.outline.after[name]:
             if (rank, other) in self.outline.rows:
                 first, _, last = self.outline.rows[rank, other]
-                known = np.maximum.reduce(self._rows[first:last])
+                known = self._known(first, last)
                 found = known if found is None else np.maximum(found, known)
         return found
 
@@ -478,7 +491,7 @@ class Scheduler:
             if self.options.values:
                 self.outputs[call][rank][decl.name] = memory.tensor(decl)
         self.clocks[component][component] += 1
-        balance.check_counters(self.geometry, memory)
+        balance.check_counters(self.geometry, memory, self.outline.counters)
         self._start_call(rank)
 
     def _check_output(self, memory: Memory, decl: Any, call: int, user: _User) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tilelink.backend.simulate import RaceError, run_calls
 from tilelink.backend.simulate.attack import Failure, attack
 from tilelink.backend.simulate.boxes import FEW, BoxTable
 from tilelink.backend.simulate.command import reproduce
+from tilelink.backend.simulate.execute import Task
 from tilelink.backend.simulate.explore import explore
 from tilelink.backend.simulate.geometry import Geometry
 from tilelink.backend.simulate.hostility import HOLDING, MODES, PRIORITIES, SKEWED, Hostility
@@ -231,11 +233,12 @@ def test_skew_makes_a_rank_run_ahead_by_a_call() -> None:
         run = Scheduler(traces, calls, MODES * number + SKEWED, Options(False))
         step = run._step
 
-        def spy(task: object, run: Scheduler = run, step: object = step) -> None:
+        def spy(task: Task, run: Scheduler = run, step: Callable[[Task], bool] = step) -> bool:
             nonlocal apart
-            step(task)  # type: ignore[operator]
+            goes_on = step(task)
             numbers = run.calls_done()
             apart = max(apart, max(numbers) - min(numbers))
+            return goes_on
 
         run._step = spy  # type: ignore[method-assign]
         run.run()
