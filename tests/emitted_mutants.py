@@ -86,10 +86,15 @@ class Editor:
         assert node.end_lineno is not None
         return self.starts[node.lineno - 1], self.starts[node.end_lineno]
 
-    def changed(self, function: ast.FunctionDef, text: str) -> str:
-        """A function as it stands in a text in which it alone was edited: all there is to parse anew."""
-        first, last = self.lines(function)
-        return text.encode()[first : last - len(self.bytes) or None].decode()
+    def parses(self, part: ast.stmt, text: str) -> bool:
+        """Whether a text can be read in which only this part, a function or a statement of one, was edited."""
+        first, last = self.lines(part)
+        changed = text.encode()[first : last - len(self.bytes) or None].decode()
+        try:
+            ast.parse(f"if True:\n{changed}" if part.col_offset else changed)
+        except SyntaxError:
+            return False
+        return True
 
 
 def functions(tree: ast.Module) -> list[ast.FunctionDef]:
@@ -110,18 +115,20 @@ def mutants(text: str) -> Iterator[Mutant]:
     """All mutants of a text, in a fixed order."""
     editor = Editor(text)
     for function in functions(editor.tree):
-        for made in (*_statements(editor, function), *_expressions(editor, function)):
-            if made.text != text and _parses(editor.changed(function, made.text)):
+        for made in _statements(editor, function):
+            if made.text != text and editor.parses(function, made.text):
+                yield made
+        # Of a function only the statement is parsed anew in which an expression was edited.
+        inside = {
+            line: node
+            for node in ast.walk(function)
+            if isinstance(node, ast.stmt) and not hasattr(node, "body")
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        }
+        for made in _expressions(editor, function):
+            if made.text != text and editor.parses(inside.get(made.line, function), made.text):
                 yield made
     yield from _carried(text)
-
-
-def _parses(text: str) -> bool:
-    try:
-        ast.parse(text)
-    except SyntaxError:
-        return False
-    return True
 
 
 def _statements(editor: Editor, function: ast.FunctionDef) -> Iterator[Mutant]:
