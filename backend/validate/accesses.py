@@ -244,7 +244,7 @@ class AccessMachine(TileCalls):
                     continue
                 if via == "tma" and not fence:
                     self.hazard(f"@{symbol} is read by TMA behind a wait without the proxy fence")
-                if tokens is not None and np.any(after & ~tokens.get(wait, np.zeros_like(on))):
+                if tokens is not None and (after & ~tokens.get(wait, np.zeros_like(on))).any():
                     self.hazard(
                         f"the address of this read of @{symbol} does not depend on the wait before it",
                         "the compiler may then move the read above the wait",
@@ -252,7 +252,7 @@ class AccessMachine(TileCalls):
         if pair < 0:
             self.trace.read(self.site, symbol, via, on, self.stage, self.segment, home, lo, hi)
             return
-        lane = np.flatnonzero(on & np.all(hi > lo, axis=1))
+        lane = np.flatnonzero(on & (hi > lo).all(axis=1))
         self.trace.touches.append(
             Touch(
                 self.site, symbol, False, via, lane, self.stage, self.segment[lane],
@@ -275,7 +275,7 @@ class AccessMachine(TileCalls):
         """Records a write; ``axes`` gives each axis of the tile its axis of the symbol."""
         if self.stage < 0:
             self.unclear("data is touched outside of every stage")
-        some = on & np.all(hi > lo, axis=1)
+        some = on & (hi > lo).all(axis=1)
         self.dirty = self.dirty | on
         seq = self.trace.next()
         self.last_write = np.where(on, seq, self.last_write)
@@ -314,7 +314,7 @@ class AccessMachine(TileCalls):
         for start in starts:
             self.fits(start.v, False, None)
         lo = np.stack([full(s.v, self.lanes) for s in starts], axis=1)
-        if np.any(lo[on] < 0) or np.any(lo[on] >= np.array(dims)):
+        if (lo[on] < 0).any() or (lo[on] >= np.array(dims)).any():
             raise Misfit(f"a block of @{value.symbol} that begins outside of {dims}")
         return lo, np.minimum(lo + np.array(value.block), np.array(dims))
 
@@ -412,7 +412,7 @@ class AccessMachine(TileCalls):
                 self.unclear("a load from something that is no address")
             lo, hi, axes = self.region(part, mask, on)
             home = full(part.home, self.lanes)
-            if np.any(home[on] != self.rank[on]) and part.symbol not in self.layout.remote:
+            if (home[on] != self.rank[on]).any() and part.symbol not in self.layout.remote:
                 self.unclear("a read from memory of a peer")
             self.read(part.symbol, "generic", on, home, lo, hi, part.tokens)
             if shape not in (None, part.shape):
@@ -484,7 +484,7 @@ class AccessMachine(TileCalls):
         sites = [{k[:2] for k in t.flows if sums.get(k[2]) in both} for t in (x, y)]
         if sites[0] == sites[1]:
             return True
-        known_here = all(t.sums is None or not np.any(self.on & ~t.sums) for t in (x, y))
+        known_here = all(t.sums is None or not (self.on & ~t.sums).any() for t in (x, y))
         if op is not ast.Add or not known_here or not x.terms or len(y.terms or ()) != 1:
             raise Misfit(
                 "parts of a sum over ranks meet in something else than a sum from the left"
@@ -492,6 +492,6 @@ class AccessMachine(TileCalls):
         if not x.single or not y.single:
             raise Misfit("parts of a sum over ranks are not added in fp32")
         before, after = self.slot(x, x.terms[-1]), self.slot(y, (y.terms or x.terms)[0])
-        if before is None or after is None or np.any((before[0] + 1 != after[0]) & self.on):
+        if before is None or after is None or ((before[0] + 1 != after[0]) & self.on).any():
             raise Misfit("parts of a sum over ranks are not added in rank order")
         return True

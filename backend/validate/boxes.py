@@ -89,9 +89,9 @@ class BoxMachine(KernelMachine):
         """``boxes.load``: the tile that the next sends are of."""
         whole = self.tile(descriptor, row, column, room, landing)
         for lanes in self.tma.values():
-            if np.any(lanes & self.on):
+            if (lanes & self.on).any():
                 self.hazard("a tile is loaded over one that may still be on its way out")
-        if np.any(self.full & self.on):
+        if (self.full & self.on).any():
             self.hazard("a tile is loaded over one that nothing has been done with")
         self.inside_whole(whole, row, column)
         loaded = self.fetch(whole, (self.number(row), self.number(column)))
@@ -106,7 +106,7 @@ class BoxMachine(KernelMachine):
         dims = self.layout.dims[whole.symbol][-_AXES:]
         for start, length, extent in zip((row, column), whole.block, dims, strict=True):
             last = np.asarray(full(self.number(start).v, self.lanes)) + length
-            if np.any(last[self.on] > extent):
+            if (last[self.on] > extent).any():
                 self.hazard(f"a box reaches past the end of @{whole.symbol}")
 
     def on_boxes_send(
@@ -124,10 +124,10 @@ class BoxMachine(KernelMachine):
         if not isinstance(descriptors, tuple):
             self.unclear("descriptors of peers that are no tuple")
         wanted = np.asarray(full(self.number(number).v, self.lanes))
-        if np.any(self.on & ((wanted < 0) | (wanted >= len(descriptors)))):
+        if (self.on & ((wanted < 0) | (wanted >= len(descriptors)))).any():
             self.hazard("a store by a descriptor that does not exist")
         turns = np.asarray(full(self.number(turn).v, self.lanes))
-        if self.held is None or np.any(self.on & (turns != self.loads - 1)):
+        if self.held is None or (self.on & (turns != self.loads - 1)).any():
             self.hazard("what is sent has not been waited for")
         self.full = self.full & ~self.on
         for one, descriptor in enumerate(descriptors):

@@ -56,7 +56,7 @@ class CopyingLoader(_Drawing, LoaderMachine):
         """``device.queue_next``: the place before has been handed on."""
         if self.orders is None:
             self.hazard("tasks are drawn, and there is nothing by which groups hear which ones")
-        if np.any(self.on & (self.draws != self.orders.made)):
+        if (self.on & (self.draws != self.orders.made)).any():
             self.hazard("a place is drawn before the one before is handed to the groups")
         place = KernelMachine.on_device_queue_next(self, ctx, word)
         self.draws = self.draws + self.on
@@ -66,18 +66,18 @@ class CopyingLoader(_Drawing, LoaderMachine):
         """``roles.order``: the place that was drawn last, as the next number of its worker."""
         if not isinstance(orders, Orders) or orders is not self.orders:
             self.unclear("something that is no orders")
-        if np.any(self.on & (self.number_of(number) != orders.made)):
+        if (self.on & (self.number_of(number) != orders.made)).any():
             self.hazard("orders are not numbered one after the other")
-        if np.any(self.on & (self.draws != orders.made + 1)):
+        if (self.on & (self.draws != orders.made + 1)).any():
             self.hazard("an order that nothing was drawn for")
-        if np.any(self.on & (self.number_of(place) != self.ticket)):
+        if (self.on & (self.number_of(place) != self.ticket)).any():
             self.hazard("another place is handed to the groups than the one that was drawn")
         orders.add(self.on, self.ticket)
 
     def in_order(self, on: Mask) -> None:
         """Refuses what is done before its order, behind the next one, or by a worker that copies beside it."""
         made = np.zeros(self.lanes, dtype=np.int64) if self.orders is None else self.orders.made
-        if np.any(on & ((self.draws != made) | (self.drawn_tasks != made))):
+        if (on & ((self.draws != made) | (self.drawn_tasks != made))).any():
             self.hazard("a loader acts between the order of a tile and the tile, or for none")
 
     def on_roles_claim(self, ring: Any, step: Any, size: Any) -> Slot:
@@ -100,7 +100,7 @@ class CopyingLoader(_Drawing, LoaderMachine):
         super().finished()
         if self.orders is not None:
             over = np.where(self.draws > 0, self.drawn_tasks + 1, 0)
-            if np.any(self.orders.made != over):
+            if (self.orders.made != over).any():
                 self.hazard("groups are not told of every tile, and of the end of the queue")
 
 
@@ -116,9 +116,9 @@ class CopyingGroups(_Drawing, GroupMachine):
         if not isinstance(orders, Orders) or orders is not self.orders:
             self.unclear("something that is no orders")
         at = self.number_of(number)
-        if np.any(self.on & (at != self.read_orders)):
+        if (self.on & (at != self.read_orders)).any():
             self.hazard("orders are not read one after the other")
-        if np.any(self.on & (at >= np.tile(orders.made, GROUPS))):
+        if (self.on & (at >= np.tile(orders.made, GROUPS))).any():
             self.hazard("an order is waited for that the loader never gives")
         place = np.zeros(self.lanes, dtype=np.int64)
         for group in np.split(np.arange(self.lanes), GROUPS):
@@ -130,7 +130,7 @@ class CopyingGroups(_Drawing, GroupMachine):
 
     def in_order(self, on: Mask) -> None:
         """Refuses what belongs to a tile behind another order than its own."""
-        if np.any(on & (self.drawn_tasks != self.read_orders)):
+        if (on & (self.drawn_tasks != self.read_orders)).any():
             self.hazard("a tile is taken before its order has been read, or behind the next one")
 
     def on_roles_take(self, ring: Any, step: Any) -> Slot:
@@ -163,7 +163,7 @@ class CopyingGroups(_Drawing, GroupMachine):
         target = Flow(descriptor.symbol, self.on, home, lo, hi, axes)
         for flow in (target, *held.flows.values()):
             reached = (flow.hi - flow.lo)[:, list(flow.axes)]
-            if np.any(reached[self.on & flow.have] != np.array(cell.room.block)):
+            if (reached[self.on & flow.have] != np.array(cell.room.block)).any():
                 self.hazard(f"a box that reaches past the end of @{flow.symbol} is sent on")
         # While the steps of the task are being taken: not an access of the epilogue.
         KernelMachine.write(self, descriptor.symbol, "tma", self.on, home, lo, hi, held.flows, axes)

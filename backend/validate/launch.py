@@ -232,9 +232,9 @@ class LaunchMachine(RoleMachine):
         for role, taking in zip((loader, fetcher), machine.takings(), strict=False):
             gifts = taking.gifts[: self.lanes] + taking.gifts[self.lanes :]
             assert role is not None
-            if np.any(gifts != role.claimed * taking.loaded.ring.readers):
+            if (gifts != role.claimed * taking.loaded.ring.readers).any():
                 self.hazard("steps are given back by more or fewer groups than the ring waits for")
-        if any(np.any(mask) for mask, _ in machine.flying):
+        if any(mask.any() for mask, _ in machine.flying):
             self.hazard("products are under way when a group ends")
         self.a_part(machine)
         if machine.opened is not None:
@@ -312,6 +312,6 @@ class LaunchMachine(RoleMachine):
 
     def on_device_end_call(self, ctx: Any, first: Any, last: Any, slots: Any) -> Num:
         """``device.end_call``: by warps that drain no stores of other warps."""
-        if any(np.any(lanes) for lanes in self.tma.values()):
+        if any(lanes.any() for lanes in self.tma.values()):
             self.hazard("TMA stores of a group are not drained when its worker ends the call")
         return super().on_device_end_call(ctx, first, last, slots)

@@ -92,9 +92,9 @@ class LoaderMachine(RoleMachine):
         if ring is not self.loaded.ring:
             self.unclear("something that is no ring")
         at = self.number_of(step)
-        if np.any(self.on & (at != self.claimed)):
+        if (self.on & (at != self.claimed)).any():
             self.hazard("the steps of the loader do not follow one another")
-        if np.any(self.on & (self.due != 0)):
+        if (self.on & (self.due != 0)).any():
             self.hazard("a step begins before the bytes of the one before are all asked for")
         self.due = np.where(self.on, self.whole(size, "a number of bytes"), self.due)
         self.open = np.where(self.on, at, self.open)
@@ -110,7 +110,7 @@ class LoaderMachine(RoleMachine):
         assert self.loaded is not None
         if ring is not self.loaded.ring or not isinstance(slot, Slot):
             self.unclear("a load into something that is no slot of the ring")
-        if np.any(self.on & (slot.step != self.open)):
+        if (self.on & (slot.step != self.open)).any():
             self.hazard("a load into a slot that is not the one claimed last")
         known = [n for n, r in enumerate(self.loaded.rooms) if r is room]
         if not known or room.count != self.loaded.ring.slots:
@@ -145,7 +145,7 @@ class LoaderMachine(RoleMachine):
             for step in np.unique(slot.step[on]).tolist():
                 place = self.loaded.content.setdefault((tile, step), [])
                 mine = on & (slot.step == step)
-                if any(np.any(mask & mine) for mask, _ in place):
+                if any((mask & mine).any() for mask, _ in place):
                     self.hazard("two loads into one tile of a step")
                 place.append((mine, flow))
 
@@ -153,7 +153,7 @@ class LoaderMachine(RoleMachine):
         """The bytes of one tile of ``room`` are asked for."""
         size = int(np.prod(room.block)) * room.item
         self.due = self.due - np.where(self.on, size, 0)
-        if np.any(self.due < 0):
+        if (self.due < 0).any():
             self.hazard("more bytes are loaded than the step was claimed for")
 
     def on_roles_fetch_parts(
@@ -232,8 +232,8 @@ class LoaderMachine(RoleMachine):
         dims = np.array(self.layout.dims[symbol])
         first = np.stack([self.number_of(row), self.number_of(column)], axis=1)
         last = first + np.array(room.block)
-        outside = np.any(first < 0, axis=1) | np.any(last > dims, axis=1)
-        if np.any(self.on & outside):
+        outside = (first < 0).any(axis=1) | (last > dims).any(axis=1)
+        if (self.on & outside).any():
             self.hazard(f"a box that does not lie inside of @{symbol}")
 
         def box(source: Ints) -> Flow:
@@ -267,7 +267,7 @@ class LoaderMachine(RoleMachine):
 
     def finished(self) -> None:
         """Refuses a last step that is not whole."""
-        if np.any(self.due != 0):
+        if (self.due != 0).any():
             self.hazard("the last step is claimed for more bytes than are loaded")
 
 

@@ -368,7 +368,7 @@ class Machine:
             v = x * y
         elif op is ast.FloorDiv or op is ast.Mod:
             one, two = full(x, self.lanes)[self.on], full(y, self.lanes)[self.on]
-            if np.any(two <= 0) or (not self.floor and np.any(one < 0)):
+            if (two <= 0).any() or (not self.floor and (one < 0).any()):
                 self.unclear("a division with a negative number or by zero", node)
             safe = np.where(y == 0, 1, y)
             v = x // safe if op is ast.FloorDiv else x % safe
@@ -383,6 +383,9 @@ class Machine:
         """Refuses a 32-bit integer that wraps."""
         if wide or self.floor:
             return
+        low, high = (v.min(), v.max()) if isinstance(v, np.ndarray) and v.ndim else (v, v)
+        if low >= -LARGEST - 1 and high <= LARGEST:
+            return  # so it is in every lane, those that are off too
         array = full(v, self.lanes)[self.on]
         if array.size and (array.max() > LARGEST or array.min() < -LARGEST - 1):
             self.node = node if node is not None else self.node

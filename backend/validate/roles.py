@@ -117,13 +117,13 @@ class GroupMachine(RoleMachine):
     def of_task(self, table: dict[int, list[Ints]]) -> Ints:
         """What the loader has counted for each lane's task."""
         made = np.zeros(self.lanes, np.int64)
-        for number in np.unique(self.segment[self.on]).tolist():
+        rows = table.get(self.stage, [])
+        for number in set(self.segment[self.on].tolist()):
             if number < 0:
                 continue
-            rows = table.get(self.stage, [])
             if number >= len(rows):
                 self.hazard("a task that the loader does not have")
-            made = np.where(self.segment == number, np.tile(rows[number], GROUPS), made)
+            np.copyto(made, np.concatenate([rows[number]] * GROUPS), where=self.segment == number)
         return made
 
     def closed(self, lanes: Mask) -> None:
@@ -136,11 +136,11 @@ class GroupMachine(RoleMachine):
             before, self.on = self.on, lanes
             _, count = self.steps(taking)
             self.on = before
-            if taking.turns is not None and np.any(lanes & ~idle & (count > 0) & ~taking.over):
+            if taking.turns is not None and (lanes & ~idle & (count > 0) & ~taking.over).any():
                 self.hazard("a group that never passes its turn on")
-            if taking.turns is None and np.any(lanes & idle & (count > 0)):
+            if taking.turns is None and (lanes & idle & (count > 0)).any():
                 self.hazard("a group that leaves out a task of which it has half")
-            if np.any(lanes & ~idle & ~taking.done(count)):
+            if (lanes & ~idle & ~taking.done(count)).any():
                 self.hazard("a task whose steps are not all taken and given back")
 
     def epilogue(self) -> None:
@@ -149,7 +149,7 @@ class GroupMachine(RoleMachine):
             return  # the tasks of a stage are over behind it
         for taking in self.takings():
             _, count = self.steps(taking)
-            if np.any(self.on & ~taking.done(count)):
+            if (self.on & ~taking.done(count)).any():
                 self.hazard("a group touches memory before it has done with its main loop")
 
     def statement(self, node: ast.stmt) -> None:
@@ -158,7 +158,7 @@ class GroupMachine(RoleMachine):
         super().statement(node)
         if was == -1 and node in self.loops:
             counts = self.trace.segments[self.loops.index(node)]
-            if np.any(counts[: self.single] != counts[self.single :]):
+            if (counts[: self.single] != counts[self.single :]).any():
                 self.hazard("groups that do not go through the same tasks")
 
     def loop(self, node: ast.For) -> None:
@@ -183,7 +183,7 @@ class GroupMachine(RoleMachine):
         wrong = (at != self.turn_of(taking)) | taking.mine | taking.over
         if taking is self.operands:
             wrong |= at % GROUPS != self.role
-        if np.any(self.on & wrong):
+        if (self.on & wrong).any():
             self.hazard("a turn of another tile, or of another group")
         if taking is not self.operands:
             self.turn_of_sums(at)
@@ -212,12 +212,12 @@ class GroupMachine(RoleMachine):
         follow one another among all tiles of the worker.
         """
         _, count = self.steps(self.operands)
-        if np.any(self.on & ~self.operands.done(count)):
+        if (self.on & ~self.operands.done(count)).any():
             self.hazard("a turn at the parts of a sum before the product has done with its own")
         ahead = self.tile_index() - at
         worker = self.ahead_of.reshape(GROUPS, -1).max(axis=0)
         known = np.tile(worker, GROUPS)
-        if np.any(self.on & (known >= 0) & (known != ahead)):
+        if (self.on & (known >= 0) & (known != ahead)).any():
             self.hazard("groups that do not alternate at the tiles which take parts of a sum")
         self.ahead_of = np.where(self.on, ahead, self.ahead_of)
 
@@ -227,7 +227,7 @@ class GroupMachine(RoleMachine):
         _, count = self.steps(taking)
         wrong = self.number_of(number) != self.turn_of(taking)
         wrong |= ~taking.mine | (taking.taken != count)
-        if np.any(self.on & wrong):
+        if (self.on & wrong).any():
             self.hazard("a turn is passed on before all steps of the tile are taken")
         taking.mine, taking.over = taking.mine & ~self.on, taking.over | self.on
 
@@ -236,11 +236,11 @@ class GroupMachine(RoleMachine):
         self.task()
         taking = self.ring_of(ring)
         at, (first, count) = self.number_of(step), self.steps(taking)
-        if taking.turns is not None and np.any(self.on & ~taking.mine):
+        if taking.turns is not None and (self.on & ~taking.mine).any():
             self.hazard("a step is taken out of turn: the other group's could be meant")
-        if np.any(self.on & ((at != first + taking.taken) | (taking.taken >= count))):
+        if (self.on & ((at != first + taking.taken) | (taking.taken >= count))).any():
             self.hazard("steps are taken that are not those of the task, in their order")
-        if np.any(self.on & (taking.taken - taking.given >= taking.loaded.ring.slots)):
+        if (self.on & (taking.taken - taking.given >= taking.loaded.ring.slots)).any():
             self.hazard("a step is waited for while this group has all slots of the ring")
         taking.taken = taking.taken + self.on
         return Slot(at)
@@ -262,11 +262,11 @@ class GroupMachine(RoleMachine):
         elif some is not True:
             self.unclear("a condition")
         at, (first, _) = self.number_of(step), self.steps(taking)
-        if np.any(on & ((at != first + taking.given) | (taking.given >= taking.taken))):
+        if (on & ((at != first + taking.given) | (taking.given >= taking.taken))).any():
             self.hazard("a step is given back that was not taken, or not in its order")
         if taking is self.operands:
             for what, under_way in (("products", self.flying), ("stores", self.leaving)):
-                if any(np.any(on & mask & (busy == at)) for mask, busy in under_way):
+                if any((on & mask & (busy == at)).any() for mask, busy in under_way):
                     self.hazard(f"a step is given back while {what} of it are under way")
         taking.given = taking.given + on
         taking.gifts = taking.gifts + on
@@ -288,7 +288,7 @@ class GroupMachine(RoleMachine):
                 axes = range(_CELL_AXES)
                 step = args[0].step
                 return Cell(value, step, (0,) * _CELL_AXES, value.block, tuple(axes))
-            if value.count != GROUPS or np.any(self.number_of(args[0]) != self.role):
+            if value.count != GROUPS or (self.number_of(args[0]) != self.role).any():
                 self.hazard("a tile leaves by way of another group's memory")
             if any(value is t.loaded.rooms[n] for t in self.takings() for n in t.loaded.used):
                 self.hazard("a tile leaves by way of memory that a ring has")
@@ -306,7 +306,7 @@ class GroupMachine(RoleMachine):
         """``count`` rows or columns of a tile from ``begin`` on."""
         length = self.whole(count, "the length of a part")
         start, whole = self.number_of(begin), value.length[axis]
-        if np.any(self.on & ((start < 0) | (start + length > whole) | (start % length != 0))):
+        if (self.on & ((start < 0) | (start + length > whole) | (start % length != 0))).any():
             self.hazard("a part that is not inside of its tile")
         first, lengths = list(value.first), list(value.length)
         first[axis], lengths[axis] = np.asarray(first[axis]) + start, length
@@ -330,7 +330,7 @@ class GroupMachine(RoleMachine):
         ((tile, taking),) = known
         first, _ = self.steps(taking)
         fresh = (cell.step >= first + taking.given) & (cell.step < first + taking.taken)
-        if np.any(self.on & ~fresh):
+        if (self.on & ~fresh).any():
             self.hazard("a tile is read that was not taken, or was given back")
         flows: dict[Key, Flow] = {}
         found = np.zeros(self.lanes, dtype=bool)
@@ -349,7 +349,7 @@ class GroupMachine(RoleMachine):
                     lo[:, axis] = np.minimum(begin, hi[:, axis])
                     hi[:, axis] = np.maximum(end, lo[:, axis])
                 axes = tuple(flow.axes[number] for number in cell.order)
-                have = mine & np.all(hi > lo, axis=1)
+                have = mine & (hi > lo).all(axis=1)
                 home = np.tile(full(flow.home, self.single), GROUPS)
                 line, column = self.site
                 key = (line, column + operand, flow.symbol, 0)
@@ -367,7 +367,7 @@ class GroupMachine(RoleMachine):
                         lo=np.where(wide, lo, held.lo),
                         hi=np.where(wide, hi, held.hi),
                     )
-        if np.any(self.on & ~found):
+        if (self.on & ~found).any():
             self.hazard("a tile is read that the loader did not fill in this step")
         shape = tuple(cell.length[a] for a in cell.order)
         return Data(shape, flows, tuple(flows)[:1])
@@ -439,7 +439,7 @@ class GroupMachine(RoleMachine):
                 if flow.axes != ((0, 1) if remote else (1, 2)):
                     self.hazard(f"operands of @{flow.symbol} are added as parts of a sum")
                 of = flow.home if remote else flow.lo[:, 0]
-                if np.any(self.on & flow.have & (of != source)):
+                if (self.on & flow.have & (of != source)).any():
                     self.hazard("the part of a rank is added where another one's belongs")
                 for one in (number, number + 1):
                     key = (self.site[0], self.site[1] + one, flow.symbol, 0)
@@ -533,7 +533,7 @@ class GroupMachine(RoleMachine):
         before, wanted = (self.on, self.all), self.number_of(number)
         if not isinstance(descriptors, tuple):
             self.unclear("descriptors of peers that are no tuple")
-        if np.any(self.on & ((wanted < 0) | (wanted >= len(descriptors)))):
+        if (self.on & ((wanted < 0) | (wanted >= len(descriptors)))).any():
             self.hazard("a store by a descriptor that does not exist")
         for one, descriptor in enumerate(descriptors):
             self.on = before[0] & (wanted == one)
@@ -573,7 +573,7 @@ class GroupMachine(RoleMachine):
         dims = np.array(self.layout.dims[descriptor.symbol][first:])
         starts = [self.number(row), self.number(column)]
         lo = np.stack([full(s.v, self.lanes) for s in starts], axis=1)
-        if np.any(lo[self.on] < 0):
+        if (lo[self.on] < 0).any():
             raise Misfit(f"a block of @{descriptor.symbol} that begins outside of {tuple(dims)}")
         hi = np.minimum(lo + np.array(shape), dims)
         lo = np.minimum(lo, dims)
@@ -596,12 +596,12 @@ class GroupMachine(RoleMachine):
         self.epilogue()
         if pair is not self.pair or pair is None:
             self.unclear("something that is no pair")
-        if np.any(self.on[: self.single] != self.on[self.single :]):
+        if (self.on[: self.single] != self.on[self.single :]).any():
             self.hazard("a meeting to which one group of a worker does not come")
-        if np.any(self.on & (self.number_of(number) != self.met)):
+        if (self.on & (self.number_of(number) != self.met)).any():
             self.hazard("meetings are not counted one after the other")
         if any(
-            np.any(lanes & self.on) for s, lanes in self.tma.items() if s in self.layout.read_back
+            (lanes & self.on).any() for s, lanes in self.tma.items() if s in self.layout.read_back
         ):
             self.hazard("groups meet before their TMA stores are drained")
         self.met = self.met + self.on
@@ -640,7 +640,7 @@ class GroupMachine(RoleMachine):
         if not facts.get("delayed"):
             self.task()
         if self.turns is None and facts["wait"]:
-            if np.any(on[: self.single] != on[self.single :]):
+            if (on[: self.single] != on[self.single :]).any():
                 self.hazard("a wait of one group for both halves of a tile")
             on = on & (self.role == 0)  # one wait of the worker, made by both
         elif self.turns is None and on.any():
@@ -648,6 +648,6 @@ class GroupMachine(RoleMachine):
             wrote = other & self.dirty & (self.last_write > self.met_at)
             if facts.get("delayed"):  # of a task that is over: neither has stored since
                 wrote = (on | other) & (self.last_write > self.met_at)
-            if np.any(wrote) or np.any(on & self.dirty & (self.met_at == 0)):
+            if wrote.any() or (on & self.dirty & (self.met_at == 0)).any():
                 self.hazard("a notify before the other group has stored its half of the tile")
         return super().signal(on, symbol, home, flat, **facts)

@@ -81,16 +81,16 @@ def gather(flows: dict[Key, Flow], key: Key, flow: Flow, on: Mask, loose: bool) 
             first, last = held_flow.lo, held_flow.hi
             apart = (first != lo) | (last != hi)
             count = apart.sum(axis=1)
-            over = np.all(~apart | summed, axis=1)
+            over = (~apart | summed).all(axis=1)
             equal = count == 0
-            holds = equal | (over & np.all((first <= lo) & (hi <= last), axis=1))
-            held_by = over & np.all((lo <= first) & (last <= hi), axis=1)
+            holds = equal | (over & ((first <= lo) & (hi <= last)).all(axis=1))
+            held_by = over & ((lo <= first) & (last <= hi)).all(axis=1)
             follows = (count == 1) & ((last == lo) | ~apart).all(axis=1)
             leads = over & (count == 1) & ((hi == first) | ~apart).all(axis=1)
-            clear = over & np.any((last <= lo) | (hi <= first), axis=1)
+            clear = over & ((last <= lo) | (hi <= first)).any(axis=1)
             home = held_flow.home == flow.home
             known = (holds | held_by | follows | ((leads | clear) & loose)) & home
-            if np.any(meets & on & ~known):
+            if (meets & on & ~known).any():
                 raise Misfit(
                     f"parts of @{flow.symbol} that do not follow one another flow into one tile"
                 )
@@ -99,7 +99,7 @@ def gather(flows: dict[Key, Flow], key: Key, flow: Flow, on: Mask, loose: bool) 
                 continue
             # The box that both make; it may continue another part in turn.
             wide = joined[:, None]
-            more = np.any(joined & (follows | leads))
+            more = (joined & (follows | leads)).any()
             lo = np.where(wide, np.minimum(lo, first), lo)
             hi = np.where(wide, np.maximum(hi, last), hi)
             flows[part] = replace(held_flow, have=held_flow.have & ~joined)
@@ -160,7 +160,7 @@ def _fresh(flows: Mapping[Key, Flow], key: Key, flow: Flow) -> Mask:
     found = flow.have
     for part in _parts(flows, key):
         held = flows[part]
-        shared_ = np.all((held.lo < flow.hi) & (flow.lo < held.hi), axis=1)
+        shared_ = ((held.lo < flow.hi) & (flow.lo < held.hi)).all(axis=1)
         found = found & ~(held.have & (held.home == flow.home) & shared_)
     return found
 
@@ -195,7 +195,7 @@ def product(
             wrong = (one.hi[:, i] - one.lo[:, i]) != (two.hi[:, j] - two.lo[:, j])
             if later is None or not later(left_key, one, i, right_key, two, j, both):
                 wrong |= one.lo[:, i] != two.lo[:, j]
-            if np.any(both & wrong):
+            if (both & wrong).any():
                 raise Misfit(
                     f"a product of parts of @{one.symbol} and @{two.symbol} that do not belong together"
                 )
@@ -210,7 +210,7 @@ def product(
         for key, flow in part.flows.items():
             for held in (acc.flows[k] for k in _parts(acc.flows, key)):
                 # Along the columns of the left operand, or the rows of the right one, nothing varies.
-                if held.axes[crossed] >= 0 and np.any(held.have & flow.have & on):
+                if held.axes[crossed] >= 0 and (held.have & flow.have & on).any():
                     raise Misfit(f"parts of @{flow.symbol} are added along other axes than before")
     return merged([acc, *parts], shape, on, loose)
 
@@ -228,10 +228,10 @@ def _once(a: Data, b: Data, acc: Data, on: Mask) -> None:
         along = {key: flow for key, flow in tile.flows.items() if flow.axes[axis] >= 0}
         for key, flow in (along or tile.flows).items():
             fresh = _fresh(acc.flows, key, flow)
-            if tile.terms is not None and np.any(on & flow.have & ~fresh):
+            if tile.terms is not None and (on & flow.have & ~fresh).any():
                 raise Misfit(f"a part of @{flow.symbol} is added twice")
             added, new = added | flow.have, new | fresh
-    if np.any(on & added & ~new):
+    if (on & added & ~new).any():
         raise Misfit("a product of the same parts is added twice")
 
 

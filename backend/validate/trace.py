@@ -141,7 +141,7 @@ class Trace:
     ) -> None:
         """A read; one that continues the lane's last read of the same load, with no signal between, is
         joined to it."""
-        on = on & np.all(hi > lo, axis=1)
+        on = on & (hi > lo).all(axis=1)
         seq = self.next()
         key = (*site, symbol, stage, via)
         held = self._open.get(key)

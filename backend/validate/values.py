@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -153,8 +154,17 @@ class Special:
 
 
 def full(v: Any, lanes: int) -> Ints:
-    """A value as an array ``[lanes]``."""
+    """A value as an array ``[lanes]``, which is not to be written to."""
+    if isinstance(v, int):
+        return _same(v, lanes)
+    if isinstance(v, np.ndarray) and v.shape == (lanes,) and v.dtype == np.int64:
+        return v
     return np.broadcast_to(np.asarray(v, dtype=np.int64), (lanes,))
+
+
+@lru_cache(maxsize=1024)
+def _same(v: int, lanes: int) -> Ints:
+    return np.broadcast_to(np.int64(v), (lanes,))
 
 
 def join(a: Tokens, b: Tokens) -> Tokens:
