@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import faulthandler
 import importlib
+import math
 import mmap
 import os
 import pickle
@@ -109,7 +110,8 @@ def poll_gently() -> None:
 
 def spare_work() -> None:
     """Has the interpreter leave out what changes nothing: a look through the language at each call of a device
-    function, the sums that say whether others overflow, and a table of types made for each value.
+    function, the sums that say whether others overflow, a table of types made for each value, the types of
+    tuples, and what is worked out of the type of a block.
 
     The look is for what the interpreter has to replace, and finds nothing from the second time on; nothing in
     this process needs the language as it was. The sums are compared in an assertion that only Triton's
@@ -139,6 +141,53 @@ def spare_work() -> None:
         return found[name]
 
     interpreter._get_np_dtype = find_type
+    spare_types()
+
+
+def spare_types() -> None:
+    """Has the language make the type of a tuple when it is asked for, and work out once what follows from the
+    elements and the shape of a block. Each value has a shape, a tuple, and most operations make a type."""
+    core = tl.core
+
+    def make_tuple(self: Any, args: Any, type: Any = None) -> None:
+        self.values = list(args)
+        known = type is None or isinstance(type, core.tuple_type)
+        self._type = type if known else core.tuple_type(type)
+
+    def type_of(self: Any) -> Any:
+        if self._type is None:
+            self._type = core._type_for_tuple_values(self.values)
+        return self._type
+
+    def set_type(self: Any, type: Any) -> None:
+        self._type = type
+
+    core.tuple.__init__, core.tuple.type = make_tuple, property(type_of, set_type)
+    make, made = core.block_type.__init__, dict[tuple[Any, ...], tuple[Any, ...]]()
+
+    def make_block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *map(core._unwrap_if_constexpr, shape))
+        found = made.get(key)
+        if found is None:
+            make(self, element_ty, shape)
+            made[key] = self.shape, self.numel, self.name
+        else:
+            self.element_ty = element_ty
+            self.shape, self.numel, self.name = found
+
+    core.block_type.__init__ = make_block
+    shapes = dict[tuple[int, ...], tuple[Any, Any]]()
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        lengths = tuple(type.shape) if type.is_block() else ()
+        found = shapes.get(lengths)
+        if found is None:
+            shape = core.tuple([core.constexpr(length) for length in lengths])
+            found = shapes[lengths] = core.constexpr(math.prod(lengths)), shape
+        self.numel, self.shape = found
+
+    core.tensor.__init__ = make_tensor
 
 
 class Failed(Exception):
