@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -14,6 +15,7 @@ from tilelink.schedules import Move, default_schedule
 
 CAPACITY = {"M": 64, "N": 32, "K": 32}
 WORLD = 2
+WORKERS = 6
 CASES = [
     ("ag_gemm", "copy_engine"),
     ("ag_gemm", "sm:2"),
@@ -41,6 +43,7 @@ CASES = [
 ]
 
 
+@cache
 def kernel_of(name: str, rows: int = CAPACITY["M"], dynamic: tuple[str, ...] = ("M",)) -> Op:
     """The Tile IR of a ready-made kernel in fp32, in which integers are exact."""
     kernel = getattr(kernels, name)
@@ -52,7 +55,8 @@ def kernel_of(name: str, rows: int = CAPACITY["M"], dynamic: tuple[str, ...] = (
 
 
 def program_of(name: str, resource: str, channels: int | None = None) -> Op:
-    """The fused program of a kernel, not proven: tiles of 8 rows, so that there are several of them."""
+    """The fused program of a kernel, not proven: tiles of 8 rows, so that there are several of them, and more
+    than workers."""
     op = kernel_of(name)
     schedule = default_schedule(op)
     (tensor, _), *_ = schedule.moves
@@ -62,7 +66,8 @@ def program_of(name: str, resource: str, channels: int | None = None) -> Op:
     move = replace(move, sum="epilogue") if folded else move
     tiles = (("K", 16), ("M", 8), ("N", 32))
     emitter = "library" if library else schedule.emitter
-    chosen = replace(schedule, moves=((tensor, move),), tiles=tiles, emitter=emitter)
+    moves, workers = ((tensor, move),), min(schedule.workers, WORKERS)
+    chosen = replace(schedule, moves=moves, tiles=tiles, emitter=emitter, workers=workers)
     return run_passes(op, chosen)
 
 
