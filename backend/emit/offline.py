@@ -255,7 +255,7 @@ def lint_text(compiled: Compiled) -> list[str]:
         problems += _wait_order(ttgir, ptx, compiled.given)
     problems += _release_order(ttgir)
     if compiled.roles:
-        problems += _role_drains(ttgir)
+        problems += _role_forms(ttgir)
     else:
         problems += _drain_order(ttgir, compiled.read_back)
     problems += _address_width(ttgir, compiled.wide, compiled.wide_arena)
@@ -380,8 +380,12 @@ def _drain_order(ttgir: str, read_back: tuple[str, ...]) -> list[str]:
     return problems
 
 
-def _role_drains(ttgir: str) -> list[str]:
-    """Releases of a role behind TMA stores that nothing has drained: descriptors have other names there."""
+def _role_forms(ttgir: str) -> list[str]:
+    """What stands in no role: calls, and releases behind TMA stores that nothing has drained.
+
+    A function is made for the warps of a whole kernel, so one that is not inlined has too many threads for a role.
+    Descriptors have other names there.
+    """
     problems: list[str] = []
     lines = ttgir.splitlines()
     starts = [n for n, text in enumerate(lines) if "ttg.warp_specialize(" in text]
@@ -390,6 +394,8 @@ def _role_drains(ttgir: str) -> list[str]:
         return ["a kernel with roles that starts none"]
     under_way = False
     for text in lines[starts[0] : ends[-1]]:
+        if "tt.call" in text:
+            problems.append("a role calls a function that is not inlined")
         if re.search(r"ttg\.warp_(?:yield|return)", text):
             under_way = False
         elif "tma_copy_local_to_global" in text:

@@ -24,7 +24,10 @@ CLAIM = tl.constexpr(layout.RECORD + layout.RECORD_WORDS - 1)
 ARRIVED = tl.constexpr(layout.ARRIVED)
 PROGRAM = tl.constexpr(layout.PROGRAM)
 LOST = tl.constexpr(layout.LOST)
-WRITTEN_OUT = tl.constexpr(4)  # ranks
+# Ranks over which the compiler may write out all turns of a loop that ends a wait. Those of more would stand at
+# every wait, and what they need would not fit the uniform registers: there the step is the length of the grid's
+# third axis, of which it does not know that it is one.
+WRITTEN_OUT = tl.constexpr(4)
 LOOK = tl.constexpr(256 if CUDA.value else 16)
 FIRST_LOOK = tl.constexpr(
     16 if CUDA.value else 4
@@ -113,21 +116,10 @@ def drain_tma_stores():
 
 
 @triton.jit
-def _turn(ctx):
-    # The step of a loop over all ranks: one. Of few ranks the compiler writes out all turns. Those of more would
-    # stand at every wait, and what they need would not fit the uniform registers: there it shall not know that the
-    # grid has one axis.
-    if ctx.world > WRITTEN_OUT:
-        return tl.num_programs(2)
-    else:
-        return 1
-
-
-@triton.jit
 def _stop_all(ctx):
     # This rank last: whoever stops waiting here signals tiles that are not there, and the peer that
     # gets such a signal must find its own abort word set.
-    for step in tl.range(1, ctx.world + 1, _turn(ctx)):
+    for step in tl.range(1, ctx.world + 1, tl.num_programs(2) if ctx.world > WRITTEN_OUT else 1):
         peer = (ctx.rank + step) % ctx.world
         tl.atomic_xchg(_word(ctx.peers, peer, ABORT), 1, sem="release", scope="sys")
     # Words of this CTA that are not what they should be come after that, by whichever thread.
@@ -164,7 +156,7 @@ def _abort(ctx, word, expected, seen, producer, tile, wait, kind):
 def _absent(ctx, arrival):
     """A rank that has not started call ``arrival``, or -1."""
     found = tl.cast(-1, tl.int32)
-    for peer in tl.range(0, ctx.world, _turn(ctx)):
+    for peer in tl.range(0, ctx.world, tl.num_programs(2) if ctx.world > WRITTEN_OUT else 1):
         there = tl.atomic_add(ctx.arena + ARRIVED + peer, 0, sem="relaxed", scope="sys")
         found = tl.where(there - arrival < 0, peer, found)
     return found
