@@ -34,8 +34,9 @@ def built(
     return program, emit(program)
 
 
-@pytest.mark.parametrize(("m", "n"), [(1004, 528), (1004, 512), (1024, 528)])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("world", "m", "n"), [(2, 1004, 528), (2, 1004, 512), (2, 1024, 528), (4, 1004, 528)]
+)
 def test_parts_that_a_role_adds_neither_load_single_elements_nor_spill(
     world: int, m: int, n: int
 ) -> None:
