@@ -13,7 +13,7 @@ import numpy as np
 
 from tilelink.backend.validate.kernel import KernelMachine
 from tilelink.backend.validate.ring import Room
-from tilelink.backend.validate.values import Data, Descriptor, Ints, Mask, full
+from tilelink.backend.validate.values import Data, Descriptor, Ints, Mask, full, select
 
 _AXES = 2
 
@@ -95,9 +95,7 @@ class BoxMachine(KernelMachine):
             self.hazard("a tile is loaded over one that nothing has been done with")
         self.inside_whole(whole, row, column)
         loaded = self.fetch(whole, (self.number(row), self.number(column)))
-        if self.held is not None and not self.all:
-            self.unclear("a tile that some workers load and others do not")
-        self.held = loaded
+        self.held = select(self.on, loaded, self.held)
         self.full = self.full | self.on
         self.loads = self.loads + self.on
 

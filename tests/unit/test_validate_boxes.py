@@ -32,10 +32,10 @@ CASES = [
 
 
 @functools.cache
-def emitted(kernel: str, emitter: str, slots: int, spans: bool) -> tuple[Op, str]:
-    """A program whose two copying workers have several tiles each, of several boxes, and its module."""
+def emitted(kernel: str, emitter: str, slots: int, spans: bool, workers: int = 2) -> tuple[Op, str]:
+    """A program whose copying workers have several tiles each, of several boxes, and its module."""
     op = getattr(kernels, kernel).build({"M": 512, "K": 2048, "N": 1024}, world=4)
-    move = Move(resource="sm:2", copies="boxes", slots=slots, spans=spans)
+    move = Move(resource=f"sm:{workers}", copies="boxes", slots=slots, spans=spans)
     tiles = (("K", 64), ("M", 128), ("N", 128))
     schedule = Schedule(tiles=tiles, emitter=emitter, workers=9, moves=((TENSOR[kernel], move),))
     program = compile_kernel(op, schedule)
@@ -51,6 +51,17 @@ def test_kernels_that_copy_boxes_are_clean(case: tuple[str, str, int, bool]) -> 
     for kernel in kernels:
         assert lint(kernel) == []
         assert "UTMALDG" in kernel.stages["sass"] and "UTMASTG" in kernel.stages["sass"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] != "triton"], ids=str)
+def test_copying_workers_may_have_more_and_less_to_copy(
+    case: tuple[str, str, int, bool],
+) -> None:
+    program, text = emitted(*case, workers=3)
+    check(program, text)
+    some = changed(text, r"( +)(boxes\.load\([^\n]*\))", r"\1if q < 3:\n\1    \2")
+    with pytest.raises(EmittedHazard, match="not been waited for"):
+        check(program, some)
 
 
 GLUON, SLOTS = ("ag_gemm", "library", 1, True), ("ag_gemm", "triton", 2, True)
