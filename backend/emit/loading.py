@@ -116,13 +116,14 @@ class Loading:
             scope.writer.line(f"{name} = {turned(first)}")
             worker = name
         # Behind a main loop that adds parts, what is the same for every tile stays inside of the loop: kept in
-        # registers over the main loop, it would not fit. Nor would the addresses of parts, and of all that waits
-        # for them write if they end, fit the few registers of a loader.
+        # registers over the main loop, it would not fit. Nor would the addresses of other ranks' parts fit the few
+        # registers of a loader, or what its waits write if they end, where groups hand sums on to other ranks.
         multiplies = scope is not self.loader and scope is not self.fetcher
         fetches = scope is (self.fetcher if self.boxes else self.loader)
+        hands_on = any(op.name == "store" and op.get("peer") is not None for op in stage.walk())
         adds = any(
             (op.get("remote") and (multiplies or fetches))
-            or (op.name == "load_sum" and (multiplies or fetches))
+            or (op.name == "load_sum" and (multiplies or (fetches and hands_on)))
             or (multiplies and added.part_of_sum(self.program, op))
             for op in stage.walk()
         )
