@@ -112,6 +112,13 @@ class Outcome:
     code_key: str = ""
     length: int = 0
 
+    def error(self, place: str) -> TilelinkError | None:
+        """What was found at ``place``, None if the entry passed so far."""
+        if self.kind is None:
+            return None
+        kind = next(k for k in _KINDS if k.__name__ == self.kind)
+        return kind(place=place, **self.fields)
+
 
 @dataclass(frozen=True, slots=True)
 class Built:
@@ -184,9 +191,9 @@ def check_tables(
     codes = {outcomes[i].code_key: fault for i, fault in zip(chosen, faults, strict=True)}
     for place, outcome in zip(places, outcomes, strict=True):
         fault = codes.get(outcome.code_key)
-        if outcome.kind is not None:
-            kind = next(k for k in _KINDS if k.__name__ == outcome.kind)
-            errors.append(kind(place=place.name, **outcome.fields))
+        error = outcome.error(place.name)
+        if error is not None:
+            errors.append(error)
         elif fault:
             errors.append(BadCode(place=place.name, detail=fault))
     seconds = time.monotonic() - start
@@ -301,10 +308,9 @@ def read_code(built: Sequence[tuple[Compiled, ...]]) -> list[str]:
 
 def fault_of(problem: Problem, schedule: Schedule, machine: str) -> str:
     """Why no entry may have this schedule; empty if one may."""
-    outcome = check_entry(problem.to_json(), schedule.to_json(), machine)
-    if outcome.kind is not None:
-        kind = next(k for k in _KINDS if k.__name__ == outcome.kind)
-        return _line(kind(place=problem.cell, **outcome.fields))
+    error = check_entry(problem.to_json(), schedule.to_json(), machine).error(problem.cell)
+    if error is not None:
+        return _line(error)
     built = compile_entry(problem.to_json(), schedule.to_json())
     (code,) = read_code([built.kernels])
     found = "; ".join(filter(None, (built.fault, code)))
