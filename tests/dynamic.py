@@ -40,6 +40,12 @@ CASES = [
     ("gemm_rs", "copy_engine folded"),
     ("gemm_rs", "epilogue folded"),
     ("gemm_rs_add", "sm:2 folded"),
+    ("gemm_rs", "epilogue slots"),
+    ("gemm_ar", "epilogue slots"),
+    ("ag_gemm", "sm:2 slots"),
+    ("gemm_rs", "epilogue word"),
+    ("gemm_ar", "epilogue sentinel"),
+    ("gemm_ar_add", "epilogue sentinel"),
 ]
 
 
@@ -61,9 +67,11 @@ def program_of(name: str, resource: str, channels: int | None = None) -> Op:
     schedule = default_schedule(op)
     (tensor, _), *_ = schedule.moves
     library = resource == "library"  # of products, and of collectives
-    resource, _, folded = resource.partition(" ")
+    resource, _, form = resource.partition(" ")
     move = Move(resource="none" if library else resource, channels=channels)
-    move = replace(move, sum="epilogue") if folded else move
+    move = replace(move, sum="epilogue") if form == "folded" else move
+    move = replace(move, slots=2) if form in ("slots", "word", "sentinel") else move
+    move = replace(move, signal=form) if form in ("word", "sentinel") else move
     tiles = (("K", 16), ("M", 8), ("N", 32))
     emitter = "library" if library else schedule.emitter
     moves, workers = ((tensor, move),), min(schedule.workers, WORKERS)

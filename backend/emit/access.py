@@ -32,6 +32,9 @@ class Axis:
     stride: int | Expr = 1
     to_end: bool = False  # starts elsewhere, but the last tile of the loop ends with the axis
     unit: int = 1  # divides every start
+    held: bool = (
+        False  # all elements of the tile lie in memory, and those past its end hold nothing
+    )
 
 
 def strides(scope: Scope, symbol: str) -> list[int | Expr]:
@@ -66,8 +69,17 @@ def axes(scope: Scope, op: Op, ref: Ref) -> list[Axis | None]:
             continue
         step, whole = steps[axis], shape[axis]
         axis += 1
-        found.append(_axis(scope, op, item, whole, step))
+        place = _axis(scope, op, item, whole, step)
+        found.append(replace(place, held=_held(scope, ref.symbol, place, whole)))
     return found
+
+
+def _held(scope: Scope, symbol: str, axis: Axis, whole: Expr | int) -> bool:
+    """Whether a tile that is short for want of rows lies in a buffer that has them: nobody reads those."""
+    decl = scope.program.symbols[symbol]
+    fixed = decl.name == "buffer" and not decl.get("words")
+    fixed = fixed and scope.program.constant(whole) is not None
+    return fixed and axis.dim is not None and axis.dim.held and not axis.vector
 
 
 def _axis(scope: Scope, op: Op, item: Index, whole: Expr | int, step: int | Expr) -> Axis:
@@ -76,6 +88,9 @@ def _axis(scope: Scope, op: Op, item: Index, whole: Expr | int, step: int | Expr
         dim, length = scope.dims[name], scope.program.constant(whole)
         shift = scope.program.length(Expr.name(f"{name}.start"), item.start)
         to_end = bool(dim.bound) and shift is not None and int(dim.bound) + shift == length
+        if dim.live is not None and dim.fits and dim.live == Expr.of(whole):
+            # Its segment begins where the axis does, which is as long as there are rows.
+            to_end = item.start.op == "%" and item.start.args[0] == Expr.name(f"{name}.start")
         unit = item.start.substitute(scope.program.env).divisor(scope.unit)
         return Axis(scope.expr(item.start), dim, name, "", False, step, to_end, unit)
     if isinstance(item, Value) and item.type.is_tile:
@@ -475,11 +490,17 @@ def target(scope: Scope, op: Op) -> tuple[str, str] | None:
         return None
     for axis in pair:
         assert axis.dim is not None
-        # A run-time extent may end before the memory does.
-        ends = axis.dim.ends and axis.own_start and not scope.program.dynamic
-        if not axis.dim.exact and not ends:
+        # A run-time extent may end before the memory does, but not before the user's.
+        ends = axis.dim.ends and axis.own_start and (axis.dim.live is None or _given(scope, ref))
+        ends |= axis.to_end and axis.dim.live is not None
+        if not (axis.dim.exact or ends or axis.held):
             return None
     return pair[0].start, pair[1].start
+
+
+def _given(scope: Scope, ref: Ref) -> bool:
+    """Whether memory is the user's, with as many rows as there are."""
+    return scope.program.symbols[ref.symbol].name == "tensor"
 
 
 def corner(scope: Scope, op: Op, ref: Ref) -> tuple[str, str] | None:
@@ -635,7 +656,7 @@ def _store(
     shift: int,
     found: list[Axis],
 ) -> None:
-    whole = all(a.dim is not None and a.dim.exact for a in found)
+    whole = all(a.dim is not None and (a.dim.exact or a.held) for a in found)
     short = not whole and _rows_end(scope, found)
     pair = _tma(scope, op, ref, block) if local and (whole or short) and not scope.folded else None
     if pair is not None:

@@ -79,13 +79,14 @@ def heading(
     head.depth += 1
     given = ["arena", "peers", "rank", str(program.world), *CONTEXT[3:]]
     if program.slots:
-        head.call("ctx = device.begin_call(", [*given, "program"])
+        said = () if program.said is None else (scope.lookup(program.said),)
+        head.call("ctx = device.begin_call(", [*given, "program", *said])
         head.line("slot = device.slot(ctx)")
     elif program.folded:
         signals = program.acknowledged is not None
         head.call("ctx = device.call_context(", [*given, str(signals)])
         if launch.get("roles") is None:
-            open_call(head, program, launch)
+            open_call(scope, head, launch)
     else:
         head.call("ctx = device.context(", given)
     for symbol, pointer in sorted(scope.buffers.items()):
@@ -99,15 +100,18 @@ def heading(
     return head
 
 
-def open_call(writer: Writer, program: Program, launch: Op) -> None:
+def open_call(scope: Scope, writer: Writer, launch: Op) -> None:
     """What a head does that is folded into a launch: arrival, its wait, and that streams may begin behind it.
 
     Launches behind the first one come behind it in the main stream.
     """
+    program = scope.program
     if program.folded and not program.slots and launch is program.launches[0]:
-        told = (program.acknowledged, program.streams)
+        told = [str(program.acknowledged), str(program.streams)]
+        if program.said is not None:
+            told.append(scope.lookup(program.said))
         name = "open_call" if launch.get("emitter") is None else "open_within"
-        writer.line(f"device.{name}(ctx, program, {', '.join(map(str, told))})")
+        writer.line(f"device.{name}(ctx, program, {', '.join(told)})")
 
 
 def emit_kernel(program: Program, launch: Op, name: str, system: frozenset[str]) -> Kernel:
@@ -266,15 +270,15 @@ def _stage(scope: Scope, launch: Op, stage: Op, flushed: bool) -> Held | None:
     workers = int(launch.get("workers", 1))
     low, high = stage.get("workers") or (0, workers)
     low, high = int(low), int(high)
-    first = int(stage.get("first", 0)) if stage.get("queue", "static") == "static" else 0
+    first = stage.get("first", 0) if stage.get("queue", "static") == "static" else 0
     if (low, high) == (0, workers):
         worker, step = "tl.program_id(0)", "tl.num_programs(0)"
         if first:
             worker = scope.fresh(f"{title}_worker")
-            writer.line(f"{worker} = {turned(first)}")
+            writer.line(f"{worker} = {turned(scope, first)}")
         return _queue(scope, stage, worker, step, count, flushed)
     worker = "tl.program_id(0)" if low == 0 else f"tl.program_id(0) - {low}"
-    if first % (high - low):
+    if int(first) % (high - low):
         worker = f"({worker} + {high - low - first % (high - low)}) % {high - low}"
     with writer.block(f"if {among(low, high, workers)}:"):
         return _queue(scope, stage, worker, str(high - low), count, flushed)
@@ -288,12 +292,17 @@ def among(low: int, high: int, workers: int) -> str:
     return f"(tl.program_id(0) >= {low}) & ({inside})" if low else inside
 
 
-def turned(first: int) -> str:
+def turned(scope: Scope, first: Expr | int) -> str:
     """The worker that counts as this one where the worker ``first`` takes position 0 of a queue.
 
-    Backwards by ``first``, written without negative numbers for any number of workers.
+    Backwards by ``first``, written without negative numbers for any number of workers. Of tiles whose number is
+    known at run time, ``first`` may be more than there are workers.
     """
-    return f"(tl.program_id(0) + {first} * (tl.num_programs(0) - 1)) % tl.num_programs(0)"
+    if isinstance(first, int):
+        turn = f"{first} * (tl.num_programs(0) - 1)"
+    else:
+        turn = f"tl.num_programs(0) - {scope.expr(first, 5)} % tl.num_programs(0)"
+    return f"(tl.program_id(0) + {turn}) % tl.num_programs(0)"
 
 
 def _queue(
@@ -400,6 +409,9 @@ def leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) ->
     the outputs; behind others a guard does so.
     """
     finish = launch.find("finish")
+    if program.said is not None and launch is program.launches[0]:
+        scope.writer.line()
+        scope.writer.line(f"device.compare_call(ctx, {scope.lookup(program.said)})")
     if program.alone:
         first, last = program.counter_words
         scope.writer.line()
@@ -411,12 +423,7 @@ def leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) ->
             for op in finish:
                 _finish(scope, op)
             for symbol in program.outputs:
-                args = [
-                    "ctx",
-                    "host_record",
-                    access.base(scope, symbol),
-                    str(program.numel(symbol)),
-                ]
+                args = ["ctx", "host_record", access.base(scope, symbol), _size(scope, symbol)]
                 scope.writer.call("device.spoil(", args)
         return
     raised = {
@@ -434,6 +441,18 @@ def leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) ->
             scope.writer.line(f"device.finish_leave(ctx, {first}, {last})")
         for op in finish:
             _finish(scope, op)
+
+
+def _size(scope: Scope, symbol: str) -> str:
+    """The number of elements of an output."""
+    program = scope.program
+    dims = [program.constant(dim) for dim in program.shape(symbol)]
+    if None not in dims:
+        return str(program.numel(symbol))
+    parts = [scope.expr(dim, 2) for dim in program.shape(symbol)]
+    if program.numel(symbol) >= 2**31:
+        parts[0] = f"tl.cast({parts[0]}, tl.int64)"
+    return " * ".join(parts)
 
 
 def _finish(scope: Scope, finish: Op) -> None:

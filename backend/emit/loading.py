@@ -100,20 +100,20 @@ class Loading:
         scope.writer.line()
         scope.writer.line(f"# Stage {title}.{origin(stage.span).replace('  # ', ' ')}")
         count = total(scope, stage, stage.args, Walk.of(stage))
-        worker, first = "tl.program_id(0)", int(stage.get("first", 0))
+        worker, first = "tl.program_id(0)", stage.get("first", 0)
         workers = int(self.launch["workers"])
         low, high = (int(w) for w in stage.get("workers", (0, workers)))
         step = "tl.num_programs(0)"
         name = f"{identifier(title)}_worker"
         if (low, high) != (0, workers):
             step, many = str(high - low), high - low
-            turn = f"tl.program_id(0) + {(many - low - first) % many}"
+            turn = f"tl.program_id(0) + {(many - low - int(first)) % many}"
             # A worker that has no part in the queue comes behind its end.
             inside = among(low, high, workers)
             scope.writer.line(f"{name} = tl.where({inside}, ({turn}) % {many}, {count})")
             worker = name
         elif first:
-            scope.writer.line(f"{name} = {turned(first)}")
+            scope.writer.line(f"{name} = {turned(scope, first)}")
             worker = name
         # Behind a main loop that adds parts, what is the same for every tile stays inside of the loop: kept in
         # registers over the main loop, it would not fit. Nor would the addresses of other ranks' parts fit the few
@@ -263,7 +263,7 @@ class Loading:
             block, held = self.ring.blocks[number]
             if op.results[0].type.shape != (stage.args[0].name, depth) or held != dtype:
                 continue
-            if rows.exact and columns.exact and columns.block % block[1] == 0:
+            if (rows.exact or rows.held) and columns.exact and columns.block % block[1] == 0:
                 return block, self.ring.names[number]
         raise refuse_roles(total, "parts of a sum that are no slots of the ring")
 

@@ -163,6 +163,12 @@ def place_tile(
     scope.dims[variable.name] = Dim(
         block, length, exact and fits, names["start"], names["stop"], fits, fits, bound, unit
     )
+    most = scope.program.capacity(limit) if low == "0" and segment is None else None
+    if whole is None and most is not None:
+        dim = replace(
+            scope.dims[variable.name], held=fits and most % size == 0, live=Expr.of(limit)
+        )
+        scope.dims[variable.name] = dim
 
 
 def decode(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk, q: str) -> str:
@@ -261,8 +267,11 @@ def _segment_tile(
         live = scope.program.constant(walk.live)
         both = None if live is None or constant is None else gcd(constant, live)
         place_tile(scope, variable, number, start, size, Expr.name(end), segment=both)
-        if variable.name in scope.dims:
-            scope.dims[variable.name] = replace(scope.dims[variable.name], ends=False)
+        dim = scope.dims.get(variable.name)
+        if dim is not None:
+            held = dim.fits and constant is not None and constant % size == 0
+            dim = replace(dim, ends=False, held=held, live=walk.live)
+            scope.dims[variable.name] = dim
         return
     if constant is not None and constant % size == 0:
         # Any multiple of the tile will do as the limit of a tile that is always whole.

@@ -61,7 +61,7 @@ class Roles(Loading):
         for scope in (self.loader, self.multiply, self.fetcher):
             scope.writer.depth = 1
         # It has registers to spare for this, and all that groups do comes behind its first step.
-        open_call(self.loader.writer, self.loader.program, self.launch)
+        open_call(self.loader, self.loader.writer, self.launch)
         self.load_stages()
         self.fetch_stages()
         self.multiply.used |= {*self.loader.descriptors.values(), *self.landing.values()}

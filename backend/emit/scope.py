@@ -63,7 +63,9 @@ class Dim:
     reads zeros. ``start`` is the text of the first index of a loop tile, ``stop`` one past its last. ``fits``
     says that a tile which is not short has no element past its end. ``bound``: a number that no element of a tile
     with ``fits`` reaches, but those past the end of a short one do; where there is none, it is empty. ``unit``
-    divides the first index of every tile and one past the last.
+    divides the first index of every tile and one past the last. ``held`` says that buffers, which have the
+    capacity of a dynamic extent, hold all elements of the tile: those past its end are of rows that are not
+    there. ``live``: how many elements of the tile's segment are there, where a dynamic extent says so.
     """
 
     block: int
@@ -75,6 +77,8 @@ class Dim:
     fits: bool = False
     bound: str = ""
     unit: int = 1
+    held: bool = False
+    live: Expr | None = None
 
 
 def power_of_two(value: int) -> int:
@@ -166,6 +170,13 @@ class Program:
         """The first word of the flags that a folded head waits for; None where it waits for none."""
         flags = [op.symbol for head in self.op.find("head") for op in head.body]
         return int(self.symbols[flags[0]]["offset"]) // WORD if flags else None
+
+    @property
+    def said(self) -> str | None:
+        """The dynamic extent whose value the ranks compare in a call that launches begin; None where a head does,
+        none is dynamic, or no rank hears of another."""
+        told = self.folded and bool(self.op.find("flag"))
+        return next(iter(sorted(self.dynamic)), None) if told else None
 
     def wait_id(self, op: Op) -> int:
         """The number of a wait, in program order."""

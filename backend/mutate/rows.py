@@ -32,8 +32,9 @@ def _changes(op: Op, values: dict[str, int]) -> Iterator[Op]:
 
 def _attributes(op: Op, values: dict[str, int]) -> Iterator[Op]:
     for number, (key, value) in enumerate(op.attrs):
-        # Where segments and their number are given, the extent of a queue says nothing.
-        if key == "extent" and op.get("live") is not None:
+        # Where segments and their number are given, the extent of a queue says nothing; and which worker has the
+        # first place of it says nothing of what is computed.
+        if (key == "extent" and op.get("live") is not None) or key == "first":
             continue
         for other in _values(value, values):
             attrs = (*op.attrs[:number], (key, other), *op.attrs[number + 1 :])

@@ -132,12 +132,6 @@ def _slots(program: Op) -> Op:
                 detail=f"`{name}` has 1, another moved tensor of the kernel 2",
                 help="give all of them the same",
             )
-    if any(op.get("dynamic") for op in program.find("extent")):
-        raise ScheduleError(
-            field=f"moves.{next(iter(moves))}.slots",
-            detail="2 slots, but an extent is known at run time only: `head` compares it between ranks",
-            help="use 1",
-        )
     return program.with_attrs(slots=2)
 
 

@@ -30,13 +30,12 @@ def fold_head(program: Op) -> Op:
     would hold it up otherwise. Counters are 0 when a call begins because they are cleared when one ends: by the
     last worker, where the launch ``ends`` the call (before its ``finish``, which may use none), or by the guard
     behind streams and other launches. Invariant:
-    what each agent comes after is what it was. A program keeps its head if the library computes in it (which
-    reads no epoch), if an extent varies (whose value ``head`` tells the peers), or if roles load parts of sums by
-    addresses: they have no registers left.
+    what each agent comes after is what it was. The value of a dynamic extent, which ``head`` tells the peers, is
+    told and compared by the first launch. A program keeps its head if the library computes in it (which reads no
+    epoch), or if roles load parts of sums by addresses: they have no registers left.
     """
     head = next(iter(program.find("head")), None)
-    varies = any(op.get("dynamic") for op in program.find("extent"))
-    if head is None or head.get("folded") or varies:
+    if head is None or head.get("folded"):
         return program
     agents = [op for op in program.body if op.name in _ENQUEUED]
     launches = [op for op in agents if op.name == "launch"]

@@ -99,8 +99,7 @@ def _fold(program: Op, launch: Op, name: str) -> Op:
     remote = _remote(program, maker, info)
     own = _own(program, maker, reader, info)
     taken = tasks_of_stage(program, remote) % int(launch["workers"])
-    # Where rows are dynamic, each queue begins with the first worker.
-    own = own.with_attrs(first=taken if isinstance(taken, int) and taken else None)
+    own = own.with_attrs(first=taken or None)
     rest = (s for i, s in enumerate(stages) if i > storing[0] and i != reading[0])
     return launch.with_ops((*stages[: storing[0]], remote, own, *rest))
 

@@ -300,11 +300,12 @@ def _lands(program: Op, stage: Op) -> bool:
     """Whether the loader of a stage with roles can fetch the parts of its folded sum into its ring.
 
     A box of them is a slot of the product's left operand: rows of a tile by a step of the depth. So tiles are
-    whole, and what follows the sum is done for some columns after the other.
+    whole, and what follows the sum is done for some columns after the other. Where rows are dynamic, parts have
+    the room of the capacity, and the rest of a tile holds nothing that is stored.
     """
     sums = [op for op in stage.body if op.name == "load_sum" and op.operands]
     # A descriptor has one place, and what lies in two slots has two.
-    if len(sums) != 1 or stage.get("live") is not None or program.get("slots") is not None:
+    if len(sums) != 1 or program.get("slots") is not None:
         return False
     (total,) = sums
     assert total.ref is not None
@@ -334,10 +335,10 @@ def _lands(program: Op, stage: Op) -> bool:
     if int(stage.get("axis", 0)) != 0 or len(declared["dims"]) != (2 if remote else 3):
         return False
     width = Expr.of(declared["dims"][-1])
-    if any(not e.names <= fixed.keys() for e in (*lengths, *extents, width)):
+    if any(not e.names <= fixed.keys() for e in (extents[1], width)):
         return False
     whole = all(
-        int(evaluate(length, fixed, stage)) % size == 0
+        int(evaluate(length, environment(program), stage)) % size == 0
         for length, size in zip(lengths, (high, wide), strict=True)
     )
     fits = int(evaluate(width, fixed, declared)) * DTYPES[declared["dtype"]] % _TMA_BYTES == 0

@@ -46,9 +46,9 @@ def guard_kernel(
     first CTA to see it leaves the record; ``peers``, ``rank`` and ``WORLD`` as those of ``head_kernel``.
     """
     if SAYS:
-        other = differing(arena, WORLD, said)
+        epoch = tl.load(arena + EPOCH)
+        other = differing(arena, epoch, WORLD, said)
         if (other >= 0) & (tl.load(arena + ABORT, volatile=True) == 0):
-            epoch = tl.load(arena + EPOCH)
             ctx = Context(arena, peers, rank, epoch, WORLD, 0, 0)
             seen = tl.load(arena + SAID + (epoch & 1) * MAX_WORLD + other)
             _abort(ctx, EPOCH, said, seen, other, 0, 0, 5)

@@ -157,8 +157,8 @@ class Views:
 
     def said(self) -> tuple[object, ...]:
         """What ``head`` tells the peers, who compare it: the value of the dynamic extent. Nothing where there
-        is none, or nobody to tell."""
-        if not self.image.dynamic or not self.image.flags:
+        is none, or nobody to tell, or launches do what a head does."""
+        if not self.image.dynamic or not self.image.flags or self.image.folded:
             return ()
         (value,) = self.extents.values()
         return value, True

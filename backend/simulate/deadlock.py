@@ -71,9 +71,10 @@ class Sources:
                 continue
             lo, hi = self.geometry.worker_range(launch, stage)
             dynamic = stage.get("queue", "static") == "dynamic"
+            first = self.geometry.value(stage.get("first", 0), walker.env)
             for q, tiles in enumerate(self.geometry.queue(stage, walker.env)):
                 bind_args(stage.args, tiles, walker.env, walker.values)
-                turn = (q + int(stage.get("first", 0))) % (hi - lo)
+                turn = (q + first) % (hi - lo)
                 worker = None if dynamic else lo + turn
                 place = f" stage @{stage.symbol} tile {tile_text(stage, tiles)}"
                 for event in walker.block(stage.body):

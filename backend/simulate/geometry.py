@@ -310,7 +310,8 @@ class Geometry:
 
     def first_position(self, stage: Op, worker: int, lo: int, hi: int) -> int:
         """The first position that ``worker`` of the range takes of a static queue; then every (hi - lo)-th."""
-        return (worker - lo - int(stage.get("first", 0))) % (hi - lo)
+        first = self.value(stage.get("first", 0), self.env(0))
+        return (worker - lo - first) % (hi - lo)
 
     def elements(self, ref: Ref, env: Mapping[str, Any]) -> list[tuple[int, ...]]:
         """The elements of a flag or counter that ``ref`` names; BoundsError outside of it."""

@@ -132,6 +132,8 @@ class AccessMachine(TileCalls):
         # and whether it tells streams.
         self.signals: bool | None = None
         self.opened: tuple[bool, bool] | None = None
+        # Whether the value of a dynamic extent was told to the peers, and compared with theirs.
+        self.told = self.agreed = False
         self.ended = False
         self.spoiled: list[str] = []  # outputs, after an abort
 
@@ -275,6 +277,7 @@ class AccessMachine(TileCalls):
         """Records a write; ``axes`` gives each axis of the tile its axis of the symbol."""
         if self.stage < 0:
             self.unclear("data is touched outside of every stage")
+        hi = self.of_rows_there(symbol, lo, hi)
         some = on & (hi > lo).all(axis=1)
         self.dirty = self.dirty | on
         seq = self.trace.next()
@@ -300,6 +303,22 @@ class AccessMachine(TileCalls):
                 home[lane], lo[lane], hi[lane], cut, pair,
             )
         )  # fmt: skip
+
+    def of_rows_there(self, symbol: str, lo: Ints, hi: Ints) -> Ints:
+        """Where writes end, without the rows that a dynamic extent leaves out of a buffer with its capacity.
+
+        At the capacity, where the same text is read too, nothing is left out, and a write that reached rows of
+        another tile would be seen.
+        """
+        axis, period, live = self.layout.there.get(symbol, (0, 0, 0))
+        if not period:
+            return hi
+        first = lo[:, axis] - lo[:, axis] % period
+        end = np.minimum(hi[:, axis], np.maximum(first + live, lo[:, axis]))
+        within = hi[:, axis] <= first + period
+        cut = hi.copy()
+        cut[:, axis] = np.where(within, end, hi[:, axis])
+        return cut
 
     def block(self, value: Descriptor, at: Any, on: Mask) -> tuple[Ints, Ints]:
         """The box of a TMA access, cut off at the end of the tensor as the hardware does."""

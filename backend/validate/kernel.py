@@ -82,10 +82,12 @@ class KernelMachine(AccessMachine):
         progress: Any,
         arrival: Any,
         program: Any,
+        said: Any = None,
     ) -> Context:
         """``device.begin_call``: the context of a call that every worker of the launch begins."""
         self.special(program, "program")
         self._begins()
+        self._tells(said)
         return self.on_device_context(arena, peers, rank, world, progress, arrival)
 
     def on_device_call_context(
@@ -105,7 +107,25 @@ class KernelMachine(AccessMachine):
         self.signals = signals
         return self.on_device_context(arena, peers, rank, world, progress, arrival)
 
-    def on_device_open_call(self, ctx: Any, program: Any, ack: Any, streams: Any) -> None:
+    def _tells(self, said: Any) -> None:
+        """Refuses any number for peers to compare but the value of the dynamic extent."""
+        if said is not None:
+            number = full(self.number(said).v, self.lanes)
+            if not any(np.all(number == value) for value in self.layout.varying):
+                self.hazard("the ranks compare something else than the dynamic extent")
+            self.told = True
+
+    def on_device_compare_call(self, ctx: Any, said: Any) -> None:
+        """``device.compare_call``: every worker, behind all that it does, asks what the peers began with."""
+        self.context(ctx)
+        if not self.told or not self.all or self.agreed or self.left:
+            self.hazard("not every worker compares the dynamic extent, once, before it leaves")
+        self._tells(said)
+        self.agreed = True
+
+    def on_device_open_call(
+        self, ctx: Any, program: Any, ack: Any, streams: Any, said: Any = None
+    ) -> None:
         """``device.open_call``: every worker waits for the acknowledgements, before all that it does."""
         self.context(ctx)
         self.special(program, "program")
@@ -116,6 +136,7 @@ class KernelMachine(AccessMachine):
         if not self.all or self.stage != -1 or self.trace.step or self.opened is not None:
             self.hazard("not every worker opens the call, once and before anything else")
         self.opened = (ack is not None, streams)
+        self._tells(said)
 
     on_device_open_within = on_device_open_call
 
@@ -143,7 +164,8 @@ class KernelMachine(AccessMachine):
         if not plain or not self.ended:
             self.unclear("an output is spoiled before the call has ended, or from elsewhere")
         self.by_last("an output is spoiled, after an abort,")
-        if size != int(np.prod(self.layout.dims[out.symbol], dtype=np.int64)):
+        count = int(np.prod(self.layout.dims[out.symbol], dtype=np.int64))
+        if np.any(full(self.number(size).v, self.lanes) != count):
             self.hazard(f"after an abort a part of @{out.symbol} is spoiled")
         self.spoiled.append(out.symbol)
 

@@ -166,7 +166,7 @@ class LaunchMachine(RoleMachine):
             if self.opened is not None:
                 self.hazard("the launch and its loader both open the call")
             # All that groups do comes behind a step of the loader.
-            self.opened = loader.opened
+            self.opened, self.told = loader.opened, loader.told
         if self.orders is not None and not loader.trace.queues:
             self.hazard("there is shared memory for tiles that are drawn, and nothing is drawn")
         self.trace.queues |= loader.trace.queues

@@ -8,7 +8,7 @@ import numpy as np
 
 from tilelink.backend.expand import bytes_of, dims_of, environment
 from tilelink.backend.validate.values import Ints
-from tilelink.ir import DTYPES, Op
+from tilelink.ir import DTYPES, Expr, Op
 from tilelink.ir.layout import ENCODINGS, SLOT_BYTES, SLOT_FLAGS, WORD
 
 TL_NAMES = {
@@ -32,6 +32,8 @@ class Layout:
         self.program = program
         self.env = environment(program)
         self.world = self.env["WORLD"]
+        # The values of dynamic extents.
+        self.varying = [self.env[op.symbol] for op in program.find("extent") if op.get("dynamic")]
         self.declared = {
             op.symbol: op
             for op in program.body
@@ -75,6 +77,23 @@ class Layout:
                 and len(tensor["dims"]) == len(self.dims[name])
             ):
                 self.moved[name] = int(over)
+
+        # Of buffers that have the capacity of a dynamic extent: the axis of its rows, after how many of them those
+        # of another rank begin, and how many of these are there. The others may hold anything.
+        self.there: dict[str, tuple[int, int, int]] = {}
+        dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
+        for name, op in self.declared.items():
+            tensor = self.declared.get(name.split(".")[0])
+            if op.name != "buffer" or op.get("words") or tensor is None:
+                continue
+            rows = Expr.of(tensor["dims"][0])
+            if any(Expr.of(d).names & dynamic for d in op["dims"]) or not rows.names & dynamic:
+                continue
+            axis = len(self.dims[name]) - len(tensor["dims"])
+            period, live = self.dims[name][axis], int(rows.evaluate(self.env))
+            if tensor["move"] in ("gather", "scatter"):
+                period, live = period if axis else period // self.world, live // self.world
+            self.there[name] = axis, period, live
 
     # The number that stands for the slot of a call while a kernel is read. It is none that a text could hold
     # in its place.

@@ -376,6 +376,8 @@ class Validator:
             self.differs(function, "the launch does not begin and end the call as the program says")
         if (machine.signals, machine.opened) != self.opens(agent):
             self.differs(function, "the launch does not begin the call as the program says")
+        if (machine.told, machine.agreed) != 2 * (self.compares(agent),):
+            self.differs(function, "the launch does not compare the dynamic extent between ranks")
         outputs = [
             op.symbol for op in self.program.find("tensor") if op["role"] in ("out", "inout")
         ]
@@ -397,6 +399,11 @@ class Validator:
         if self.program.find("launch")[0].symbol != agent.name:
             return signals, None
         return signals, (bool(self.heads[0].body), bool(self.program.find("stream")))
+
+    def compares(self, agent: Agent) -> bool:
+        """Whether a launch tells the peers the value of a dynamic extent and compares theirs, as a head does."""
+        told = self.folded and bool(self.program.find("flag")) and bool(self.layout.varying)
+        return told and self.program.find("launch")[0].symbol == agent.name
 
     def same_roles(self, agent: Agent, machine: LaunchMachine) -> None:
         """The roles of a launch must be those that the program gives it."""

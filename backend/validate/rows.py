@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from tilelink.backend.expand import evaluate
 from tilelink.backend.expand_rows import Access, Expansion, Phase, Sync
 from tilelink.backend.validate.demand import Loads
 from tilelink.backend.validate.errors import EmittedDiffers
@@ -83,7 +84,8 @@ class Rows:
         drawn = trace.tickets.get(number)
         workers = len(rank) // self.expected.world
         low, high = (int(w) for w in phase.op.get("workers", (0, workers)))
-        turned = (np.arange(workers) - low - int(phase.op.get("first", 0))) % (high - low)
+        first = int(evaluate(phase.op.get("first", 0), self.expected.env, phase.op))
+        turned = (np.arange(workers) - low - first) % (high - low)
         for r in range(self.expected.world):
             # In the order in which workers stand in the queue: the first is where the stage begins.
             lanes = np.flatnonzero(rank == r)[np.argsort(turned, kind="stable")]

@@ -395,8 +395,6 @@ def _check_workers(program: Op, agents: list[Op], ends: list[Op]) -> None:
             _fail(op, "behind a folded head comes what has it within: `after` names it")
     if [op.name for op in agents[1:2]] != ["launch"]:
         _fail(program, "a folded head is within the launch behind it, for which all others wait")
-    if any(op.get("dynamic") for op in program.find("extent")):
-        _fail(head, "a folded head cannot tell the peers of an extent that varies")
     for op in ends:
         if op.get("ends") is not True or len(agents) != 2:
             _fail(op, "a launch ends a call that is nothing else")

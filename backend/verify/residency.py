@@ -23,6 +23,7 @@ from itertools import combinations, product
 from math import comb
 from typing import TypeAlias
 
+from tilelink.backend.expand import evaluate
 from tilelink.backend.expand_rows import Expansion, Phase, Sync
 from tilelink.backend.verify.errors import ProgressError
 from tilelink.backend.verify.match import guarded
@@ -469,4 +470,5 @@ def range_of(out: Expansion, phase: Phase) -> tuple[int, int]:
 def worker_of(out: Expansion, phase: Phase, position: int) -> int:
     """The worker that runs a position of a static queue."""
     lo, hi = range_of(out, phase)
-    return lo + (position + int(phase.op.get("first", 0))) % (hi - lo)
+    first = int(evaluate(phase.op.get("first", 0), out.env, phase.op))
+    return lo + (position + first) % (hi - lo)

@@ -34,7 +34,7 @@ _REDUCE = ("sum", "max", "min")
 _MEMORY = ("load", "load_sum", "store")
 # Attributes that may name the extent; what they say is compared with the capacity, or enumerated and proven.
 _MAY_NAME = {
-    "stage": {"extent", "live"},
+    "stage": {"extent", "live", "first"},
     "wait": {"count", "if"},
     "notify": {"count", "if"},
     "transfer": {"to", "if"},

@@ -273,16 +273,27 @@ def test_a_call_copies_as_many_rows_as_it_has(rows: int, monkeypatch: pytest.Mon
     copies = [entry for entry in log if entry[0] == "copy"]
     base = recorder._arenas[1].data_ptr() + recorder.image.buffers["A.all"].offset
     assert [(c[2], c[4]) for c in copies if c[4] > 4] == [(base, rows // 2 * width)]
-    # Flags lie where they lie for every number of rows, and the peers hear of the number.
+    # Flags lie where they lie for every number of rows, and the kernel tells the peers of the number.
     flag = recorder._arenas[1].data_ptr() + recorder.image.flags["A.ready"].offset
     assert [c[2] for c in copies if c[4] == 4] == [flag]
-    head, kernel, guard = launched
-    assert (head[0], head[1][-2:]) == ("head_kernel", (rows, True))
+    kernel, guard = launched
     assert rows in [a for a in kernel[1] if isinstance(a, int)]
-    assert (guard[0], guard[1][-5:]) == (
-        "guard_kernel",
-        (rows, 2, True, *recorder.image.counter_words),
-    )
+    silent = (0, 2, False, *recorder.image.counter_words)
+    assert (guard[0], guard[1][-5:]) == ("guard_kernel", silent)
+
+
+def test_a_head_kernel_tells_the_peers_how_many_rows_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = 20
+    program = program_of("ag_gemm", "copy_engine")
+    heads = [op.with_attrs(folded=None) if op.name == "head" else op for op in program.body]
+    _, _, recorder = record(program.with_ops(tuple(heads)), 0, monkeypatch, {"M": rows})
+    recorder.head(True)
+    recorder.finish()
+    assert (launched[0][0], launched[0][1][-2:]) == ("head_kernel", (rows, True))
+    said = (rows, 2, True, *recorder.image.counter_words)
+    assert (launched[-1][0], launched[-1][1][-5:]) == ("guard_kernel", said)
 
 
 def test_a_program_without_dynamic_rows_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,8 @@ def forgetful(program: Op) -> list[Op]:
         line = text[text.rindex("\n", 0, begin) : text.index("\n", end)]
         if text[:begin].endswith("extent = [") and "segments =" in line:
             continue  # where segments and their number are given, the extent of a queue says nothing
+        if re.search(r"\bfirst = [^,{}]*$", text[:begin]):
+            continue  # any worker may have the first place of a queue
         found.append(parse_ir(text[:begin] + whole + text[end:], "broken"))
     return found
 

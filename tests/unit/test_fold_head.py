@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from tilelink.backend.emit.scope import CannotEmit
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.passes.fold_head import fold_head
 from tilelink.backend.pipeline import compile_kernel, run_passes
-from tilelink.backend.validate import EmittedHazard, read_module, validate
+from tilelink.backend.validate import EmittedError, EmittedHazard, read_module, validate
 from tilelink.backend.verify import MatchError, ReuseError, UndecidedError, verify
 from tilelink.errors import Source
 from tilelink.ir import Op, parse_ir, print_ir
@@ -64,12 +65,36 @@ def test_a_launch_alone_ends_its_call(resource: str) -> None:
     assert "device.end_call(" in text and "False):" in text and "device.spoil(" in text
 
 
-def test_where_the_library_computes_or_rows_vary_the_head_is_a_kernel() -> None:
+def test_where_the_library_computes_the_head_is_a_kernel() -> None:
     for made in (program("ag_gemm", "copy_engine", "library"), program("gemm_rs", "none")):
         assert not folded(made)
-    op = kernels.ag_gemm.build({"M": 64, "K": 32, "N": 48}, world=2, dynamic=("M",))
-    varying = run_passes(op)
-    assert varying.find("head") and not folded(varying)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "move", "begins"),
+    [
+        (kernels.ag_gemm, ("A", Move()), "open_call(ctx, program, 128, True, M)"),
+        (kernels.gemm_rs, ("C", Move("epilogue")), "open_call(ctx, program, 128, False, M)"),
+        (kernels.gemm_ar, ("C", Move("epilogue", slots=2)), "ns, program, M)"),
+    ],
+)
+def test_launches_tell_and_compare_the_value_of_a_dynamic_extent(
+    kernel: Any, move: tuple[str, Move], begins: str
+) -> None:
+    op = kernel.build({"M": 64, "K": 32, "N": 48}, world=2, dynamic=("M",))
+    made = compile_kernel(op, Schedule(moves=(move,)))
+    text = emit(made)
+    assert folded(made) and "call.head" not in text
+    assert text.count(begins) == 1 and text.count("device.compare_call(ctx, M)") == 1
+    validate(read_module(Source("f.py", text)), made)
+    for old, new in (
+        (begins, begins.replace(", M)", ")")),
+        (begins, begins.replace(", M)", ", rank)")),
+        ("device.compare_call(ctx, M)", "pass"),
+        ("device.compare_call(ctx, M)", "device.compare_call(ctx, rank)"),
+    ):
+        with pytest.raises(EmittedError):
+            validate(read_module(Source("f.py", text.replace(old, new))), made)
 
 
 def test_the_pass_changes_no_program_twice() -> None:

@@ -96,17 +96,19 @@ def test_what_was_tuned_serves_calls_with_fewer_rows_too() -> None:
 def test_of_what_was_tuned_a_call_with_fewer_rows_takes_no_more_than_compiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Slots are of programs whose rows are known.
-    slots = Schedule.from_json('{"moves": {"C": {"resource": "epilogue", "slots": 2}}}')
+    # The last tiles are cut in programs whose rows are known.
+    cut = Schedule.from_json(
+        '{"tail": 2, "workers": 33, "moves": {"C": {"resource": "copy_engine"}}}'
+    )
     fixed = gemm_rs.build({"M": 1024, "K": 512, "N": 512}, {}, 4)
-    assert compile_kernel(fixed, slots)["slots"] == 2
+    compile_kernel(fixed, cut)
     dynamic = gemm_rs.build({"M": 1024, "K": 512, "N": 512}, {}, 4, dynamic=("M",))
-    only = table_of(fixed, Entry({"M": 1024, "K": 512, "N": 512}, slots, 10.0))
+    only = table_of(fixed, Entry({"M": 1024, "K": 512, "N": 512}, cut, 10.0))
     monkeypatch.setattr(tables, "load_tables", lambda: (only,))
-    assert next(choices(dynamic, DEVICE)).schedule == slots
+    assert next(choices(dynamic, DEVICE)).schedule == cut
     found = compile_chosen(dynamic, None, DEVICE)
     assert found.origin != "tuned (t.json)"
-    assert found.program.get("slots") is None
+    assert Schedule.from_json(found.program["schedule"]).tail == 1
 
 
 def test_lookup_takes_the_entry_of_the_shape() -> None:

@@ -139,14 +139,13 @@ def acknowledge_kernel(arena, peers, rank, ACK: tl.constexpr, WORLD: tl.constexp
 
 
 @triton.jit
-def differing(arena, world: tl.constexpr, said):
-    """The first rank that began this call with another number than ``said``, or -1.
+def differing(arena, epoch, world: tl.constexpr, said):
+    """The first rank that began call ``epoch`` with another number than ``said``, or -1.
 
     To be asked once every rank has begun the call, as it has where this rank has what it waits for from each.
     A rank that is a call ahead has left its next number in the slot of the other parity.
     """
-    epoch = tl.load(arena + EPOCH)
-    ranks = tl.arange(0, MAX_WORLD)
+    ranks = axis(MAX_WORLD)
     slots = arena + SAID + (epoch & 1) * MAX_WORLD + ranks
     theirs = tl.load(slots, mask=ranks < world, other=0, volatile=True)
     first = tl.min(tl.where((ranks < world) & (theirs != said), ranks, MAX_WORLD), axis=0)
@@ -154,30 +153,55 @@ def differing(arena, world: tl.constexpr, said):
 
 
 @triton.jit
-def _arrive(ctx):
+def compare_call(ctx, said):
+    """Stop the call where a rank began it with another number than ``said``; by every CTA of a launch that
+    began it without a head kernel, behind all that it does.
+
+    The last CTA, which told the peers, waits until all of them have told it. Those that the number keeps from
+    leaving wait for nothing longer than their limit.
+    """
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        rank_wait(ctx, ARRIVED, ctx.epoch, 0)
+        other = differing(ctx.arena, ctx.epoch, ctx.world, said)
+        if other >= 0:
+            seen = tl.load(ctx.arena + SAID + (ctx.epoch & 1) * MAX_WORLD + other)
+            _abort(ctx, EPOCH, said, seen, other, 0, 0, 5)
+
+
+@triton.jit
+def _arrive(ctx, said):
     # By one CTA of a call that has no head kernel.
     here = tl.load(ctx.arena + ARRIVED + ctx.rank)
     if here != ctx.epoch - 1:
         _abort(ctx, EPOCH, here, ctx.epoch - 1, ctx.rank, 0, 0, 4)
-    # It carries nothing: only a wait that has run out of time looks at it.
     flags, inside = _words(ctx.peers, ctx.world, ARRIVED + ctx.rank)
     value = axis(MAX_WORLD) * 0 + ctx.epoch
-    tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
+    if said is None:
+        # It carries nothing: only a wait that has run out of time looks at it.
+        tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
+    else:
+        slots, there = _words(ctx.peers, ctx.world, SAID + (ctx.epoch & 1) * MAX_WORLD + ctx.rank)
+        tl.store(slots, axis(MAX_WORLD) * 0 + said, mask=there)
+        tl.debug_barrier()
+        tl.atomic_xchg(flags, value, mask=inside, sem="release", scope="sys")
 
 
 @triton.jit
-def begin_call(arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns, program):
+def begin_call(
+    arena, peers, rank, world: tl.constexpr, progress_ns, arrival_ns, program, said=None
+):
     """The :class:`Context` of a call that has no head: by every CTA of the one launch of a program with slots.
 
     The epoch is the stored one plus one; :func:`end_call` stores it. The last CTA, which has the least to do,
-    tells all ranks that this one has arrived. ``program``: a number for the error record.
+    tells all ranks that this one has arrived. ``program``: a number for the error record. ``said``: a number that
+    all ranks call with, for :func:`compare_call`; None where there is none.
     """
     before = tl.load(arena + EPOCH)
     ctx = Context(arena, peers, rank, before + 1, world, progress_ns, arrival_ns)
     _fetch_early(peers)
     if tl.program_id(0) == tl.num_programs(0) - 1:
         tl.store(arena + PROGRAM, program)
-        _arrive(ctx)
+        _arrive(ctx, said)
     return ctx
 
 
@@ -202,6 +226,7 @@ def open_call(
     program,
     ACK: tl.constexpr = None,
     STREAMS: tl.constexpr = False,
+    said=None,
 ):
     """Do what ``head_kernel`` does: by every CTA of a call's first launch, or by a role that the others wait for.
 
@@ -209,7 +234,7 @@ def open_call(
     ``ACK``; None where the program has no flags. The last CTA, which has the least to do, tells all ranks that
     this one has arrived, and then ``STREAMS``, if there are any, that the call has begun. Launches behind this one
     come behind it in the main stream. :func:`end_call`, or the guard behind the call, clears the counters and ends
-    the epoch. ``program``: a number for the error record.
+    the epoch. ``program``: a number for the error record. ``said``: as in :func:`begin_call`.
     """
     _open(
         ctx.arena,
@@ -222,6 +247,7 @@ def open_call(
         ctx.world,
         ACK,
         STREAMS,
+        said,
     )
 
 
@@ -238,19 +264,20 @@ def _open(
     world: tl.constexpr,
     ACK: tl.constexpr,
     STREAMS: tl.constexpr,
+    said,
 ):
     ctx = Context(arena, peers, rank, epoch, world, progress_ns, arrival_ns)
-    open_within(ctx, program, ACK, STREAMS)
+    open_within(ctx, program, ACK, STREAMS, said)
 
 
 @triton.jit
-def open_within(ctx, program, ACK: tl.constexpr, STREAMS: tl.constexpr):
+def open_within(ctx, program, ACK: tl.constexpr, STREAMS: tl.constexpr, said=None):
     """:func:`open_call` as a part of its caller: by a role, which has other warps than a function is made for."""
     if tl.program_id(0) == tl.num_programs(0) - 1:
         tl.store(ctx.arena + PROGRAM, program)
         if ACK is not None:
             tl.store(ctx.arena + EPOCH, ctx.epoch)
-            _arrive(ctx)
+            _arrive(ctx, said)
     if ACK is not None:
         rank_wait(ctx, ACK, ctx.epoch - 1, 0)
     if STREAMS and tl.program_id(0) == tl.num_programs(0) - 1:
