@@ -46,6 +46,13 @@ CASES = [
     ("gemm_rs", "epilogue word"),
     ("gemm_ar", "epilogue sentinel"),
     ("gemm_ar_add", "epilogue sentinel"),
+    ("gemm_ar", "epilogue shots"),
+    ("gemm_ar_add", "epilogue shots"),
+    ("gemm_ar", "sm:2 shots"),
+    ("gemm_ar", "copy_engine shots"),
+    ("gemm_ar", "epilogue shots folded"),
+    ("gemm_ar", "epilogue shots slots"),
+    ("gemm_ar", "epilogue shots sentinel"),
 ]
 
 
@@ -67,11 +74,15 @@ def program_of(name: str, resource: str, channels: int | None = None) -> Op:
     schedule = default_schedule(op)
     (tensor, _), *_ = schedule.moves
     library = resource == "library"  # of products, and of collectives
-    resource, _, form = resource.partition(" ")
+    resource, *forms = resource.split(" ")
     move = Move(resource="none" if library else resource, channels=channels)
-    move = replace(move, sum="epilogue") if form == "folded" else move
-    move = replace(move, slots=2) if form in ("slots", "word", "sentinel") else move
-    move = replace(move, signal=form) if form in ("word", "sentinel") else move
+    for form in forms:
+        if form == "folded":
+            move = replace(move, sum="epilogue")
+        elif form == "shots":
+            move = replace(move, shots=2)
+        else:
+            move = replace(move, slots=2, signal="flag" if form == "slots" else form)
     tiles = (("K", 16), ("M", 8), ("N", 32))
     emitter = "library" if library else schedule.emitter
     moves, workers = ((tensor, move),), min(schedule.workers, WORKERS)

@@ -13,6 +13,7 @@ from tilelink.backend.passes.common import (
     accesses,
     add_declarations,
     copied_beside,
+    copied_region,
     drawn,
     moved,
     schedule_of,
@@ -22,10 +23,8 @@ from tilelink.backend.passes.common import (
 from tilelink.backend.passes.worker_copies import copying_stage
 from tilelink.ir import (
     INDEX,
-    All,
     Block,
     Expr,
-    Index,
     Op,
     Range,
     Ref,
@@ -75,17 +74,6 @@ def _before_launches(program: Op, *new: Op) -> Op:
     """``new`` put before the first launch."""
     at = next(i for i, op in enumerate(program.body) if op.name == "launch")
     return program.with_ops((*program.body[:at], *new, *program.body[at:]))
-
-
-def _rank_count(program: Op, info: Moved) -> int:
-    return len(program.declared(info.name)["dims"])
-
-
-def _index(program: Op, info: Moved, element: Index) -> tuple[Index, ...]:
-    """An index of the tensor with ``element`` on the moved axis and everything else whole."""
-    return tuple(
-        element if axis == info.axis else All() for axis in range(_rank_count(program, info))
-    )
 
 
 def _shift(base: Expr, part: Range) -> Range:
@@ -166,14 +154,14 @@ def _copies(
     def send(channel: Expr) -> tuple[Op, ...]:
         local, when = _channel(info, channel), {"if": _there(info, channel)}
         if info.kind == "gather":
-            source = Ref(info.name, _index(program, info, local))
+            source = Ref(info.name, copied_region(program, info, local))
             target = Ref(
-                f"{info.name}.all", _index(program, info, _shift(RANK * info.shard, local))
+                f"{info.name}.all", copied_region(program, info, _shift(RANK * info.shard, local))
             )
         else:
             base = peer * info.shard if info.spread else Expr.const(0)
-            source = Ref(f"{info.name}.partial", _index(program, info, _shift(base, local)))
-            target = Ref(f"{info.name}.parts", (RANK, *_index(program, info, local)))
+            source = Ref(f"{info.name}.partial", copied_region(program, info, _shift(base, local)))
+            target = Ref(f"{info.name}.parts", (RANK, *copied_region(program, info, local)))
         return (
             make("transfer", ref=source, to=target, peer=peer, span=span).with_attrs(**when),
             make(

@@ -306,12 +306,6 @@ def _count_tasks(program: Op, name: str) -> Op:
                 f"which are smaller than those of `{name}`",
                 help="use a tile that divides them, or give the tensors the same owner map",
             )
-    if isinstance(across, Expr):
-        raise UnsupportedProgram(
-            stage.span,
-            detail=f"the tasks that store a tile of `{name}` are as many as a dynamic extent says",
-            help="move it along the dynamic extent",
-        )
     tensor = program.declared(name).with_attrs(task_rows=rows, tasks_across=across)
     return replace_declaration(program, tensor)
 

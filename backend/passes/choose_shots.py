@@ -28,7 +28,8 @@ def choose_shots(program: Op) -> Op:
 
         tensor @C {dims = [M, N], move = "reduce", part_axis = 1, shots = 2, …}
 
-    The world divides the axis, and the outer loops that store the tensor walk it. The first axis is taken if
+    The world divides the axis, and the outer loops that store the tensor walk it; dynamic rows are not shared out,
+    since parts would differ in length. The first axis is taken if
     its parts are whole tiles, else the last such one, else any. In one shot by stores of the tiles, `part_axis`
     alone is recorded where the first axis is a single tile: it says along which axis channels lie. Errors:
     ScheduleError where two shots are asked for and no axis will do.
@@ -46,16 +47,6 @@ def choose_shots(program: Op) -> Op:
                 help="leave it out: shots are of a `reduce`",
             )
         if tensor["move"] != "reduce" or move.resource == "none":
-            continue
-        if dynamic_extent(program) is not None:
-            # How many tasks store a part would differ from call to call.
-            if move.shots == 2:
-                raise ScheduleError(
-                    tensor.span,
-                    field=f"moves.{name}.shots",
-                    detail="2 shots, but an extent is known at run time only",
-                    help="use 1",
-                )
             continue
         twice = 2 if move.signal == "word" else 1  # half of what is sent are epochs
         small = _bytes(program, tensor) * int(program["world"]) * twice <= ONE_SHOT_BYTES
@@ -115,6 +106,8 @@ def _part_axis(program: Op, schedule: Schedule, tensor: Op) -> int | None:
     world = int(program["world"])
     fits: list[tuple[int, bool]] = []
     for axis, (dim, length) in enumerate(zip(tensor["dims"], dims, strict=True)):
+        if dynamic_extent(program) in Expr.of(dim).names:
+            continue  # ranks would have parts of different lengths, and some none
         cut = {_cut(program, nest, tensor.symbol, axis) for nest in nests}
         inner = axis == len(dims) - 1 and schedule.move(tensor.symbol).signal != "flag"
         if inner and length // world * DTYPES[tensor["dtype"]] % PAYLOAD:

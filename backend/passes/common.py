@@ -10,7 +10,7 @@ import numpy as np
 
 from tilelink.backend.expand import environment, evaluate
 from tilelink.errors import TilelinkError
-from tilelink.ir import At, Block, Expr, Index, Op, Range, Ref, Type, Value, make, minimum
+from tilelink.ir import All, At, Block, Expr, Index, Op, Range, Ref, Type, Value, make, minimum
 from tilelink.ir.node import DECLARATIONS
 from tilelink.schedules import Schedule
 from tilelink.schedules.roles import HALVES, roles_of
@@ -123,7 +123,7 @@ class Moved:
     channel_rows: int = 0
     in_place: bool = True
     task_rows: int = 1
-    tasks_across: int = 1
+    tasks_across: Expr | int = 1
     dynamic: str | None = None
     shots: int = 1
     words: str = ""
@@ -245,8 +245,10 @@ class Moved:
             return self.tasks_across
         rows = self.rows_of(channel)
         if self.block != self.shard:
-            return rows // self.block * (-(-self.block // self.task_rows) * self.tasks_across)
-        return (rows + (self.task_rows - 1)) // self.task_rows * self.tasks_across
+            blocks = rows // self.block * -(-self.block // self.task_rows)
+        else:
+            blocks = (rows + (self.task_rows - 1)) // self.task_rows
+        return _times(blocks, self.tasks_across)
 
     def owners_met(self, start: Expr, stop: Expr) -> tuple[Expr | int, Expr | int]:
         """The ranks lo..hi (half open) whose shards ``start``..``stop`` of the moved axis meet."""
@@ -289,6 +291,16 @@ class Moved:
         return local // self.channel_rows, (local + (stop - start) - 1) // self.channel_rows + 1
 
 
+def copied_region(program: Op, info: Moved, element: Index) -> tuple[Index, ...]:
+    """What a copy takes: ``element`` on the moved axis and everything else whole, of rows those that are there."""
+    dims = [Expr.of(dim) for dim in program.declared(info.name)["dims"]]
+    rows = dynamic_extent(program)
+    return tuple(
+        element if axis == info.axis else Range(Expr.const(0), dim) if rows in dim.names else All()
+        for axis, dim in enumerate(dims)
+    )
+
+
 def moved(program: Op, name: str) -> Moved:
     """The :class:`Moved` of tensor ``name`` as far as the passes have decided it."""
     op = program.declared(name)
@@ -317,7 +329,7 @@ def moved(program: Op, name: str) -> Moved:
         channel_rows=int(op.get("channel_rows", shard)),
         in_place=bool(op.get("in_place", True)),
         task_rows=int(op.get("task_rows", 1)),
-        tasks_across=int(op.get("tasks_across", 1)),
+        tasks_across=op.get("tasks_across", 1),
         dynamic=_dynamic_along(program, op, axis),
         shots=shots,
         words=op.get("polled", ""),

@@ -145,7 +145,7 @@ def _check_dynamic(program: Op) -> None:
                 help=f"only rows can be many or few from call to call: let `{name}` be the first axis of all "
                 "tensors that have it, and of no tensor another one",
             )
-        if tensor["move"] != "local" and info.axis != 0:
+        if tensor["move"] not in ("local", "reduce") and info.axis != 0:
             raise UnsupportedProgram(
                 tensor.span,
                 detail=f"`{tensor.symbol}` has the dynamic extent `{name}`, and moves over another axis",

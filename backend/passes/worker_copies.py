@@ -9,6 +9,7 @@ from tilelink.backend.passes.common import (
     WORLD,
     Moved,
     copied_beside,
+    copied_region,
     global_dims,
     schedule_of,
 )
@@ -16,7 +17,6 @@ from tilelink.ir import (
     DTYPES,
     INDEX,
     TILE,
-    All,
     At,
     Block,
     Expr,
@@ -82,14 +82,16 @@ def _rows(program: Op, info: Moved) -> Op:
     channel = info.channel_of(start)
     body: list[Op] = []
     if info.kind == "gather":
-        source = Ref(info.name, _index(program, info, tile))
-        target = Ref(f"{info.name}.all", _index(program, info, At(tile, RANK * info.shard + start)))
+        source = Ref(info.name, copied_region(program, info, tile))
+        target = Ref(
+            f"{info.name}.all", copied_region(program, info, At(tile, RANK * info.shard + start))
+        )
     else:
         body.append(_finished(program, info, peer, channel))
         base = peer * info.shard + start if info.spread else start
         moved_tile: Index = At(tile, base) if info.spread else tile
-        source = Ref(f"{info.name}.partial", _index(program, info, moved_tile))
-        target = Ref(f"{info.name}.parts", (RANK, *_index(program, info, tile)))
+        source = Ref(f"{info.name}.partial", copied_region(program, info, moved_tile))
+        target = Ref(f"{info.name}.parts", (RANK, *copied_region(program, info, tile)))
     body.append(make("transfer", ref=source, to=target, peer=peer, span=span))
     body.append(_arrived(program, info, peer, channel, info.tiles_of(channel)))
     ranks, rows = (WORLD - skip, step, 1), (Expr.of(info.live), tile, info.tile)
@@ -189,12 +191,6 @@ def _names(values: list[Value]) -> tuple[str, ...]:
 
 def _loop(variable: Value, hi: Expr, op: Op) -> Op:
     return make("for_range", lo=0, hi=hi, blocks=(Block((variable,), (op,)),), span=op.span)
-
-
-def _index(program: Op, info: Moved, element: Index) -> tuple[Index, ...]:
-    """An index of the tensor with ``element`` on the moved axis and everything else whole."""
-    count = len(program.declared(info.name)["dims"])
-    return tuple(element if axis == info.axis else All() for axis in range(count))
 
 
 def _finished(program: Op, info: Moved, peer: Expr, channel: Expr) -> Op:

@@ -174,7 +174,7 @@ class _Rows:
             shard = Expr.name(self.name) // Expr.name("WORLD")
             fits = part and not cut
             fits |= whole and cut and live == shard and length * self.world == self.capacity
-            fits |= whole and not cut and live is None and stage.get("segment") is None
+            fits |= whole and not cut and live is None
             if not fits or found is not None or not stage.args[number].type.is_tile:
                 _fail(stage, "it walks the rows in a way whose end is not known")
             found = stage.args[number].name

@@ -210,12 +210,15 @@ def test_columns_that_workers_copy_are_rows_of_them(m: int, n: int, world: int) 
         validate(read_module(Source("emitted.py", emit(program))), program)
 
 
-def test_a_dynamic_extent_takes_one_shot() -> None:
+def test_ranks_share_out_the_columns_of_dynamic_rows() -> None:
     extents = {"M": 1024, "K": 16, "N": 1024}
     op = kernels.gemm_ar.build(extents, world=4, dynamic=("M",))
     assert default_schedule(op).move("C") == Move(resource="copy_engine")
+    two = run_passes(op, after="choose-shots").declared("C")
+    assert (two["shots"], two["part_axis"]) == (2, 1)
+    op = kernels.gemm_ar.build({**extents, "N": 1022}, world=4, dynamic=("M",))
     assert run_passes(op, after="choose-shots").declared("C").get("shots") is None
-    with pytest.raises(ScheduleError, match="known at run time only"):
+    with pytest.raises(ScheduleError, match="no axis of `C` can be cut into 4 parts"):
         run_passes(op, Schedule(moves=(("C", Move(resource="epilogue", shots=2)),)))
 
 

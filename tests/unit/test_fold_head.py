@@ -11,7 +11,7 @@ from tilelink import kernels
 from tilelink.backend.emit.scope import CannotEmit
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.passes.fold_head import fold_head
-from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.validate import EmittedError, EmittedHazard, read_module, validate
 from tilelink.backend.verify import MatchError, ReuseError, UndecidedError, verify
 from tilelink.errors import Source

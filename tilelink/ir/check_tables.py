@@ -19,9 +19,9 @@ DOCS = "docs/ir.md says what every op takes"
 # Kinds of attributes, as `KINDS` checks them.
 ATTRIBUTES = {
     "exprs": "dims extent tile",
-    "expr": "hi lo peer owner signal visit if when epoch segment segments live first",
+    "expr": "hi lo peer owner signal visit if when epoch segment segments live first tasks_across",
     "count": "world value:extent workers:launch resident warps stages landing group block channel_rows "
-    "task_columns task_rows tasks_across delay least shots slots",
+    "task_columns task_rows delay least shots slots",
     "arrivals": "count",
     "whole": "offset bytes workspace over axis flatten_axis part_axis channel_axis",
     "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded interleave relay "
