@@ -43,6 +43,10 @@ CASES = [
     ("gemm_rs", "epilogue slots"),
     ("gemm_ar", "epilogue slots"),
     ("ag_gemm", "sm:2 slots"),
+    ("ag_gemm", "sm:2 spans"),
+    ("ag_gemm", "sm:2 spans slots"),
+    ("ag_gemm", "copy_engine spans"),
+    ("ag_gemm_swiglu", "sm:2 spans"),
     ("gemm_rs", "epilogue word"),
     ("gemm_ar", "epilogue sentinel"),
     ("gemm_ar_add", "epilogue sentinel"),
@@ -81,6 +85,8 @@ def program_of(name: str, resource: str, channels: int | None = None) -> Op:
             move = replace(move, sum="epilogue")
         elif form == "shots":
             move = replace(move, shots=2)
+        elif form == "spans":
+            move = replace(move, spans=True)
         else:
             move = replace(move, slots=2, signal="flag" if form == "slots" else form)
     tiles = (("K", 16), ("M", 8), ("N", 32))

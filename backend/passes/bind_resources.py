@@ -156,7 +156,7 @@ def _copies(
         if info.kind == "gather":
             source = Ref(info.name, copied_region(program, info, local))
             target = Ref(
-                f"{info.name}.all", copied_region(program, info, _shift(RANK * info.shard, local))
+                f"{info.name}.all", copied_region(program, info, _shift(RANK * info.pitch, local))
             )
         else:
             base = peer * info.shard if info.spread else Expr.const(0)

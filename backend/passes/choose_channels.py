@@ -176,6 +176,7 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             comm_tile=tile,
             channel_rows=rows,
             polled=ENCODING.get(move.signal),
+            closed=(info.kind == "gather" and move.spans and info.dynamic is not None) or None,
             in_place=info.kind == "gather" and move.resource != "none" and _in_place(program, info),
         ),
     )

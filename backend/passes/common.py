@@ -109,6 +109,7 @@ class Moved:
     is there; "" where flags do. ``channel_axis``: the axis along which channels lie, ``across`` elements long,
     where that is not the moved one: tasks span the shards of several ranks, or own tiles do not come last.
     ``channel_rows`` and ``task_columns``, of which each task stores so many, count along it then. Else None.
+    ``closed``: rows that are gathered land side by side, as many as there are: tiles that read them span shards.
     """
 
     name: str
@@ -131,6 +132,12 @@ class Moved:
     channel_axis: int | None = None
     across: int = 0
     task_columns: int = 1
+    closed: bool = False
+
+    @property
+    def pitch(self) -> Expr | int:
+        """How far the shards of two ranks begin from each other where they land."""
+        return self.live if self.closed else self.shard
 
     @property
     def live(self) -> Expr | int:
@@ -337,6 +344,7 @@ def moved(program: Op, name: str) -> Moved:
         channel_axis=op.get("channel_axis"),
         across=dims[int(op.get("channel_axis", axis))],
         task_columns=int(op.get("task_columns", 1)),
+        closed=bool(op.get("closed", False)),
     )
 
 

@@ -42,9 +42,10 @@ def plan_buffers(program: Op) -> Op:
     Shards lie one behind the other in rank order in a landing buffer. The sums of a reduce in two shots
     land in a buffer of their own, where every later read finds them. What peers write is a buffer of words where
     these signal themselves; what says so by a sentinel is emptied by the load that reads it. Where rows are
-    dynamic, buffers have those of the capacity, except for what a collective of the library fills or empties,
-    while the user's tensors hold live rows alone: a segment of theirs begins where the live rows of the one
-    before end. Invariant: no access names a tensor at an index that this rank does not hold.
+    dynamic, buffers have those of the capacity, except for what a collective of the library fills or empties and
+    what tiles that span shards read, while the user's tensors hold live rows alone: a segment of theirs begins
+    where the live rows of the one before end. Invariant: no access names a tensor at an index that this rank does
+    not hold.
     """
     buffers: list[Op] = []
     for name, tensor in tensors_of(program).items():
@@ -89,7 +90,8 @@ def _buffers(program: Op, tensor: Op, info: Moved) -> list[Op]:
     apart = info.resource == "none"
     dims = tuple(tensor["dims"]) if apart else at_capacity(program, tensor["dims"])
     if info.kind == "gather":
-        return [buffer("all", dims, "local" if apart else "symmetric")]
+        landing = tuple(tensor["dims"]) if info.closed else dims
+        return [buffer("all", landing, "local" if apart else "symmetric")]
     length = info.live if apart else info.shard
     held = tuple(length if axis == info.axis else d for axis, d in enumerate(dims))
     if info.resource == "none":

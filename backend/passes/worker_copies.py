@@ -84,7 +84,7 @@ def _rows(program: Op, info: Moved) -> Op:
     if info.kind == "gather":
         source = Ref(info.name, copied_region(program, info, tile))
         target = Ref(
-            f"{info.name}.all", copied_region(program, info, At(tile, RANK * info.shard + start))
+            f"{info.name}.all", copied_region(program, info, At(tile, RANK * info.pitch + start))
         )
     else:
         body.append(_finished(program, info, peer, channel))

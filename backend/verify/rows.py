@@ -7,8 +7,10 @@ segment behind segment. Three things make that the kernel's meaning for this M, 
 
 - No row of a result depends on another row, or on the number of a row. So rows that are not there may hold
   anything, and each of the others is what it is at the capacity.
-- Each access of a row finds it in the place that it has at the capacity, in the user's tensors in its place
-  among the rows that are there.
+- Each access of a row finds it in the place that it has at the capacity, in the user's tensors, and in what a
+  gather fills for tiles that span shards, in its place among the rows that are there. Such a place is of another
+  rank in a call with other rows. So each rank hears from every other one between two calls that use the same
+  memory: what any of them did there in the one is over when it begins the other.
 - Which tasks there are, and what they wait for and notify, changes only where a number of tiles or of channels
   does. Of all M between two such values the largest stands for the others: their tasks are the same, with fewer
   rows in the last tile of a segment, on the reading and on the writing side alike. So the program is
@@ -22,6 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from tilelink.backend.expand import Ints, environment, evaluate, loop_tiles
 from tilelink.backend.expand_rows import Expansion
@@ -59,12 +62,14 @@ def check_rows(
     rows = _rows_of(out, kernel)
     rows.declarations()
     rows.independent()
+    rows.apart(out)
     lower, upper = rows.ends()
     for value in sorted({*lower, *upper}):
         small = at_extents(out.program, {rows.name: value})
         rows.placed(small)
         there = expand(small, kernel)
         rows.copied(there)
+        rows.apart(there)
         if value in upper:
             prove(there)
         else:
@@ -103,6 +108,14 @@ class _Rows:
         }
         # What the library's collectives read and write is as long as there are rows.
         self.collected = {ref.symbol for agent in out.agents for ref in _sides(agent)}
+        # Of what a gather fills, buffers in which shards lie side by side, as long as they are.
+        self.closed = {
+            op.symbol
+            for op in out.declarations.values()
+            if op.name == "buffer"
+            and op.get("space") == "symmetric"
+            and Expr.of(op["dims"][0]) == Expr.name(name)
+        }
         self.unit = 1
         for stage in self.stages:
             for extent in stage["extent"]:
@@ -132,7 +145,10 @@ class _Rows:
                     self.name in d.names for d in dims[1:]
                 ):
                     continue
-            if op.name != "tensor" or not first or any(self.name in d.names for d in dims[1:]):
+            inner = any(self.name in d.names for d in dims[1:])
+            if op.symbol in self.closed and self.out.base(op.symbol) in self.tall and not inner:
+                continue
+            if op.name != "tensor" or not first or inner:
                 _fail(op, f"`{op.symbol}` has `{self.name}` where memory would depend on it")
 
     def independent(self) -> None:
@@ -322,14 +338,46 @@ class _Rows:
     def copied(self, small: Expansion) -> None:
         """Each transfer copies from and to where it does at the capacity, as many rows there as here."""
         whole, part = _transfers(self.out), _transfers(small)
-        for number, (op, places) in part.items():
-            known = set(map(tuple, whole[number][1].tolist()))
+        value = int(small.env[self.name])
+        for number, (op, sides, places) in part.items():
+            for side, symbol in enumerate(sides):
+                if symbol in self.closed:
+                    live, axes = value // self.world, len(self.out.dims[symbol])
+                    at = 2 if side == 0 else places.shape[1] - axes
+                    row = places[:, at]
+                    places[:, at] = row // live * (self.capacity // self.world) + row % live
+            known = set(map(tuple, whole[number][2].tolist()))
             if not all(tuple(place) in known for place in places.tolist()):
-                _fail(op, f"with {self.name} = {small.env[self.name]} it copies other rows")
+                _fail(op, f"with {self.name} = {value} it copies other rows")
+
+    def apart(self, out: Expansion) -> None:
+        """Where rows lie side by side, two calls with other numbers of them do not meet there."""
+        if not self.closed or heard(out).all():
+            return
+        _fail(
+            out.declarations[min(self.closed)],
+            "its rows are other ranks' in another call, and not every rank hears from all between the two",
+        )
 
 
-def _transfers(out: Expansion) -> dict[int, tuple[Op, Ints]]:
-    """For each transfer, by its number in the program: rank, peer, and where both sides begin.
+def heard(out: Expansion) -> npt.NDArray[np.bool_]:
+    """[world, world]: whether a rank waits in each call for a signal of another one, and so of each."""
+    found = np.eye(out.world, dtype=bool)
+    for wait in out.syncs:
+        for notify in out.syncs:
+            if not wait.wait or notify.wait or wait.symbol != notify.symbol:
+                continue
+            element = np.unique(np.stack((wait.rank, wait.home, wait.flat), axis=1), axis=0)
+            told = np.unique(np.stack((notify.rank, notify.home, notify.flat), axis=1), axis=0)
+            same = (element[:, None, 1:] == told[None, :, 1:]).all(axis=2)
+            one, other = np.nonzero(same)
+            found[element[one, 0], told[other, 0]] = True
+    return found
+
+
+def _transfers(out: Expansion) -> dict[int, tuple[Op, tuple[str, str], Ints]]:
+    """For each transfer, by its number in the program: what it copies from and to, and rank, peer, and where both
+    sides begin.
 
     Of one whose rows are not there in a call there is nothing, so those that are there are not counted.
     """
@@ -338,18 +386,18 @@ def _transfers(out: Expansion) -> dict[int, tuple[Op, Ints]]:
     for access in out.accesses:
         if access.pair >= 0:
             sides.setdefault(access.pair, []).append(access)
-    found: dict[int, tuple[Op, Ints]] = {}
+    found: dict[int, tuple[Op, tuple[str, str], Ints]] = {}
     for pair in sides.values():
         source, target = sorted(pair, key=lambda access: access.write)
-        length = [a.hi - a.lo for a in (source, target)]
-        if np.any(length[0].prod(axis=1) != length[1].prod(axis=1)):
+        here, there = ((a.hi - a.lo).prod(axis=1) for a in (source, target))
+        if here.shape != there.shape or np.any(here != there):
             _fail(source.op, "it copies from another number of elements than to")
         columns = (source.rank[:, None], target.home[:, None], source.lo, target.lo)
         places = np.concatenate(columns, axis=1)
         number = numbers[id(source.op)]
         if number in found:
-            places = np.concatenate((found[number][1], places))
-        found[number] = (source.op, places)
+            places = np.concatenate((found[number][2], places))
+        found[number] = (source.op, (source.symbol, target.symbol), places)
     return found
 
 
