@@ -606,7 +606,10 @@ def _boxed_at_peer(scope: Scope, op: Op, ref: Ref, block: tuple[int, ...]) -> bo
     size = item_bytes(decl["dtype"])
     inner = scope.program.constant(shape[-1])
     found = axes(scope, op, ref)[-2:]
-    whole = all(a is not None and a.dim is not None and a.dim.exact and not a.vector for a in found)
+    whole = all(
+        a is not None and a.dim is not None and (a.dim.exact or a.held) and not a.vector
+        for a in found
+    )
     columns = block[1] // 2 if _in_halves(block) else block[1]
     fits = inner is not None and inner * size % 16 == 0 and columns * size >= 16
     return whole and fits and max(block[0], columns) <= _TMA_BLOCK

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from math import gcd
 
 from tilelink.backend.emit import access, added, body, epilogue, forwarding, sums
@@ -206,7 +207,8 @@ class Roles(Loading):
         block = dim.block // 2
         # Parts of a sum are masked wherever they lie: of a half without rows there is none.
         placed = (o for o in product.epilogue if not added.part_of_sum(self.program, o))
-        if not dim.exact and any(_places(op, variable) for op in placed):
+        # Where the capacity has room for the tile, it ends with a whole one: what places a half is of its segment.
+        if not (dim.exact or dim.held) and any(_places(op, variable) for op in placed):
             raise refuse_roles(
                 stage, "a tile with fewer rows in some places, whose halves go elsewhere"
             )
@@ -215,9 +217,11 @@ class Roles(Loading):
         scope.writer.let(start, f"{dim.start} + role * {block}")
         length = str(block) if dim.exact else f"({stop} - {start})"
         stop = f"{start} + {block}" if dim.exact else stop
-        scope.dims[variable.name] = Dim(
-            block, length, dim.exact, start, stop, dim.ends, unit=gcd(dim.unit, block)
-        )
+        half = Dim(block, length, dim.exact, start, stop, dim.ends, unit=gcd(dim.unit, block))
+        if dim.held:
+            # A tile that is not all there lies in one segment, and so do its halves.
+            half = replace(half, fits=True, held=True, live=dim.live)
+        scope.dims[variable.name] = half
 
     def _products(self, stage: Op, product: Product) -> None:
         """The main loop: products under way while the next step's tiles are waited for."""

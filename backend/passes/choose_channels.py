@@ -396,6 +396,13 @@ def _row_bytes(program: Op, tensor: Op, info: Moved) -> int:
 
 def _input_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[int, int]:
     """Communication tile and channel length of a gathered tensor, in elements of the moved axis."""
+    if move.spans and info.dynamic is not None and (move.channels or 1) > 1:
+        raise ScheduleError(
+            tensor.span,
+            field=f"moves.{info.name}.channels",
+            detail=f"{move.channels}, but tiles wait for all of them, and few rows may leave some without any",
+            help="use 1, or leave it out",
+        )
     asked = move.tile or _asked_tile(program, tensor, info)
     if asked is None:
         asked = info.shard
@@ -405,6 +412,9 @@ def _input_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[i
             asked = BOX_ROWS
         elif move.sm_workers:
             asked = max(1, SM_TILE_BYTES // _row_bytes(program, tensor, info))
+            if move.spans and info.dynamic is not None:
+                # Boxes share out columns; of whole rows, each worker has a few.
+                asked = max(1, min(asked, info.shard * info.world // move.sm_workers))
     tile = min(asked, info.shard)
     if move.copies == "boxes":
         beside = copied_beside(program, info.name)

@@ -68,6 +68,10 @@ def choices(
             refitted = _refitted(kernel, found.schedule, device)
             if refitted != found.schedule:
                 tuned.insert(0, Choice(refitted, f"{found.origin}, tail {refitted.tail}"))
+        if found is not None and any(op.get("dynamic") for op in kernel.find("extent")):
+            tuned += [
+                Choice(s, f"{found.origin}, for dynamic rows") for s in _relaxed(found.schedule)
+            ]
         near = next((choice for choice in tuned if compiles(choice)), None)
         if found is not None and near is not None and found.distance == 0:
             yield near
@@ -76,6 +80,18 @@ def choices(
         if near is not None:
             yield near
     yield Choice(None, "default")
+
+
+def _relaxed(schedule: Schedule) -> Iterator[Schedule]:
+    """``schedule`` without what needs to know how many rows there are, where it is much the same without."""
+    moves = tuple(
+        # Tiles that span shards wait for all of them, however they are copied.
+        (name, replace(move, copies="rows") if move.spans else move)
+        for name, move in schedule.moves
+    )
+    other = replace(schedule, tail=1, moves=moves)
+    if other != schedule:
+        yield other
 
 
 def _refitted(kernel: Op, schedule: Schedule, device: str) -> Schedule:

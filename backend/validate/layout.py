@@ -8,7 +8,7 @@ import numpy as np
 
 from tilelink.backend.expand import bytes_of, dims_of, environment
 from tilelink.backend.validate.values import Ints
-from tilelink.ir import DTYPES, Expr, Op
+from tilelink.ir import DTYPES, Expr, Op, parse_ir
 from tilelink.ir.layout import ENCODINGS, SLOT_BYTES, SLOT_FLAGS, WORD
 
 TL_NAMES = {
@@ -81,9 +81,15 @@ class Layout:
         # Of buffers that have the capacity of a dynamic extent: the axis of its rows, after how many of them those
         # of another rank begin, and how many of these are there. The others may hold anything.
         self.there: dict[str, tuple[int, int, int]] = {}
-        dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
+        if self.varying:
+            self._rows(parse_ir(str(program["kernel_text"]), program.symbol))
+
+    def _rows(self, kernel: Op) -> None:
+        """Fills ``there``; ``kernel`` is what the program was made of."""
+        dynamic = {op.symbol for op in kernel.find("extent") if op.get("dynamic")}
+        tensors = {op.symbol: op for op in kernel.find("tensor")}
         for name, op in self.declared.items():
-            tensor = self.declared.get(name.split(".")[0])
+            tensor = tensors.get(name.split(".")[0])
             if op.name != "buffer" or op.get("words") or tensor is None:
                 continue
             rows = Expr.of(tensor["dims"][0])

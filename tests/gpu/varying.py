@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,10 +18,39 @@ from tilelink.schedules import Move, Schedule
 Row = dict[str, Any]
 LENGTHS = (1, 2048, 513, 64, 7, 1000, 256, 129, 2047, 33, 1536, 2)
 K, N = 64, 512
-RESOURCES = {
-    "ag_gemm": ("copy_engine", "sm:8", "none"),
-    "gemm_rs": ("copy_engine", "epilogue", "sm:8", "none"),
-    "gemm_ar": ("copy_engine", "epilogue", "none"),
+# How C or A moves, and, where it is not Triton's, the emitter with its tiles.
+FOLDED, HALVES = ("gluon", 128, 128), ("gluon", 128, 256)
+FORMS: dict[str, tuple[tuple[Move, tuple[str, int, int] | None], ...]] = {
+    "ag_gemm": (
+        (Move("copy_engine"), None),
+        (Move("copy_engine"), FOLDED),
+        (Move("sm:8"), None),
+        (Move("sm:8", spans=True), None),
+        (Move("sm:8", spans=True, slots=2), None),
+        (Move("sm:8", spans=True), FOLDED),
+        (Move("none"), None),
+    ),
+    "gemm_rs": (
+        (Move("copy_engine"), None),
+        (Move("epilogue"), None),
+        (Move("sm:8"), None),
+        (Move("epilogue", slots=2), None),
+        (Move("epilogue", slots=2, signal="sentinel"), None),
+        (Move("copy_engine", sum="epilogue"), FOLDED),
+        (Move("epilogue", sum="epilogue"), FOLDED),
+        (Move("copy_engine", sum="epilogue"), HALVES),
+        (Move("none"), None),
+    ),
+    "gemm_ar": (
+        (Move("copy_engine", shots=1), None),
+        (Move("copy_engine", shots=2), None),
+        (Move("epilogue", shots=1), None),
+        (Move("epilogue", shots=1, slots=2, signal="sentinel"), None),
+        (Move("epilogue", shots=2, slots=2, signal="sentinel"), None),
+        (Move("epilogue", shots=2, sum="epilogue"), FOLDED),
+        (Move("copy_engine", shots=2, sum="epilogue"), FOLDED),
+        (Move("none"), None),
+    ),
 }
 MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
 
@@ -48,17 +78,20 @@ def step(name: str, rows: int, rank: int, world: int, seed: int) -> tuple[Any, A
 
 
 def varying(rank: int, world: int) -> list[Row]:
-    """Each kernel and resource through the trace, twice, without a wait between its calls."""
+    """Each kernel and form through the trace, four times, without a wait between its calls."""
     rows: list[Row] = []
-    for name, resources in RESOURCES.items():
+    for name, forms in FORMS.items():
         unit = 1 if name == "gemm_ar" else world
         lengths = [-(-m // unit) * unit for m in LENGTHS]
-        for resource in resources:
-            if resource == "none" and shared(world):
+        for move, form in forms:
+            if move.resource == "none" and shared(world):
                 continue  # the library's collectives need a GPU a rank
-            moves = ((MOVED[name], Move(resource=resource)),)
-            tiles = (("K", 64), ("M", 64), ("N", 128))
-            schedule = Schedule(moves=moves, tiles=tiles)
+            if form == HALVES and world > 4:
+                continue  # of 512 rows, a slice has fewer than a tile
+            emitter, high, wide = form or ("triton", 64, 128)
+            tiles = (("K", 64), ("M", high), ("N", wide))
+            moves = ((MOVED[name], move),)
+            schedule = Schedule(moves=moves, tiles=tiles, emitter=emitter, stages=3)
             call = getattr(kernels, name).on(schedule=schedule, dynamic=("M",))
             steps = [step(name, m, rank, world, seed) for seed, m in enumerate(lengths)]
             for a, b, _ in steps:  # a new capacity is met, compiled and agreed
@@ -68,6 +101,8 @@ def varying(rank: int, world: int) -> list[Row]:
                 wrong += (call(a, b) != wanted).sum()
             synchronize()
             dist.all_reduce(wrong)
+            said = [f"{k}={v}" for k, v in asdict(move).items() if v != getattr(Move(), k)]
+            resource = " ".join((*said, *([] if form is None else map(str, form))))
             record = {"test": "varying", "kernel": name, "resource": resource, "M": max(lengths)}
             record |= {"K": K, "N": N, "dtype": "bf16", "programs": call.compilations}
             record |= {"mismatched": int(wrong), "error": float(wrong)}

@@ -210,9 +210,14 @@ def test_a_box_is_told_as_it_lies_in_its_tensor() -> None:
         run_passes(op, schedule("gemm_ar", shots=2))
 
 
-def test_rows_known_at_run_time_span_nothing_and_have_no_boxes() -> None:
+def test_rows_known_at_run_time_have_no_boxes_and_tiles_that_span_them_one_channel() -> None:
     op = kernels.ag_gemm.build({"M": 64, "K": 32, "N": 32}, world=4, dynamic=("M",))
-    moves: list[dict[str, Any]] = [{"copies": "rows", "spans": True}, {}]
-    for move in moves:
-        with pytest.raises(ScheduleError, match="run time"):
-            run_passes(op, schedule("ag_gemm", **move))
+    with pytest.raises(ScheduleError, match="run time"):
+        run_passes(op, schedule("ag_gemm"))
+    run_passes(op, schedule("ag_gemm", copies="rows", spans=True, channels=1))
+    with pytest.raises(ScheduleError, match="2, but tiles wait for all"):
+        run_passes(op, schedule("ag_gemm", copies="rows", spans=True, channels=2))
+    op = kernels.gemm_rs.build({"M": 64, "K": 32, "N": 32}, world=4, dynamic=("M",))
+    move = Move("epilogue", spans=True, direction="pull")
+    with pytest.raises(ScheduleError, match="run time"):
+        run_passes(op, Schedule(moves=(("C", move),)))

@@ -213,7 +213,7 @@ def test_an_own_part_of_another_type_is_no_ir() -> None:
             "(%c.own) {own = @C.partial[%m.own, %n.own]} : bf16",
             "operand and `own`",
         ),
-        ("first = 2", "first = true", "whole number"),
+        ("first = 2", "first = true", "expression"),
     ):
         assert old in text, old
         with pytest.raises(IRTypeError) as caught:
