@@ -92,7 +92,9 @@ def varying(rank: int, world: int) -> list[Row]:
             tiles = (("K", 64), ("M", high), ("N", wide))
             moves = ((MOVED[name], move),)
             schedule = Schedule(moves=moves, tiles=tiles, emitter=emitter, stages=3)
-            call = getattr(kernels, name).on(schedule=schedule, dynamic=("M",))
+            # The first of a kernel with capacities that double, the others with few.
+            sizes = () if move is forms[0][0] else (256 // world * world, 2048)
+            call = getattr(kernels, name).on(schedule=schedule, dynamic={"M": sizes})
             steps = [step(name, m, rank, world, seed) for seed, m in enumerate(lengths)]
             for a, b, _ in steps:  # a new capacity is met, compiled and agreed
                 call(a, b)
