@@ -20,7 +20,7 @@ from tilelink.backend.passes.common import (
     tasks_of_stage,
     tensors_of,
 )
-from tilelink.backend.passes.worker_copies import copying_stage
+from tilelink.backend.passes.worker_copies import copying_stage, own_rows
 from tilelink.ir import (
     INDEX,
     Block,
@@ -39,6 +39,10 @@ from tilelink.schedules import ScheduleError
 COPY_WARPS = 4
 
 
+# Workers that copy a rank's own rows: enough to use the memory of an H200.
+OWN_WORKERS = 128
+
+
 def bind_resources(program: Op) -> Op:
     """Add what carries each moved tensor, by the resource that its schedule names.
 
@@ -54,8 +58,9 @@ def bind_resources(program: Op) -> Op:
             notify @A.ready[RANK, 0] {peer = (RANK + s) % WORLD}
 
     With ``streams = 2`` there are ``@A.copy0`` and ``@A.copy1``, which take turns at channels or at peers;
-    ``sm:N`` adds a stage run by the first N workers, ``none`` a collective. Invariant: an agent that a
-    spinning kernel waits for is enqueued before it, or needs no CTA slot.
+    ``sm:N`` adds a stage run by the first N workers, ``none`` a collective. Where own rows are not read in place,
+    the launch ``@A.own`` in front of the reading one copies them to where the others land. Invariant: an agent
+    that a spinning kernel waits for is enqueued before it, or needs no CTA slot.
     """
     for name, tensor in tensors_of(program).items():
         if tensor["move"] not in MOVED:
@@ -120,7 +125,8 @@ def _by_copy_engine(program: Op, info: Moved) -> Op:
     """Side streams of transfers: one, or some that take turns at channels, or at peers."""
     count = schedule_of(program).move(info.name).streams
     by_channel = count > 1 and info.channels % count == 0
-    peers = int(program["world"]) - (0 if info.kind == "gather" and not info.in_place else 1)
+    own = _own_by_engine(program, info)
+    peers = int(program["world"]) - (0 if own else 1)
     made = []
     for number in range(count if by_channel else min(count, peers)):
         which = str(number) if count > 1 else ""
@@ -129,11 +135,26 @@ def _by_copy_engine(program: Op, info: Moved) -> Op:
         name = f"{info.name}.copy{which}"
         made.append(make("stream", ref=Ref(name), after=("head",), blocks=(Block((), body),)))
     if info.kind == "gather":
+        if not (own or info.in_place):
+            workers = min(OWN_WORKERS, schedule_of(program).workers)
+            program = _ahead(program, info, own_rows(program, info), workers, "own")
         return _before_launches(program, *made)
     # A copy that waits for the kernel stands behind it: with one hardware queue it would block it.
     stored = [any(accesses(op, f"{info.name}.partial", "store")) for op in program.body]
     at = max(n for n, found in enumerate(stored) if found) + 1
     return program.with_ops((*program.body[:at], *made, *program.body[at:]))
+
+
+def _own_by_engine(program: Op, info: Moved) -> bool:
+    """Whether a stream also copies this rank's rows to itself.
+
+    Within a GPU that takes SMs, whoever asks for it. Kernels of the library leave them; those that wait for the
+    rows, and have all registers of all SMs, would wait for ever.
+    """
+    if info.kind != "gather" or info.in_place:
+        return False
+    reading = (op for op in program.find("launch") if any(accesses(op, f"{info.name}.all", "load")))
+    return all(op.get("emitter") == "library" for op in reading)
 
 
 def _copies(
@@ -142,7 +163,7 @@ def _copies(
     """What stream ``number`` does of all copies: every ``by_peer``-th peer, ``by_channel``-th channel."""
     step = Value(f"{info.name}.s{stream}", INDEX)
     turn = Expr.name(step.name)
-    first = 1 if info.kind != "gather" or info.in_place else 0
+    first = 0 if _own_by_engine(program, info) else 1
     if by_peer > 1:
         turn = turn * by_peer + (first + number)
         turns: tuple[int, Expr | int] = (0, -(-(int(program["world"]) - first - number) // by_peer))
@@ -219,7 +240,7 @@ def _by_workers(program: Op, info: Moved) -> Op:
     return add_declarations(program.with_ops(tuple(ops)), *counters)
 
 
-def _ahead(program: Op, info: Moved, stage: Op, workers: int) -> Op:
+def _ahead(program: Op, info: Moved, stage: Op, workers: int, name: str = "copy") -> Op:
     """A launch of the copies of a gathered tensor, in front of the first that reads it.
 
     What every task of the library's waits for first, the copying kernel waits for when it has told all: in front
@@ -237,7 +258,7 @@ def _ahead(program: Op, info: Moved, stage: Op, workers: int) -> Op:
             told = [make("finish", blocks=(Block((), waits),))] if waits else []
             copies = make(
                 "launch",
-                ref=Ref(f"{info.name}.copy"),
+                ref=Ref(f"{info.name}.{name}"),
                 after=after or None,
                 emitter="gluon" if boxes else None,
                 stages=1 if boxes else schedule.stages,

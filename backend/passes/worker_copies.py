@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import prod
+
 from tilelink.backend.expand import environment
 from tilelink.backend.passes.choose_channels import box_length
 from tilelink.backend.passes.common import (
@@ -35,6 +38,8 @@ BOX_BYTES = 16 * 1024
 BOX_COLUMNS = 256
 # Bytes of a tile of boxes that a worker has in flight at once by way of shared memory.
 TILE_BYTES = 128 * 1024
+# Bytes of this rank's rows that a worker copies at a time where the copy engine has the others.
+OWN_BYTES = 64 * 1024
 # Bytes of the columns of a box below which memory is not read in whole lines.
 LEAST_COLUMNS = 32
 
@@ -64,8 +69,29 @@ def _stage(
     )
 
 
-def _rows(program: Op, info: Moved) -> Op:
-    """Whole rows, by loads and stores: a task copies a tile to one peer.
+def own_rows(program: Op, info: Moved) -> Op:
+    """The stage of ``@A.own``: workers put this rank's rows where the copy engine puts those of the others.
+
+    ::
+
+        stage @A.own {extent = [M / WORLD], tile = [8], …} do (%t: tile) {
+          transfer @A[%t, :] {to = @A.all[%t at RANK * 64 + t.start, :], peer = RANK}
+          notify @A.ready[RANK, t.start / 32] {peer = RANK, count = 4, through = @A.arrived[RANK, t.start / 32]}
+        }
+    """
+    tensor = program.declared(info.name)
+    size = DTYPES[str(tensor["dtype"])]
+    across = [
+        n for axis, n in enumerate(global_dims(tensor, environment(program))) if axis != info.axis
+    ]
+    rows = max(1, min(OWN_BYTES // (size * prod(across)), info.channel_rows))
+    if info.channels > 1:
+        rows = next(n for n in range(rows, 0, -1) if info.channel_rows % n == 0)
+    return _rows(program, replace(info, tile=rows), own=True)
+
+
+def _rows(program: Op, info: Moved, own: bool = False) -> Op:
+    """Whole rows, by loads and stores: a task copies a tile to one peer, or (``own``) to this rank.
 
     ::
 
@@ -76,7 +102,7 @@ def _rows(program: Op, info: Moved) -> Op:
     """
     step, tile = Value(f"{info.name}.s", INDEX), Value(f"{info.name}.t", TILE)
     skip = 0 if info.kind == "gather" and not info.in_place else 1
-    peer = (RANK + Expr.name(step.name) + skip) % WORLD
+    peer = RANK if own else (RANK + Expr.name(step.name) + skip) % WORLD
     start = Expr.name(f"{tile.name}.start")
     span = program.declared(info.name).span
     channel = info.channel_of(start)
@@ -95,6 +121,9 @@ def _rows(program: Op, info: Moved) -> Op:
     body.append(make("transfer", ref=source, to=target, peer=peer, span=span))
     body.append(_arrived(program, info, peer, channel, info.tiles_of(channel)))
     ranks, rows = (WORLD - skip, step, 1), (Expr.of(info.live), tile, info.tile)
+    if own:
+        stage = _stage(program, info, (rows,), body).with_attrs(workers=None)
+        return replace(stage, ref=Ref(f"{info.name}.own"))
     return _stage(program, info, (ranks, rows) if info.spread else (rows, ranks), body)
 
 
