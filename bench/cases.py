@@ -17,6 +17,7 @@ MLP = (
 ROWS = 8192
 # The shape that is measured at other numbers of rows too, where fixed costs weigh more.
 LARGE = (8192, 28672)
+DECODE_ROWS = (16, 32, 64)
 SMALL_ROWS = (128, 256, 512, 1024, 2048, 4096, 16384)
 ALL_REDUCE_ROWS = (1, 16, 64, 256, 1024, 4096)
 # (hidden, intermediate) of layers that no schedule was tuned for, and numbers of rows that no tile divides: what a
@@ -157,6 +158,13 @@ def untuned_cases(parallel: int) -> list[Case]:
     return found
 
 
+def decode_cases(parallel: int) -> list[Case]:
+    """Hidden 8192, intermediate 28672 at the few rows of a step that generates."""
+    return [
+        make(m, LARGE, parallel) for m in DECODE_ROWS for make in (_gate_up, _down, _all_reduce)
+    ]
+
+
 def gemm_cases(parallel: int) -> list[Case]:
     """The different matrix products of the grid with 1024 rows and more, for one GPU."""
     found: dict[tuple[int, int, int], Case] = {}
@@ -206,6 +214,7 @@ SUITES: dict[str, Callable[[int, int | None], list[Case]]] = {
     "allreduce": lambda world, parallel: all_reduce_cases(parallel or world),
     "grid": lambda world, parallel: grid_cases(parallel or world),
     "scaling": scaling_cases,
+    "decode": lambda world, parallel: decode_cases(parallel or world),
     "untuned": lambda world, parallel: untuned_cases(parallel or world),
     # One GPU stands for a rank of eight unless told otherwise.
     "gemm": lambda world, parallel: gemm_cases(parallel or 8),

@@ -1,13 +1,15 @@
 """Capacities of dynamic extents: a call with any number of rows runs the program of the next capacity.
 
-The capacities of an extent double from one to the next, so that a handful of programs serves all lengths: 64,
-128, … 8192 are eight. A program is proven for the values from the capacity before its own on.
+A handful of programs serves all lengths: capacities of 16, 128 and from there on doubling, to 8192, are eight.
+Below 128 rows weights are all that counts, except for the few rows that take a product of their own form. A
+program is proven for the values from the capacity before its own on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import chain, count
 from typing import Any, TypeAlias
 
 from tilelink.errors import choices
@@ -17,9 +19,9 @@ from tilelink.frontend.mapping import Mapping as TileMapping
 from tilelink.frontend.mapping import Statement
 from tilelink.ir import Expr, Op
 
-LEAST = 64
+LEAST = (16, 128)
 
-# For each dynamic extent its capacities in increasing order; none: doubling from LEAST on.
+# For each dynamic extent its capacities in increasing order; none: LEAST, and doubling from the last of them on.
 Capacities: TypeAlias = "Mapping[str, tuple[int, ...]]"
 
 
@@ -89,12 +91,12 @@ def capacity_of(name: str, value: int, unit: int, sizes: tuple[int, ...]) -> tup
             what=f"`{name}` is {value}, its largest capacity {before}",
             advice=f"give larger ones: dynamic={{{name!r}: (…, {value})}}",
         )
-    size = LEAST
-    while True:
+    for size in chain(LEAST, (LEAST[-1] << n for n in count(1))):
         up = -(-size // unit) * unit
         if value <= up:
             return before + unit, up
-        size, before = 2 * size, up
+        before = up
+    raise AssertionError("capacities without end")
 
 
 def tied_to(kernel: Op, name: str) -> frozenset[str]:

@@ -252,7 +252,7 @@ class Kernel:
 
         ``dynamic`` names extents of the mapping that vary from call to call, ``dynamic=("M",)``, beside those
         that it marks itself: calls of any length run a few programs, each compiled for a capacity. The
-        capacities double from 64 on, or are those of a dict: ``dynamic={"M": (256, 4096)}``.
+        capacities are 16, 128 and from there on double, or are those of a dict: ``dynamic={"M": (256, 4096)}``.
         """
         from tilelink.frontend.errors import BadCall
         from tilelink.frontend.validate import check_world

@@ -116,6 +116,8 @@ class Host:
                 axes = len(self.program.shape(parameter.symbol))
                 mine = peer and axes > len(parameter.block)
                 whole = self.whole(parameter.symbol, peer, parameter.slot)
+                if parameter.block and not peer and self.program.closed(parameter.symbol):
+                    whole = whole.replace("call.buffer(", "call.room(")
                 whole += "[rank]" if mine else ""
                 if parameter.block and not peer and axes > len(parameter.block):
                     whole += ".flatten(0, 1)"  # the parts of all ranks, one below the other

@@ -136,6 +136,12 @@ class Program:
         step = ENCODINGS[words].slot if words else SLOT_BYTES
         return f"{text} + slot * {step}" if self.slots else text
 
+    def closed(self, symbol: str) -> bool:
+        """Whether a symbol is a symmetric buffer as long as there are rows, in memory for its capacity."""
+        decl = self.symbols[symbol]
+        names = {name for dim in decl.get("dims", ()) for name in Expr.of(dim).names}
+        return decl.get("space") == "symmetric" and bool(names & self.dynamic)
+
     def slotted(self, symbol: str) -> bool:
         """Whether a symbol lies in two slots, of which a call uses one."""
         return self.slots and self.symbols[symbol].get("space") == "symmetric"

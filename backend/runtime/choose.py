@@ -17,11 +17,12 @@ from tilelink.backend.pipeline import compile_kernel, run_passes
 from tilelink.backend.simulate import predict
 from tilelink.errors import TilelinkError
 from tilelink.ir import Op
+from tilelink.ir.instance import at_extents
 from tilelink.schedules import Schedule, default_schedule
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.search import prune
 from tilelink.schedules.space import TAILS, Space
-from tilelink.schedules.tables import lookup, world_of
+from tilelink.schedules.tables import Found, lookup, world_of
 
 # Tasks that the virtual clock may step through for one choice: some seconds, where that many are worth it.
 TASKS = 60_000
@@ -33,6 +34,9 @@ MANY, MORE = 2_000, 16
 # Tasks up to which a schedule that was tuned for another shape is predicted again: a second each.
 REFITTED = 12_000
 SUM_BYTES = 8192  # of an all-reduce, the part that weighs as much as a task
+# Of the rows that a program serves, from the least (0) to the capacity (1) in octaves, those at which it is
+# predicted; and the tasks up to which it is at more than one.
+PARTS, MOST_OF_ROWS = (0.0, 0.5, 1.0), 2_000
 # The model's median error: a predicted gain below it is none.
 GAIN = 0.05
 
@@ -68,30 +72,86 @@ def choices(
             refitted = _refitted(kernel, found.schedule, device)
             if refitted != found.schedule:
                 tuned.insert(0, Choice(refitted, f"{found.origin}, tail {refitted.tail}"))
-        if found is not None and any(op.get("dynamic") for op in kernel.find("extent")):
-            tuned += [
-                Choice(s, f"{found.origin}, for dynamic rows") for s in _relaxed(found.schedule)
-            ]
-        near = next((choice for choice in tuned if compiles(choice)), None)
-        if found is not None and near is not None and found.distance == 0:
-            yield near
-        # What was measured at another shape is a guess here: the model may know better.
-        yield from predicted_choices(kernel, device, None if near is None else near.schedule)
-        if near is not None:
-            yield near
+        if any(op.get("dynamic") for op in kernel.find("extent")):
+            yield from _of_all_rows(kernel, device, found, tuned, compiles)
+        else:
+            yield from _of_shape(kernel, device, found, tuned, compiles)
     yield Choice(None, "default")
 
 
-def _relaxed(schedule: Schedule) -> Iterator[Schedule]:
-    """``schedule`` without what needs to know how many rows there are, where it is much the same without."""
+def _of_shape(
+    kernel: Op,
+    device: str,
+    found: Found | None,
+    tuned: Sequence[Choice],
+    compiles: Callable[[Choice], bool],
+) -> Iterator[Choice]:
+    """What is ``tuned`` for this shape or one near it, and what is predicted."""
+    near = next((choice for choice in tuned if compiles(choice)), None)
+    if found is not None and near is not None and found.distance == 0:
+        yield near
+    # What was measured at another shape is a guess here: the model may know better.
+    yield from predicted_choices(kernel, device, None if near is None else near.schedule)
+    if near is not None:
+        yield near
+
+
+def _of_all_rows(
+    kernel: Op,
+    device: str,
+    found: Found | None,
+    tuned: Sequence[Choice],
+    compiles: Callable[[Choice], bool],
+) -> Iterator[Choice]:
+    """The same of dynamic rows, by what is expected of all numbers of them that the program serves.
+
+    What was measured at the capacity has that time there, less the gain below which a prediction is none, and
+    elsewhere as many times less as the model says.
+    """
+    machine = Machine.of_device(device, world_of(kernel))
+    some = [*tuned, *(_relaxed(choice) for choice in tuned)]
+    known = [choice for choice in dict.fromkeys(some) if choice is not None and compiles(choice)]
+    if machine is None:
+        yield from known[:1]
+        return
+    expected: dict[Choice, float] = {}
+    for choice in (*known, *predicted_choices(kernel, device)):
+        assert choice.schedule is not None
+        if any(choice.schedule == other.schedule for other in expected):
+            continue
+        times = _times_of_rows(kernel, choice.schedule, machine)
+        measured = found is not None and found.distance == 0 and choice.schedule == found.schedule
+        if measured and found is not None and found.entry.us and math.isfinite(sum(times)):
+            times = [(1.0 - GAIN) * found.entry.us * us / times[-1] for us in times]
+        expected[choice] = math.prod(times)
+    yield from sorted(expected, key=lambda choice: expected[choice])
+
+
+def _times_of_rows(kernel: Op, schedule: Schedule, machine: Machine) -> list[float]:
+    """Predicted microseconds at the least number of rows that a program serves, between, and at its capacity."""
+    (rows,) = (op for op in kernel.find("extent") if op.get("dynamic"))
+    most, world = int(rows["value"]), int(kernel["world"])
+    least = max(int(rows.get("least", 1)), world)
+    whole = _predicted_us(kernel, schedule, machine, MOST_OF_ROWS)
+    if not math.isfinite(whole):
+        # Of many tasks, the capacity alone: large programs differ little.
+        return [_predicted_us(kernel, schedule, machine, MANY * MORE)] * len(PARTS)
+    values = (round(least ** (1 - part) * most**part) // world * world for part in PARTS[:-1])
+    program = run_passes(kernel, schedule)
+    return [*(predict(at_extents(program, {rows.symbol: v}), machine) for v in values), whole]
+
+
+def _relaxed(choice: Choice) -> Choice | None:
+    """``choice`` without what needs to know how many rows there are, where it is much the same without."""
+    schedule = choice.schedule
+    assert schedule is not None
     moves = tuple(
         # Tiles that span shards wait for all of them, however they are copied.
         (name, replace(move, copies="rows") if move.spans else move)
         for name, move in schedule.moves
     )
     other = replace(schedule, tail=1, moves=moves)
-    if other != schedule:
-        yield other
+    return None if other == schedule else Choice(other, f"{choice.origin}, for dynamic rows")
 
 
 def _refitted(kernel: Op, schedule: Schedule, device: str) -> Schedule:

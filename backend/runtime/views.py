@@ -98,6 +98,17 @@ class Views:
             found = self._buffers[name, peer, slot] = view_of(where, place)
         return found
 
+    def room(self, name: str, slot: int = 0) -> torch.Tensor:
+        """All that the buffer ``name`` of this rank may take, where its dims depend on a dynamic extent.
+
+        TMA takes longer to fill in what lies past the end of a tensor than to read what nobody looks at.
+        """
+        place = self.image.buffers[name]
+        if place.local:
+            raise ValueError(f"@{name} is no symmetric buffer")
+        place = replace(place, offset=place.offset + slot * layout.SLOT_BYTES)
+        return view_of(self._arenas[self.rank], place)
+
     def descriptor(
         self,
         view: torch.Tensor,

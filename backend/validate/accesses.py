@@ -375,8 +375,8 @@ class AccessMachine(TileCalls):
         """``descriptor.store``: what lies past the end is not written."""
         tile = self.data(data)
         for mask, part in options(self.on, value):
-            if not isinstance(part, Descriptor):
-                self.unclear("a store to something that is no descriptor")
+            if not isinstance(part, Descriptor) or part.roomy:
+                self.unclear("a store to something that is no descriptor of a tensor")
             on = self.on & mask
             if not on.any():
                 continue

@@ -23,7 +23,7 @@ CONTEXT = frozenset({"arena", "peers", "progress_ns", "arrival_ns", "program", "
 class View:
     """A region of a tensor or buffer of rank ``home``: box ``[lo, hi)`` and the axes that are left.
 
-    ``flat``: the first two axes are one.
+    ``flat``: the first two axes are one. ``roomy``: all of the memory that the buffer may take.
     """
 
     symbol: str
@@ -34,6 +34,7 @@ class View:
     whole: bool
     slot: int | None = None
     flat: bool = False
+    roomy: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -266,6 +267,15 @@ class HostMachine(Machine):
         view.slot = slot
         return view
 
+    def on_room(self, name: Any, slot: Any = None) -> View:
+        """``call.room``: of a symmetric buffer whose dims depend on a dynamic extent."""
+        view = self.on_buffer(name, None, slot)
+        decl = self.layout.declared[name]
+        if decl.get("space") != "symmetric" or all(isinstance(d, int) for d in decl["dims"]):
+            self.hazard(f"there is no more room for @{name} than it takes")
+        view.roomy = True
+        return view
+
     def on_scalar(self, name: Any) -> Special:
         """``call.scalar``."""
         if not isinstance(name, str):
@@ -292,7 +302,9 @@ class HostMachine(Machine):
                 self.unclear("a descriptor of parts of a peer, or in blocks of another shape")
             return Descriptor(view.symbol, block, None, emitter, flat=True)
         if view.whole and not np.any(view.home != self.rank):
-            return Descriptor(view.symbol, block, None, emitter, view.slot)
+            return Descriptor(view.symbol, block, None, emitter, view.slot, roomy=view.roomy)
+        if view.roomy:
+            self.unclear("a descriptor of a part of the memory of a buffer")
         if view.whole and len(block) == len(dims) and constant(view.home) is not None:
             return Descriptor(view.symbol, block, constant(view.home), emitter, view.slot)
         mine = len(view.axes) == len(dims) - 1 and not np.any(view.lo[:, 0] != self.rank)

@@ -284,6 +284,8 @@ class Validator:
             if wanted:
                 self.differs(agent.node, "`head` does not wait for the acknowledgements")
             return
+        if not wanted:
+            self.differs(agent.node, "`head` waits for acknowledgements that nobody gives")
         task = next(p.first for p in self.expected.phases if p.agent == number)
         world = self.layout.world
         words = np.arange(ACK, ACK + world, dtype=np.int64)

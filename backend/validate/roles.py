@@ -546,8 +546,8 @@ class GroupMachine(RoleMachine):
         """A tile that leaves by one descriptor: of this rank's memory, or of its slice of a peer's."""
         if not isinstance(descriptor, Descriptor) or not isinstance(corner, Corner):
             self.unclear("a store to something that is no descriptor, or by way of no memory")
-        if descriptor.flat:
-            self.unclear("a store by a descriptor of all ranks' parts")
+        if descriptor.flat or descriptor.roomy:
+            self.unclear("a store by a descriptor of all ranks' parts, or past the end of a tensor")
         tile, block = self.data(value), descriptor.block
         dtype = self.layout.declared[descriptor.symbol]["dtype"]
         room = corner.room

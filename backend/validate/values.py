@@ -72,7 +72,8 @@ class Descriptor:
     that belongs to this rank by the first axis.
     ``flat``: of the symbol as a matrix, its first two axes as one.
     ``emitter``: of which kernels it can be an argument. ``slot``: in which of two slots it lies; a kernel can
-    use it when it has chosen by the slot of its call.
+    use it when it has chosen by the slot of its call. ``roomy``: of memory for the capacity of a dynamic extent,
+    past the end of the symbol too: it is read there, and nothing of that is used.
     """
 
     symbol: str
@@ -81,6 +82,7 @@ class Descriptor:
     emitter: str = "triton"
     slot: int | None = None
     flat: bool = False
+    roomy: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

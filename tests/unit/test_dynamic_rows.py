@@ -223,11 +223,13 @@ def test_the_proof_of_a_hand_written_program_needs_its_kernel() -> None:
         verify(program)
 
 
-def test_capacities_double_and_stay_multiples_of_the_ranks() -> None:
-    assert capacity_of("M", 1, 1, ()) == (1, 64)
-    assert capacity_of("M", 65, 1, ()) == (65, 128)
-    assert capacity_of("M", 6, 6, ()) == (6, 66)
-    assert capacity_of("M", 72, 6, ()) == (72, 132)
+def test_capacities_grow_and_stay_multiples_of_the_ranks() -> None:
+    assert capacity_of("M", 1, 1, ()) == (1, 16)
+    assert capacity_of("M", 17, 1, ()) == (17, 128)
+    assert capacity_of("M", 129, 1, ()) == (129, 256)
+    assert capacity_of("M", 5000, 1, ()) == (4097, 8192)
+    assert capacity_of("M", 6, 6, ()) == (6, 18)
+    assert capacity_of("M", 72, 6, ()) == (24, 132)
     assert capacity_of("M", 300, 4, (256, 4096)) == (260, 4096)
     with pytest.raises(NotDivisible, match="is not a multiple of 4"):
         capacity_of("M", 6, 4, ())

@@ -1,4 +1,4 @@
-"""Own rows that are not read in place: within a GPU a copy takes SMs, and whoever waits for it may have all of them."""
+"""Own rows not read in place: a copy within a GPU takes SMs, and whoever waits for it may have all of them."""
 
 from __future__ import annotations
 

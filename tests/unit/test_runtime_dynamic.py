@@ -147,10 +147,10 @@ def test_a_trace_compiles_and_agrees_a_capacity_at_a_time(
         assert call(a, b).shape == (rows, 64)
         copied = [size for kind, *rest in driver.calls if kind == "copy" for size in rest]
         assert copied == [rows // WORLD * 32 * 2, 4], rows
-    assert call.compilations == 3  # 64, 128 and 512
+    assert call.compilations == 3  # 16, 128 and 512
     assert len(state.agreed) == 2 * 3  # what it is, and that every rank has compiled
-    assert [image.dynamic["M"] for image in state.images] == [64, 128, 512]
-    assert [image.least["M"] for image in state.images] == [2, 66, 258]
+    assert [image.dynamic["M"] for image in state.images] == [16, 128, 512]
+    assert [image.least["M"] for image in state.images] == [2, 18, 258]
     # A call of a length that has been there is a lookup.
     known = len(launched.recorded)
     out = matrix(60, 64)

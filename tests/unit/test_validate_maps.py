@@ -59,6 +59,8 @@ def test_texts_are_accepted_and_their_mutants_refused(
             continue  # scores of keys past the last are masked too: see below
         if mutant.kind == "swap" and mutant.what.startswith("for P_d in"):
             continue  # the notify of Q releases what is stored of P too, and who reads P waits for both
+        if mutant.kind == "swap" and "_all_push_from" in mutant.what:
+            continue  # of own rows: the launch that reads them comes behind all of the one that copies them
         print_, reason = attempt(mutant.text, wanted)
         assert reason or print_ == original, f"line {mutant.line} {mutant.kind}: {mutant.what}"
         refused += bool(reason)
