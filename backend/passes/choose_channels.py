@@ -103,7 +103,8 @@ def choose_channels(program: Op) -> Op:
             continue
         if info.resource != "none":
             flags.append(make("flag", ref=Ref(f"{name}.ready"), dims=(world, info.channels)))
-        own = info.kind == "gather" and not info.in_place  # copied by workers
+        # Own rows that the copy engine leaves to workers.
+        own = info.kind == "gather" and info.resource == "copy_engine" and not info.in_place
         if own or info.resource == "epilogue" or info.resource.startswith("sm:"):
             counters.append(
                 make("counter", ref=Ref(f"{name}.arrived"), dims=(world, info.channels))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
+from math import gcd, prod
 
 from tilelink.backend.expand import environment
 from tilelink.backend.passes.choose_channels import box_length
@@ -85,8 +85,10 @@ def own_rows(program: Op, info: Moved) -> Op:
         n for axis, n in enumerate(global_dims(tensor, environment(program))) if axis != info.axis
     ]
     rows = max(1, min(OWN_BYTES // (size * prod(across)), info.channel_rows))
-    if info.channels > 1:
-        rows = next(n for n in range(rows, 0, -1) if info.channel_rows % n == 0)
+    if info.channels > 1 or info.axis:
+        # Of one channel each, and along an inner axis all of one length.
+        both = gcd(info.channel_rows, info.shard)
+        rows = next(n for n in range(rows, 0, -1) if both % n == 0)
     return _rows(program, replace(info, tile=rows), own=True)
 
 

@@ -105,7 +105,7 @@ def test_of_what_was_tuned_a_call_with_fewer_rows_takes_no_more_than_compiles(
     dynamic = gemm_rs.build({"M": 1024, "K": 512, "N": 512}, {}, 4, dynamic=("M",))
     only = table_of(fixed, Entry({"M": 1024, "K": 512, "N": 512}, cut, 10.0))
     monkeypatch.setattr(tables, "load_tables", lambda: (only,))
-    assert next(choices(dynamic, DEVICE)).schedule == cut
+    assert cut in [choice.schedule for choice in choices(dynamic, DEVICE)]
     found = compile_chosen(dynamic, None, DEVICE)
     assert found.origin != "tuned (t.json)"
     assert Schedule.from_json(found.program["schedule"]).tail == 1
