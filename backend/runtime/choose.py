@@ -20,8 +20,9 @@ from tilelink.ir import Op
 from tilelink.ir.instance import at_extents
 from tilelink.schedules import Schedule, default_schedule
 from tilelink.schedules.machine import Machine
+from tilelink.schedules.roles import SHARED_BYTES, SHARED_RESERVE
 from tilelink.schedules.search import prune
-from tilelink.schedules.space import TAILS, Space
+from tilelink.schedules.space import TAILS, Product, Space
 from tilelink.schedules.tables import Found, lookup, world_of
 
 # Tasks that the virtual clock may step through for one choice: some seconds, where that many are worth it.
@@ -160,17 +161,32 @@ def _refitted(kernel: Op, schedule: Schedule, device: str) -> Schedule:
     How full the last wave is depends on the shape, so what was best there says nothing of it here.
     """
     machine = Machine.of_device(device, world_of(kernel))
-    if machine is None:
+    # Where all tiles are cut already, or warps do not multiply, there is none to choose.
+    if machine is None or schedule.split > 1 or schedule.emitter == "library":
         return schedule
-    others = (replace(schedule, tail=tail) for tail in (1, *TAILS) if tail != schedule.tail)
+    product = Space(kernel, machine).product
+    others = [replace(schedule, tail=tail) for tail in (1, *TAILS) if tail != schedule.tail]
+    others = [s for s in others if product is None or _has_room(product, s)]
     return min([schedule, *others], key=lambda s: _predicted_us(kernel, s, machine, REFITTED))
 
 
-def compile_chosen(kernel: Op, schedule: Schedule | None, device: str) -> Chosen:
-    """``kernel`` compiled under ``schedule``; None takes the first of :func:`choices` that can be compiled.
+def _has_room(product: Product, schedule: Schedule) -> bool:
+    """Whether the sums of a tile fit beside its ring, as they have to where Triton adds up its parts."""
+    if schedule.tail == 1 or schedule.emitter != "triton":
+        return True
+    return product.shared_bytes(schedule) <= SHARED_BYTES - SHARED_RESERVE
+
+
+def compile_chosen(
+    kernel: Op, schedule: Schedule | None, device: str, default: bool = False
+) -> Chosen:
+    """``kernel`` compiled under ``schedule``; None takes the first of :func:`choices` that can be compiled, or
+    (``default``) the default one.
 
     The passes, the proof and the emitter may each refuse one.
     """
+    if default and schedule is None:
+        return _compiled(kernel, Choice(None, "default"))
     if schedule is not None:
         return _compiled(kernel, Choice(schedule, "given"))
     known: dict[Choice, Chosen | None] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
@@ -314,11 +315,12 @@ def _meet_kernel(
     schedule: Any,
     capacities: Mapping[str, tuple[int, ...]],
 ) -> Program:
-    def compile_it() -> tuple[Image, Host, dict[str, str]]:
+    def compile_it(default: bool = False) -> tuple[Image, Host, dict[str, str]]:
         bound = kernel.bind((), state.world, {**tensors, **scalars})
         bound, _ = kernel.at_capacity(bound, capacities)
         op: Op = kernel.build_for(bound)
-        chosen = compile_chosen(op, schedule, torch.cuda.get_device_name(state.device))
+        device = torch.cuda.get_device_name(state.device)
+        chosen = compile_chosen(op, schedule, device, default)
         program, source = chosen.program, chosen.source
         image = image_of(program)
         module = load_module(write_module(source, image.name))
@@ -332,7 +334,14 @@ def _meet_kernel(
         }
         return image, module.host, facts
 
-    return _meet(state, kernel.name, compile_it, _dense(tensors), scalars)
+    given = _dense(tensors)
+    try:
+        return _meet(state, kernel.name, compile_it, given, scalars)
+    except TooLargeForSM:
+        # So it is on every rank. What was tuned for another shape, or predicted, gives way.
+        if schedule is not None:
+            raise
+        return _meet(state, kernel.name, partial(compile_it, True), given, scalars)
 
 
 def _meet(

@@ -315,3 +315,23 @@ def test_a_kernel_that_needs_more_shared_memory_than_there_is_has_an_error_of_it
     with pytest.raises(TooLargeForSM, match="262144 of shared memory, and there are 232448"):
         call(matrix(48, 32), matrix(32, 64))
     assert [type(error) for error in rank[0].errors] == [TooLargeForSM]
+
+
+def test_a_schedule_that_nobody_asked_for_gives_way_where_it_does_not_fit(
+    rank: tuple[State, Driver, Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from tilelink.backend.runtime.errors import TooLargeForSM
+
+    fits, tried = plan.compile_launch, []
+
+    def compile_launch(*args: Any, **kwargs: Any) -> Any:
+        tried.append(args)
+        if len(tried) == 1:
+            raise OutOfResources(262144, 232448, "shared memory")
+        return fits(*args, **kwargs)
+
+    monkeypatch.setattr(plan, "compile_launch", compile_launch)
+    assert kernels.gemm_ar.on()(matrix(48, 32), matrix(32, 64)).shape == (48, 64)
+    assert [type(error) for error in rank[0].errors] == [TooLargeForSM] and len(tried) > 1

@@ -332,6 +332,21 @@ def test_a_schedule_that_cannot_be_emitted_gives_way(
     assert "t.json" not in found.origin and found.source
 
 
+def test_tiles_that_are_cut_keep_their_parts_and_parts_need_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tilelink.backend.runtime import choose
+
+    op = gemm_rs.build({"M": 128, "K": 8192, "N": 2048}, {}, 2)
+    cut = Schedule.from_json('{"tiles": {"M": 64, "N": 128, "K": 64}, "split": 2}')
+    assert choose._refitted(op, cut, DEVICE) == cut
+    monkeypatch.setattr(choose, "_predicted_us", lambda _, s, *__: 10.0 - s.tail)
+    full = Schedule.from_json('{"tiles": {"M": 128, "N": 128, "K": 64}, "stages": 6}')
+    # The sums of a tile in fp32 do not fit beside six stages.
+    assert choose._refitted(op, full, DEVICE).tail == 1
+    assert choose._refitted(op, replace(full, stages=4), DEVICE).tail == 3
+
+
 def test_of_another_shape_the_tail_is_chosen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     from tilelink.backend.runtime import choose
 

@@ -239,6 +239,15 @@ def test_a_schedule_stays_until_another_one_is_clearly_faster_in_the_same_run() 
     assert after(tilelink_epilogue=[24.0]) == ("epilogue", 24.0)
 
 
+def test_a_schedule_that_keeps_the_host_busy_is_no_new_entry() -> None:
+    made = case(tilelink_copy=[20.0], tilelink_epilogue=[24.0])
+    copied = next(c for c in made["candidates"] if "copy" in c["name"])
+    for host_us, resource in ((60.0, "copy_engine"), (120.0, "epilogue")):
+        copied["host_us"] = host_us
+        (table,) = harvest(raw(made), "raw.json")
+        assert table.entries[0].schedule.move("C").resource == resource
+
+
 def test_a_schedule_that_may_be_no_entry_gives_way_to_the_next_fastest() -> None:
     def no(*resources: str) -> Callable[[Problem, Schedule, str], str]:
         return lambda _problem, schedule, _device: (

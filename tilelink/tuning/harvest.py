@@ -19,6 +19,8 @@ ALONE = "gemm"  # the kernel of which the library's product is the whole
 # By how much another schedule has to be faster than that of the table, in one run, to take its place: less is
 # noise, and what is not changed needs no new code.
 GAIN = 0.01
+# Microseconds of the host that an eager call may take: 60, and a tenth more, by which they differ between runs.
+HOST_US = 66.0
 
 
 class BadHarvest(TilelinkError):
@@ -40,7 +42,8 @@ def harvest(
     ``source`` is the name under which the raw data lies in the repository. Of eager calls and replays of the
     same the faster ones count, of ours and of the baseline: a repeated call is a replay. Times of several runs
     are not compared: a schedule that the run measured too, and of which none is faster by more than ``GAIN``,
-    stays, with its new time. ``fault`` says of a problem, a schedule and a device why that may be no entry,
+    stays, with its new time. A new one whose eager call keeps the host busy for more than ``HOST_US`` is none: many
+    channels by copy engine are many nodes of a graph. ``fault`` says of a problem, a schedule and a device why that may be no entry,
     empty if it may: the next fastest is taken then. What a table holds already is not asked about.
     """
     try:
@@ -60,8 +63,12 @@ def harvest(
         empty = problem.table(device)
         key = empty.key, empty.world, empty.device
         kept = {e.schedule for e in tables.get(key, empty).entries if e.extents == extents}
+        busy = _busy(case)
         sound = (
-            e for e in measured if e.schedule in kept or not fault(problem, e.schedule, device)
+            e
+            for e in measured
+            if e.schedule in kept
+            or (e.schedule not in busy and not fault(problem, e.schedule, device))
         )
         best = next(sound, None)
         if best is None:
@@ -72,6 +79,15 @@ def harvest(
     return [
         table.with_entries(new[key], run) if key in new else table for key, table in tables.items()
     ]
+
+
+def _busy(case: Mapping[str, Any]) -> set[Schedule]:
+    """The schedules of one cell that take too much of the host's time."""
+    return {
+        Schedule.from_json(json.dumps(candidate["schedule"]))
+        for candidate in case["candidates"]
+        if candidate["schedule"] and (candidate.get("host_us") or 0.0) > HOST_US
+    }
 
 
 def _measured(case: Mapping[str, Any]) -> list[Entry]:
