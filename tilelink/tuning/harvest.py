@@ -42,9 +42,10 @@ def harvest(
     ``source`` is the name under which the raw data lies in the repository. Of eager calls and replays of the
     same the faster ones count, of ours and of the baseline: a repeated call is a replay. Times of several runs
     are not compared: a schedule that the run measured too, and of which none is faster by more than ``GAIN``,
-    stays, with its new time. A new one whose eager call keeps the host busy for more than ``HOST_US`` is none: many
-    channels by copy engine are many nodes of a graph. ``fault`` says of a problem, a schedule and a device why that may be no entry,
-    empty if it may: the next fastest is taken then. What a table holds already is not asked about.
+    stays, with its new time. A new one whose eager call keeps the host busy for more than ``HOST_US`` is none:
+    many channels by copy engine are many nodes of a graph. ``fault`` says of a problem, a schedule and a device
+    why that may be no entry, empty if it may: the next fastest is taken then. What a table holds already is not
+    asked about.
     """
     try:
         data = json.loads(text)
