@@ -71,6 +71,7 @@ Each suite is one command, `torchrun --nproc-per-node 8 bench/run.py --suite SUI
 | `small-m` | hidden 8192, intermediate 28672 at M from 128 to 16384 |
 | `allreduce` | GEMM + all-reduce of its second layer at M from 1 to 4096 |
 | `grid` | all three, the shapes that single figures are promised for first |
+| `decode` | the three operators of hidden 8192 at M of 16, 32 and 64 |
 | `scaling` | the shapes of hidden 8192 on 2, 4 and 8 of the GPUs |
 | `gemm` | the grid's products with M of 1024 and more, each on one GPU, our structures against cuBLAS |
 | `compile` | seconds from the decorator to a binary that can be launched, cold and from cache |
@@ -118,8 +119,8 @@ def has_baselines(results: Iterable[stats.CaseResult]) -> bool:
 
 
 def is_partial(run: Run) -> bool:
-    """Whether the run was asked for some cells of its suite only."""
-    return "--only" in run["command"]
+    """Whether the run was asked for some cells of its suite only, or had no time for the others."""
+    return "--only" in run["command"] or bool(run["not_measured"])
 
 
 def leading(suites: Sequence[Named]) -> list[Named]:
@@ -139,7 +140,7 @@ def leading(suites: Sequence[Named]) -> list[Named]:
 
 def renewed(entry: Named, suites: Sequence[Named]) -> tuple[Run, list[str]]:
     """A run of the grid in which cells that plain calls were measured at since, on as many GPUs of the same name,
-    stand as measured then; and the files of those, newest first."""
+    stand as measured then, beside baselines; and the files of those, newest first."""
     _, run = entry
     cells = {case["name"]: (case, "") for case in run["cases"]}
     newer = [
@@ -148,6 +149,7 @@ def renewed(entry: Named, suites: Sequence[Named]) -> tuple[Run, list[str]]:
         if (later["suite"], later["world"]) == ("grid", run["world"])
         and later["hardware"]["gpu"] == run["hardware"]["gpu"]
         and later["date"] > run["date"]
+        and "--no-baselines" not in later["command"]
     ]
     for name, later in sorted(newer, key=lambda e: (e[1]["date"], e[0])):
         for case in later["cases"]:

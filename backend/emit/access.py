@@ -32,9 +32,7 @@ class Axis:
     stride: int | Expr = 1
     to_end: bool = False  # starts elsewhere, but the last tile of the loop ends with the axis
     unit: int = 1  # divides every start
-    held: bool = (
-        False  # all elements of the tile lie in memory, and those past its end hold nothing
-    )
+    held: bool = False  # memory has room for all of the tile, past its end too
 
 
 def strides(scope: Scope, symbol: str) -> list[int | Expr]:
