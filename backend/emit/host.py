@@ -115,9 +115,8 @@ class Host:
                 peer = "" if parameter.peer is None else str(parameter.peer)
                 axes = len(self.program.shape(parameter.symbol))
                 mine = peer and axes > len(parameter.block)
-                whole = self.whole(parameter.symbol, peer, parameter.slot)
-                if parameter.block and not peer and self.program.closed(parameter.symbol):
-                    whole = whole.replace("call.buffer(", "call.room(")
+                room = bool(parameter.block) and not peer and self.program.closed(parameter.symbol)
+                whole = self.whole(parameter.symbol, peer, parameter.slot, room)
                 whole += "[rank]" if mine else ""
                 if parameter.block and not peer and axes > len(parameter.block):
                     whole += ".flatten(0, 1)"  # the parts of all ranks, one below the other
@@ -141,12 +140,15 @@ class Host:
         ]
         writer.call("call.launch(", tail)
 
-    def whole(self, symbol: str, peer: str = "", slot: int | None = None) -> str:
-        """The torch view of a tensor, or of a buffer here or on a peer, in one of two slots."""
+    def whole(
+        self, symbol: str, peer: str = "", slot: int | None = None, room: bool = False
+    ) -> str:
+        """The torch view of a tensor, or of a buffer here or on a peer, in one of two slots; ``room``: of all the
+        memory that a buffer may take."""
         if self.program.symbols[symbol].name == "tensor":
             return f'call.tensor("{symbol}")'
         where = (f", peer={peer}" if peer else "") + ("" if slot is None else f", slot={slot}")
-        return f'call.buffer("{symbol}"{where})'
+        return f'call.{"room" if room else "buffer"}("{symbol}"{where})'
 
     def view(self, op: Op, ref: Ref) -> str:
         """The torch view of a region of this rank."""
