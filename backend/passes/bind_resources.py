@@ -39,7 +39,7 @@ from tilelink.schedules import ScheduleError
 COPY_WARPS = 4
 
 
-# Workers that copy a rank's own rows: enough to use the memory of an H200.
+# Workers that copy a rank's own rows: taken to be enough to use the memory of an H200.
 OWN_WORKERS = 128
 
 

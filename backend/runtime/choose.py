@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from tilelink import knobs
 from tilelink.backend.expand import environment, evaluate
@@ -50,6 +51,9 @@ class Choice:
     origin: str
 
 
+_Compiles: TypeAlias = Callable[[Choice], bool]
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """A fused program, proven, what is emitted of it, and where its schedule is from, in words."""
@@ -59,9 +63,7 @@ class Chosen:
     origin: str
 
 
-def choices(
-    kernel: Op, device: str, compiles: Callable[[Choice], bool] = lambda _: True
-) -> Iterator[Choice]:
+def choices(kernel: Op, device: str, compiles: _Compiles = lambda _: True) -> Iterator[Choice]:
     """Schedules of ``kernel`` on GPUs that CUDA calls ``device``, the one to try first first.
 
     What is tuned counts where it ``compiles``: of another shape, or of an earlier version, it need not.
@@ -81,11 +83,7 @@ def choices(
 
 
 def _of_shape(
-    kernel: Op,
-    device: str,
-    found: Found | None,
-    tuned: Sequence[Choice],
-    compiles: Callable[[Choice], bool],
+    kernel: Op, device: str, found: Found | None, tuned: Sequence[Choice], compiles: _Compiles
 ) -> Iterator[Choice]:
     """What is ``tuned`` for this shape or one near it, and what is predicted."""
     near = next((choice for choice in tuned if compiles(choice)), None)
@@ -98,11 +96,7 @@ def _of_shape(
 
 
 def _of_all_rows(
-    kernel: Op,
-    device: str,
-    found: Found | None,
-    tuned: Sequence[Choice],
-    compiles: Callable[[Choice], bool],
+    kernel: Op, device: str, found: Found | None, tuned: Sequence[Choice], compiles: _Compiles
 ) -> Iterator[Choice]:
     """The same of dynamic rows, by what is expected of all numbers of them that the program serves.
 
