@@ -55,6 +55,28 @@ FORMS: dict[str, tuple[tuple[Move, tuple[str, int, int] | None], ...]] = {
 MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
 
 
+def schedule_for(name: str, move: Move, form: tuple[str, int, int] | None) -> Schedule:
+    """How the kernel ``name`` runs in this form."""
+    emitter, high, wide = form or ("triton", 64, 128)
+    tiles = (("K", 64), ("M", high), ("N", wide))
+    return Schedule(moves=((MOVED[name], move),), tiles=tiles, emitter=emitter, stages=3)
+
+
+def sizes_for(first: bool, form: tuple[str, int, int] | None, world: int) -> tuple[int, ...]:
+    """The capacities: doubling for the first form of a kernel, two for the others. Halves of a tile can be
+    kept apart where a rank's slice has the rows of one."""
+    if first:
+        return ()
+    least = HALVES[1] * world if form == HALVES else 256
+    return least // world * world, 2048
+
+
+def lengths_for(name: str, world: int) -> list[int]:
+    """The numbers of rows of the trace, of which ranks can have equal parts where the kernel asks for it."""
+    unit = 1 if name == "gemm_ar" else world
+    return [-(-m // unit) * unit for m in LENGTHS]
+
+
 def whole(rows: int, columns: int, seed: int) -> torch.Tensor:
     """-1, 0 and 1: sums of 64 products are exact in bf16, and sums over ranks in fp32."""
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -81,19 +103,12 @@ def varying(rank: int, world: int) -> list[Row]:
     """Each kernel and form through the trace, four times, without a wait between its calls."""
     rows: list[Row] = []
     for name, forms in FORMS.items():
-        unit = 1 if name == "gemm_ar" else world
-        lengths = [-(-m // unit) * unit for m in LENGTHS]
+        lengths = lengths_for(name, world)
         for move, form in forms:
             if move.resource == "none" and shared(world):
                 continue  # the library's collectives need a GPU a rank
-            if form == HALVES and world > 4:
-                continue  # of 512 rows, a slice has fewer than a tile
-            emitter, high, wide = form or ("triton", 64, 128)
-            tiles = (("K", 64), ("M", high), ("N", wide))
-            moves = ((MOVED[name], move),)
-            schedule = Schedule(moves=moves, tiles=tiles, emitter=emitter, stages=3)
-            # The first of a kernel with capacities that double, the others with few.
-            sizes = () if move is forms[0][0] else (256 // world * world, 2048)
+            schedule = schedule_for(name, move, form)
+            sizes = sizes_for(move is forms[0][0], form, world)
             call = getattr(kernels, name).on(schedule=schedule, dynamic={"M": sizes})
             steps = [step(name, m, rank, world, seed) for seed, m in enumerate(lengths)]
             for a, b, _ in steps:  # a new capacity is met, compiled and agreed
