@@ -101,15 +101,22 @@ def signature(program: Op, kernel: Kernel) -> dict[str, str]:
     return found
 
 
-def compile_offline(source: str, program: Op, sass: bool = True) -> list[Compiled]:
-    """Every kernel of the emitted module ``source`` of ``program``, compiled for sm_90.
+def options_of(program: Op, kernel: Kernel) -> dict[str, int]:
+    """What Triton compiles a kernel of ``program`` with."""
+    words = any(op.get("words") for op in program.find("buffer"))
+    folded = any(op.get("folded") for op in program.find("head"))
+    return compile_options(kernel.warps, kernel.stages, words, folded and kernel.emitter != "gluon")
+
+
+def compile_offline(
+    source: str, program: Op, sass: bool = True, only: str | None = None
+) -> list[Compiled]:
+    """Every kernel of the emitted module ``source`` of ``program``, or that named ``only``, compiled for sm_90.
 
     Without ``sass``, that stage is left out: :func:`~tilelink.backend.emit.machine_code.disassemble` gives it
     for many kernels in the time of few. Raises :class:`CompileFailed` with the last lines of Triton's message.
     """
     done: list[Compiled] = []
-    words = any(op.get("words") for op in program.find("buffer"))
-    folded = any(op.get("folded") for op in program.find("head"))
     with tempfile.TemporaryDirectory() as folder:
         module = Path(folder) / "emitted.py"
         # The host part needs a GPU runtime; kernels need Triton and the device library only.
@@ -117,14 +124,14 @@ def compile_offline(source: str, program: Op, sass: bool = True) -> list[Compile
             source.replace("from tilelink.backend import runtime\n", "runtime = None\n")
         )
         for identity, kernel in kernels_of(program):
+            if only not in (None, kernel.name):
+                continue
             launch = next(op for op in program.body if id(op) == identity)
             request = {
                 "module": str(module),
                 "kernel": kernel.name,
                 "signature": signature(program, kernel),
-                "options": compile_options(
-                    kernel.warps, kernel.stages, words, folded and kernel.emitter != "gluon"
-                ),
+                "options": options_of(program, kernel),
                 "emitter": kernel.emitter,
                 "sass": sass,
                 "out": str(Path(folder) / kernel.name),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from tilelink.tuning.check import (
     PredictedSlower,
     RefusedEntry,
     UnknownKernelKey,
+    Unlike,
     WrongTarget,
     check_tables,
-    code_key,
 )
+from tilelink.tuning.compiled import DAYS, BadRecord, Record, codes_of
 
 SHAPE = {"M": 512, "K": 256, "N": 512}
 GOOD = {"tiles": {"K": 64, "M": 64, "N": 128}, "warps": 4, "moves": {"C": {"resource": "epilogue"}}}
@@ -128,27 +131,66 @@ def test_spilling_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     broken = parse_table(text_of(schedule(tiles={"K": 64, "M": 128, "N": 256})), "spill.json")
     problem = problem_of(broken, SHAPE)
-    built = check.compile_entry(problem.to_json(), broken.entries[0].schedule.to_json())
-    (fault,) = check.read_code([built.kernels])
+    built = check.compile_entry(problem.to_json(), broken.entries[0].schedule.to_json(), "gemm_rs")
+    (fault,) = check.read_code([built])
     assert not built.fault and "spills" in fault and "local accesses" in fault
     error = BadCode(place="spill.json, entry 0", detail=fault)
     assert error.code == "table-code"
 
 
 def test_programs_that_differ_in_numbers_alone_share_their_code() -> None:
-    from tilelink.backend.emit.triton import emit
     from tilelink.backend.pipeline import run_passes
     from tilelink.schedules import Move, Schedule
 
-    def key(m: int, tile: int, group: int = 8) -> str:
+    def key(m: int, tile: int, group: int = 8, exact: bool = False) -> str:
         op = gemm_rs.build({"M": m, "K": 256, "N": 512}, {}, 4)
         tiles = (("K", 64), ("M", tile), ("N", 128))
         chosen = Schedule(tiles=tiles, group=group, moves=(("C", Move("epilogue")),))
-        program = run_passes(op, chosen)
-        return code_key(program, chosen, emit(program))
+        (code,) = codes_of(run_passes(op, chosen), chosen)
+        return code.digest if exact else code.skeleton
 
     assert key(1024, 64) == key(2048, 64) == key(1024, 64, group=4)
     assert key(1024, 64) != key(1024, 128)
+    assert key(1024, 64, exact=True) == key(1024, 64, exact=True) != key(2048, 64, exact=True)
+
+
+def test_a_recorded_kernel_is_compiled_on_its_day_alone_and_must_be_as_recorded(
+    outcomes: dict[str, Any],
+) -> None:
+    ((digest, use),) = outcomes["report"].record.kernels.items()
+    table = parse_table(text_of(), "sound.json")
+    days = [date(2026, 1, 1 + n) for n in range(DAYS)]
+    known = Record.parse(Record({digest: use}).to_json(), "compiled.json")
+    (due,) = [day for day in days if not known.trusted(digest, day)]
+    other = next(day for day in days if day != due)
+    as_recorded = check_tables([table], record=known, day=other)
+    assert (as_recorded.compiled, as_recorded.recorded, as_recorded.errors) == (0, 1, ())
+    assert as_recorded.record.kernels == known.kernels
+    wrong = Record({digest: replace(use, registers=use.registers + 8)})
+    found = check_tables([table], record=wrong, day=due)
+    (error,) = found.errors
+    assert isinstance(error, Unlike) and "sound.json, entry 0: `gemm_rs` is recorded" in str(error)
+    assert found.record.kernels == known.kernels
+    # A record of other kernels says nothing of this one.
+    assert check_tables([table], record=Record({"0" * 32: use}), day=other).compiled == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kernels": {"0": {"registers": 1}}}'])
+def test_a_broken_record_is_an_error_of_its_own(text: str) -> None:
+    with pytest.raises(BadRecord, match=r"compiled\.json: it is no record"):
+        Record.parse(text, "compiled.json")
+
+
+def test_the_record_of_the_package_holds_kernels_without_spills() -> None:
+    assert {use.spills for use in Record.load().kernels.values()} == {0}
+
+
+@pytest.mark.parametrize("arguments", [["--record"], ["TABLE.json", "--check", "--record"]])
+def test_a_record_is_of_all_tables(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", *arguments]) == 2
+    assert "error[nothing-to-record]" in capsys.readouterr().err
 
 
 def test_the_command_prints_every_error_and_exits_with_one(

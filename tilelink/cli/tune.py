@@ -29,6 +29,14 @@ class NothingToTune(BadUsage):
     hint = "give one, or --check, --score, --harvest or --calibrate"
 
 
+class NothingToRecord(BadUsage):
+    """``tilelink tune --record`` without ``--check``, or with a FILE."""
+
+    code = "nothing-to-record"
+    message = "the record is of the kernels of all tables that come with the package"
+    hint = "`tilelink tune --check --record`, without a FILE"
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to the parser."""
     parser = commands.add_parser(
@@ -74,6 +82,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="verify all tables, or the FILE, without a GPU; 1 if an entry is wrong",
     )
     other.add_argument(
+        "--record",
+        action="store_true",
+        help="with --check of all tables: compile every kernel, and write the record of those that passed",
+    )
+    other.add_argument(
         "--score",
         metavar="FILE.json",
         action="append",
@@ -97,6 +110,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def execute(args: argparse.Namespace) -> int:
     """Runs the part that the options ask for."""
+    if args.record and (not args.check or args.file is not None):
+        raise NothingToRecord()
     if args.check:
         return check(args)
     if args.score:
@@ -114,12 +129,15 @@ def check(args: argparse.Namespace) -> int:
     """Verifies tables; prints every error and a count."""
     from tilelink.schedules.tables import load_tables, parse_table
     from tilelink.tuning.check import MARGIN, check_tables
+    from tilelink.tuning.compiled import Record
 
     if args.file is not None:
         tables = [parse_table(read_file(args.file), Path(args.file).name)]
     else:
         tables = list(load_tables())
-    report = check_tables(tables, progress=_say)
+    report = check_tables(tables, progress=_say, record=None if args.record else Record.load())
+    if args.record and not report.errors:
+        Record.path().write_text(report.record.to_json(), "utf-8")
     for error in report.errors:
         print(error, file=sys.stderr)
     print(f"{report} (margin to the default: {MARGIN:.0%})")

@@ -2,28 +2,28 @@
 
 An entry passes if its kernel exists under the table's key, its target is known, its schedule is legal, the
 fused program passes the proof and compiles without spills, and the model does not predict it slower than
-the default schedule by more than ``MARGIN``. Each way to fail is an error of its own.
+the default schedule by more than ``MARGIN``. Each way to fail is an error of its own. Kernels that
+compiled before, from the very same text, are taken from a record: see :mod:`tilelink.tuning.compiled`.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import date
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tilelink.errors import TilelinkError
-from tilelink.ir import Op
 from tilelink.schedules import Schedule, default_schedule
 from tilelink.schedules.machine import Machine
 from tilelink.schedules.space import legal, product_of
 from tilelink.schedules.tables import Entry, Table, kernel_key
+from tilelink.tuning.compiled import Code, Record, Use, codes_of
 from tilelink.tuning.predict import predicted_us
 from tilelink.tuning.problem import Problem, problem_of
 
@@ -81,6 +81,14 @@ class BadCode(BadEntry):
     hint = "tune it again without this schedule"
 
 
+class Unlike(BadEntry):
+    """A kernel that the record of compiled ones says something else of than the compiler."""
+
+    code = "table-record"
+    message = "{place}: `{kernel}` is recorded with {recorded}, and compiled with {used}"
+    hint = "`tilelink tune --check --record` compiles all kernels and writes the record anew"
+
+
 class PredictedSlower(BadEntry):
     """A schedule that the model predicts slower than the default by more than the margin."""
 
@@ -102,15 +110,11 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What checking an entry found: fields of an error of class ``kind``, or the code to compile.
-
-    ``length`` is that of the code's text: longer ones take longer to compile.
-    """
+    """What checking an entry found: fields of an error of class ``kind``, or the kernels to compile."""
 
     kind: str | None
     fields: dict[str, Any]
-    code_key: str = ""
-    length: int = 0
+    codes: tuple[Code, ...] = ()
 
     def error(self, place: str) -> TilelinkError | None:
         """What was found at ``place``, None if the entry passed so far."""
@@ -122,35 +126,42 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What is wrong with an entry's code above its machine code, if anything is, and kernels to disassemble."""
+    """What is wrong with a kernel above its machine code, if anything is, and the kernel to disassemble."""
 
     fault: str
-    kernels: tuple[Compiled, ...] = ()
+    kernel: Compiled | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All errors in order, and what was looked at."""
+    """All errors in order, and what was looked at. ``record``: of all kernels without a fault."""
 
     errors: tuple[TilelinkError, ...]
     tables: int
     entries: int
     compiled: int
+    recorded: int
     seconds: float
+    record: Record
 
     def __str__(self) -> str:
         return (
             f"{self.entries} entries of {self.tables} tables: {len(self.errors)} wrong; "
-            f"{self.compiled} different kernels compiled, {self.seconds:.0f} s"
+            f"{self.compiled + self.recorded} different kernels, {self.compiled} compiled and "
+            f"{self.recorded} as recorded, {self.seconds:.0f} s"
         )
 
 
 def check_tables(
     tables: Sequence[Table],
     progress: Callable[[str], None] = lambda _: None,
-    compile_code: bool = True,
+    record: Record | None = None,
+    day: date | None = None,
 ) -> Report:
-    """Checks every entry, entries in parallel on all cores."""
+    """Checks every entry, entries in parallel on all cores.
+
+    Kernels in ``record`` are compiled on their ``day`` alone (default: today); with none, all are.
+    """
     start = time.monotonic()
     errors: list[TilelinkError] = []
     places: list[_Place] = []
@@ -164,6 +175,7 @@ def check_tables(
             assert machine is not None
             problem = problem_of(table, entry.extents)
             places.append(_Place(f"{table.name}, entry {number}", problem, entry, machine.name))
+    known, day = record or Record({}), day or date.today()
     # Not forked: threads of torch do not survive that.
     context = get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count() or 1, context, initializer=_prepare) as pool:
@@ -175,29 +187,55 @@ def check_tables(
                 [p.machine for p in places],
             )
         )
-        firsts: dict[str, int] = {}
-        for index, outcome in enumerate(outcomes):
-            if outcome.kind is None:
-                firsts.setdefault(outcome.code_key, index)
-        progress(f"{len(places)} entries proven and predicted, {len(firsts)} kernels to compile")
+        firsts: dict[str, tuple[_Place, Code]] = {}
+        for place, outcome in zip(places, outcomes, strict=True):
+            for code in outcome.codes:
+                firsts.setdefault(code.skeleton, (place, code))
+        due = [one for one in firsts.values() if not known.trusted(one[1].digest, day)]
         # The longest first, so that no process is left with one when the others are done.
-        chosen = sorted(firsts.values(), key=lambda i: -outcomes[i].length) if compile_code else []
+        due.sort(key=lambda one: -one[1].length)
+        new = sum(code.digest not in known.kernels for _, code in due)
+        progress(
+            f"{len(places)} entries proven and predicted, {len(due)} of {len(firsts)} kernels to "
+            f"compile, {new} of them not in the record"
+        )
         built = pool.map(
             compile_entry,
-            [places[i].problem.to_json() for i in chosen],
-            [places[i].entry.schedule.to_json() for i in chosen],
+            [place.problem.to_json() for place, _ in due],
+            [place.entry.schedule.to_json() for place, _ in due],
+            [code.name for _, code in due],
         )
-        faults = _code_faults(list(built), pool)
-    codes = {outcomes[i].code_key: fault for i, fault in zip(chosen, faults, strict=True)}
+        faults, uses = _code_faults(list(built), pool)
+    wrong: dict[str, str] = {}
+    kept = {
+        c.digest: known.kernels[c.digest] for _, c in firsts.values() if c.digest in known.kernels
+    }
+    for (place, code), fault, use in zip(due, faults, uses, strict=True):
+        recorded = known.kernels.get(code.digest, use)
+        if fault:
+            wrong[code.skeleton] = fault
+            kept.pop(code.digest, None)
+        elif use is not None:
+            kept[code.digest] = use
+            if recorded != use:
+                unlike = Unlike(place=place.name, kernel=code.name, recorded=recorded, used=use)
+                errors.append(unlike)
     for place, outcome in zip(places, outcomes, strict=True):
-        fault = codes.get(outcome.code_key)
         error = outcome.error(place.name)
+        fault = "; ".join(wrong[c.skeleton] for c in outcome.codes if c.skeleton in wrong)
         if error is not None:
             errors.append(error)
         elif fault:
             errors.append(BadCode(place=place.name, detail=fault))
-    seconds = time.monotonic() - start
-    return Report(tuple(errors), len(tables), len(places), len(codes), seconds)
+    return Report(
+        tuple(errors),
+        len(tables),
+        len(places),
+        len(due),
+        len(firsts) - len(due),
+        time.monotonic() - start,
+        Record(kept),
+    )
 
 
 def _prepare() -> None:
@@ -205,15 +243,18 @@ def _prepare() -> None:
     gc.freeze()
 
 
-def _code_faults(built: Sequence[Built], pool: Executor) -> list[str]:
-    """What is wrong with the code of each, empty if nothing is: one disassembly a process serves all."""
+def _code_faults(built: Sequence[Built], pool: Executor) -> tuple[list[str], list[Use | None]]:
+    """What is wrong with the code of each, empty if nothing is, and what each uses.
+
+    One disassembly a process serves all.
+    """
     share = -(-len(built) // (os.cpu_count() or 1))
     parts = [built[at : at + share] for at in range(0, len(built), share or 1)]
-    found = pool.map(read_code, [[one.kernels for one in part] for part in parts])
-    read = [fault for part in found for fault in part]
-    return [
+    read = [fault for part in pool.map(read_code, parts) for fault in part]
+    faults = [
         "; ".join(filter(None, pair)) for pair in zip((b.fault for b in built), read, strict=True)
     ]
+    return faults, [None if b.kernel is None else Use.of(b.kernel) for b in built]
 
 
 def _of_table(table: Table) -> TilelinkError | None:
@@ -245,7 +286,6 @@ def _of_table(table: Table) -> TilelinkError | None:
 
 def check_entry(problem: str, schedule: str, machine: str) -> Outcome:
     """Everything about one entry but the compilation; arguments are JSON, and a machine's name."""
-    from tilelink.backend.emit.triton import emit
     from tilelink.backend.pipeline import run_passes
     from tilelink.backend.verify import verify
 
@@ -262,58 +302,46 @@ def check_entry(problem: str, schedule: str, machine: str) -> Outcome:
     if us > (1.0 + MARGIN) * default_us:
         fields: dict[str, Any] = {"us": us, "default_us": default_us, "margin": MARGIN}
         return Outcome("PredictedSlower", fields)
-    source = emit(program)
-    return Outcome(None, {}, code_key(program, chosen, source), len(source))
+    return Outcome(None, {}, codes_of(program, chosen))
 
 
-def code_key(program: Op, schedule: Schedule, source: str) -> str:
-    """What makes the ``source`` of two programs differ beyond the numbers of their shapes.
-
-    Programs of one key differ in constants alone, which change no register count: one stands for all.
-    """
-    # Behind the program's text, which a line of three quotes ends.
-    _, _, code = source.partition('\n"""\n')
-    skeleton = re.sub(r"\d+", "#", code)
-    dtypes = sorted({str(op["dtype"]) for op in program.find("tensor")})
-    parts = (skeleton, schedule.tiles, schedule.warps, schedule.stages, schedule.emitter, dtypes)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def compile_entry(problem: str, schedule: str) -> Built:
-    """The kernels of an entry, compiled, and what is wrong with their forms before machine code."""
+def compile_entry(problem: str, schedule: str, kernel: str) -> Built:
+    """A kernel of an entry, compiled, and what is wrong with its forms before machine code."""
     from tilelink.backend.emit.offline import compile_offline, lint_text
     from tilelink.backend.emit.triton import emit
     from tilelink.backend.pipeline import run_passes
 
     try:
         program = run_passes(Problem.from_json(problem).build(), Schedule.from_json(schedule))
-        compiled = compile_offline(emit(program), program, sass=False)
+        (compiled,) = compile_offline(emit(program), program, sass=False, only=kernel)
     except TilelinkError as error:
         return Built(_line(error))
-    found = [f"`{kernel.name}`: {text}" for kernel in compiled for text in lint_text(kernel)]
-    return Built("; ".join(found), tuple(replace(kernel, stages={}) for kernel in compiled))
+    found = "; ".join(f"`{kernel}`: {text}" for text in lint_text(compiled))
+    return Built(found, replace(compiled, stages={}))
 
 
-def read_code(built: Sequence[tuple[Compiled, ...]]) -> list[str]:
-    """What is wrong with the machine code of the kernels of each entry; empty if nothing is."""
+def read_code(built: Sequence[Built]) -> list[str]:
+    """What is wrong with the machine code of each kernel; empty if nothing is, or it has none."""
     from tilelink.backend.emit.machine_code import disassemble
     from tilelink.backend.emit.offline import lint_code
 
-    texts = iter(disassemble([kernel.cubin for kernels in built for kernel in kernels]))
+    texts = iter(disassemble([b.kernel.cubin for b in built if b.kernel is not None]))
     return [
-        "; ".join(f"`{k.name}`: {text}" for k in kernels for text in lint_code(k, next(texts)))
-        for kernels in built
+        ""
+        if (k := one.kernel) is None
+        else "; ".join(f"`{k.name}`: {text}" for text in lint_code(k, next(texts)))
+        for one in built
     ]
 
 
 def fault_of(problem: Problem, schedule: Schedule, machine: str) -> str:
     """Why no entry may have this schedule; empty if one may."""
-    error = check_entry(problem.to_json(), schedule.to_json(), machine).error(problem.cell)
+    outcome = check_entry(problem.to_json(), schedule.to_json(), machine)
+    error = outcome.error(problem.cell)
     if error is not None:
         return _line(error)
-    built = compile_entry(problem.to_json(), schedule.to_json())
-    (code,) = read_code([built.kernels])
-    found = "; ".join(filter(None, (built.fault, code)))
+    built = [compile_entry(problem.to_json(), schedule.to_json(), c.name) for c in outcome.codes]
+    found = "; ".join(filter(None, (*(b.fault for b in built), *read_code(built))))
     return f"{problem.cell}: {found}" if found else ""
 
 
