@@ -36,7 +36,8 @@ class Task:
     operations, ``bytes`` loaded and stored, ``memory`` of them from or to memory and not the cache. ``sums``
     are bytes that are read behind the product, when nothing of it is under way any more but for the other
     warp group's where two take turns; of ``landed`` bytes, which a loader fetches meanwhile, nothing remains but
-    to add them, and to fetch them where they hold up the ring of the product."""
+    to add them, and to fetch them where they hold up the ring of the product. ``filled``: lines of the cache that
+    TMA fills in for what lies past the end of a tensor, which takes it longer than to read them."""
 
     flops: float = 0.0
     dtype: str = "bf16"
@@ -48,6 +49,7 @@ class Task:
     memory: float = 0.0
     sums: float = 0.0
     landed: float = 0.0
+    filled: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ class Timed:
         busy = BUSY_SLOTS if code.emitter == "gluon" else BUSY_STAGES
         loads = task.steps * machine.load_us / max(0.5, code.stages - busy)
         self._steps = task.steps * step
-        self._least = max(loads, cached, memory)
+        self._least = max(loads, cached, memory) + task.filled * machine.fill_us
         self._vector, self._tile = vector, fixed
         self._behind = _sums_us(machine, task, active) if task.sums else None
 

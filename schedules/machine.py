@@ -65,11 +65,12 @@ class Machine:
     all peers together; both are ``link_gbps`` where a description does not say. ``copy_drag`` and ``store_drag``:
     while products draw a share of the bandwidth of memory for operands that the cache cannot hold, copies and
     the stores of tiles take longer by this times the share. ``store_gbps``: for as long as the tile that a
-    worker has stored to a peer takes at this rate, it computes nothing of its next one. ``poll_us`` is one look of
-    a worker at a flag. ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the start and
-    of the end of a call, ``stream_us`` of handing over to a side stream and ``stream_wait_us`` of a stream's wait
-    for a counter. ``collective_gbps`` is bus bandwidth by number of ranks, collective and bytes of the whole
-    tensor.
+    worker has stored to a peer takes at this rate, it computes nothing of its next one. ``fill_us`` is what TMA
+    takes for 128 bytes that lie past the end of a tensor, beyond what it takes to read them. ``poll_us`` is one
+    look of a worker at a flag. ``launch_us``, ``head_us`` and ``finish_us`` are fixed costs of a kernel, of the
+    start and of the end of a call, ``stream_us`` of handing over to a side stream and ``stream_wait_us`` of a
+    stream's wait for a counter. ``collective_gbps`` is bus bandwidth by number of ranks, collective and bytes of
+    the whole tensor.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Machine:
     copy_drag: float
     store_drag: float
     store_gbps: float
+    fill_us: float
     poll_us: float
     launch_us: float
     head_us: float
@@ -251,5 +253,6 @@ def _parse(found: dict[str, Any]) -> Machine:
     found.setdefault("copy_drag", 0.0)
     found.setdefault("store_drag", 0.0)
     found.setdefault("store_gbps", math.inf)
+    found.setdefault("fill_us", 0.0)
     found["kin"] = tuple(found.get("kin", ()))
     return Machine(**{field.name: found[field.name] for field in fields(Machine)})

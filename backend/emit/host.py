@@ -115,7 +115,10 @@ class Host:
                 peer = "" if parameter.peer is None else str(parameter.peer)
                 axes = len(self.program.shape(parameter.symbol))
                 mine = peer and axes > len(parameter.block)
-                room = bool(parameter.block) and not peer and self.program.closed(parameter.symbol)
+                room = bool(parameter.block) and not peer
+                room &= self.program.closed(parameter.symbol) or self.program.endless(
+                    parameter.symbol
+                )
                 whole = self.whole(parameter.symbol, peer, parameter.slot, room)
                 whole += "[rank]" if mine else ""
                 if parameter.block and not peer and axes > len(parameter.block):
@@ -144,9 +147,9 @@ class Host:
         self, symbol: str, peer: str = "", slot: int | None = None, room: bool = False
     ) -> str:
         """The torch view of a tensor, or of a buffer here or on a peer, in one of two slots; ``room``: of all the
-        memory that a buffer may take."""
+        memory that a buffer may take, or of what lies behind an input too."""
         if self.program.symbols[symbol].name == "tensor":
-            return f'call.tensor("{symbol}")'
+            return f'call.{"room" if room else "tensor"}("{symbol}")'
         where = (f", peer={peer}" if peer else "") + ("" if slot is None else f", slot={slot}")
         return f'call.{"room" if room else "buffer"}("{symbol}"{where})'
 

@@ -9,6 +9,7 @@ from typing import Any
 from tilelink.backend.emit.text import Writer, identifier, render
 from tilelink.errors import Span, TilelinkError
 from tilelink.ir import DTYPES, At, Expr, Op, Type, Value
+from tilelink.ir.instance import endless_inputs
 from tilelink.ir.layout import ENCODINGS, SLOT_BYTES, WORD
 
 TL_DTYPE = {
@@ -128,6 +129,7 @@ class Program:
         # Whether the launch is all of a call, and ends it too.
         self.alone = self.slots or any(op.get("ends") for op in self.launches)
         self.streams = bool(program.find("stream"))
+        self._endless = endless_inputs(program)
 
     def offset(self, decl: Op) -> str:
         """The text of the byte at which a symmetric buffer begins in an arena."""
@@ -141,6 +143,10 @@ class Program:
         decl = self.symbols[symbol]
         names = {name for dim in decl.get("dims", ()) for name in Expr.of(dim).names}
         return decl.get("space") == "symmetric" and bool(names & self.dynamic)
+
+    def endless(self, symbol: str) -> bool:
+        """Whether a symbol is an input behind which a kernel may read."""
+        return symbol in self._endless
 
     def slotted(self, symbol: str) -> bool:
         """Whether a symbol lies in two slots, of which a call uses one."""

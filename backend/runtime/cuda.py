@@ -31,7 +31,7 @@ from tilelink.backend.runtime.errors import (
     TooManyWorkers,
 )
 from tilelink.backend.runtime.image import Image, Slot, image_of
-from tilelink.backend.runtime.plan import Plan, Recorder
+from tilelink.backend.runtime.plan import Plan, Recorder, rows_behind
 from tilelink.backend.runtime.views import TORCH_DTYPES
 from tilelink.errors import InternalError, TilelinkError
 from tilelink.ir import FLOATS, Op, parse_ir
@@ -53,7 +53,7 @@ class Program:
         self.workspace = state.workspace_for(image.workspace_bytes)
         self.device = state.device.index
         # Looked at in every call.
-        self._apart = image.apart
+        self._apart, self.endless = image.apart, () if image.bare else image.endless
         self._collectives = bool(image.collectives) and state.world > 1
         self.outputs = tuple(slot.name for slot in image.outputs)
         self._only = self.outputs[0] if len(self.outputs) == 1 else None
@@ -94,6 +94,9 @@ class Program:
     def plan(self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents) -> Plan:
         """The recorded call for these addresses and numbers; the order of ``tensors`` is always the same."""
         key = (*[t.data_ptr() for t in tensors.values()], *scalars.values(), *extents.values())
+        if self.endless:
+            # Memory of an address may be another allocation by now, with less behind it.
+            key = (*key, *[rows_behind(tensors[name]) for name in self.endless])
         found = self._plans.get(key)
         if found is None:
             distinct = _check_apart(self.image, tensors)

@@ -83,6 +83,12 @@ class Driver:
         lib.cuGraphExecDestroy.argtypes = (c_void_p,)
         self._exchange = lib.cuThreadExchangeStreamCaptureMode
         self._exchange.argtypes = (ctypes.POINTER(c_uint),)
+        self._range = lib.cuMemGetAddressRange_v2
+        self._range.argtypes = (
+            ctypes.POINTER(c_void_p),
+            ctypes.POINTER(c_size_t),
+            c_void_p,
+        )
         self._occupancy = lib.cuOccupancyMaxActiveBlocksPerMultiprocessor
         self._occupancy.argtypes = (ctypes.POINTER(c_int), c_void_p, c_int, c_size_t)
 
@@ -181,6 +187,15 @@ class Driver:
         if code:
             self._fail("cuOccupancyMaxActiveBlocksPerMultiprocessor", code)
         return blocks.value
+
+    def end_of(self, address: int) -> int:
+        """Where the memory ends that was allocated, or mapped, in one piece with ``address``; 0 if nobody knows.
+
+        All of it stays as long as something in it is in use.
+        """
+        base, size = c_void_p(), c_size_t()
+        code = self._range(ctypes.byref(base), ctypes.byref(size), address)
+        return 0 if code else (base.value or 0) + size.value
 
     def _check(self, call: str, code: int) -> None:
         if code:

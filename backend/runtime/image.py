@@ -9,6 +9,7 @@ from typing import Any
 
 from tilelink.errors import Span
 from tilelink.ir import DTYPES, At, Expr, Index, Op, Ref, Value, layout
+from tilelink.ir.instance import endless_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,10 @@ class Image:
     """A program as the runtime sees it; dictionaries are in declaration order.
 
     ``dynamic``: run-time extents with their capacities, which ``tensors`` have, ``least`` their smallest
-    values; ``launches`` (of emitted kernels) and ``collectives``: their symbols. ``bare``: everything is the
-    library's, there is no kernel and no stream. Places of ``slots`` are those of even calls. ``ended``: the one
-    launch ends the call, and nothing is left for a guard to do. ``folded``: launches do what a head does.
+    values; ``endless``: inputs behind which kernels may read; ``launches`` (of emitted kernels) and
+    ``collectives``: their symbols. ``bare``: everything is the library's, there is no kernel and no stream.
+    Places of ``slots`` are those of even calls. ``ended``: the one launch ends the call, and nothing is left
+    for a guard to do. ``folded``: launches do what a head does.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Image:
     launches: tuple[str, ...]
     collectives: tuple[str, ...]
     declared: tuple[Op, ...]
+    endless: tuple[str, ...]
     varying: dict[str, Op]
     extents: dict[str, int]
     bare: bool = False
@@ -233,6 +236,7 @@ def image_of(program: Op) -> Image:
         collectives=tuple(op.symbol for op in program.find("collective")),
         bare=not (emitted or program.find("head") or program.find("stream")),
         declared=tuple(program.find("tensor")),
+        endless=tuple(sorted(endless_inputs(program))),
         varying={op.symbol: op for op in program.find("buffer") if _varies(op, dynamic)},
         extents=names,
         slots=int(program.get("slots", 1)),

@@ -27,7 +27,7 @@ from tilelink.backend.runtime.errors import DriverError
 from tilelink.backend.runtime.guard import CTAS, guard_kernel
 from tilelink.backend.runtime.image import Slot
 from tilelink.backend.runtime.library import Command, Place, collective, collective_of, product
-from tilelink.backend.runtime.views import Views, spread_axis
+from tilelink.backend.runtime.views import MOST_BEHIND, Rows, Views, spread_axis
 from tilelink.device import acknowledge_kernel, head_kernel, notify_kernel, wait_kernel
 from tilelink.ir import layout
 
@@ -217,6 +217,18 @@ class Plan:
         return lambda _: captured.replay()
 
 
+def rows_behind(tensor: torch.Tensor) -> int:
+    """How many rows of the length of a matrix's lie behind it in memory that stays as long as the matrix does.
+
+    What is there belongs to others, or to nobody. It may be read, and is not looked at.
+    """
+    if tensor.dim() != 2 or not tensor.is_contiguous():
+        return 0
+    pitch = tensor.shape[1] * tensor.element_size()
+    left = driver().end_of(tensor.data_ptr()) - tensor.data_ptr()
+    return max(0, min(MOST_BEHIND, left // pitch - tensor.shape[0])) if pitch else 0
+
+
 def graphs() -> bool:
     """Whether plans that repeat become graphs.
 
@@ -277,6 +289,11 @@ class Recorder(Views):
         self._base = self.arena.data_ptr()
         self._addresses = addresses
         self._begun = False
+
+    def endless(self, tensor: torch.Tensor) -> torch.Tensor | Rows:
+        """``tensor``, and as many of the rows behind it as a box may reach and :func:`rows_behind` finds."""
+        rows = rows_behind(tensor)
+        return Rows(tensor, tensor.shape[0] + rows) if rows else tensor
 
     def head(self, ack_wait: bool = True) -> None:
         """Begins the call: epoch, arrival, counters, and the wait for the acknowledgements."""

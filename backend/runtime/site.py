@@ -166,7 +166,8 @@ class Site:
         route, plan = self._look(state, args, {}), None
         if route.whole and route.fresh:
             plan = route.program.portable(route.extents)
-        elif route.whole:
+        elif route.whole and not route.program.endless:
+            # What lies behind an input may be another allocation's by the next call.
             plan = route.program.plan(route.gather(args), NO_NUMBERS, route.extents)
         if len(self._calls) >= PLANS:
             self._calls.pop(next(iter(self._calls)))

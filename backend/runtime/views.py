@@ -23,6 +23,26 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 
 
+# Rows of a box of TMA, at most, but for the one that is there.
+MOST_BEHIND = 255
+
+
+class Rows:
+    """A contiguous matrix ``tensor`` with ``rows`` rows, more than it has, as far as a descriptor can tell."""
+
+    def __init__(self, tensor: torch.Tensor, rows: int) -> None:
+        self.tensor, self.dtype = tensor, tensor.dtype
+        self.shape = torch.Size((rows, *tensor.shape[1:]))
+
+    def data_ptr(self) -> int:
+        """The address of the first element."""
+        return self.tensor.data_ptr()
+
+    def stride(self) -> tuple[int, ...]:
+        """The strides, in elements."""
+        return self.tensor.stride()
+
+
 class Views:
     """Names of a program resolved to tensors of this process.
 
@@ -98,11 +118,18 @@ class Views:
             found = self._buffers[name, peer, slot] = view_of(where, place)
         return found
 
-    def room(self, name: str, slot: int = 0) -> torch.Tensor:
-        """All that the buffer ``name`` of this rank may take, where its dims depend on a dynamic extent.
+    def endless(self, tensor: torch.Tensor) -> torch.Tensor | Rows:
+        """``tensor``, and what may be read behind it: nothing where nobody knows."""
+        return tensor
+
+    def room(self, name: str, slot: int = 0) -> torch.Tensor | Rows:
+        """All that the buffer ``name`` of this rank may take, where its dims depend on a dynamic extent; an input
+        with as many rows as there are, and what may be read behind them.
 
         TMA takes longer to fill in what lies past the end of a tensor than to read what nobody looks at.
         """
+        if name in self.image.tensors:
+            return self.endless(self.tensors[name])
         place = self.image.buffers[name]
         if place.local:
             raise ValueError(f"@{name} is no symmetric buffer")
@@ -111,7 +138,7 @@ class Views:
 
     def descriptor(
         self,
-        view: torch.Tensor,
+        view: torch.Tensor | Rows,
         block_shape: list[int] | tuple[int, ...],
         emitter: str = "triton",
     ) -> Any:
@@ -191,7 +218,7 @@ def record_words(arena: torch.Tensor) -> list[int]:
     return [int(v) for v in arena[layout.RECORD : layout.RECORD + layout.RECORD_WORDS].tolist()]
 
 
-def _descriptor(view: torch.Tensor, block: list[int], emitter: str) -> Any:
+def _descriptor(view: torch.Tensor | Rows, block: list[int], emitter: str) -> Any:
     if emitter == "gluon":
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Gluon
 

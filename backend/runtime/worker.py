@@ -36,7 +36,7 @@ from triton.runtime.interpreter import InterpreterBuilder, interpreter_semantic
 from tilelink.backend.runtime import load_module
 from tilelink.backend.runtime.image import image_of, shared_bytes
 from tilelink.backend.runtime.library import matmul
-from tilelink.backend.runtime.views import Views, record_words, spread_axis
+from tilelink.backend.runtime.views import MOST_BEHIND, Views, record_words, spread_axis
 from tilelink.device import (
     acknowledge_kernel,
     head_kernel,
@@ -194,6 +194,10 @@ class Failed(Exception):
     """Another thread of this rank has raised."""
 
 
+# By whether a dtype is floating-point: what no input has.
+_ODD = {True: float("nan"), False: -77}
+
+
 class Stopped(Exception):
     """The abort word of this rank is set: the rest of a stream is left out."""
 
@@ -221,6 +225,11 @@ class Call(Views):
         self._done["head"] = threading.Event()
         self._done["head"].set()
         self._begun = self._shared.word(self.rank, layout.BEGUN)
+
+    def endless(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` with rows behind it that show in a result which depends on them."""
+        rows = torch.full((MOST_BEHIND, *tensor.shape[1:]), _ODD[tensor.dtype.is_floating_point])
+        return torch.cat([tensor, rows.to(tensor.dtype)])
 
     def launch(
         self,

@@ -466,6 +466,7 @@ class _Clock:
                 memory,
                 cost.sums,
                 cost.landed,
+                cost.filled,
             )
             if stage is None:
                 sms = self.machine.sms

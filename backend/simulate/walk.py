@@ -6,7 +6,7 @@ The virtual clock runs on these events, and a deadlock is explained with them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import ceil, prod
 from typing import Any, TypeAlias
 
 from tilelink.backend.simulate.geometry import (
@@ -18,9 +18,10 @@ from tilelink.backend.simulate.geometry import (
     keep_scalar,
 )
 from tilelink.ir import DTYPES, Op, Ref, Value
+from tilelink.ir.instance import endless_inputs
 from tilelink.ir.layout import ENCODINGS, PAYLOAD
 from tilelink.ir.limits import check_rows
-from tilelink.schedules.costs import cache_share
+from tilelink.schedules.costs import LINE_BYTES, cache_share
 
 Element: TypeAlias = tuple[int, ...]
 
@@ -29,7 +30,8 @@ Element: TypeAlias = tuple[int, ...]
 class Cost:
     """What a piece of work uses: flops by dtype of a dot, in ``steps`` of ``rows`` by ``columns``,
     elementwise operations, bytes of memory; ``sums``: bytes of parts that are added to a product behind it,
-    ``landed``: the same of parts that a loader has fetched by then.
+    ``landed``: the same of parts that a loader has fetched by then; ``filled``: lines of the cache's length that
+    TMA fills in for rows past the end of a tensor.
 
     A product of a short tile computes the whole tile, so its flops are those of the whole one.
     """
@@ -43,6 +45,7 @@ class Cost:
     bytes: float = 0.0
     sums: float = 0.0
     landed: float = 0.0
+    filled: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -55,6 +58,7 @@ class Cost:
             self.bytes + other.bytes,
             self.sums + other.sums,
             self.landed + other.landed,
+            self.filled + other.filled,
         )
 
     def times(self, tiles: int, full: float) -> Cost:
@@ -65,6 +69,7 @@ class Cost:
             steps=self.steps * tiles,
             elementwise=self.elementwise * full,
             bytes=self.bytes * full,
+            filled=self.filled * tiles,
         )
 
 
@@ -122,13 +127,15 @@ _NOTHING = Cost()
 
 @dataclass(slots=True)
 class _Run:
-    """Neighbours in a block without events: their work by the ``lengths`` of the tiles that it depends on.
+    """Neighbours in a block without events: their work by the ``lengths`` of the tiles that it depends on, and by
+    whether loads that have a ``choice`` read the caller's tensor.
 
     None where it depends on scalars, or some are made.
     """
 
     ops: tuple[Op, ...]
     lengths: tuple[tuple[str, str], ...] | None
+    choices: tuple[Function, ...] = ()
     known: dict[tuple[int, ...], Work] = field(default_factory=dict)
 
 
@@ -168,6 +175,8 @@ class Walker:
         self.values: dict[str, Any] = {}
         self._costs: dict[tuple[Any, ...], Cost] = {}
         self._names: dict[int, tuple[str, ...]] = {}
+        self._endless = endless_inputs(geometry.program)
+        self._choices: dict[int, tuple[Function, ...]] = {}
         self._eventful: dict[int, bool] = {}
         self._parts: dict[int, tuple[tuple[Op, ...], list[_Part]]] = {}
         self._syncs: dict[int, _Sync] = {}
@@ -244,7 +253,8 @@ class Walker:
         scalars = any(op.results and not op.results[0].type.shape for op in ops)
         if scalars or any(name[0] == "%" for name in names):
             return _Run(ops, None)
-        return _Run(ops, tuple((f"{name}.stop", f"{name}.start") for name in names))
+        lengths = tuple((f"{name}.stop", f"{name}.start") for name in names)
+        return _Run(ops, lengths, tuple(c for op in ops for c in self._choices_of(op)))
 
     def _work(self, run: _Run, before: Work | None) -> Work:
         """What is worked in ``run``, and before it."""
@@ -256,6 +266,8 @@ class Walker:
             return Work(cost)
         get = self.env.get
         key = tuple([get(stop, 0) - get(start, 0) for stop, start in run.lengths])
+        if run.choices:
+            key = (*key, *(int(choice(self.env)) for choice in run.choices))
         work = run.known.get(key)
         if work is None:
             cost = _NOTHING
@@ -340,11 +352,19 @@ class Walker:
             else env.get(f"{n}.stop", 0) - env.get(f"{n}.start", 0)
             for n in names
         ]
-        key = (id(op), *lengths)
+        key = (id(op), *lengths, *(choice(env) for choice in self._choices_of(op)))
         known = self._costs.get(key)
         if known is None:
             known = self._costs[key] = self._cost(op)
         return known
+
+    def _choices_of(self, op: Op) -> tuple[Function, ...]:
+        """Whether each load in ``op`` that may read the caller's tensor instead of a buffer does."""
+        found = self._choices.get(id(op))
+        if found is None:
+            loads = [o for o in op.walk() if o.name == "load" and o.get("own") is not None]
+            found = self._choices[id(op)] = tuple(self.geometry.bound(o["when"]) for o in loads)
+        return found
 
     def _names_of(self, op: Op) -> tuple[str, ...]:
         """What the cost of ``op`` depends on: tiles, of which the length counts, and ``%``, scalars."""
@@ -390,7 +410,9 @@ class Walker:
                 return Cost(bytes=size, elementwise=size * copies / 2)
             # What a load empties it stores, too.
             touched = size * (2 if op.get("empty") else 1) * self._across_lines(op, value)
-            return Cost(bytes=touched, elementwise=size / 2 if op.name == "load_sum" else 0.0)
+            filled = self._filled(op, value) if op.name == "load" else 0.0
+            adding = size / 2 if op.name == "load_sum" else 0.0
+            return Cost(bytes=touched, elementwise=adding, filled=filled)
         if op.name == "dot":
             a, b = (self._whole_shape(v) for v in op.operands[:2])
             dtype = op.operands[0].type.dtype
@@ -408,6 +430,22 @@ class Walker:
         if len(decl.shape) < 2 or not shape:
             return 1.0
         return cache_share(decl.shape[-1] * size, max(1, shape[-1] * size))
+
+    def _filled(self, op: Op, value: Value) -> float:
+        """Lines that TMA fills in for the rows of a tile that a tensor has not.
+
+        Buffers have room for them, and behind an input of as many rows as there are lies something, too.
+        """
+        assert op.ref is not None
+        if op.get("via") != "tma" or len(value.type.shape) != 2:
+            return 0.0
+        own = op.get("own") is not None and bool(self._choices_of(op)[0](self.env))
+        source = op["own"].symbol if own else op.symbol
+        if self.geometry.decls[source].op.name != "tensor" or source in self._endless:
+            return 0.0
+        rows, columns = self._whole_shape(value)
+        missing = rows - self.geometry.shape(value, self.env)[0]
+        return missing * ceil(columns * DTYPES[value.type.dtype] / LINE_BYTES)
 
     def _whole_shape(self, value: Value) -> tuple[int, ...]:
         """The shape of ``value`` where no tile is short."""

@@ -15,6 +15,7 @@ from tilelink.backend.validate.machine import Machine
 from tilelink.backend.validate.trace import Signal, Touch, Trace
 from tilelink.backend.validate.values import Descriptor, Ints, Name, Num, Special, full
 from tilelink.errors import Source
+from tilelink.ir import Expr
 
 CONTEXT = frozenset({"arena", "peers", "progress_ns", "arrival_ns", "program", "host_record"})
 
@@ -23,7 +24,8 @@ CONTEXT = frozenset({"arena", "peers", "progress_ns", "arrival_ns", "program", "
 class View:
     """A region of a tensor or buffer of rank ``home``: box ``[lo, hi)`` and the axes that are left.
 
-    ``flat``: the first two axes are one. ``roomy``: all of the memory that the buffer may take.
+    ``flat``: the first two axes are one. ``roomy``: all of the memory that the buffer may take, or what lies
+    behind an input too.
     """
 
     symbol: str
@@ -268,11 +270,22 @@ class HostMachine(Machine):
         return view
 
     def on_room(self, name: Any, slot: Any = None) -> View:
-        """``call.room``: of a symmetric buffer whose dims depend on a dynamic extent."""
-        view = self.on_buffer(name, None, slot)
-        decl = self.layout.declared[name]
-        if decl.get("space") != "symmetric" or all(isinstance(d, int) for d in decl["dims"]):
-            self.hazard(f"there is no more room for @{name} than it takes")
+        """``call.room``: of a symmetric buffer whose dims depend on a dynamic extent, or an input whose rows do.
+
+        Rows of which there are not as many as a tile has depend on no other ones, and other rows not on them.
+        """
+        decl = self.layout.declared.get(name)
+        if decl is not None and decl.name == "tensor":
+            view, dims = self.on_tensor(name), decl["dims"]
+            dynamic = {op.symbol for op in self.layout.program.find("extent") if op.get("dynamic")}
+            varying = [bool(Expr.of(dim).names & dynamic) for dim in dims]
+            if decl["role"] != "in" or slot is not None or varying != [True, False]:
+                self.hazard(f"@{name} is no input of as many rows as there are")
+        else:
+            view = self.on_buffer(name, None, slot)
+            decl = self.layout.declared[name]
+            if decl.get("space") != "symmetric" or all(isinstance(d, int) for d in decl["dims"]):
+                self.hazard(f"there is no more room for @{name} than it takes")
         view.roomy = True
         return view
 

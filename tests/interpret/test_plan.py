@@ -57,6 +57,9 @@ class Driver:
     def __init__(self, log: Log) -> None:
         self.log = log
 
+    def end_of(self, address: int) -> int:
+        return 0
+
     def event(self) -> Event:
         return Event()
 

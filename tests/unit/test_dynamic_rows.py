@@ -181,6 +181,22 @@ def test_text_that_is_right_at_the_capacity_only_is_refused(what: str) -> None:
         validate(read_module(source), program)
 
 
+@pytest.mark.parametrize("what", ["B", "C"])
+def test_a_descriptor_reaches_behind_nothing_but_inputs_of_as_many_rows_as_there_are(
+    what: str,
+) -> None:
+    tiles = (("K", 64), ("M", 64), ("N", 64))
+    schedule = Schedule(moves=(("C", Move("none")),), tiles=tiles, emitter="gluon")
+    op = kernels.gemm_ar.build({"M": 64, "K": 128, "N": 128}, world=2, dynamic=("M",))
+    program = run_passes(op, schedule)
+    text = emit(program)
+    assert 'call.room("A")' in text and f'call.tensor("{what}")' in text
+    validate(read_module(split_modules(text, "module.py")[0]), program)
+    text = text.replace(f'call.tensor("{what}")', f'call.room("{what}")')
+    with pytest.raises(EmittedError, match=f"@{what} is no input of as many rows"):
+        validate(read_module(split_modules(text, "module.py")[0]), program)
+
+
 def test_both_ends_of_each_structure_are_proven() -> None:
     """Tiles of 8 rows, two ranks: the structure changes behind each multiple of 16."""
     program = program_of("ag_gemm", "copy_engine")

@@ -25,6 +25,10 @@ class Driver:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.ends: dict[int, int] = {}  # of allocations, by what begins in them
+
+    def end_of(self, address: int) -> int:
+        return self.ends.get(address, 0)
 
     def event(self) -> Any:
         return SimpleNamespace(handle=1)
@@ -98,10 +102,12 @@ class Launched:
 
     def __init__(self) -> None:
         self.recorded: list[tuple[str, tuple[int, ...]]] = []
+        self.boxes: list[tuple[int, ...]] = []  # rows of descriptors of matrices
 
     def compile(self, kernel: Any, workers: int, args: tuple[Any, ...], **_: Any) -> Any:
         numbers = tuple(a for a in args if isinstance(a, int) and not isinstance(a, bool))
         self.recorded.append((kernel.fn.__name__, numbers))
+        self.boxes.append(tuple(int(a.shape[0]) for a in args if hasattr(a, "block_shape")))
         compiled = SimpleNamespace(
             run=None,
             function=0,
@@ -158,6 +164,33 @@ def test_a_trace_compiles_and_agrees_a_capacity_at_a_time(
         a = matrix(30, 32) if _ == 0 else a
         call(a, b, out)
     assert len(launched.recorded) == known + 2 and driver.calls[-1] == ("graph",)
+
+
+def test_descriptors_reach_behind_an_input_as_far_as_its_memory_does(
+    rank: tuple[State, Driver, Launched],
+) -> None:
+    _, driver, launched = rank
+    moves = (("C", Move("epilogue", slots=2, signal="sentinel")),)
+    tiles = (("K", 64), ("M", 64), ("N", 64))
+    call = kernels.gemm_rs.on(dynamic={"M": 256}, schedule=Schedule(tiles=tiles, moves=moves))
+    a, b, out = matrix(70, 64), matrix(64, 128), matrix(35, 128)
+    pitch, end = 64 * 2, a.data_ptr() + 70 * 64 * 2
+    rows: list[int] = []
+    # Nothing known, nothing there, part of a row, seven rows, more than a box reaches; then less than before.
+    for left in (None, 0, pitch - 1, 7 * pitch, 1000 * pitch, 7 * pitch):
+        if left is not None:
+            driver.ends[a.data_ptr()] = end + left
+        call(a, b, out)
+        rows.append(max(launched.boxes[-1]))
+    assert rows == [70, 70, 70, 77, 70 + 255, 70 + 255]  # the last one is known
+    plans = len(launched.recorded)
+    driver.ends[a.data_ptr()] = end
+    call(a, b, out)
+    assert len(launched.recorded) == plans
+    # Other memory at the same address, with less behind it, has a plan of its own.
+    driver.ends[a.data_ptr()] = end + 8 * pitch
+    call(a, b, out)
+    assert len(launched.recorded) == plans + 1 and 78 in launched.boxes[-1]
 
 
 @pytest.mark.parametrize("kernel", [kernels.ag_gemm, kernels.gemm_rs, kernels.gemm_ar])
