@@ -3,10 +3,10 @@
     python bench/rows_behind.py --out bench/results/rows_behind_h200.json
 
 One GPU. Products of M x K by K x N under one schedule, with M dynamic, at several numbers of rows that a tile of
-128 can have: once with descriptors that end with the rows (TMA fills in zeros), once with descriptors that reach as far as
-the allocation does. Microseconds are the median of rounds, the two in turn, each the mean of several passes. The
-facts about allocations are those of ``cuMemGetAddressRange`` in this process; ``--segments`` says which allocator
-is asked for (``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`` chooses the other one).
+128 can have: once with descriptors that end with the rows (TMA fills in zeros), once with descriptors that reach
+as far as the allocation does. Microseconds are the median of rounds, the two in turn, each the mean of several
+passes. The facts about allocations are those of ``cuMemGetAddressRange`` in this process; ``--segments`` says
+which allocator is asked for (``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`` chooses the other one).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ SCHEDULES = {
 
 def timed(run: Any) -> float:
     """Microseconds of a pass, by events around several."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(400_000)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(400_000)  # type: ignore[no-untyped-call]
     begin.record()
     for _ in range(PASSES):
         run()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) * 1e3 / PASSES
+    return float(begin.elapsed_time(end)) * 1e3 / PASSES
 
 
 def compare(name: str, rows: int) -> dict[str, Any]:

@@ -12,6 +12,8 @@ result also says how many programs the calls needed, and whether every output wa
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import random
 import sys
 import time
@@ -77,6 +79,49 @@ def candidates(
     for candidate in baselines(cluster, case, inputs):
         if candidate.name == stats.IN_TURN:
             yield candidate.name, candidate
+
+
+def prepare(kind: str, rows: int, parallel: int, world: int, device: str, dynamic: bool) -> None:
+    """Compiles what a call with so many rows will choose, in a process without a GPU; ranks find it in a cache."""
+    import torch
+
+    from bench.ours import kernel_of
+    from tilelink.backend.runtime import load_module, write_module
+    from tilelink.backend.runtime.choose import compile_chosen
+    from tilelink.backend.runtime.image import image_of
+    from tilelink.tuning.prepare import compile_module
+
+    case, kernel = case_of(kind, rows, parallel), kernel_of(kind)
+
+    def matrix(*shape: int) -> Any:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    a = matrix(rows // world if kind == AG_GEMM else rows, case.k)
+    bound = kernel.bind((a, matrix(case.k, case.n)), world, {})
+    bound, _ = kernel.at_capacity(bound, {"M": ()} if dynamic else {})
+    with contextlib.suppress(Exception):  # the ranks meet it again
+        chosen = compile_chosen(kernel.build_for(bound), None, device)
+        path = write_module(chosen.source, kernel.name)
+        compile_module(load_module(path), image_of(chosen.program))
+
+
+def prepare_all(cluster: Any, traces: dict[str, list[int]], parallel: int) -> None:
+    """Compiles all programs of all traces, a share on each rank, many at once. Collective."""
+    import torch
+
+    from tilelink.frontend.capacity import capacity_of
+    from tilelink.tuning.prepare import make_pool
+
+    device = torch.cuda.get_device_name()
+    jobs = []
+    for kind, lengths in traces.items():
+        jobs += [(kind, rows, parallel, cluster.world, device, False) for rows in lengths]
+        some = {capacity_of("M", rows, 1, ())[1]: rows for rows in lengths}  # one of each capacity
+        jobs += [(kind, rows, parallel, cluster.world, device, True) for rows in some.values()]
+    mine = jobs[cluster.rank :: cluster.world]
+    with make_pool(max(1, (os.cpu_count() or 2) * 3 // 4 // cluster.world)) as pool:
+        list(pool.map(prepare, *zip(*mine, strict=True)))
+    cluster.agreement.gather(None)
 
 
 def step(cluster: Any, case: Case, dynamic: Any, settings: Any, watchdog: Any) -> dict[str, Any]:
@@ -162,18 +207,26 @@ def main() -> int:
             write_json(Path(options.out), data | {"stopped": stopped})
 
     watchdog = Watchdog(options.watchdog + (10 if cluster.rank else 0), write)
-    for kind in options.kinds.split(","):
+    parallel = options.tensor_parallel or cluster.world
+    traces = {
+        kind: trace(options.steps, 1 if kind == GEMM_AR else cluster.world, options.seed)
+        for kind in options.kinds.split(",")
+    }
+    begin = time.monotonic()
+    prepare_all(cluster, traces, parallel)
+    if cluster.rank == 0:
+        print(f"compiled ahead in {time.monotonic() - begin:.0f} s", flush=True)
+    for kind, lengths in traces.items():
         dynamic = kernel_of(kind).on(group=cluster.group, dynamic=("M",))
-        unit = 1 if kind == GEMM_AR else cluster.world
         steps: list[dict[str, Any]] = []
         begin = time.monotonic()
-        for rows in trace(options.steps, unit, options.seed):
+        for rows in lengths:
             over = options.time_budget is not None and (
                 time.monotonic() - begin > options.time_budget
             )
             if cluster.agreement.first(over):
                 break
-            case = case_of(kind, rows, options.tensor_parallel or cluster.world)
+            case = case_of(kind, rows, parallel)
             steps.append(step(cluster, case, dynamic, settings, watchdog))
             data["traces"][kind] = {"verdict": verdict(steps), "steps": steps}
             write()
