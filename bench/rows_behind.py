@@ -82,7 +82,7 @@ def allocations() -> list[dict[str, int]]:
     found = []
     for size in (1 << 12, 1 << 20, 3 << 20, 9 << 20, 40 << 20, 300 << 20):
         x = torch.zeros(size, dtype=torch.uint8, device="cuda")
-        left = driver().end_of(x.data_ptr()) - x.data_ptr() - size
+        left = driver().end_of(x.data_ptr() + size - 1) - x.data_ptr() - size
         words = torch.zeros(8, dtype=torch.int64, device="cuda")
         # The last bytes that are said to be there, read by a copy: it fails where they are not.
         driver().copy(

@@ -225,8 +225,11 @@ def rows_behind(tensor: torch.Tensor) -> int:
     if tensor.dim() != 2 or not tensor.is_contiguous():
         return 0
     pitch = tensor.shape[1] * tensor.element_size()
-    left = driver().end_of(tensor.data_ptr()) - tensor.data_ptr()
-    return max(0, min(MOST_BEHIND, left // pitch - tensor.shape[0])) if pitch else 0
+    if not pitch or not tensor.shape[0]:
+        return 0
+    # Of memory that is mapped in pieces, the piece with the last element is what counts.
+    end = tensor.data_ptr() + tensor.shape[0] * pitch
+    return max(0, min(MOST_BEHIND, (driver().end_of(end - 1) - end) // pitch))
 
 
 def graphs() -> bool:

@@ -25,7 +25,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.ends: dict[int, int] = {}  # of allocations, by what begins in them
+        self.ends: dict[int, int] = {}  # of allocations, by the last byte of what lies in them
 
     def end_of(self, address: int) -> int:
         return self.ends.get(address, 0)
@@ -179,16 +179,16 @@ def test_descriptors_reach_behind_an_input_as_far_as_its_memory_does(
     # Nothing known, nothing there, part of a row, seven rows, more than a box reaches; then less than before.
     for left in (None, 0, pitch - 1, 7 * pitch, 1000 * pitch, 7 * pitch):
         if left is not None:
-            driver.ends[a.data_ptr()] = end + left
+            driver.ends[end - 1] = end + left
         call(a, b, out)
         rows.append(max(launched.boxes[-1]))
     assert rows == [70, 70, 70, 77, 70 + 255, 70 + 255]  # the last one is known
     plans = len(launched.recorded)
-    driver.ends[a.data_ptr()] = end
+    driver.ends[end - 1] = end
     call(a, b, out)
     assert len(launched.recorded) == plans
     # Other memory at the same address, with less behind it, has a plan of its own.
-    driver.ends[a.data_ptr()] = end + 8 * pitch
+    driver.ends[end - 1] = end + 8 * pitch
     call(a, b, out)
     assert len(launched.recorded) == plans + 1 and 78 in launched.boxes[-1]
 
