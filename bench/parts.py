@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench import environment, stats, tables
+from bench import environment, stats, tables, varying_m
 from bench.graph_check import passed
 
 
@@ -192,6 +192,66 @@ def _links(name: str, run: dict[str, Any]) -> str:
     return "\n".join([title, provenance(name, run), _LINKS_TEXT, table, ""])
 
 
+def _varying(name: str, run: dict[str, Any]) -> str:
+    """Calls with a dynamic number of rows, a step of a trace at a time."""
+    ours, alone, turn = varying_m.DYNAMIC, stats.TUNED, stats.IN_TURN
+    rows, words = [], []
+    for kind, found in run["traces"].items():
+        steps = sorted(found["steps"], key=lambda step: int(step["m"]))
+        better = either = 0
+        for step in steps:
+            times = step["median_us"]
+            mine, others = times.get(ours), [times[n] for n in (alone, turn) if times.get(n)]
+            cells = [
+                tables.number(times[n], 1) if times.get(n) else "-" for n in (ours, alone, turn)
+            ]
+            ratio = "failed" if mine is None or not others else f"{mine / min(others):.3f}"
+            rows.append([kind, str(step["m"]), *cells, ratio])
+            if mine is not None and others:
+                better += mine <= varying_m.MARGIN * min(others)
+                either += mine <= varying_m.MARGIN * max(others)
+        programs = max(int(step["programs"]) for step in steps)
+        words.append(
+            f"{kind}: {programs} programs for {len(steps)} steps; within {varying_m.MARGIN:.2f} of one of the "
+            f"two in {either}, of the faster of them in {better}."
+        )
+    text = (
+        "One kernel with a dynamic M through a trace of serving, in each step beside the kernel that a plain call "
+        "compiles for this M alone and beside NCCL and cuBLAS in turn; microseconds, and the time over the "
+        f"lesser of the other two. {' '.join(words)}\n"
+    )
+    header = (
+        "kernel",
+        "M",
+        "dynamic, us",
+        "for this M alone, us",
+        "in turn, us",
+        "over the lesser",
+    )
+    title = f"## Rows that vary, {tables.gpus(run['world'])}\n"
+    return "\n".join([title, provenance(name, run), text, tables.markdown(header, rows), ""])
+
+
+def _rows_behind(name: str, run: dict[str, Any]) -> str:
+    """What filling in rows takes, against reading on behind a matrix."""
+    rows = [
+        [row["schedule"], str(row["rows"]), str(row["behind"])]
+        + [tables.number(row[key], 1) for key in ("ends_us", "behind_us")]
+        for row in run["rows"]
+    ]
+    if not rows:
+        return ""
+    text = (
+        "Products of few rows, K = 8192 and N = 7168, under schedules by emitter and rows of a tile; "
+        "microseconds. Where the descriptor of the left operand ends with its rows, TMA fills in zeros for those "
+        "that a tile has beyond; where it reaches on into what lies behind in the same allocation, as kernels "
+        "of dynamic rows do, they are read. *Behind*: how many rows there were. The results have the same bits.\n"
+    )
+    header = ("schedule", "rows", "behind", "ends, us", "reads on, us")
+    title = f"## Rows behind a matrix, {tables.gpus(run['world'])}\n"
+    return "\n".join([title, provenance(name, run), text, tables.markdown(header, rows), ""])
+
+
 PARTS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "host_cost": _host_costs,
     "gluon_gemm": _structures,
@@ -199,4 +259,6 @@ PARTS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "graph_check": _graphs,
     "compile_time": _compile_times,
     "links": _links,
+    "varying_m": _varying,
+    "rows_behind": _rows_behind,
 }

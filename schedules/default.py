@@ -174,8 +174,7 @@ def _resource(kernel: Op, tensor: Op, extents: dict[str, int]) -> str:
 
 def _fits_slots(kernel: Op, extents: dict[str, int], moves: dict[str, Move]) -> bool:
     """Whether what all moved tensors land in fits a slot, and workers move all of them."""
-    dynamic = any(op.get("dynamic") for op in kernel.find("extent"))
-    if not moves or dynamic or int(kernel["world"]) == 1:
+    if not moves or int(kernel["world"]) == 1:
         return False
     if not all(move.by_workers for move in moves.values()):
         return False

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tilelink.backend.emit.text import Writer, identifier, render
+from tilelink.backend.endless import endless_inputs
 from tilelink.errors import Span, TilelinkError
 from tilelink.ir import DTYPES, At, Expr, Op, Type, Value
-from tilelink.ir.instance import endless_inputs
 from tilelink.ir.layout import ENCODINGS, SLOT_BYTES, WORD
 
 TL_DTYPE = {

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tilelink.backend.endless import endless_inputs
 from tilelink.errors import Span
 from tilelink.ir import DTYPES, At, Expr, Index, Op, Ref, Value, layout
-from tilelink.ir.instance import endless_inputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Any, TypeAlias
 
+from tilelink.backend.endless import endless_inputs
 from tilelink.backend.simulate.geometry import (
     Env,
     Function,
@@ -18,7 +19,6 @@ from tilelink.backend.simulate.geometry import (
     keep_scalar,
 )
 from tilelink.ir import DTYPES, Op, Ref, Value
-from tilelink.ir.instance import endless_inputs
 from tilelink.ir.layout import ENCODINGS, PAYLOAD
 from tilelink.ir.limits import check_rows
 from tilelink.schedules.costs import LINE_BYTES, cache_share
@@ -434,7 +434,7 @@ class Walker:
     def _filled(self, op: Op, value: Value) -> float:
         """Lines that TMA fills in for the rows of a tile that a tensor has not.
 
-        Buffers have room for them, and behind an input of as many rows as there are lies something, too.
+        Buffers have room for them, and behind some inputs kernels read on.
         """
         assert op.ref is not None
         if op.get("via") != "tma" or len(value.type.shape) != 2:

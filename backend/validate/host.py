@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tilelink.backend.endless import endless_inputs
 from tilelink.backend.validate import library
 from tilelink.backend.validate.layout import Layout, constant
 from tilelink.backend.validate.library import Called, Turned
@@ -15,7 +16,6 @@ from tilelink.backend.validate.machine import Machine
 from tilelink.backend.validate.trace import Signal, Touch, Trace
 from tilelink.backend.validate.values import Descriptor, Ints, Name, Num, Special, full
 from tilelink.errors import Source
-from tilelink.ir import Expr
 
 CONTEXT = frozenset({"arena", "peers", "progress_ns", "arrival_ns", "program", "host_record"})
 
@@ -270,17 +270,13 @@ class HostMachine(Machine):
         return view
 
     def on_room(self, name: Any, slot: Any = None) -> View:
-        """``call.room``: of a symmetric buffer whose dims depend on a dynamic extent, or an input whose rows do.
-
-        Rows of which there are not as many as a tile has depend on no other ones, and other rows not on them.
-        """
+        """``call.room``: of a symmetric buffer whose dims depend on a dynamic extent, or of an input behind whose
+        rows a kernel may read."""
         decl = self.layout.declared.get(name)
         if decl is not None and decl.name == "tensor":
-            view, dims = self.on_tensor(name), decl["dims"]
-            dynamic = {op.symbol for op in self.layout.program.find("extent") if op.get("dynamic")}
-            varying = [bool(Expr.of(dim).names & dynamic) for dim in dims]
-            if decl["role"] != "in" or slot is not None or varying != [True, False]:
-                self.hazard(f"@{name} is no input of as many rows as there are")
+            view = self.on_tensor(name)
+            if slot is not None or name not in endless_inputs(self.layout.program):
+                self.hazard(f"@{name} is no input behind whose rows a kernel may read")
         else:
             view = self.on_buffer(name, None, slot)
             decl = self.layout.declared[name]

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from tilelink.backend.endless import mixed_rows
 from tilelink.backend.expand import Ints, environment, evaluate, loop_tiles
 from tilelink.backend.expand_rows import Expansion
 from tilelink.backend.expand_walk import expand
@@ -33,7 +34,6 @@ from tilelink.backend.verify.errors import RowsError
 from tilelink.ir import At, Broadcast, Expr, Index, Op, Range, Ref, Value
 from tilelink.ir.instance import at_extents
 
-_REDUCE = ("sum", "max", "min")
 _MEMORY = ("load", "load_sum", "store")
 # Attributes that may name the extent; what they say is compared with the capacity, or enumerated and proven.
 _MAY_NAME = {
@@ -199,6 +199,8 @@ class _Rows:
         return found
 
     def body(self, stage: Op, row: str | None) -> None:
+        for op, what in mixed_rows(stage, row) if row is not None else ():
+            _fail(op, what)
         for op in stage.walk():
             if op is stage:
                 continue
@@ -211,17 +213,8 @@ class _Rows:
                 _fail(op, f"the value of `{self.name}` itself")
             if any(self.name in re.findall(r"[\w.]+", d) for shape in shapes for d in shape):
                 _fail(op, "a tile of all rows")
-            if row is not None:
-                if op.name in ("index", "bound") and op.operands[0].name == row:
-                    _fail(op, "the number of a row")
-                if op.name == "dot" and (
-                    shapes[0][-1] == row or shapes[1][max(0, len(shapes[1]) - 2)] == row
-                ):
-                    _fail(op, "a product that sums over rows")
-                if op.name in _REDUCE and shapes[0][int(op["axis"])] == row:
-                    _fail(op, f"a {op.name} over rows")
-                if op.name == "reshape" and any(row in shape for shape in shapes):
-                    _fail(op, "a reshape of rows")
+            if row is not None and op.name in ("index", "bound") and op.operands[0].name == row:
+                _fail(op, "the number of a row")
             if op.name in _MEMORY:
                 own = op.get("own")
                 for ref in (op.ref, *([own] if isinstance(own, Ref) else [])):

@@ -193,7 +193,7 @@ def test_a_descriptor_reaches_behind_nothing_but_inputs_of_as_many_rows_as_there
     assert 'call.room("A")' in text and f'call.tensor("{what}")' in text
     validate(read_module(split_modules(text, "module.py")[0]), program)
     text = text.replace(f'call.tensor("{what}")', f'call.room("{what}")')
-    with pytest.raises(EmittedError, match=f"@{what} is no input of as many rows"):
+    with pytest.raises(EmittedError, match=f"@{what} is no input behind"):
         validate(read_module(split_modules(text, "module.py")[0]), program)
 
 

@@ -25,6 +25,7 @@ LAYERS = (
         "tilelink.backend.expand_rows",
         "tilelink.backend.expand_walk",
         "tilelink.backend.copying",
+        "tilelink.backend.endless",
         "tilelink.backend.product",
         "tilelink.backend.reference",
         "tilelink.backend.reference_moves",

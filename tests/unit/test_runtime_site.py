@@ -26,6 +26,7 @@ class Program:
         self.calls: list[tuple[dict[str, torch.Tensor], dict[str, float]]] = []
         self.planned: list[dict[str, torch.Tensor]] = []
         self.bare: object = None
+        self.endless: tuple[str, ...] = ()
 
     def slots(self, extents: Mapping[str, int]) -> Any:
         return self.image.tensors
@@ -158,6 +159,14 @@ def test_a_recorded_call_is_found_by_its_tensors_and_all_that_is_known_of_them(
     b.requires_grad_()
     with pytest.raises(BadCall, match="requires a gradient"):
         bench.site((a, b, out), {})
+
+
+def test_a_recorded_call_that_reads_behind_a_tensor_is_looked_up_each_time(bench: Bench) -> None:
+    bench.program.endless = ("A",)
+    a, b, out = matrix(16, 16), matrix(16, 16), matrix(32, 16)
+    for count in range(1, 4):
+        bench.site((a, b, out), {})
+        assert len(bench.program.calls) == count and bench.program.planned == []
 
 
 @pytest.mark.parametrize("bare", [False, True])

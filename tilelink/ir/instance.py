@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tilelink.ir.expr import Expr
 from tilelink.ir.node import Op
 
 
@@ -24,20 +23,3 @@ def at_extents(program: Op, values: Mapping[str, int], *, fixed: bool = False) -
         for op in program.body
     )
     return program.with_ops(ops)
-
-
-def endless_inputs(program: Op) -> frozenset[str]:
-    """The inputs with as many rows as there are in a call: behind them, kernels may read what lies in memory.
-
-    No row of a result depends on another one, so nobody looks at it.
-    """
-    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
-
-    def varies(dim: Expr | int | str) -> bool:
-        return bool(Expr.of(dim).names & dynamic)
-
-    return frozenset(
-        op.symbol
-        for op in program.find("tensor")
-        if op["role"] == "in" and [varies(dim) for dim in op["dims"]] == [True, False]
-    )
