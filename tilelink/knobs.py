@@ -113,6 +113,13 @@ GRAPHS = Knob(
     "whether calls that repeat with the same tensors are enqueued as one CUDA graph each",
     _switch,
 )
+READ_BEHIND = Knob(
+    "TILELINK_READ_BEHIND",
+    True,
+    "0 or 1",
+    "whether kernels read on behind the rows of an input, within its allocation, where a tile has more rows",
+    _switch,
+)
 TUNED = Knob(
     "TILELINK_TUNED",
     True,
@@ -128,6 +135,7 @@ KNOBS: tuple[Knob[float] | Knob[int] | Knob[Path] | Knob[bool], ...] = (
     CACHE,
     ARENA_MB,
     GRAPHS,
+    READ_BEHIND,
     TUNED,
     DEBUG,
 )

@@ -95,8 +95,7 @@ class Program:
         """The recorded call for these addresses and numbers; the order of ``tensors`` is always the same."""
         key = (*[t.data_ptr() for t in tensors.values()], *scalars.values(), *extents.values())
         if self.endless:
-            # Memory of an address may be another allocation by now, with less behind it.
-            key = (*key, *[rows_behind(tensors[name]) for name in self.endless])
+            key = (*key, *self.reach(tensors))
         found = self._plans.get(key)
         if found is None:
             distinct = _check_apart(self.image, tensors)
@@ -110,6 +109,11 @@ class Program:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = found
         return found
+
+    def reach(self, tensors: Tensors) -> tuple[int, ...]:
+        """How many rows lie behind the inputs that kernels may read on: memory of an address may be another
+        allocation by the next call, with less behind it."""
+        return tuple([rows_behind(tensors[name]) for name in self.endless])
 
     def portable(self, extents: Extents) -> Plan | None:
         """The recorded call for any addresses, of outputs that lie in no other tensor; or None."""

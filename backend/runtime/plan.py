@@ -222,6 +222,8 @@ def rows_behind(tensor: torch.Tensor) -> int:
 
     What is there belongs to others, or to nobody. It may be read, and is not looked at.
     """
+    if not knobs.READ_BEHIND.get():
+        return 0
     if tensor.dim() != 2 or not tensor.is_contiguous():
         return 0
     pitch = tensor.shape[1] * tensor.element_size()

@@ -116,7 +116,7 @@ class Site:
         self._met: set[int] = set()
         self._routes: dict[tuple[object, ...], Route] = {}
         # By the addresses too: the route, and the recorded call where it is the same each time.
-        self._calls: dict[tuple[object, ...], tuple[Route, Plan | None]] = {}
+        self._calls: dict[tuple[object, ...], tuple[Route, Plan | None, tuple[int, ...]]] = {}
         signature = kernel.signature
         self._positional = [n for n in signature.names if n not in signature.keywords]
         # Compile-time arguments and extents count by value, other numbers by type.
@@ -154,25 +154,32 @@ class Site:
         known = self._calls.get(key)
         if known is None:
             known = self._remember(key, state, args)
-        route, plan = known
+        route, plan, reach = known
         if plan is None:
             return route(args)
-        return route.program.enqueue(plan, route.gather(args))
+        program, tensors = route.program, route.gather(args)
+        if program.endless and program.reach(tensors) != reach:
+            del self._calls[key]
+            return route(args)
+        return program.enqueue(plan, tensors)
 
     def _remember(
         self, key: tuple[Any, ...], state: CudaState, args: tuple[torch.Tensor, ...]
-    ) -> tuple[Route, Plan | None]:
-        """The route of these tensors, and the recorded call where it depends on no others."""
+    ) -> tuple[Route, Plan | None, tuple[int, ...]]:
+        """The route of these tensors, the recorded call where it depends on no others, and how far it reads on
+        behind them."""
         route, plan = self._look(state, args, {}), None
+        reach: tuple[int, ...] = ()
         if route.whole and route.fresh:
             plan = route.program.portable(route.extents)
-        elif route.whole and not route.program.endless:
-            # What lies behind an input may be another allocation's by the next call.
-            plan = route.program.plan(route.gather(args), NO_NUMBERS, route.extents)
+        elif route.whole:
+            tensors = route.gather(args)
+            plan = route.program.plan(tensors, NO_NUMBERS, route.extents)
+            reach = route.program.reach(tensors)
         if len(self._calls) >= PLANS:
             self._calls.pop(next(iter(self._calls)))
-        self._calls[key] = route, plan
-        return route, plan
+        self._calls[key] = route, plan, reach
+        return route, plan, reach
 
     def _look(self, state: CudaState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Route:
         """The route of this kind of call, found out where it is new."""
