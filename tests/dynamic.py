@@ -48,6 +48,9 @@ CASES = [
     ("ag_gemm", "copy_engine spans"),
     ("ag_gemm_swiglu", "sm:2 spans"),
     ("gemm_rs", "epilogue word"),
+    ("gemm_rs", "epilogue pull"),
+    ("gemm_rs", "epilogue pull slots"),
+    ("gemm_rs_add", "epilogue pull slots"),
     ("gemm_ar", "epilogue sentinel"),
     ("gemm_ar_add", "epilogue sentinel"),
     ("gemm_ar", "epilogue shots"),
@@ -87,9 +90,12 @@ def program_of(name: str, resource: str, channels: int | None = None) -> Op:
             move = replace(move, shots=2)
         elif form == "spans":
             move = replace(move, spans=True)
+        elif form == "pull":
+            move = replace(move, spans=True, direction="pull")
         else:
             move = replace(move, slots=2, signal="flag" if form == "slots" else form)
-    tiles = (("K", 16), ("M", 8), ("N", 32))
+    # What is pulled is stored by tiles of all rows.
+    tiles = (("K", 16), ("M", CAPACITY["M"] if move.direction == "pull" else 8), ("N", 32))
     emitter = "library" if library else schedule.emitter
     moves, workers = ((tensor, move),), min(schedule.workers, WORKERS)
     chosen = replace(schedule, moves=moves, tiles=tiles, emitter=emitter, workers=workers)

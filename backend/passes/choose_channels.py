@@ -178,7 +178,7 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
             comm_tile=tile,
             channel_rows=rows,
             polled=ENCODING.get(move.signal),
-            closed=(info.kind == "gather" and move.spans and info.dynamic is not None) or None,
+            closed=(move.spans and info.dynamic is not None) or None,
             in_place=info.kind == "gather" and move.resource != "none" and _in_place(program, info),
         ),
     )
@@ -325,11 +325,20 @@ def _count_spanning(program: Op, name: str) -> Op:
         detail = f"the tiles that store `{name}` end with the shards of another tensor"
     elif _given(program, name):
         detail = f"the rows of `{name}` that share a signal are given"
+    elif moved(program, name).dynamic is not None and not _of_all_rows(program, name):
+        detail = f"tiles of fewer rows than `{name}` can have, which are known at run time only"
     if detail or axis is None:
         raise ScheduleError(
             tensor.span, field=f"moves.{name}.spans", detail=detail, help="use false"
         )
     return _along_columns(program, name, axis)
+
+
+def _of_all_rows(program: Op, name: str) -> bool:
+    """Whether a task that stores a tensor stores all rows that there can be, and so some of every rank's."""
+    stage, variable = storing_stage(program, name)
+    info = moved(program, name)
+    return variable is not None and int(stage["tile"][variable]) >= info.shard * info.world
 
 
 def _count_columns(program: Op, name: str) -> Op:

@@ -236,7 +236,10 @@ class Moved:
         """Local elements of ``channel``; the last channel may be shorter."""
         if self.channels == 1:
             return self.live if self.channel_axis is None else self.across
-        if self.dynamic is None and self.length % self.channel_rows == 0:
+        fixed = (
+            self.dynamic is None or self.channel_axis is not None
+        )  # columns are as many in each call
+        if fixed and self.length % self.channel_rows == 0:
             return self.channel_rows
         end = self.live if self.channel_axis is None else self.across
         return (

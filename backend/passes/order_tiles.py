@@ -324,10 +324,6 @@ def _spans(program: Op, schedule: Schedule, info: Moved) -> bool:
         advice = "use false, or the sum `stage`"
     elif info.block != info.shard:
         detail = f"the shards of `{info.name}` do not lie one behind the other"
-    elif info.dynamic is not None and info.kind == "scatter":
-        detail = (
-            f"the rows of `{info.name}` are known at run time only, and lie apart in every shard"
-        )
     if detail:
         raise ScheduleError(
             program.declared(info.name).span,

@@ -107,7 +107,8 @@ def _buffers(program: Op, tensor: Op, info: Moved) -> list[Op]:
             *([buffer("total", held, "local", f"{info.name}.partial" if inside else "")] * read),
         ]
     if info.pulled:
-        planned = [buffer("partial", dims, "symmetric")]
+        landing = tuple(tensor["dims"]) if info.closed else dims
+        planned = [buffer("partial", landing, "symmetric")]
         return [*planned, buffer("all", dims, "symmetric")] if info.shots == 2 else planned
     planned = [] if info.resource == "epilogue" else [buffer("partial", dims, "local")]
     planned.append(buffer("parts", (Expr.name("WORLD"), *held), "symmetric"))
@@ -251,7 +252,13 @@ def _sum(op: Op, info: Moved) -> Op:
 def _pulled(op: Op, info: Moved) -> Op:
     """The sum of what all ranks have put at the same place of their own memory."""
     assert op.ref is not None
-    place = Ref(f"{info.name}.partial", _at(info, op.ref.index, "landing"))  # type: ignore[arg-type]
+    index = _at(info, op.ref.index, "landing")
+    row = index[info.axis]
+    if info.closed and isinstance(row, Value):
+        # A slice is walked where it would lie at the capacity, and lies behind as many rows as there are.
+        closer = start_of(row) - start_of(row) // info.shard * (info.shard - Expr.of(info.live))
+        index = tuple(At(row, closer) if n == info.axis else item for n, item in enumerate(index))
+    place = Ref(f"{info.name}.partial", index)  # type: ignore[arg-type]
     return replace(op, name="load_sum", ref=place).with_attrs(remote=True)
 
 

@@ -41,6 +41,8 @@ SUM_BYTES = 8192  # of an all-reduce, the part that weighs as much as a task
 PARTS, MOST_OF_ROWS = (0.0, 0.5, 1.0), 2_000
 # The model's median error: a predicted gain below it is none.
 GAIN = 0.05
+# What a measurement at the capacity outweighs: of rows that vary, the model is off by this much at times.
+OUTWEIGHED = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,8 @@ def _of_all_rows(
 ) -> Iterator[Choice]:
     """The same of dynamic rows, by what is expected of all numbers of them that the program serves.
 
-    What was measured at the capacity has that time there, less the gain below which a prediction is none, and
-    elsewhere as many times less as the model says.
+    What was measured at the capacity has that time there, less what a measurement outweighs, and elsewhere as
+    many times less as the model says. What had parts of sums counts where it is expected to beat the default.
     """
     machine = Machine.of_device(device, world_of(kernel))
     some = [*tuned, *(_relaxed(choice) for choice in tuned)]
@@ -109,15 +111,20 @@ def _of_all_rows(
     if machine is None:
         yield from known[:1]
         return
+    exact = found.schedule if found is not None and found.distance == 0 else None
     expected: dict[Choice, float] = {}
     for choice in (*known, *predicted_choices(kernel, device)):
         assert choice.schedule is not None
         if any(choice.schedule == other.schedule for other in expected):
             continue
         times = _times_of_rows(kernel, choice.schedule, machine)
-        measured = found is not None and found.distance == 0 and choice.schedule == found.schedule
-        if measured and found is not None and found.entry.us and math.isfinite(sum(times)):
-            times = [(1.0 - GAIN) * found.entry.us * us / times[-1] for us in times]
+        if exact is not None and found is not None and choice.origin.startswith(found.origin):
+            if exact.split != choice.schedule.split:
+                usual = _times_of_rows(kernel, default_schedule(kernel), machine)
+                if math.prod(times) > math.prod(usual):
+                    continue
+            elif found.entry.us and math.isfinite(sum(times)):
+                times = [(1.0 - OUTWEIGHED) * found.entry.us * us / times[-1] for us in times]
         expected[choice] = math.prod(times)
     yield from sorted(expected, key=lambda choice: expected[choice])
 
@@ -145,7 +152,7 @@ def _relaxed(choice: Choice) -> Choice | None:
         (name, replace(move, copies="rows") if move.spans else move)
         for name, move in schedule.moves
     )
-    other = replace(schedule, tail=1, moves=moves)
+    other = replace(schedule, tail=1, split=1, moves=moves)
     return None if other == schedule else Choice(other, f"{choice.origin}, for dynamic rows")
 
 
