@@ -64,7 +64,7 @@ def forgetful(program: Op) -> list[Op]:
             continue  # where segments and their number are given, the extent of a queue says nothing
         if re.search(r"\bfirst = [^,{}]*$", text[:begin]):
             continue  # any worker may have the first place of a queue
-        if "buffer @A.all" in line and "symmetric" in line:
+        if re.search(r"buffer @(A.all|C.partial) ", line) and "symmetric" in line:
             continue  # memory may be longer than what is used of it
         found.append(parse_ir(text[:begin] + whole + text[end:], "broken"))
     return found
