@@ -20,6 +20,7 @@ LENGTHS = (1, 2048, 513, 64, 7, 1000, 256, 129, 2047, 33, 1536, 2)
 K, N = 64, 512
 # How C or A moves, and, where it is not Triton's, the emitter with its tiles.
 FOLDED, HALVES = ("gluon", 128, 128), ("gluon", 128, 256)
+ALL_ROWS = ("triton", 128, 64)  # tiles that hold all rows there can be
 FORMS: dict[str, tuple[tuple[Move, tuple[str, int, int] | None], ...]] = {
     "ag_gemm": (
         (Move("copy_engine"), None),
@@ -36,6 +37,8 @@ FORMS: dict[str, tuple[tuple[Move, tuple[str, int, int] | None], ...]] = {
         (Move("sm:8"), None),
         (Move("epilogue", slots=2), None),
         (Move("epilogue", slots=2, signal="sentinel"), None),
+        (Move("epilogue", slots=2, spans=True, direction="pull"), ALL_ROWS),
+        (Move("epilogue", spans=True, direction="pull"), ALL_ROWS),
         (Move("copy_engine", sum="epilogue"), FOLDED),
         (Move("epilogue", sum="epilogue"), FOLDED),
         (Move("copy_engine", sum="epilogue"), HALVES),
@@ -67,14 +70,17 @@ def sizes_for(first: bool, form: tuple[str, int, int] | None, world: int) -> tup
     kept apart where a rank's slice has the rows of one."""
     if first:
         return ()
+    if form == ALL_ROWS:
+        return 16, ALL_ROWS[1]
     least = HALVES[1] * world if form == HALVES else 256
     return least // world * world, 2048
 
 
-def lengths_for(name: str, world: int) -> list[int]:
-    """The numbers of rows of the trace, of which ranks can have equal parts where the kernel asks for it."""
+def lengths_for(name: str, world: int, most: int = LENGTHS[1]) -> list[int]:
+    """The numbers of rows of the trace, up to ``most``, of which ranks can have equal parts where the kernel asks
+    for it."""
     unit = 1 if name == "gemm_ar" else world
-    return [-(-m // unit) * unit for m in LENGTHS]
+    return [rows for m in LENGTHS if (rows := -(-m // unit) * unit) <= most]
 
 
 def whole(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -103,12 +109,12 @@ def varying(rank: int, world: int) -> list[Row]:
     """Each kernel and form through the trace, four times, without a wait between its calls."""
     rows: list[Row] = []
     for name, forms in FORMS.items():
-        lengths = lengths_for(name, world)
         for move, form in forms:
             if move.resource == "none" and shared(world):
                 continue  # the library's collectives need a GPU a rank
             schedule = schedule_for(name, move, form)
             sizes = sizes_for(move is forms[0][0], form, world)
+            lengths = lengths_for(name, world, *sizes[-1:])
             call = getattr(kernels, name).on(schedule=schedule, dynamic={"M": sizes})
             steps = [step(name, m, rank, world, seed) for seed, m in enumerate(lengths)]
             for a, b, _ in steps:  # a new capacity is met, compiled and agreed

@@ -17,9 +17,10 @@ def test_every_form_is_emitted_at_every_capacity(name: str, world: int) -> None:
     kernel = getattr(kernels, name)
     b = torch.empty((K, N), dtype=torch.bfloat16, device="meta")
     for place, (move, form) in enumerate(FORMS[name]):
-        capacities = {"M": sizes_for(place == 0, form, world)}
+        sizes = sizes_for(place == 0, form, world)
+        capacities = {"M": sizes}
         served: set[str] = set()
-        for rows in lengths_for(name, world):
+        for rows in lengths_for(name, world, *sizes[-1:]):
             shard = rows // world if name == "ag_gemm" else rows
             a = torch.empty((shard, K), dtype=torch.bfloat16, device="meta")
             bound, _ = kernel.at_capacity(kernel.bind((a, b), world, {}), capacities)
