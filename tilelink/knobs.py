@@ -117,7 +117,8 @@ READ_BEHIND = Knob(
     "TILELINK_READ_BEHIND",
     True,
     "0 or 1",
-    "whether kernels read on behind the rows of an input, within its allocation, where a tile has more rows",
+    "whether kernels read on behind the rows of an input, within its allocation, where a tile has more rows; read "
+    "when a call has tensors that no call had before",
     _switch,
 )
 TUNED = Knob(

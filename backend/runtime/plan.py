@@ -222,8 +222,6 @@ def rows_behind(tensor: torch.Tensor) -> int:
 
     What is there belongs to others, or to nobody. It may be read, and is not looked at.
     """
-    if not knobs.READ_BEHIND.get():
-        return 0
     if tensor.dim() != 2 or not tensor.is_contiguous():
         return 0
     pitch = tensor.shape[1] * tensor.element_size()
@@ -297,7 +295,7 @@ class Recorder(Views):
 
     def endless(self, tensor: torch.Tensor) -> torch.Tensor | Rows:
         """``tensor``, and as many of the rows behind it as a box may reach and :func:`rows_behind` finds."""
-        rows = rows_behind(tensor)
+        rows = rows_behind(tensor) if knobs.READ_BEHIND.get() else 0
         return Rows(tensor, tensor.shape[0] + rows) if rows else tensor
 
     def head(self, ack_wait: bool = True) -> None:
