@@ -37,6 +37,9 @@ CASES = [
     ("gemm_rs", "library"),
     ("gemm_ar", "library"),
     ("gemm_rs_add", "library"),
+    ("ag_gemm", "copy_engine library"),
+    ("ag_gemm", "sm:2 library"),
+    ("gemm_rs", "copy_engine library"),
     ("gemm_rs", "copy_engine folded"),
     ("gemm_rs", "epilogue folded"),
     ("gemm_rs_add", "sm:2 folded"),
@@ -82,8 +85,11 @@ def program_of(name: str, resource: str, channels: int | None = None) -> Op:
     (tensor, _), *_ = schedule.moves
     library = resource == "library"  # of products, and of collectives
     resource, *forms = resource.split(" ")
+    emitter = "library" if library or "library" in forms else schedule.emitter
     move = Move(resource="none" if library else resource, channels=channels)
     for form in forms:
+        if form == "library":
+            continue
         if form == "folded":
             move = replace(move, sum="epilogue")
         elif form == "shots":
@@ -96,7 +102,6 @@ def program_of(name: str, resource: str, channels: int | None = None) -> Op:
             move = replace(move, slots=2, signal="flag" if form == "slots" else form)
     # What is pulled is stored by tiles of all rows.
     tiles = (("K", 16), ("M", CAPACITY["M"] if move.direction == "pull" else 8), ("N", 32))
-    emitter = "library" if library else schedule.emitter
     moves, workers = ((tensor, move),), min(schedule.workers, WORKERS)
     chosen = replace(schedule, moves=moves, tiles=tiles, emitter=emitter, workers=workers)
     return run_passes(op, chosen)

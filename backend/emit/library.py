@@ -38,6 +38,8 @@ class _Library:
         axis = int(stage.get("axis", 0))
         # The variable whose segments are multiplied one by one, if there is one.
         self.cut = stage.args[axis] if stage.get("segment") is not None else None
+        # How many rows of a segment are there.
+        self.there = Expr.of(stage.get("live", stage.get("segment", 0)))
         self.tile = "0"
         loop = next(op for op in stage.body if op.blocks)
         self.extents: dict[Value, Expr | int] = {
@@ -175,7 +177,7 @@ class _Library:
                 parts.append(":")
                 continue
             start = item.start if isinstance(item, At) else Expr.name(f"{value.name}.start")
-            parts.append(span(self.expr(start), self.expr(start + int(self.stage["segment"]))))
+            parts.append(span(self.expr(start), self.expr(start + self.there)))
         while parts and parts[-1] == ":":
             parts.pop()
         whole = self.host.whole(ref.symbol)
@@ -192,7 +194,8 @@ class _Library:
         if self.cut is None:
             return Expr.of(value)
         start, length = Expr.name(f"{self.cut.name}.start"), int(self.stage["segment"])
-        fields = {f"{self.cut.name}.stop": start + length, f"{self.cut.name}.tile": start // length}
+        stop = start + self.there
+        fields = {f"{self.cut.name}.stop": stop, f"{self.cut.name}.tile": start // length}
         return Expr.of(value).substitute(fields)
 
     def expr(self, value: Expr | int) -> str:

@@ -103,7 +103,8 @@ def _whole(program: Op, schedule: Schedule, stage: Op) -> Op:
     cut = segment is not None and (stage.get("segments") is not None or apart)
     tiles = [int(evaluate(extent, names, stage)) for extent in stage["extent"]]
     dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
-    if cut and Expr.of(stage["extent"][axis]).names & dynamic:
+    varies = bool(Expr.of(stage["extent"][axis]).names & dynamic)
+    if cut and varies and stage.get("live") is None:
         raise ScheduleError(
             stage.span,
             field="emitter",
