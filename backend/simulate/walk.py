@@ -33,7 +33,8 @@ class Cost:
     ``landed``: the same of parts that a loader has fetched by then; ``filled``: lines of the cache's length that
     TMA fills in for rows past the end of a tensor.
 
-    A product of a short tile computes the whole tile, so its flops are those of the whole one.
+    A product of a short tile computes the whole tile, so its flops are those of the whole one; but for the
+    library's.
     """
 
     flops: float = 0.0
@@ -176,6 +177,14 @@ class Walker:
         self._costs: dict[tuple[Any, ...], Cost] = {}
         self._names: dict[int, tuple[str, ...]] = {}
         self._endless = endless_inputs(geometry.program)
+        # Products of the library, which are of as many rows as there are.
+        self._cut_short = {
+            id(op)
+            for launch in geometry.program.find("launch")
+            if launch.get("emitter") == "library"
+            for op in launch.walk()
+            if op.name == "dot"
+        }
         self._choices: dict[int, tuple[Function, ...]] = {}
         self._eventful: dict[int, bool] = {}
         self._parts: dict[int, tuple[tuple[Op, ...], list[_Part]]] = {}
@@ -414,7 +423,10 @@ class Walker:
             adding = size / 2 if op.name == "load_sum" else 0.0
             return Cost(bytes=touched, elementwise=adding, filled=filled)
         if op.name == "dot":
-            a, b = (self._whole_shape(v) for v in op.operands[:2])
+            if id(op) in self._cut_short:
+                a, b = (self.geometry.shape(v, self.env) for v in op.operands[:2])
+            else:
+                a, b = (self._whole_shape(v) for v in op.operands[:2])
             dtype = op.operands[0].type.dtype
             return Cost(2.0 * prod(a) * b[-1], dtype, 1.0, a[-2], b[-1])
         if not op.results or op.name in ("zeros", "full", "transpose", "expand", "reshape"):
