@@ -40,6 +40,8 @@ CASES = [
     ("ag_gemm", "copy_engine library"),
     ("ag_gemm", "sm:2 library"),
     ("gemm_rs", "copy_engine library"),
+    ("gemm_ar", "copy_engine library"),
+    ("gemm_ar", "copy_engine shots library"),
     ("gemm_rs", "copy_engine folded"),
     ("gemm_rs", "epilogue folded"),
     ("gemm_rs_add", "sm:2 folded"),

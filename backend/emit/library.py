@@ -172,6 +172,10 @@ class _Library:
             if value != self.cut:
                 zeros = {f"{v.name}.start": 0 for v in self.extents if v != self.cut}
                 moved = isinstance(item, At) and item.start.substitute(zeros).value != 0
+                walked = self.extents[value]
+                if not moved and self.of_capacity(length, walked):
+                    parts.append(span("0", self.expr(walked)))
+                    continue
                 if moved or self.known(length) != self.known(self.extents[value]):
                     raise refuse(op, "a product of a part of a matrix", "use the emitter triton")
                 parts.append(":")
@@ -182,6 +186,12 @@ class _Library:
             parts.pop()
         whole = self.host.whole(ref.symbol)
         return f"{whole}[{', '.join(parts)}]" if parts else whole
+
+    def of_capacity(self, length: Expr | int, walked: Expr | int) -> bool:
+        """Whether memory is as long as the capacity of the dynamic extent that a task walks all of."""
+        program = self.host.program
+        varies = bool(Expr.of(walked).names & program.dynamic)
+        return varies and program.constant(length) == program.capacity(walked)
 
     # Expressions --------------------------------------------------------------------------------
 
