@@ -318,7 +318,7 @@ def _count_spanning(program: Op, name: str) -> Op:
     tensor = program.declared(name)
     stage, variable = storing_stage(program, name)
     axis = _column_axis(program, name)
-    detail = ""
+    detail, advice = "", "use false"
     if variable is None or axis is None:
         detail = f"no two axes of `{name}` are tiles of the outer loops"
     elif stage.get("segment") is not None:
@@ -327,10 +327,10 @@ def _count_spanning(program: Op, name: str) -> Op:
         detail = f"the rows of `{name}` that share a signal are given"
     elif moved(program, name).dynamic is not None and not _of_all_rows(program, name):
         detail = f"tiles of fewer rows than `{name}` can have, which are known at run time only"
+        most = moved(program, name).shard * moved(program, name).world
+        advice = f"use false, or tiles of {most} rows, the capacity"
     if detail or axis is None:
-        raise ScheduleError(
-            tensor.span, field=f"moves.{name}.spans", detail=detail, help="use false"
-        )
+        raise ScheduleError(tensor.span, field=f"moves.{name}.spans", detail=detail, help=advice)
     return _along_columns(program, name, axis)
 
 
