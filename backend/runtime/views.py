@@ -39,8 +39,8 @@ class Rows:
         return self.tensor.data_ptr()
 
     def stride(self) -> tuple[int, ...]:
-        """The strides, in elements."""
-        return self.tensor.stride()
+        """The strides, in elements: of one row alone, the tensor's may be any."""
+        return self.shape[1], 1
 
 
 class Views:

@@ -13,6 +13,7 @@ from tests.collectives import Group
 from tilelink import kernels
 from tilelink.backend.runtime import cuda, plan, site
 from tilelink.backend.runtime.errors import BadArgument
+from tilelink.backend.runtime.views import Rows
 from tilelink.errors import TilelinkError
 from tilelink.frontend.errors import NotDivisible
 from tilelink.schedules import Move, Schedule
@@ -191,6 +192,21 @@ def test_descriptors_reach_behind_an_input_as_far_as_its_memory_does(
     driver.ends[end - 1] = end + 8 * pitch
     call(a, b, out)
     assert len(launched.recorded) == plans + 1 and 78 in launched.boxes[-1]
+
+
+def test_rows_behind_one_row_are_as_far_apart_as_it_is_long(
+    rank: tuple[State, Driver, Launched],
+) -> None:
+    """One row of a wider matrix is contiguous, whatever its stride is."""
+    _, driver, _ = rank
+    whole = torch.zeros(10, 192, dtype=torch.bfloat16)
+    row, end = whole[6:7, :64], whole.data_ptr() + whole.numel() * 2
+    assert row.is_contiguous() and row.stride(0) == 192
+    driver.ends[row.data_ptr() + 64 * 2 - 1] = end
+    behind = plan.rows_behind(row)
+    reached = Rows(row, 1 + behind)
+    last = reached.data_ptr() + ((reached.shape[0] - 1) * reached.stride()[0] + 64) * 2
+    assert behind == 11 and end - 64 * 2 < last <= end
 
 
 @pytest.mark.parametrize("kernel", [kernels.ag_gemm, kernels.gemm_rs, kernels.gemm_ar])

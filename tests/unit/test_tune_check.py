@@ -138,7 +138,25 @@ def test_spilling_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.code == "table-code"
 
 
-def test_programs_that_differ_in_numbers_alone_share_their_code() -> None:
+def test_an_entry_without_a_host_program_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilelink.backend.emit.host import Host
+    from tilelink.backend.emit.scope import CannotEmit
+    from tilelink.tuning.problem import problem_of
+
+    def text(_: Host) -> str:
+        raise CannotEmit(detail="a host part", advice="use another")
+
+    table = parse_table(text_of(), "host.json")
+    problem = problem_of(table, SHAPE).to_json()
+    args = problem, table.entries[0].schedule.to_json(), "h200x4"
+    assert check.check_entry(*args).kind is None
+    monkeypatch.setattr(Host, "text", text)
+    assert check.check_entry(*args).kind == "RefusedEntry"
+
+
+def test_programs_that_differ_in_numbers_alone_share_their_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tilelink.backend.pipeline import run_passes
     from tilelink.schedules import Move, Schedule
 
@@ -151,7 +169,11 @@ def test_programs_that_differ_in_numbers_alone_share_their_code() -> None:
 
     assert key(1024, 64) == key(2048, 64) == key(1024, 64, group=4)
     assert key(1024, 64) != key(1024, 128)
-    assert key(1024, 64, exact=True) == key(1024, 64, exact=True) != key(2048, 64, exact=True)
+    here = key(1024, 64, exact=True)
+    assert here == key(1024, 64, exact=True) != key(2048, 64, exact=True)
+    # It is the same in whatever folder the process runs.
+    monkeypatch.chdir(tmp_path)
+    assert key(1024, 64, exact=True) == here
 
 
 def test_a_recorded_kernel_is_compiled_on_its_day_alone_and_must_be_as_recorded(

@@ -286,6 +286,7 @@ def _of_table(table: Table) -> TilelinkError | None:
 
 def check_entry(problem: str, schedule: str, machine: str) -> Outcome:
     """Everything about one entry but the compilation; arguments are JSON, and a machine's name."""
+    from tilelink.backend.emit.triton import emit
     from tilelink.backend.pipeline import run_passes
     from tilelink.backend.verify import verify
 
@@ -295,6 +296,7 @@ def check_entry(problem: str, schedule: str, machine: str) -> Outcome:
             return Outcome("IllegalEntry", {"detail": f"the GPU: {_shape(chosen)}"})
         program = run_passes(op, chosen)
         verify(program, op)
+        emit(program)
     except TilelinkError as error:
         return Outcome("RefusedEntry", {"detail": _line(error)})
     model = Machine.load(machine)

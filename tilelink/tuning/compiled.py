@@ -75,7 +75,8 @@ def codes_of(program: Op, schedule: Schedule) -> tuple[Code, ...]:
     """The kernels of a fused program, those of the library left out."""
     from tilelink.backend.emit.triton import kernels_of
 
-    text = print_ir(program)
+    # Files are named from the folder that the process runs in, here and in the kernel that the program carries.
+    text = re.sub(r'file = \\?"[^"\\]*\\?"', "file", print_ir(program))
     return tuple(_code(program, text, schedule, kernel) for _, kernel in kernels_of(program))
 
 
@@ -85,7 +86,8 @@ def _code(program: Op, text: str, schedule: Schedule, kernel: Kernel) -> Code:
     types, options = signature(program, kernel), options_of(program, kernel)
     skeleton = re.sub(r"\d+", "#", kernel.source)
     # Sizes of tiles are numbers in the text too, and change everything.
-    form = (skeleton, list(types.values()), options, kernel.emitter, schedule.tiles)
+    dtypes = sorted({str(op["dtype"]) for op in program.find("tensor")})
+    form = (skeleton, list(types.values()), dtypes, options, kernel.emitter, schedule.tiles)
     whole = (text, kernel.source, list(types.items()), options, kernel.emitter, compiler_digest())
     return Code(kernel.name, _digest(form), _digest(whole), len(kernel.source))
 
