@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tilelink.backend.expand import environment, evaluate
-from tilelink.ir import At, Expr, Op, Ref, Value
+from tilelink.ir import At, Expr, Index, Op, Ref, Value
 
 REDUCE = ("sum", "max", "min")
 
@@ -58,9 +58,9 @@ def _ends_within_tiles(program: Op, tensor: Op) -> bool:
         if stage.name != "stage":
             continue
         for load, ref in _accesses(stage, tensor.symbol):
-            row = _variable(ref)
+            row = tile_variable(ref.index[0]) if ref.index else None
             names = [variable.name for variable in stage.args]
-            if row not in names or not _of_products(stage, load):
+            if row is None or row not in names or not _of_products(stage, load):
                 return False
             if any(True for _ in mixed_rows(stage, row)):
                 return False
@@ -76,10 +76,10 @@ def _accesses(stage: Op, symbol: str) -> Iterator[tuple[Op, Ref]]:
                 yield op, ref
 
 
-def _variable(ref: Ref) -> str:
-    first = ref.index[0] if ref.index else None
-    variable = first.value if isinstance(first, At) else first
-    return variable.name if isinstance(variable, Value) and variable.type.is_tile else ""
+def tile_variable(item: Index) -> str | None:
+    """The tile variable that an index element walks with."""
+    value = item.value if isinstance(item, At) else item
+    return value.name if isinstance(value, Value) and value.type.is_tile else None
 
 
 def _of_products(stage: Op, load: Op) -> bool:

@@ -118,7 +118,7 @@ def _of_all_rows(
         if any(choice.schedule == other.schedule for other in expected):
             continue
         times = _times_of_rows(kernel, choice.schedule, machine)
-        if exact is not None and found is not None and choice.origin.startswith(found.origin):
+        if exact is not None and found is not None and choice in known:
             if exact.split != choice.schedule.split:
                 usual = _times_of_rows(kernel, default_schedule(kernel), machine)
                 if math.prod(times) > math.prod(usual):

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from tilelink.backend.endless import mixed_rows
+from tilelink.backend.endless import mixed_rows, tile_variable
 from tilelink.backend.expand import Ints, environment, evaluate, loop_tiles
 from tilelink.backend.expand_rows import Expansion
 from tilelink.backend.expand_walk import expand
@@ -224,7 +224,7 @@ class _Rows:
     def access(self, op: Op, ref: Ref, row: str | None) -> None:
         """A tensor with rows is accessed by the row variable on that axis, and by it nowhere else."""
         stacked = self.stacked(ref)
-        uses = [_variable(item) == row and row is not None for item in ref.index]
+        uses = [tile_variable(item) == row and row is not None for item in ref.index]
         for item in ref.index:
             if isinstance(item, Value) and not item.type.is_tile and row in item.type.shape:
                 _fail(op, "rows that an index of rows picks")
@@ -310,7 +310,7 @@ class _Rows:
                 for ref in (op.ref, op.get("own")):
                     if not isinstance(ref, Ref) or self.stacked(ref) is None:
                         continue
-                    item = next(i for i in ref.index if _variable(i) == row)
+                    item = next(i for i in ref.index if tile_variable(i) == row)
                     self.place(op, ref, item, here, start, closed)
 
     def place(
@@ -400,12 +400,6 @@ def _sides(agent: Op) -> tuple[Ref, ...]:
         return ()
     assert agent.ref is not None
     return agent.ref, agent["to"]
-
-
-def _variable(item: Index) -> str | None:
-    """The tile variable that an index element walks with."""
-    value = item.value if isinstance(item, At) else item
-    return value.name if isinstance(value, Value) and value.type.is_tile else None
 
 
 def _names(value: object) -> frozenset[str]:
