@@ -1,4 +1,4 @@
-"""Make docs/performance.md, docs/measurements.md and docs/evidence.md from the raw JSON of their runs.
+"""Make the pages of performance, comparisons, measurements and evidence in docs from the raw JSON of their runs.
 
     python bench/report.py                      # all pages, from all of bench/results
     python bench/report.py FILE … --out PAGE    # the page of performance from some
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import evidence, measurements, performance
+from bench import comparisons, evidence, measurements, performance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
         pages = {Path(options.out): performance.page(runs)}
     else:
         docs = ROOT / "docs"
-        makers = {"performance": performance, "measurements": measurements, "evidence": evidence}
+        makers = {
+            "performance": performance,
+            "comparisons": comparisons,
+            "measurements": measurements,
+            "evidence": evidence,
+        }
         pages = {docs / f"{name}.md": maker.page(runs) for name, maker in makers.items()}
     stale = False
     for out, text in pages.items():

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 
-from bench import claims, measurements, paired, performance, run, stats, tables
+from bench import (
+    claims,
+    comparisons,
+    measurements,
+    paired,
+    performance,
+    run,
+    selection,
+    stats,
+    tables,
+)
 from bench.cases import (
     AG_GEMM,
     GEMM,
@@ -363,13 +373,11 @@ def files(names: list[str], **ours: float) -> stats.CaseResult:
 
 def test_runs_without_baselines_are_compared_and_not_judged() -> None:
     compared = a_run([files(["f0", "f1", "f2"], f0=100.0, f2=80.0)])
-    page = performance.page(
-        [("bench/results/a_pick.json", compared), ("r.json", a_run([cell(LARGE)]))]
-    )
-    summary, _, rest = page.partition("## How it is measured")
-    assert "a_pick" not in summary and "`r.json`" in summary
-    suites, _, behind = rest.partition("## Schedules compared")
-    assert "a_pick" not in suites and "### a_pick: suite grid, 8 GPUs" in behind
+    runs = [("bench/results/a_pick.json", compared), ("r.json", a_run([cell(LARGE)]))]
+    page = performance.page(runs)
+    assert "a_pick" not in page and "`r.json`" in page.partition("## How it is measured")[0]
+    _, _, behind = comparisons.page(runs).partition("## Schedules compared")
+    assert "### a_pick: suite grid, 8 GPUs" in behind and "r.json" not in behind
     assert "| ag_gemm 8192x8192x7168 | 0.100 | - | 0.080 | f2 |" in behind
     # Nothing is promised of schedules in files, and what a file does not have has not failed.
     assert "MISSED" not in behind and "holds" not in behind and "Failed" not in behind
@@ -381,10 +389,10 @@ def test_schedules_of_files_are_compared_with_baselines_too_and_lose_in_public()
     result = cell(LARGE)
     result.candidates = [c for c in result.candidates if c.family != stats.OURS]
     result.candidates += files(["v0", "v1"], v0=130.0, v1=125.0).candidates
-    page = performance.page([("v.json", a_run([result]))])
-    _, _, behind = page.partition("## Schedules compared")
+    runs = [("v.json", a_run([result]))]
+    behind = comparisons.page(runs)
     row = "| 0.130 | 0.125 | v1 | 0.100 async_tp graph | 0.800 [0.800, 0.800] |"
-    assert row in behind and "## Summary" not in page
+    assert row in behind and "## Summary" not in performance.page(runs)
     assert "- ag_gemm 8192x8192x7168 on 8: 0.800 [0.800, 0.800] of async_tp graph" in behind
 
 
@@ -396,19 +404,42 @@ def test_the_summary_is_of_the_newest_whole_grid_of_each_world() -> None:
     )
     two = a_run([cell(LARGE)], date="2026-01-01", world=2)
     runs = [("older.json", older), ("part.json", part), ("two.json", two), ("whole.json", whole)]
-    assert [name for name, _ in performance.leading(runs)] == ["whole.json", "two.json"]
+    assert [name for name, _ in selection.leading(runs)] == ["whole.json", "two.json"]
     # Without a whole one, that of most cells, however old.
     fewer = {**part, "cases": whole["cases"], "date": "2025-01-01"}
-    assert performance.leading([("part.json", part), ("fewer.json", fewer)])[0][0] == "fewer.json"
+    assert selection.leading([("part.json", part), ("fewer.json", fewer)])[0][0] == "fewer.json"
     summary, _, rest = performance.page(runs).partition("## How it is measured")
     assert "| All-gather + GEMM | 1 | 1 | 0 | 0 | 1.111 | 1.333 | 0.889 |" in summary
     assert "| GEMM + reduce-scatter | 1 | 0 | 0 | 1 | 0.980 | 1.176 | 0.784 |" in summary
     assert "| all | 2 | 1 | 0 | 1 |" in summary
     assert "Not measured: 8 of 10 figures of single cells." in summary
     assert "not measured" not in summary
+    earlier = comparisons.page(runs)
     for name in ("older", "part", "two", "whole"):
-        assert f"Raw data: `{name}.json`" in rest
-    assert "## Suite grid, 8 GPUs: 1 of its cells" in rest
+        newest = name in ("two", "whole")
+        assert (f"Raw data: `{name}.json`" in rest, f"`{name}.json`" in earlier) == (
+            newest,
+            not newest,
+        )
+    assert "## Suite grid, 8 GPUs: 1 of its cells" in earlier
+
+
+def test_other_suites_are_shown_by_their_newest_whole_run() -> None:
+    names = ("old", "new", "part", "h100")
+    runs = [
+        (f"{n}.json", a_run([cell(LARGE)], "mlp", date=f"2026-0{i}-01"))
+        for i, n in enumerate(names, 1)
+    ]
+    runs[2][1]["not_measured"] = [DOWN.name]
+    runs[3][1]["hardware"] = {**runs[3][1]["hardware"], "gpu": "another"}
+    assert [name for name, _ in selection.current(selection.suites(runs))] == [
+        "h100.json",
+        "new.json",
+    ]
+    page, earlier = performance.page(runs), comparisons.page(runs)
+    for name in names:
+        shown = name in ("new", "h100")
+        assert (f"`{name}.json`" in page, f"`{name}.json`" in earlier) == (shown, not shown)
 
 
 def test_the_summary_has_each_cell_as_plain_calls_were_measured_last() -> None:
