@@ -411,7 +411,7 @@ def leave(scope: Scope, program: Program, launch: Op, system: frozenset[str]) ->
     finish = launch.find("finish")
     if program.said is not None and launch is program.launches[0]:
         scope.writer.line()
-        scope.writer.line(f"device.compare_call(ctx, {scope.lookup(program.said)})")
+        scope.writer.line("device.hear_call(ctx)")
     if program.alone:
         first, last = program.counter_words
         scope.writer.line()

@@ -51,6 +51,17 @@ class EpochOverwritten(WaitTimeout):
     )
 
 
+class CallsDiffer(WaitTimeout):
+    """The ranks of one call run different programs, each known to all: other kernels, shapes or schedules."""
+
+    code: ClassVar[str] = "calls-differ"
+    message: ClassVar[str] = "rank {rank} called {mine}, rank {producer} {theirs}"
+    hint: ClassVar[str] = (
+        "all ranks make the same calls in the same order; outputs of the call hold NaN, and "
+        "`tilelink.recover()` on every live rank goes on"
+    )
+
+
 class ExtentsDiffer(WaitTimeout):
     """The ranks of one call passed tensors of different lengths along a dynamic extent."""
 

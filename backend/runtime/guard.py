@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilelink.device.program import SAID, clear_words, differing
-from tilelink.device.signal import EPOCH, MAX_WORLD, Context, _abort
+from tilelink.device.program import clear_words, compare_calls
+from tilelink.device.signal import EPOCH
 from tilelink.ir import layout
 
 ABORT = tl.constexpr(layout.ABORT)
@@ -21,7 +21,7 @@ LEAVING = tl.constexpr(layout.LEAVING)
 CTAS = 32
 
 
-@triton.jit(do_not_specialize=["host", "size", "rank", "said", "first", "last"])
+@triton.jit(do_not_specialize=["host", "size", "rank", "first", "last"])
 def guard_kernel(
     arena,
     host,
@@ -31,7 +31,6 @@ def guard_kernel(
     FLOAT: tl.constexpr,
     peers=None,
     rank=0,
-    said=0,
     WORLD: tl.constexpr = 1,
     SAYS: tl.constexpr = False,
     first=0,
@@ -42,17 +41,12 @@ def guard_kernel(
     writes 1 and the error record to pinned host memory at address ``host`` (int64).
 
     ``out`` has ``size`` elements. Launch with any number of CTAs behind everything that writes ``out``.
-    Where ``SAYS`` is set, a rank that began the call with another number than ``said`` is such a case, and the
-    first CTA to see it leaves the record; ``peers``, ``rank`` and ``WORLD`` as those of ``head_kernel``.
+    Where ``SAYS`` is set, a rank that is known to have begun another call is such a case, see
+    :func:`tilelink.device.program.compare_calls`; ``peers``, ``rank`` and ``WORLD`` as those of ``head_kernel``.
     """
     if SAYS:
-        epoch = tl.load(arena + EPOCH)
-        other = differing(arena, epoch, WORLD, said)
-        if (other >= 0) & (tl.load(arena + ABORT, volatile=True) == 0):
-            ctx = Context(arena, peers, rank, epoch, WORLD, 0, 0)
-            seen = tl.load(arena + SAID + (epoch & 1) * MAX_WORLD + other)
-            _abort(ctx, EPOCH, said, seen, other, 0, 0, 5)
-            tl.debug_barrier()
+        compare_calls(arena, peers, rank, WORLD, tl.load(arena + EPOCH))
+        tl.debug_barrier()
     if tl.load(arena + ABORT, volatile=True) != 0:
         value = float("nan") if FLOAT else -1
         step = tl.num_programs(0).to(tl.int64) * BLOCK

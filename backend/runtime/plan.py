@@ -483,8 +483,8 @@ class Recorder(Views):
         args: tuple[object, ...] = (
             *(self.arena, self.host_record, tensor, tensor.numel(), 1024, floating),
         )
-        said = self.said()
-        args += (self.peers, self.rank, said[0] if said else 0, self.world, bool(said))
+        says = bool(self.image.flags) and self.world > 1
+        args += (self.peers, self.rank, self.world, says)
         args += self.image.counter_words
         self._launch(compile_launch(guard_kernel, CTAS, args, num_warps=4))
 

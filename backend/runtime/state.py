@@ -22,7 +22,7 @@ from tilelink.backend.runtime.roster import Meeting, Roster
 from tilelink.errors import TilelinkError
 from tilelink.ir import layout
 
-CONTROL_WORDS = layout.ACK + layout.MAX_WORLD  # of an arena, from its start
+CONTROL_WORDS = layout.SAID + 4 * layout.MAX_WORLD  # of an arena, from its start
 GRACE = 1.0  # seconds beyond a time limit until a call that was stopped must have left
 AHEAD = 12  # looks in a row, four a second: a replayed graph may be on a stream unknown here
 
@@ -321,10 +321,15 @@ class GroupState(ABC):
 
     def _described(self, record: Sequence[int]) -> TilelinkError:
         kind, number = record[watch.KIND], record[watch.PROGRAM]
+        if kind in (watch.PROGRESS, watch.ARRIVAL):
+            # Whoever calls something else sends other tiles, and its peers may wait in vain.
+            for arena in self.arenas:
+                words = self.control(arena, record[watch.RANK])
+                record = watch.other_call(words, record[watch.RANK], self.world, record) or record
         limit = knobs.ARRIVAL_TIMEOUT if kind == watch.ARRIVAL else knobs.TIMEOUT
         # Ranks that agree number programs alike.
         image = self.images[number - 1] if 0 < number <= len(self.images) else self.images[-1]
-        return watch.timeout_error(image, record, limit.get(), self.rank)
+        return watch.timeout_error(image, record, limit.get(), self.rank, self.images)
 
     def _elsewhere(self) -> list[int]:
         """Ranks that have started a fused call which this rank has not made.

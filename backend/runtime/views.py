@@ -178,7 +178,7 @@ class Views:
             bool(ack_wait),
             bool(self.image.flags),
             self.program,
-            *self.said(),
+            self.said(),
         )
 
     def wait_arguments(
@@ -193,13 +193,10 @@ class Views:
         """Arguments of ``tilelink.device.acknowledge_kernel``."""
         return self.arena, self.peers, self.rank, self.image.ack_word, self.world
 
-    def said(self) -> tuple[object, ...]:
-        """What ``head`` tells the peers, who compare it: the value of the dynamic extent. Nothing where there
-        is none, or nobody to tell, or launches do what a head does."""
-        if not self.image.dynamic or not self.image.flags or self.image.folded:
-            return ()
-        (value,) = self.extents.values()
-        return value, True
+    def said(self) -> int:
+        """What ``head`` tells the peers beside the program's number, who compare it: the value of the dynamic
+        extent, or 0."""
+        return next(iter(self.extents.values()), 0)
 
 
 def view_of(arena: torch.Tensor, slot: Slot) -> torch.Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tilelink.backend.runtime.errors import (
+    CallsDiffer,
     EpochOverwritten,
     ExtentsDiffer,
     PeerLost,
@@ -19,6 +20,7 @@ from tilelink.backend.runtime.errors import (
     WaitTimeout,
 )
 from tilelink.backend.runtime.image import Image, Wait
+from tilelink.ir import layout
 
 # Words of an error record; see ``tilelink.device.signal``.
 WRITTEN, RANK, WORKER, TILE, WORD, EXPECTED, SEEN, PRODUCER, NUMBER, KIND, PROGRAM, EPOCH = range(
@@ -26,29 +28,35 @@ WRITTEN, RANK, WORKER, TILE, WORD, EXPECTED, SEEN, PRODUCER, NUMBER, KIND, PROGR
 )
 # Kinds of a record: its producer had started the call, it had not, the host saw it die; or no wait ran
 # out at all, but the rank's epoch is not what it was.
-# Or the ranks called with different values of a dynamic extent.
+# Or the ranks called different programs, or one with different values of a dynamic extent.
 PROGRESS, ARRIVAL, DEATH, OVERWRITTEN, DIFFERENT = 1, 2, 3, 4, 5
 PERIOD = 0.25  # seconds between two rounds of the watchdog
 
 
 def timeout_error(
-    image: Image, record: Sequence[int], limit: float, rank: int | None = None
+    image: Image,
+    record: Sequence[int],
+    limit: float,
+    rank: int | None = None,
+    programs: Sequence[Image] = (),
 ) -> WaitTimeout:
     """The error that a record stands for.
 
     ``limit``: the time limit in seconds that ran out. ``rank``: the rank that reads it; a record that
-    was never written there means that another rank told it to stop.
+    was never written there means that another rank told it to stop. ``programs``: of the group, by number.
     """
     if not record[WRITTEN]:
         return PeerTimeout(
             rank=rank, why=f"another rank of `{image.name}` ran into a time-out or gave up"
         )
+    if record[KIND] == DIFFERENT:
+        return _differing(image, record, programs)
     wait = _wait_of(image, record)
     why = {
         ARRIVAL: f"it has not started the call within {limit:g} s",
         DEATH: "its process has ended",
     }.get(record[KIND], f"it has started the call but sent nothing more for {limit:g} s")
-    kinds = {DEATH: PeerLost, OVERWRITTEN: EpochOverwritten, DIFFERENT: ExtentsDiffer}
+    kinds = {DEATH: PeerLost, OVERWRITTEN: EpochOverwritten}
     kind = kinds.get(record[KIND], WaitTimeout)
     return kind(
         wait.span if wait else None,
@@ -63,8 +71,63 @@ def timeout_error(
         why=why,
         kernel=image.name,
         call=record[EPOCH] if len(record) > EPOCH else 0,
-        extent=", ".join(image.dynamic),
     )
+
+
+def _differing(image: Image, record: Sequence[int], programs: Sequence[Image]) -> WaitTimeout:
+    """That two ranks have begun one call as different ones; see ``tilelink.device.program.compare_calls``."""
+    (program, here), (other, there) = (
+        divmod(number % (1 << 32), layout.NUMBERED) for number in (record[EXPECTED], record[SEEN])
+    )
+    rank, producer = record[RANK], record[PRODUCER]
+    if program == other:
+        return ExtentsDiffer(
+            rank=rank,
+            producer=producer,
+            kernel=image.name,
+            extent=", ".join(image.dynamic),
+            expected=here,
+            seen=there,
+        )
+    mine, theirs = (_described(number, programs) for number in (program, other))
+    return CallsDiffer(rank=rank, producer=producer, mine=mine, theirs=theirs)
+
+
+def _described(number: int, programs: Sequence[Image]) -> str:
+    """The program of a ``number`` with the shapes of its tensors."""
+    if not 0 < number <= len(programs):
+        return f"program {number}"
+    image = programs[number - 1]
+    dims = ", ".join(f"{s.name} {list(s.dims)}" for s in image.tensors.values() if s.role != "temp")
+    return f"`{image.name}` of {dims} (program {number})"
+
+
+def other_call(
+    words: Sequence[int], rank: int, world: int, record: Sequence[int]
+) -> list[int] | None:
+    """The ``record`` of a wait that ran out, as that of ranks which call differently where they do.
+
+    ``words``: the control words of the arena of ``rank``, which left the record.
+    """
+    epoch = record[EPOCH]
+    numbers: dict[int, int] = {}
+    for peer in range(world):
+        at = layout.SAID + 2 * ((epoch & 1) * layout.MAX_WORLD + peer)
+        number, began = words[at], words[at + 1]
+        if began == epoch:
+            numbers[peer] = number
+    mine = numbers.get(rank)
+    other = next((p for p, number in numbers.items() if number != mine), None)
+    if mine is None or other is None:
+        return None
+    found = list(record)
+    found[EXPECTED], found[SEEN], found[PRODUCER], found[KIND] = (
+        mine,
+        numbers[other],
+        other,
+        DIFFERENT,
+    )
+    return found
 
 
 def _wait_of(image: Image, record: Sequence[int]) -> Wait | None:

@@ -115,12 +115,13 @@ class KernelMachine(AccessMachine):
                 self.hazard("the ranks compare something else than the dynamic extent")
             self.told = True
 
-    def on_device_compare_call(self, ctx: Any, said: Any) -> None:
-        """``device.compare_call``: every worker, behind all that it does, asks what the peers began with."""
+    def on_device_hear_call(self, ctx: Any) -> None:
+        """``device.hear_call``: every worker, behind all that it does, waits until all peers have begun."""
         self.context(ctx)
         if not self.told or not self.all or self.agreed or self.left:
-            self.hazard("not every worker compares the dynamic extent, once, before it leaves")
-        self._tells(said)
+            self.hazard(
+                "not every worker hears the dynamic extent of the others, once, before it leaves"
+            )
         self.agreed = True
 
     def on_device_open_call(

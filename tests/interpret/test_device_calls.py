@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.interpret.scripts import interpreted
 
 
@@ -48,31 +50,70 @@ from tilelink.backend.runtime.guard import guard_kernel
 def begin(rank, said):
     device.head_kernel[(1,)](
         arenas[rank], peers, rank, 32768, 32800, 10**6, 10**6,
-        ACK=layout.ACK, WORLD=2, WAIT=False, SIGNALS=True, program=1, said=said, SAYS=True,
+        ACK=layout.ACK, WORLD=2, WAIT=False, SIGNALS=True, program=1, said=said,
     )
 
 hosts = [torch.zeros(17, dtype=torch.int32) for _ in range(2)]
 outs = [torch.ones(100) for _ in range(2)]
 
-def end(rank, said):
+def end(rank):
     guard_kernel[(2,)](
         arenas[rank], hosts[rank].data_ptr(), outs[rank], 100, BLOCK=64, FLOAT=True,
-        peers=peers, rank=rank, said=said, WORLD=2, SAYS=True,
+        peers=peers, rank=rank, WORLD=2, SAYS=True,
     )
 
 # Alike; rank 1 is a call ahead with another number when rank 0 compares.
 begin(0, 40), begin(1, 40), begin(1, 24)
-end(0, 40)
+end(0)
 assert not outs[0].isnan().any() and hosts[0][0] == 0 and arenas[0][layout.ABORT] == 0
 # The next call: rank 0 has another number than rank 1.
 begin(0, 32)
-end(0, 32), end(1, 24)
+end(0), end(1)
 for rank in range(2):
     assert outs[rank].isnan().all() and hosts[rank][0] == 1, rank
     assert arenas[rank][layout.ABORT] == 1
 record = arenas[0][layout.RECORD : layout.RECORD + layout.RECORD_WORDS].tolist()
-assert record[0:2] == [1, 0] and record[5:8] == [32, 24, 1] and record[9] == 5, record
+one = layout.NUMBERED  # of program 1
+assert record[0:2] == [1, 0] and record[5:8] == [one + 32, one + 24, 1] and record[9] == 5, record
 """,
+    )
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ranks_that_call_other_programs_are_named(tmp_path: Path, late: bool) -> None:
+    """Each rank finds out by itself, in the call or, where the word of the other was late, in the next one."""
+    interpreted(
+        tmp_path,
+        """
+@triton.jit
+def call(arena, peers, rank, out, limit: tl.int64, program: tl.int32, host: tl.int64):
+    ctx = device.begin_call(arena, peers, rank, 2, limit, limit, program)
+    tl.store(out + tl.program_id(0), tl.full((), 1.0, tl.float32))
+    if device.end_call(ctx, 32768, 32770, True):
+        device.spoil(ctx, host, out, 2)
+
+hosts = [torch.zeros(1 + layout.RECORD_WORDS, dtype=torch.int32) for _ in range(2)]
+outs = [torch.zeros(2) for _ in range(2)]
+
+def run(rank, program):
+    call[(2,)](arenas[rank], peers, rank, outs[rank], 10**6, program, hosts[rank].data_ptr())
+
+late, word = CASE, layout.SAID + 2 * layout.MAX_WORLD + 2  # what rank 1 says in odd calls
+run(1, 3)
+if late:
+    there = arenas[0][word : word + 2].clone()
+    arenas[0][word : word + 2] = 0
+run(0, 2)
+assert bool(arenas[0][layout.ABORT]) != late
+if late:
+    assert outs[0].tolist() == [1, 1]
+    arenas[0][word : word + 2] = there
+    run(0, 2)
+assert outs[0].isnan().all() and hosts[0][0] == 1 and arenas[1][layout.ABORT] == 1
+record = arenas[0][layout.RECORD : layout.RECORD + layout.RECORD_WORDS].tolist()
+numbers = [2 * layout.NUMBERED, 3 * layout.NUMBERED]
+assert record[:2] == [1, 0] and record[5:8] == [*numbers, 1] and record[9] == 5, record
+""".replace("CASE", str(late)),
     )
 
 
@@ -89,23 +130,25 @@ for a in arenas:
 for epoch in (2**31 - 1, -(2**31), -(2**31) + 1, -(2**31) + 2):
     for a in arenas:
         a[layout.ACK : layout.ACK + layout.MAX_WORLD] = 77
-        a[layout.SAID : layout.SAID + 2 * layout.MAX_WORLD] = 0
+        a[layout.SAID : layout.SAID + 4 * layout.MAX_WORLD] = 0
     for rank in range(2):
         device.head_kernel[(1,)](
             arenas[rank], peers, rank, 32768, 32800, 10**6, 10**6,
-            ACK=layout.ACK, WORLD=2, WAIT=False, SIGNALS=True, program=1, said=40 + rank, SAYS=True,
+            ACK=layout.ACK, WORLD=2, WAIT=False, SIGNALS=True, program=1, said=40 + rank,
         )
     for a in arenas:
         assert (a[layout.ACK : layout.ACK + layout.MAX_WORLD] == 77).all(), epoch
-        said = a[layout.SAID : layout.SAID + 2 * layout.MAX_WORLD].view(2, -1)
-        assert said[epoch & 1, :2].tolist() == [40, 41] and (said[1 - (epoch & 1)] == 0).all()
+        said = a[layout.SAID : layout.SAID + 4 * layout.MAX_WORLD].view(2, -1, 2)
+        there = [[layout.NUMBERED + 40, epoch], [layout.NUMBERED + 41, epoch]]
+        assert said[epoch & 1, :2].tolist() == there and (said[1 - (epoch & 1)] == 0).all()
     assert arenas[0][layout.EPOCH] == epoch and arenas[0][layout.ABORT] == 0
 guard_kernel[(1,)](
     arenas[0], host.data_ptr(), out, 4, BLOCK=64, FLOAT=True,
-    peers=peers, rank=0, said=40, WORLD=2, SAYS=True,
+    peers=peers, rank=0, WORLD=2, SAYS=True,
 )
 record = arenas[0][layout.RECORD : layout.RECORD + 10].tolist()
-assert record[5:8] == [40, 41, 1] and record[9] == 5 and out.isnan().all(), record
+one = layout.NUMBERED
+assert record[5:8] == [one + 40, one + 41, 1] and record[9] == 5 and out.isnan().all(), record
 """,
     )
 
@@ -216,7 +259,7 @@ arena[layout.ENDED] = 3
 for word in (layout.BEGUN, layout.LEAVING + 1, layout.LEAVING + 3, 32768, 32770, 32771):
     arena[word] = 9
 out = torch.ones(4)
-guard_kernel[(2,)](arena, 0, out, 4, 16, True, peers, 0, 0, 2, False, 32768, 32771)
+guard_kernel[(2,)](arena, 0, out, 4, 16, True, peers, 0, 2, False, 32768, 32771)
 assert arena[layout.ENDED] == 4 and out.tolist() == [1] * 4
 assert arena[32768 : 32772].tolist() == [0, 0, 0, 9]
 assert [int(arena[w]) for w in (layout.BEGUN, layout.LEAVING + 1, layout.LEAVING + 3)] == [0] * 3

@@ -281,8 +281,8 @@ def test_a_call_copies_as_many_rows_as_it_has(rows: int, monkeypatch: pytest.Mon
     assert [c[2] for c in copies if c[4] == 4] == [flag]
     kernel, guard = launched
     assert rows in [a for a in kernel[1] if isinstance(a, int)]
-    silent = (0, 2, False, *recorder.image.counter_words)
-    assert (guard[0], guard[1][-5:]) == ("guard_kernel", silent)
+    said = (2, True, *recorder.image.counter_words)
+    assert (guard[0], guard[1][-4:]) == ("guard_kernel", said)
 
 
 def test_a_head_kernel_tells_the_peers_how_many_rows_there_are(
@@ -294,12 +294,14 @@ def test_a_head_kernel_tells_the_peers_how_many_rows_there_are(
     _, _, recorder = record(program.with_ops(tuple(heads)), 0, monkeypatch, {"M": rows})
     recorder.head(True)
     recorder.finish()
-    assert (launched[0][0], launched[0][1][-2:]) == ("head_kernel", (rows, True))
-    said = (rows, 2, True, *recorder.image.counter_words)
-    assert (launched[-1][0], launched[-1][1][-5:]) == ("guard_kernel", said)
+    assert (launched[0][0], launched[0][1][-1]) == ("head_kernel", rows)
+    said = (2, True, *recorder.image.counter_words)
+    assert (launched[-1][0], launched[-1][1][-4:]) == ("guard_kernel", said)
 
 
-def test_a_program_without_dynamic_rows_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_without_dynamic_rows_says_its_number_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     _, _, recorder = record("ag_gemm.copy_engine.ir", 1, monkeypatch)
-    assert recorder.said() == ()
-    assert launched[-1][1][-3:] == (False, *recorder.image.counter_words)
+    assert recorder.said() == 0
+    assert launched[-1][1][-4:] == (4, True, *recorder.image.counter_words)

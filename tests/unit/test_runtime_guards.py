@@ -16,6 +16,7 @@ from tilelink.backend.runtime import arena, watch
 from tilelink.backend.runtime.cuda import _check_apart
 from tilelink.backend.runtime.errors import (
     BadArgument,
+    CallsDiffer,
     EpochOverwritten,
     ExtentsDiffer,
     PeerLost,
@@ -59,7 +60,7 @@ def test_only_a_program_with_flags_takes_an_epoch(flags: bool) -> None:
     arenas = [torch.zeros(layout.DATA, dtype=torch.uint8) for _ in range(2)]
     views = Views(image, 0, arenas, torch.zeros(2, dtype=torch.int64), 1.0, 1.0)
     views.program = 7
-    assert views.head_arguments(flags)[-3:] == (flags, flags, 7)
+    assert views.head_arguments(flags)[-4:] == (flags, flags, 7, 0)
 
 
 class Fake(GroupState):
@@ -165,6 +166,30 @@ def test_each_kind_of_record_has_its_error(kind: int, error: type[WaitTimeout], 
     image = replace(two_programs()[0], dynamic={"M": 48})
     found = watch.timeout_error(image, record_of(image, 1, kind), 2.0, 0)
     assert type(found) is error and text in str(found)
+
+
+@pytest.mark.parametrize("epoch", [5, 6])
+@pytest.mark.parametrize("kind", [watch.PROGRESS, watch.ARRIVAL])
+def test_a_wait_for_a_rank_that_runs_another_program_says_so(kind: int, epoch: int) -> None:
+    """Its flags are others, so that what is waited for may never come."""
+    state = Fake()
+    state.images = two_programs()
+    record = record_of(state.images[0], 1, kind)
+    record[watch.EPOCH] = epoch
+    state.record[1:] = record
+    state.record[0] = 1
+    words = state.arenas[0][0]
+    for rank, number in enumerate((1, 1, 2)):
+        at = layout.SAID + 2 * ((epoch & 1) * layout.MAX_WORLD + rank)
+        words[at : at + 2] = number * layout.NUMBERED, epoch
+    with pytest.raises(CallsDiffer) as caught:
+        state.check()
+    said = str(caught.value)
+    assert "rank 0 called `ag_gemm` of A [16, 16], B [16, 16], C [48, 16] (program 1)" in said
+    assert "rank 2 `gemm_ar` of" in said and "(program 2)" in said
+    # A rank of which nothing is known yet is no other.
+    words[layout.SAID :] = [0] * len(words[layout.SAID :])
+    assert watch.other_call(words, 0, 3, record) is None
 
 
 @pytest.mark.parametrize("epoch", [5, -(2**31)])

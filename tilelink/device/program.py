@@ -29,6 +29,7 @@ BEGUN = tl.constexpr(layout.BEGUN)
 ENDED = tl.constexpr(layout.ENDED)
 EXITED = tl.constexpr(layout.EXITED)
 SAID = tl.constexpr(layout.SAID)
+NUMBERED = tl.constexpr(layout.NUMBERED)
 RECORD_WORDS = tl.constexpr(layout.RECORD_WORDS)
 ADVANCE = tl.constexpr(1 << 20)
 LEAVING = tl.constexpr(layout.LEAVING)
@@ -63,16 +64,15 @@ def head_kernel(
     SIGNALS: tl.constexpr = True,
     program=0,
     said=0,
-    SAYS: tl.constexpr = False,
 ):
     """Begin a call; one CTA. Launch ``head_kernel[(1,)](…)`` on the main stream.
 
     Advances the rank's epoch, tells all ranks that it has arrived, clears the counter words
     [``first``, ``last``) of the arena, and, where ``WAIT``, waits until every rank has acknowledged
     the previous epoch in the flags from word ``ACK``. ``arena``: int32 words; ``peers``: int64 table.
-    ``program``: a number for the error record. ``SIGNALS`` is false where the program has no flags:
-    nobody acknowledges it, so it takes no epoch. ``said``: where ``SAYS`` is set, a number that all ranks
-    call with, left with every rank for :func:`tilelink.device.program.differing`.
+    ``program``: its number, for the error record. ``SIGNALS`` is false where the program has no flags:
+    nobody acknowledges it, so it takes no epoch. Else ``program`` and ``said``, a number that all ranks call with,
+    are left with every rank for :func:`tilelink.device.program.compare_calls`.
     """
     epoch = tl.load(arena + EPOCH)
     if SIGNALS:
@@ -87,9 +87,8 @@ def head_kernel(
     tl.store(arena + EXITED, 0)
     tl.store(arena + PROGRAM, program)
     clear_words(arena, first, last)
-    if SAYS:
-        slots, there = _words(peers, WORLD, SAID + (epoch & 1) * MAX_WORLD + rank)
-        tl.store(slots, tl.full((MAX_WORLD,), 0, tl.int32) + said, mask=there)
+    if SIGNALS:
+        _say(peers, rank, WORLD, epoch, program, said)
     tl.debug_barrier()
     if SIGNALS:
         flags, inside = _words(peers, WORLD, ARRIVED + rank)
@@ -139,37 +138,64 @@ def acknowledge_kernel(arena, peers, rank, ACK: tl.constexpr, WORLD: tl.constexp
 
 
 @triton.jit
-def differing(arena, epoch, world: tl.constexpr, said):
-    """The first rank that began call ``epoch`` with another number than ``said``, or -1.
-
-    To be asked once every rank has begun the call, as it has where this rank has what it waits for from each.
-    A rank that is a call ahead has left its next number in the slot of the other parity.
-    """
+def _say(peers, rank, world: tl.constexpr, epoch, program, said):
+    # One store a rank: whoever finds the epoch there finds the rest.
     ranks = axis(MAX_WORLD)
-    slots = arena + SAID + (epoch & 1) * MAX_WORLD + ranks
-    theirs = tl.load(slots, mask=ranks < world, other=0, volatile=True)
-    first = tl.min(tl.where((ranks < world) & (theirs != said), ranks, MAX_WORLD), axis=0)
-    return tl.where(first < MAX_WORLD, first, -1)
+    slot = SAID + ((epoch & 1) * MAX_WORLD + rank) * 2
+    addresses = tl.load(peers + ranks, mask=ranks < world, other=0) + slot * 4
+    number = tl.cast(program * NUMBERED + said, tl.int64) & 0xFFFFFFFF
+    value = (tl.cast(epoch, tl.int64) << 32) | number
+    slots = addresses.to(tl.pointer_type(tl.int64), bitcast=True)
+    tl.store(slots, (ranks * 0).to(tl.int64) + value, mask=ranks < world)
 
 
 @triton.jit
-def compare_call(ctx, said):
-    """Stop the call where a rank began it with another number than ``said``; by every CTA of a launch that
-    began it without a head kernel, behind all that it does.
+def compare_calls(arena, peers, rank, world: tl.constexpr, epoch):
+    """Stop the call where another rank is known to have begun call ``epoch``, or the one before it, as another
+    program, or with another value of its dynamic extent; by any number of CTAs, at the end of the call.
 
-    The last CTA, which told the peers, waits until all of them have told it. Those that the number keeps from
-    leaving wait for nothing longer than their limit.
+    A rank that has sent all that this one waits for, yet whose word is still on its way, is found out by the next
+    call. One that is a call ahead has left its next word in the slot of the other parity.
+    """
+    lanes = axis(2 * MAX_WORLD)
+    ranks = lanes & (MAX_WORLD - 1)
+    # The parity of this call and of the one before it.
+    odd = lanes // MAX_WORLD
+    began = epoch - ((odd ^ epoch) & 1)
+    slots = (arena + SAID).to(tl.pointer_type(tl.int64), bitcast=True) + lanes
+    # By atomics, of which all threads receive one result.
+    nothing = (lanes * 0).to(tl.int64)
+    words = tl.atomic_add(slots, nothing, mask=ranks < world, sem="relaxed", scope="sys")
+    there = (ranks < world) & ((words >> 32).to(tl.int32) == began)
+    numbers = words.to(tl.int32)
+    own = there & (ranks == rank)
+    even_number = tl.sum(tl.where(own & (odd == 0), numbers, 0), axis=0)
+    odd_number = tl.sum(tl.where(own & (odd == 1), numbers, 0), axis=0)
+    known = tl.sum(tl.where(own, 1 + odd, 0), axis=0)
+    mine = tl.where(odd == 0, even_number, odd_number)
+    compared = there & (((known >> odd) & 1) == 1)
+    first = tl.min(tl.where(compared & (numbers != mine), lanes, 2 * MAX_WORLD), axis=0)
+    if first < 2 * MAX_WORLD:
+        seen = tl.sum(tl.where(lanes == first, numbers, 0), axis=0)
+        expected = tl.where(first < MAX_WORLD, even_number, odd_number)
+        ctx = Context(arena, peers, rank, epoch, world, 0, 0)
+        _abort(ctx, EPOCH, expected, seen, first & (MAX_WORLD - 1), 0, 0, 5)
+
+
+@triton.jit
+def hear_call(ctx):
+    """Wait until every rank has begun the call, by every CTA of a launch behind all that it does: so that what
+    :func:`compare_calls` compares is there, where ranks that differ in it can end the call.
+
+    The last CTA, which told the peers, waits. Those that the number keeps from leaving wait for nothing longer
+    than their limit.
     """
     if tl.program_id(0) == tl.num_programs(0) - 1:
         rank_wait(ctx, ARRIVED, ctx.epoch, 0)
-        other = differing(ctx.arena, ctx.epoch, ctx.world, said)
-        if other >= 0:
-            seen = tl.load(ctx.arena + SAID + (ctx.epoch & 1) * MAX_WORLD + other)
-            _abort(ctx, EPOCH, said, seen, other, 0, 0, 5)
 
 
 @triton.jit
-def _arrive(ctx, said):
+def _arrive(ctx, program, said):
     # By one CTA of a call that has no head kernel.
     here = tl.load(ctx.arena + ARRIVED + ctx.rank)
     if here != ctx.epoch - 1:
@@ -177,11 +203,11 @@ def _arrive(ctx, said):
     flags, inside = _words(ctx.peers, ctx.world, ARRIVED + ctx.rank)
     value = axis(MAX_WORLD) * 0 + ctx.epoch
     if said is None:
+        _say(ctx.peers, ctx.rank, ctx.world, ctx.epoch, program, 0)
         # It carries nothing: only a wait that has run out of time looks at it.
         tl.atomic_xchg(flags, value, mask=inside, sem="relaxed", scope="sys")
     else:
-        slots, there = _words(ctx.peers, ctx.world, SAID + (ctx.epoch & 1) * MAX_WORLD + ctx.rank)
-        tl.store(slots, axis(MAX_WORLD) * 0 + said, mask=there)
+        _say(ctx.peers, ctx.rank, ctx.world, ctx.epoch, program, said)
         tl.debug_barrier()
         tl.atomic_xchg(flags, value, mask=inside, sem="release", scope="sys")
 
@@ -193,15 +219,15 @@ def begin_call(
     """The :class:`Context` of a call that has no head: by every CTA of the one launch of a program with slots.
 
     The epoch is the stored one plus one; :func:`end_call` stores it. The last CTA, which has the least to do,
-    tells all ranks that this one has arrived. ``program``: a number for the error record. ``said``: a number that
-    all ranks call with, for :func:`compare_call`; None where there is none.
+    tells all ranks that this one has arrived. ``program``: its number. ``said``: a number that all ranks
+    call with; where it is not None, they :func:`hear_call`.
     """
     before = tl.load(arena + EPOCH)
     ctx = Context(arena, peers, rank, before + 1, world, progress_ns, arrival_ns)
     _fetch_early(peers)
     if tl.program_id(0) == tl.num_programs(0) - 1:
         tl.store(arena + PROGRAM, program)
-        _arrive(ctx, said)
+        _arrive(ctx, program, said)
     return ctx
 
 
@@ -234,7 +260,7 @@ def open_call(
     ``ACK``; None where the program has no flags. The last CTA, which has the least to do, tells all ranks that
     this one has arrived, and then ``STREAMS``, if there are any, that the call has begun. Launches behind this one
     come behind it in the main stream. :func:`end_call`, or the guard behind the call, clears the counters and ends
-    the epoch. ``program``: a number for the error record. ``said``: as in :func:`begin_call`.
+    the epoch. ``program`` and ``said``: as in :func:`begin_call`.
     """
     _open(
         ctx.arena,
@@ -277,7 +303,7 @@ def open_within(ctx, program, ACK: tl.constexpr, STREAMS: tl.constexpr, said=Non
         tl.store(ctx.arena + PROGRAM, program)
         if ACK is not None:
             tl.store(ctx.arena + EPOCH, ctx.epoch)
-            _arrive(ctx, said)
+            _arrive(ctx, program, said)
     if ACK is not None:
         rank_wait(ctx, ACK, ctx.epoch - 1, 0)
     if STREAMS and tl.program_id(0) == tl.num_programs(0) - 1:
@@ -315,15 +341,24 @@ def of_slot(slot, even, odd):
     return chosen
 
 
+# A function of its own, as :func:`_open` is.
+@triton.jit(noinline=True)
+def _compare(arena, peers, rank, world: tl.constexpr, epoch):
+    compare_calls(arena, peers, rank, world, epoch)
+
+
 @triton.jit
 def end_call(ctx, first, last, SLOTS: tl.constexpr):
     """Leave the last stage of a call that its one launch began: by :func:`begin_call` in a program with ``SLOTS``,
     else by :func:`open_call`. The last CTA to do so clears the counter words [``first``, ``last``) and stores the
     epoch, so that the next call finds everything as this one did.
 
-    True for that CTA, which acknowledges the call beside slots: it sees the work of all.
+    True for that CTA, which acknowledges the call beside slots: it sees the work of all. The CTA of the highest
+    number, which told the peers of the call, asks what they have told.
     """
     drain_tma_stores()
+    if (ctx.world > 1) and (tl.program_id(0) == tl.num_programs(0) - 1):
+        _compare(ctx.arena, ctx.peers, ctx.rank, ctx.world, ctx.epoch)
     tl.debug_barrier()
     # The word depends on the epoch: whoever has left has read it.
     leaving = ctx.arena + LEAVING + (ctx.epoch & 1) * 2

@@ -25,8 +25,11 @@ RECORD: Final = 16  # error record, RECORD_WORDS words; the first is nonzero onc
 RECORD_WORDS: Final = 16
 ARRIVED: Final = 64  # [MAX_WORLD] epochs: rank r has started its call number so-and-so
 ACK: Final = 128  # [MAX_WORLD] epochs: rank r has read all of its call number so-and-so
-# [2, MAX_WORLD] by the parity of a call's number: the value of the dynamic extent that rank r calls with.
+# [2, MAX_WORLD] of eight bytes, by the parity of a call's number: which call rank r has begun. The low half is the
+# number of its program times NUMBERED plus the value of its dynamic extent: of 2^12 programs and 2^20 rows no two
+# are alike. The high half is the epoch.
 SAID: Final = 192
+NUMBERED: Final = 1 << 20
 MAX_WORLD: Final = 64
 
 FLAGS: Final = 4 * 1024  # byte offset of the flag area
