@@ -116,7 +116,7 @@ class CudaState(GroupState):
 
     def check_usable(self) -> None:
         """As the base class; no call of Python more where all is well."""
-        if self._pinned_words[0] or self._given_up or self._dead:
+        if self._pinned_words[0] or self._given_up or self._dead or self._refused:
             super().check_usable()
 
     @property

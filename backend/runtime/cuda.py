@@ -216,9 +216,7 @@ def program_of(
 
 def refuse(kernel: str, error: TilelinkError, group: Any = None) -> None:
     """Tells the ranks of ``group`` that this one cannot run ``kernel``; the caller then raises ``error``."""
-    state = state_of(group)
-    state.check_usable()
-    state.agree(kernel, {}, error)
+    state_of(group).refuse(kernel, error)
 
 
 def run_program(
@@ -359,11 +357,11 @@ def _meet(
     scalars: Mapping[str, float],
 ) -> Program:
     """Checks, agrees, allocates, compiles, and agrees once more that every rank has compiled."""
-    if torch.cuda.is_current_stream_capturing():
-        raise NotPrepared(kernel=name)
     error: TilelinkError | None = None
     facts: dict[str, str] = {}
     try:
+        if torch.cuda.is_current_stream_capturing():
+            raise NotPrepared(kernel=name)
         image, host, facts = prepare()
         if image.world != state.world:
             raise BadArgument(
@@ -376,10 +374,11 @@ def _meet(
         _check_tensors(image.at(extents), given, state.device)
     except Exception as problem:
         error = _typed(problem, name)
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    state.agree(name, {**facts, "versions": versions}, error)
     if error is not None:
+        state.refuse(name, error)
         raise error
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    state.agree(name, {**facts, "versions": versions}, None)
     arena: Arena | NoArena = NoArena(state.world, state.device)
     if not image.apart:
         arena = state.arena_for(image.arena_bytes, image.slots)

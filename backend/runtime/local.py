@@ -122,6 +122,8 @@ class LocalState(GroupState):
         finally:
             self._running = False
         outputs = {slot.name: given[slot.name] for slot in image.outputs}
+        if not shared.stopped and image.flags:
+            self._compare(arena, number)
         if shared.stopped:
             for tensor in outputs.values():
                 tensor.fill_(float("nan") if tensor.dtype.is_floating_point else -1)
@@ -131,6 +133,16 @@ class LocalState(GroupState):
             self._words[1:] = record.tolist()
             self._words[0] = 1
         return outputs
+
+    def _compare(self, arena: LocalArena, program: int) -> None:
+        """Stops all ranks where one has begun this call as another program, as the guard of a GPU does."""
+        words = self.control(arena, self.rank)
+        record = [1, self.rank, *[0] * 7, watch.DIFFERENT, program, words[layout.EPOCH]]
+        record = watch.other_call(words, self.rank, self.world, record) or []
+        for word, value in enumerate(record):
+            arena.shared.word(self.rank, layout.RECORD + word).value = value
+        if record:
+            self.give_up(str(self._described(record)))
 
 
 _states: dict[Any, LocalState] = {}

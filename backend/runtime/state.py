@@ -11,11 +11,12 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from tilelink import knobs
 from tilelink.backend.runtime import watch
-from tilelink.backend.runtime.agree import Absent, agree, greet, join
+from tilelink.backend.runtime.agree import Absent, GivenUp, Refusals, agree, greet, join
 from tilelink.backend.runtime.errors import PeerTimeout, Unavailable
 from tilelink.backend.runtime.image import Image
 from tilelink.backend.runtime.roster import Meeting, Roster
@@ -45,11 +46,13 @@ class GroupState(ABC):
         self.images: list[Image] = []
         self.roster: Roster | None = None
         self._hello: Meeting | None = None
+        self._refusals: Refusals | None = None
+        self._refused = False  # a call, since the last one that was not
         if store is not None:
             # Before this rank compiles anything, so that its death meanwhile is seen. A store that cannot
             # be reached is an error of the first agreement.
             with contextlib.suppress(RuntimeError):
-                self._hello = greet(store, rank, world)
+                self._greet()
         self._agreements = 0
         self._suspects: dict[int, int] = {}
         self._given_up = ""
@@ -113,6 +116,19 @@ class GroupState(ABC):
             self.arenas.append(newest)
         return newest
 
+    def _greet(self) -> tuple[Meeting, Refusals]:
+        if self._hello is None or self._refusals is None:
+            self._hello = greet(self.store, self.rank, self.world)
+            self._refusals = Refusals(self.store, self._hello)
+        return self._hello, self._refusals
+
+    def refuse(self, kernel: str, error: BaseException) -> None:
+        """Tells ranks that come to agree on a call of ``kernel`` that this one does not make it, for ``error``;
+        those that know the program wait for this rank in the call. It stands until this rank's next call."""
+        if self.store is not None:
+            self._greet()[1].leave(kernel, error, self._agreements)
+            self._refused = True
+
     def agree(
         self, kernel: str, facts: dict[str, str], error: BaseException | None, least: float = 0.0
     ) -> None:
@@ -124,23 +140,27 @@ class GroupState(ABC):
             return
         limit = max(least, knobs.ARRIVAL_TIMEOUT.get())
         try:
+            hello, refusals = self._greet()
             if self.roster is None:
-                if self._hello is None:
-                    self._hello = greet(self.store, self.rank, self.world)
-                self.roster = join(self._hello, kernel, limit, min(limit, knobs.TIMEOUT.get()))
-            number, self._agreements = self._agreements, self._agreements + 1
-            agree(
-                self.store,
-                self.rank,
-                self.world,
-                f"tilelink/{self.roster.name}/agree/{number}",
-                kernel,
-                facts,
-                error,
-                limit,
-                self._elsewhere,
-                self.lost,
-            )
+                patience = min(limit, knobs.TIMEOUT.get())
+                self.roster = join(hello, kernel, limit, patience, refusals)
+            while True:
+                number, self._agreements = self._agreements, self._agreements + 1
+                with contextlib.suppress(GivenUp):
+                    agree(
+                        self.store,
+                        self.rank,
+                        self.world,
+                        f"tilelink/{self.roster.name}/agree/{number}",
+                        kernel,
+                        facts,
+                        error,
+                        limit,
+                        self._elsewhere,
+                        self.lost,
+                        partial(refusals.of, number=number),
+                    )
+                    return
         except Absent as problem:
             self.give_up(str(problem))
             raise
@@ -247,6 +267,9 @@ class GroupState(ABC):
     def check_usable(self) -> None:
         """Raises WaitTimeout if a call has run into one, ever, or a rank is dead: the workspace holds no
         promise any more."""
+        if self._refused and self._refusals is not None:
+            self._refusals.withdraw()
+            self._refused = False
         if not (self.host.aborted or self._given_up or self._dead):
             return
         self.check()

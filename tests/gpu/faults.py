@@ -25,8 +25,8 @@ from typing import Any
 Reply = dict[str, Any]
 TIMEOUT = 2.0  # TILELINK_TIMEOUT where an error is wanted
 BEYOND = 2.0  # seconds beyond the limit within which every survivor must have its error
-NAMED = ("WaitTimeout", "PeerTimeout", "PeerLost")
-FAULTS = ("kill", "lost", "straggler", "mismatch", "absent", "exception", "graph")
+NAMED = ("WaitTimeout", "PeerTimeout", "PeerLost", "CallsDiffer")
+FAULTS = ("kill", "lost", "straggler", "mismatch", "other", "absent", "exception", "graph")
 
 
 class Ranks:
@@ -285,6 +285,19 @@ class Bench:
         self.rows.append(row)
         _say(row)
         return bool(row["ok"])
+
+    def other(self, ranks: Ranks, run: int) -> bool:
+        """One rank runs another program in the same call, and all of them know both."""
+        victim = self._victim(ranks)
+        ranks.ask(30.0, do="learn")
+        began = time.monotonic()
+        for rank in ranks.members:
+            ranks.tell(rank, do="other", wide=rank == victim)
+        row: dict[str, Any] = {"fault": "other", "run": run, "world": len(ranks.members)}
+        answers = ranks.hear(ranks.members, 30.0)
+        named = sum("called" in a.get("said", "") for a in answers.values())
+        row |= {"limit": TIMEOUT, "victim": victim, "name_both": named}
+        return self.finish(ranks, row, answers, began)
 
     def graph(self, ranks: Ranks, run: int) -> bool:
         """A captured graph is replayed while a rank dies."""

@@ -263,14 +263,27 @@ class Rank:
 
     def mismatch(self, message: dict[str, Any]) -> dict[str, Any]:
         """A call that the ranks have not made before, with another N on one of them."""
-        e = self.engine
-        n = e.N + (2 if message["wide"] else 1) * e.wide
+        return self._with_columns(self.engine.N + (2 if message["wide"] else 1) * self.engine.wide)
+
+    def learn(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Calls with N and with twice as many columns, on all ranks alike."""
+        del message
+        answers = [self._with_columns(self.engine.N * times) for times in (1, 2)]
+        return next((a for a in answers if a["error"]), {"error": ""})
+
+    def other(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A call that the ranks have made before, another one on one of them."""
+        return self._with_columns(self.engine.N * (2 if message["wide"] else 1))
+
+    def _with_columns(self, n: int) -> dict[str, Any]:
         a, b = self.inputs("gemm_ar", 1, n)[self.group.rank()]
+        out = None
         try:
-            e.launch("gemm_ar", self.group, a, b)
+            out = self.engine.launch("gemm_ar", self.group, a, b)
             watch.synchronize()
         except TilelinkError as problem:
-            return self._error(problem, time.monotonic())
+            at = time.monotonic()
+            return self._error(problem, at) | {"nan": out is None or bool(out.isnan().all())}
         return {"error": ""}
 
     def recover(self, message: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
 
 from tilelink.backend.runtime.agree import Absent, agree, greet, join
@@ -206,3 +208,93 @@ def test_rank_that_does_not_come_is_left_out_and_told_when_it_does() -> None:
     assert 0.9 < time.monotonic() - started < 5
     (late,) = elected(store, [2], [])
     assert isinstance(late, RecoveryFailed) and "ranks 0, 1 went on without it" in str(late)
+
+
+class Alone(GroupState):
+    """A group's state without memory."""
+
+    def allocate(self, size: int) -> Any:
+        """No test asks for an arena."""
+        raise AssertionError(size)
+
+    def idle(self) -> bool:
+        """Nothing runs."""
+        return True
+
+    control = set_abort = allocate  # type: ignore[assignment]
+
+    @property
+    def host(self) -> Any:
+        """Where nothing is written."""
+        return SimpleNamespace(aborted=False)
+
+
+def in_turns(monkeypatch: pytest.MonkeyPatch, *scripts: Sequence[str]) -> list[list[str]]:
+    """What becomes of ranks that each do one thing after another.
+
+    ``bad`` is a call that is refused, ``know K`` one of a program that all know, ``meet K`` an agreement on a
+    new one.
+    """
+    monkeypatch.setenv("TILELINK_ARRIVAL_TIMEOUT", "6")
+    store = HashStore()
+
+    def rank(number: int) -> list[str]:
+        state, found = Alone(None, number, len(scripts), store), []
+        for step in scripts[number]:
+            do, _, kernel = step.partition(" ")
+            try:
+                if do == "wait":
+                    time.sleep(0.6)
+                    continue
+                state.check_usable()
+                if do == "bad":
+                    state.refuse("K", ValueError("A is on cpu"))
+                elif do == "meet":
+                    state.agree(kernel, {"kernel": kernel}, None)
+                found.append("fine")
+            except AgreementError as problem:
+                found.append(str(problem))
+        return found
+
+    with ThreadPoolExecutor(len(scripts)) as threads:
+        return list(threads.map(rank, range(len(scripts))))
+
+
+def test_a_call_that_one_rank_refuses_is_an_error_on_ranks_that_meet_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for before in ((), ("meet A",)):
+        found = in_turns(
+            monkeypatch, [*before, "bad", "wait", "meet L"], *[[*before, "meet K", "meet L"]] * 2
+        )
+        done = ["fine"] * len(before)
+        assert found[0] == [*done, "fine", "fine"]
+        for other in found[1:]:
+            assert other[:-2] == done and "A is on cpu" in other[-2] and other[-1] == "fine"
+
+
+def test_a_call_that_one_rank_refuses_and_the_others_know_leaves_agreements_aligned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rank may try again; what it refused is no part of any later agreement."""
+    found = in_turns(
+        monkeypatch,
+        ["meet K", "bad", "know K", "wait", "meet L", "meet M"],
+        *[["meet K", "know K", "meet L", "meet M"]] * 2,
+    )
+    assert found == [["fine"] * 5, *[["fine"] * 4] * 2]
+
+
+def test_ranks_that_gave_an_agreement_up_all_raise_and_meet_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of them comes when the rank that refused is there again: the store has decided before."""
+    found = in_turns(
+        monkeypatch,
+        ["meet A", "bad", "wait", "wait", "meet L"],
+        ["meet A", "meet K", "meet L"],
+        ["meet A", "wait", "wait", "wait", "meet K", "meet L"],
+    )
+    assert found[0] == ["fine"] * 3
+    for other in found[1:]:
+        assert other[0] == other[2] == "fine" and "A is on cpu" in other[1]
