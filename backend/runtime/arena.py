@@ -15,10 +15,12 @@ from tilelink.backend.runtime import watch
 from tilelink.backend.runtime.driver import driver
 from tilelink.backend.runtime.errors import DriverError, Unavailable
 from tilelink.backend.runtime.groups import found, standing_for, store_of
+from tilelink.backend.runtime.image import Image
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
 from tilelink.backend.runtime.views import clear_words
 from tilelink.ir import layout
 
+DONE = 1 << 20  # more than a counter counts to
 LOOK = 0.02  # seconds until an event counts as behind work that runs: of a stream with none it completes at once
 
 
@@ -178,6 +180,31 @@ class CudaState(GroupState):
         """Remembers that a call went into a graph of the user's, whose replays nobody here sees."""
         if collectives:
             self.replayed_collectives = True
+
+    def mark(self, stream: int) -> int | None:
+        """An event behind the last call, which is on the stream of this handle; None if it is captured now."""
+        calls, last = driver(), self._unmarked
+        if last is not None and last is not self._marked:
+            if calls.capturing(stream):
+                return None
+            calls.record(self._done.handle, stream)
+            self._marked = last
+        return self._done.handle
+
+    def cut_short(self, image: Image, arena: Arena) -> None:
+        """Ends a call of which not all was enqueued: ranks that spin leave, streams here that wait for its kernels
+        go on, and the group is given up."""
+        self.give_up(f"a call of `{image.name}` was enqueued in part")
+        first, last = image.counter_words
+        done = torch.full((max(1, last - first),), DONE, dtype=torch.int32).pin_memory()
+        begin = arena.addresses[self.rank]
+        places = [(layout.BEGUN, 1), (first, last - first)]
+        with self._looking:
+            for word, count in places:
+                if count:
+                    target, size = begin + word * layout.WORD, count * layout.WORD
+                    driver().copy(self._look.cuda_stream, target, done.data_ptr(), size)
+            self._await_look()
 
     def idle(self) -> bool:
         """Whether the last call that the host knows of has ended."""

@@ -23,7 +23,7 @@ from tilelink import knobs
 from tilelink.backend.runtime import load_module, write_module
 from tilelink.backend.runtime.arena import Arena, CudaState, NoArena, state_of
 from tilelink.backend.runtime.choose import compile_chosen
-from tilelink.backend.runtime.driver import Event, driver
+from tilelink.backend.runtime.driver import driver
 from tilelink.backend.runtime.errors import (
     BadArgument,
     NotPrepared,
@@ -31,6 +31,7 @@ from tilelink.backend.runtime.errors import (
     TooManyWorkers,
 )
 from tilelink.backend.runtime.image import Image, Slot, image_of
+from tilelink.backend.runtime.order import order_of
 from tilelink.backend.runtime.plan import Plan, Recorder, rows_behind
 from tilelink.backend.runtime.views import TORCH_DTYPES
 from tilelink.errors import InternalError, TilelinkError
@@ -52,6 +53,7 @@ class Program:
         self.number = state.number_of(image)
         self.workspace = state.workspace_for(image.workspace_bytes)
         self.device = state.device.index
+        self._order = order_of(self.device)
         # Looked at in every call.
         self._apart, self.endless = image.apart, () if image.bare else image.endless
         self._collectives = bool(image.collectives) and state.world > 1
@@ -127,20 +129,31 @@ class Program:
 
     def enqueue(self, plan: Plan, tensors: Tensors) -> tuple[torch.Tensor, ...]:
         """Enqueues a call that was recorded with tensors like these; returns the outputs as :meth:`call`."""
-        device = self.device
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        if torch._C._cuda_isCurrentStreamCapturing():
-            plan.enqueue(stream, tensors)
-            self.state.note_capture(self._collectives)
-        else:
-            state = self.state
-            if _last.get(device) != stream:
-                _chain(device, stream)
-            plan.run(stream, tensors, state.spare)
-            state.note_call(self._apart, self._collectives, stream)
+        state, order = self.state, self._order
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        with order.turn:
+            if torch._C._cuda_isCurrentStreamCapturing():
+                plan.enqueue(stream, tensors)
+                state.note_capture(self._collectives)
+            else:
+                if order.stream != stream:
+                    order.follow(stream)
+                try:
+                    plan.run(stream, tensors, state.spare)
+                except BaseException:
+                    self._cut_short(stream)
+                    raise
+                state.note_call(self._apart, self._collectives, stream)
+                order.stream, order.last = stream, state
         if self._only is not None:
             return (tensors[self._only],)
         return tuple([tensors[name] for name in self.outputs])
+
+    def _cut_short(self, stream: int) -> None:
+        """A call was enqueued in part, as an error or ^C left it: nobody waits for the rest, on any rank."""
+        if isinstance(self.arena, Arena) and self.state.world > 1:
+            self.state.note_call(self._apart, self._collectives, stream)
+            self.state.cut_short(self.image, self.arena)
 
     def _record(self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents) -> Plan:
         state = self.state
@@ -266,24 +279,6 @@ class _Known:
 
 _kernels: dict[tuple[object, ...], _Known] = {}
 _programs: dict[tuple[str, Host, int], Program] = {}
-_last: dict[int, int] = {}  # the handle of the stream of a device's last fused call
-_links: dict[int, Event] = {}
-
-
-def _chain(device: int, stream: int) -> None:
-    """Orders this call behind the last fused call of this device, whatever stream that was on.
-
-    Two fused programs that ran at once could each hold the SMs that the other one waits for. Replays of
-    captured graphs cannot be seen here; they are ordered by the stream that they are replayed on.
-    """
-    last = _last.get(device, stream)
-    if last != stream:
-        calls = driver()
-        if device not in _links:
-            _links[device] = calls.event()
-        calls.record(_links[device].handle, last)
-        calls.wait_event(stream, _links[device].handle)
-    _last[device] = stream
 
 
 def _shape_key(tensors: Mapping[str, torch.Tensor | None]) -> tuple[object, ...]:

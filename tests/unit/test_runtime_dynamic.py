@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 
 from tests.collectives import Group
 from tilelink import kernels
-from tilelink.backend.runtime import cuda, plan, site
+from tilelink.backend.runtime import cuda, order, plan, site
 from tilelink.backend.runtime.errors import BadArgument
 from tilelink.backend.runtime.views import Rows
 from tilelink.errors import TilelinkError
@@ -37,8 +39,8 @@ class Driver:
     def record(self, *_: int) -> None:
         self.calls.append(("record",))
 
-    def wait_event(self, *_: int) -> None:
-        self.calls.append(("wait event",))
+    def wait_event(self, stream: int, event: int) -> None:
+        self.calls.append(("wait event",) if event < 1000 else ("follow", stream, event - 1000))
 
     def wait_geq(self, stream: int, address: int, value: int) -> None:
         self.calls.append(("wait", value))
@@ -88,6 +90,12 @@ class State:
         if error is not None:
             self.errors.append(error)
 
+    def refuse(self, kernel: str, error: TilelinkError) -> None:
+        self.errors.append(error)
+
+    def mark(self, stream: int) -> int:
+        return 1000 + stream
+
     def stream(self, name: str) -> Any:
         return SimpleNamespace(cuda_stream=7)
 
@@ -132,8 +140,10 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> tuple[State, Driver, Launched]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     properties = SimpleNamespace(name="no known GPU", multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    for kept in ("_kernels", "_programs", "_last", "_links"):
+    for kept in ("_kernels", "_programs"):
         monkeypatch.setattr(cuda, kept, {})
+    monkeypatch.setattr(order, "_orders", {})
+    monkeypatch.setattr(order, "driver", lambda: driver)
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     return state, driver, launched
 
@@ -384,3 +394,71 @@ def test_a_schedule_that_nobody_asked_for_gives_way_where_it_does_not_fit(
     monkeypatch.setattr(plan, "compile_launch", compile_launch)
     assert kernels.gemm_ar.on()(matrix(48, 32), matrix(32, 64)).shape == (48, 64)
     assert [type(error) for error in rank[0].errors] == [TooLargeForSM] and len(tried) > 1
+
+
+def test_calls_of_several_threads_come_one_behind_the_other(
+    rank: tuple[State, Driver, Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On whatever streams: a stream waits for the last call of all, which has been enqueued by then."""
+    _, driver, _ = rank
+    local = threading.local()
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda device: local.stream, raising=False
+    )
+    call = kernels.ag_gemm.on(schedule=Schedule(moves=(("A", Move()),)))
+    a, b = matrix(32, 32), matrix(32, 64)
+    local.stream = 3
+    call(a, b)
+    copy = driver.copy
+
+    def slowly(stream: int, target: int, source: int, size: int) -> None:
+        time.sleep(0.02)
+        copy(local.stream, target, source, size)
+        driver.calls[-1] = ("by", local.stream)
+
+    monkeypatch.setattr(driver, "copy", slowly)
+
+    def run(stream: int) -> None:
+        local.stream = stream
+        for _ in range(3):
+            call(a, b)
+
+    threads = [threading.Thread(target=run, args=(stream,)) for stream in (4, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    last = 3
+    for kind, *rest in driver.calls:
+        if kind == "follow":
+            stream, behind = rest
+            assert behind == last != stream
+            last = stream
+        elif kind == "by":
+            assert rest == [last]
+    assert last in (4, 5)
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, RuntimeError])
+def test_a_call_that_was_enqueued_in_part_is_waited_for_by_nobody(
+    rank: tuple[State, Driver, Launched],
+    monkeypatch: pytest.MonkeyPatch,
+    problem: type[BaseException],
+) -> None:
+    state, driver, _ = rank
+    stopped: list[str] = []
+    monkeypatch.setattr(cuda, "Arena", SimpleNamespace)
+    monkeypatch.setattr(
+        state, "cut_short", lambda image, arena: stopped.append(image.name), raising=False
+    )
+    call = kernels.ag_gemm.on(schedule=Schedule(moves=(("A", Move()),)))
+    a, b = matrix(32, 32), matrix(32, 64)
+    call(a, b)
+
+    def broken(*_: int) -> None:
+        raise problem
+
+    monkeypatch.setattr(driver, "copy", broken)
+    with pytest.raises(problem):
+        call(a, b)
+    assert stopped == ["ag_gemm"]
