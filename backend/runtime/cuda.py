@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import combinations
@@ -216,8 +217,11 @@ def program_of(
     key = (id(kernel), id(state), schedule, shapes, _constants(kernel, scalars), _kinds(tensors))
     known = _kernels.get(key)
     if known is None:
-        program = _meet_kernel(state, kernel, tensors, scalars, schedule, capacities)
-        known = _kernels[key] = _Known(kernel, program)
+        with _meeting:
+            known = _kernels.get(key)
+            if known is None:
+                program = _meet_kernel(state, kernel, tensors, scalars, schedule, capacities)
+                known = _kernels[key] = _Known(kernel, program)
     elif values:
         try:
             _check_tensors(known.program.slots(values), _dense(tensors), state.device)
@@ -250,9 +254,11 @@ def run_program(
         image = image_of(parse_ir(text))
         given, numbers = _by_name(image, tensors), _numbers(image, scalars)
         facts = {"program": digest[:16], "emitted source": _source_of(host)}
-        program = _programs[key] = _meet(
-            state, image.name, lambda: (image, host, facts), given, numbers
-        )
+        with _meeting:
+            program = _programs.get(key) or _meet(
+                state, image.name, lambda: (image, host, facts), given, numbers
+            )
+            _programs[key] = program
     given = _by_name(program.image, tensors)
     extents = program.image.extents_of({n: t.shape for n, t in given.items()})
     _check_extents(program.image, extents)
@@ -277,6 +283,7 @@ class _Known:
         self.kernel, self.program = kernel, program
 
 
+_meeting = threading.RLock()  # ranks meet one program at a time
 _kernels: dict[tuple[object, ...], _Known] = {}
 _programs: dict[tuple[str, Host, int], Program] = {}
 
