@@ -105,18 +105,10 @@ def run_passes(
 def compile_kernel(kernel: Op, schedule: Schedule | None = None) -> Op:
     """The fused program of ``kernel`` under ``schedule`` (default: :func:`default_schedule`), proven.
 
-    Where no schedule is given, one that serves fixed extents may have a form that a dynamic one has not: then the
-    default is taken. Raises what the passes refuse and what :func:`tilelink.backend.verify.verify` refuses.
+    Raises what the passes refuse and what :func:`tilelink.backend.verify.verify` refuses.
     """
-    dynamic = any(op.get("dynamic") for op in kernel.find("extent"))
-    try:
-        program = run_passes(kernel, schedule)
-        verify(program, kernel)
-    except TilelinkError:
-        if schedule is not None or not dynamic:
-            raise
-        program = run_passes(kernel, default_schedule(kernel))
-        verify(program, kernel)
+    program = run_passes(kernel, schedule)
+    verify(program, kernel)
     return program
 
 
