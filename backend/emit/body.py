@@ -256,7 +256,7 @@ def _guarded(scope: Scope, op: Op, write: Callable[[], None]) -> None:
         write()
 
 
-def word(scope: Scope, op: Op, symbol: str, index: tuple[Expr, ...]) -> str:
+def word(scope: Scope, symbol: str, index: tuple[Expr, ...]) -> str:
     """The text of the arena word of one element of a flag or counter."""
     return scope.expr(word_of(scope, symbol, index))
 
@@ -316,7 +316,7 @@ def _wait(scope: Scope, op: Op) -> None:
                 index.append(Expr.name(name))
             else:
                 index.extend(element(op, (item,)))
-        where = word(scope, op, symbol, tuple(index))
+        where = word(scope, symbol, tuple(index))
         fence = ["True"] if op.get("proxy") else []
         ident = scope.program.wait_id(op)
         if decl.name == "counter":
@@ -378,7 +378,7 @@ def notify(scope: Scope, op: Op) -> None:
         raise refuse(
             op, "a notify that is held back, but not as the last of a queue that is static"
         )
-    where = word(scope, op, symbol, element(op, op.ref.index))
+    where = word(scope, symbol, element(op, op.ref.index))
 
     def write() -> None:
         if op.get("drain"):
@@ -393,7 +393,7 @@ def notify(scope: Scope, op: Op) -> None:
             scope.writer.call("device.peer_tile_notify(", ["ctx", where, peer])
             return
         through = op["through"]
-        counter = word(scope, op, through.symbol, element(op, through.index))
+        counter = word(scope, through.symbol, element(op, through.index))
         args = ["ctx", where, peer, counter, scope.expr(count)]
         scope.writer.call("device.counted_tile_notify(", args)
 
@@ -444,7 +444,7 @@ def tell_ranks(scope: Scope, op: Op) -> None:
     program, (notify,) = scope.program, op.body
     assert notify.ref is not None
     plain_notify(program, notify)
-    args = ["ctx", word(scope, notify, notify.symbol, element(notify, notify.ref.index))]
+    args = ["ctx", word(scope, notify.symbol, element(notify, notify.ref.index))]
     count, through = notify.get("count", 1), notify.get("through")
     told = ["others=True"] if notify.get("if") is not None else []
     if not _whole(program, op):
@@ -453,7 +453,7 @@ def tell_ranks(scope: Scope, op: Op) -> None:
         scope.writer.call("device.all_tile_notify(", [*args, *told])
         return
     first = (Expr.const(0), *through.index[1:])
-    counter = word(scope, notify, through.symbol, element(notify, first))
+    counter = word(scope, through.symbol, element(notify, first))
     step = scope.expr(access.strides(scope, through.symbol)[0])
     args += [counter, step, scope.expr(count), *told]
     scope.writer.call("device.counted_all_tile_notify(", args)

@@ -29,7 +29,7 @@ def load_stage(scope: Scope, launch: Op, stage: Op, copies: Copies, ring: list[T
     writer, taken = scope.writer, "taken"
     counter = stage["counter"]
     with _queue(scope, launch, stage):
-        where = body.word(scope, stage, counter.symbol, body.element(stage, counter.index))
+        where = body.word(scope, counter.symbol, body.element(stage, counter.index))
 
         def draw() -> None:
             writer.line(f"{taken} = device.queue_next(ctx, {where})")

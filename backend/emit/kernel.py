@@ -367,7 +367,7 @@ def _dynamic(scope: Scope, stage: Op, count: str) -> None:
     counter = stage.get("counter")
     if counter is None:
         raise refuse(stage, "a dynamic queue without a `counter`")
-    where = body.word(scope, stage, counter.symbol, body.element(stage, counter.index))
+    where = body.word(scope, counter.symbol, body.element(stage, counter.index))
     taken = scope.fresh("taken")
     scope.writer.line(f"{taken} = device.queue_next(ctx, {where})")
     with scope.writer.block(f"while {taken} < {count}:"):

@@ -78,7 +78,7 @@ def block_of(scope: Scope, name: str, tile: int) -> int:
     return max(power_of_two(tile), 16 if name in scope.program.dotted else 1)
 
 
-def sizes(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk) -> list[int]:
+def sizes(op: Op, tiles: Sequence[Value], walk: Walk) -> list[int]:
     """The tile size of every variable; 1 for those that are scalars."""
     given = iter(walk.tile)
     found: list[int] = []
@@ -175,7 +175,7 @@ def decode(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk, q: str) -> 
     """Write the tile variables at queue position ``q``; returns the number of tiles a segment."""
     if walk.begin:
         q = scope.writer.let(scope.fresh(f"{tiles[walk.axis].name}_place"), f"{q} + {walk.begin}")
-    tile_sizes = sizes(scope, op, tiles, walk)
+    tile_sizes = sizes(op, tiles, walk)
     per, columns, segments = _counts(scope, walk, tile_sizes)
     axis = walk.axis
     inside, i = q, "0"
@@ -316,13 +316,13 @@ def total(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk) -> str:
     """The number of positions of the queue, as text."""
     if walk.positions is not None:
         return str(walk.positions[1] - walk.positions[0])
-    per, columns, segments = _counts(scope, walk, sizes(scope, op, tiles, walk))
+    per, columns, segments = _counts(scope, walk, sizes(op, tiles, walk))
     return multiply(segments, per, *columns)
 
 
 def segment_counts(scope: Scope, op: Op, tiles: Sequence[Value], walk: Walk) -> tuple[str, str]:
     """The positions of one segment, and the number of segments, as text."""
-    per, columns, segments = _counts(scope, walk, sizes(scope, op, tiles, walk))
+    per, columns, segments = _counts(scope, walk, sizes(op, tiles, walk))
     return multiply(per, *columns), segments
 
 

@@ -36,7 +36,7 @@ def load_sum(scope: Scope, op: Op) -> None:
     offsets, mask = _relative(scope, name, found)
     far = _corner(scope, base(scope, ref.symbol), found, token_of(scope, ref.symbol))
     size = item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))
-    aligned = _aligned(scope, found, steps[0], size)
+    aligned = _aligned(found, steps[0], size)
     total, part, there, here, chosen = (
         f"{name}_{s}" for s in ("total", "part", "parts", "own", "from")
     )
@@ -52,7 +52,7 @@ def load_sum(scope: Scope, op: Op) -> None:
         scope.writer.line(f"{here} = {local[0]}")
         for term in local[1:]:
             scope.writer.line(f"{here} += {term}")
-        aligned = aligned and _aligned(scope, near, 0, size)
+        aligned = aligned and _aligned(near, 0, size)
         # A part of columns lies closer together where it lands than in the whole.
         if strides(scope, own.symbol) != steps[1:]:
             apart, _ = _relative(scope, f"{name}_own", near)
@@ -154,7 +154,7 @@ def _arriving(scope: Scope, op: Op, name: str, step: int | Expr) -> list[str]:
     scope.writer.line(f"{parts} = {first}")
     for term in rest:
         scope.writer.line(f"{parts} += {term}")
-    if _aligned(scope, found, step, item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))):
+    if _aligned(found, step, item_bytes(str(scope.program.symbols[ref.symbol]["dtype"]))):
         scope.writer.line(f"{parts} = tl.multiple_of({parts}, 16)")
     return [
         f"{parts} + {offsets}",
@@ -188,7 +188,7 @@ def _everywhere(scope: Scope, op: Op, name: str) -> tuple[str, str, str, str, st
     scope.writer.line(f"{corner} = {first}")
     for term in rest:
         scope.writer.line(f"{corner} += {term}")
-    aligned = str(_aligned(scope, found, 0, item_bytes(str(decl["dtype"]))))
+    aligned = str(_aligned(found, 0, item_bytes(str(decl["dtype"]))))
     return "peers", scope.program.offset(decl), corner, offsets, mask or "None", aligned
 
 
@@ -203,7 +203,7 @@ def _corner(scope: Scope, pointer: str, found: list[Axis], token: str) -> list[s
     return [t for t in (pointer, *terms, token) if t not in ("", "0")]
 
 
-def _aligned(scope: Scope, found: list[Axis], step: int | Expr, size: int) -> bool:
+def _aligned(found: list[Axis], step: int | Expr, size: int) -> bool:
     """Whether the first element of a tile always lies at a multiple of 16 bytes.
 
     Along the innermost axis it is what divides all starts of tiles that decides, along the others the stride too.

@@ -234,7 +234,10 @@ def _by_workers(program: Op, info: Moved) -> Op:
     counters: list[Op] = []
     for op in program.body:
         if op.name == "launch":
-            op, new = (_beside if beside else _join)(program, op, info, stage, workers)
+            if beside:
+                op, new = _beside(program, op, info, stage, workers)
+            else:
+                op, new = _join(op, info, stage, workers)
             counters += new
         ops.append(op)
     return add_declarations(program.with_ops(tuple(ops)), *counters)
@@ -285,7 +288,7 @@ def _without_waits(launch: Op, info: Moved) -> tuple[Op, tuple[Op, ...]]:
     return launch.with_ops(tuple(kept)), waits
 
 
-def _join(program: Op, launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op]]:
+def _join(launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op]]:
     """Put the transfers where their data is ready, and give the other work to those who are free."""
     stages = list(launch.body)
     if info.kind == "gather":

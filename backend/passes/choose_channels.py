@@ -169,8 +169,10 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
         if move.own != "last":
             program = _count_columns(program, name)
         info = moved(program, name)
-        choose = _output_channels if info.channel_axis is None else _column_channels
-        tile, rows = choose(program, tensor, info, move)
+        if info.channel_axis is None:
+            tile, rows = _output_channels(program, tensor, info, move)
+        else:
+            tile, rows = _column_channels(info, move)
     program = replace_declaration(
         program,
         program.declared(name).with_attrs(
@@ -389,7 +391,7 @@ def _along_columns(program: Op, name: str, axis: int) -> Op:
     return replace_declaration(program, tensor)
 
 
-def _column_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[int, int]:
+def _column_channels(info: Moved, move: Move) -> tuple[int, int]:
     """The communication tile of a tensor whose channels are columns, and the length of one along their axis."""
     units = -(-info.across // info.task_columns)
     alone = info.rows_meeting(RANK) == info.tasks_across == 1 or move.own != "last"

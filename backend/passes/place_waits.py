@@ -171,7 +171,7 @@ def _waits(program: Op, tensor: Op, load: Op, loop: Op, stored: Stored) -> list[
         return _gather_waits(info, tile, load, loop)
     if info.shots == 2 and not load.get("relay"):
         return _total_waits(info, tile, load, loop)
-    return _sum_waits(program, info, tile, load, loop)
+    return _sum_waits(info, tile, load, loop)
 
 
 def _gather_waits(info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op]:
@@ -204,7 +204,7 @@ def _total_waits(info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op
     return [make("wait", ref=Ref(summed, index), span=load.span)]
 
 
-def _sum_waits(program: Op, info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op]:
+def _sum_waits(info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op]:
     lo, hi = Expr.const(0), Expr.const(info.channels)
     if info.channel_axis is not None:
         assert load.ref is not None

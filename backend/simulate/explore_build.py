@@ -476,10 +476,14 @@ class Builder:
         for op in ops:
             if op.name in ("wait", "notify", "transfer"):
                 condition = op.get("if")
-                if condition is None or self._value(condition, at):
-                    {"wait": self._wait, "notify": self._notify, "transfer": self._transfer}[
-                        op.name
-                    ](at, op, where)
+                if condition is not None and not self._value(condition, at):
+                    continue
+                if op.name == "wait":
+                    self._wait(at, op, where)
+                elif op.name == "notify":
+                    self._notify(at, op, where)
+                else:
+                    self._transfer(at, op)
             elif op.name in ("for_tiles", "for_range"):
                 for tiles in self._positions(at, op):
                     bind_args(op.args[: len(tiles)], tiles, at.env, at.values)
@@ -576,7 +580,7 @@ class Builder:
     def _decl(self, symbol: str) -> Op:
         return self.geometry.decls[symbol].op
 
-    def _transfer(self, at: _Place, op: Op, where: str) -> None:
+    def _transfer(self, at: _Place, op: Op) -> None:
         assert op.ref is not None
         self._touch(at, at.rank, op.ref, READ)
         self._touch(at, self._peer(at, op), op["to"], WRITE)

@@ -259,7 +259,7 @@ class Search:
                     break
                 node = self.nodes[at]
                 if node.kind == PERFORM:
-                    if held and not self._quiet(node, held):
+                    if held and not self._quiet(held):
                         break
                 elif node.kind == TAKE:
                     if self.word_of[words[node.elements[0]]][0] < len(node.tasks):
@@ -268,7 +268,7 @@ class Search:
                     break
                 self._perform(processes, words, done, number, frontier)
 
-    def _quiet(self, node: Node, held: tuple[Held, ...]) -> bool:
+    def _quiet(self, held: tuple[Held, ...]) -> bool:
         return self.reducer is not None and held[0].element in self.reducer.settled
 
     def _perform(

@@ -245,7 +245,7 @@ class FaultRun(Scheduler):
     def _struck(self) -> None:
         self.struck = self.now if self.struck is None else self.struck
 
-    def _is_lost(self, task: Task, ins: Notify) -> bool:
+    def _is_lost(self, task: Task, _: Notify) -> bool:
         state = self._ranks[task.rank]
         state.notifies += 1
         lost = (task.rank, state.notifies - 1) in self._drops

@@ -188,7 +188,7 @@ def prove(out: Expansion, *, known: bool = False, contents: bool = True) -> Repo
     for symbol, meeting in meetings.items():
         inexact = any(a.write and not a.exact for a in meeting.accesses)
         if out.declarations[symbol].get("role") == "out" and not inexact:
-            check_written(out, meeting)
+            check_written(meeting)
     for symbol in meetings:
         check_reuse(out, ordering, meetings[symbol])
     check_words(out, words, ordering)

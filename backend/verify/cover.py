@@ -144,7 +144,7 @@ def check_cover(out: Expansion, order: Order, meeting: Meeting) -> None:
             )
 
 
-def check_written(out: Expansion, meeting: Meeting) -> None:
+def check_written(meeting: Meeting) -> None:
     """Raise DataflowError where an output is not written everywhere on every rank."""
     seen = np.zeros(meeting.cells, dtype=bool)
     seen[meeting.write_cell] = True

@@ -134,7 +134,7 @@ def check_progress(out: Expansion, words: Elements) -> None:
                 moved |= _step(out, agents, agent, missing, named)
     if all(agent.ended for agent in agents):
         return
-    _witness(out, words, agents, missing, named)
+    _witness(out, words, agents, named)
 
 
 def _agents(out: Expansion, words: Elements) -> list[_Agent]:
@@ -249,7 +249,6 @@ def _witness(
     out: Expansion,
     words: Elements,
     agents: list[_Agent],
-    missing: list[int],
     named: dict[str, int],
 ) -> None:
     """Follow who waits for whom until an agent comes twice, and raise with that cycle."""

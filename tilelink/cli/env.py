@@ -25,7 +25,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.set_defaults(execute=execute)
 
 
-def execute(args: argparse.Namespace) -> int:
+def execute(_: argparse.Namespace) -> int:
     """Prints the report; never fails for something that is missing."""
     print("versions")
     print(table.pairs([("python", platform.python_version()), *versions()]))

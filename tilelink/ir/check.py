@@ -426,7 +426,7 @@ class Checker:
                     raise error(op, f"{texts} do not broadcast", "shapes broadcast as in NumPy")
         return tuple(out)
 
-    def indexed(self, op: Op, ref: Ref) -> tuple[str, ...] | None:
+    def indexed(self, ref: Ref) -> tuple[str, ...] | None:
         """The shape of what a reference reads; None where the text does not tell."""
         dims = [str(d) for d in self.declared[ref.symbol].get("dims", ())]
         if not ref.index:

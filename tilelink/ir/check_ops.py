@@ -101,7 +101,7 @@ def _index(checker: Checker, op: Op) -> None:
 
 def _load(checker: Checker, op: Op) -> None:
     assert op.ref is not None
-    checker.result(op, checker.declared[op.ref.symbol]["dtype"], checker.indexed(op, op.ref))
+    checker.result(op, checker.declared[op.ref.symbol]["dtype"], checker.indexed(op.ref))
 
 
 def _load_sum(checker: Checker, op: Op) -> None:
@@ -122,7 +122,7 @@ def _load_sum(checker: Checker, op: Op) -> None:
 def _store(checker: Checker, op: Op) -> None:
     assert op.ref is not None
     (type_,) = checker.data(op)
-    shape = checker.indexed(op, op.ref)
+    shape = checker.indexed(op.ref)
     if shape is None:
         return
     text = f"`store` of {type_} to [{', '.join(shape)}] of `@{op.ref.symbol}`"
