@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tilelink.backend.expand import environment, evaluate
-from tilelink.ir import At, Expr, Index, Op, Ref, Value
+from tilelink.ir import At, Expr, Index, Op, Ref, Value, dynamic_extents
 
 REDUCE = ("sum", "max", "min")
 
@@ -22,7 +22,7 @@ def endless_inputs(program: Op) -> frozenset[str]:
     the proof checks. And those that are read through TMA by products alone, of tiles that do not end with
     the rows, where in their stages no row depends on another one.
     """
-    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
+    dynamic = {op.symbol for op in dynamic_extents(program)}
     matrices = [t for t in program.find("tensor") if t["role"] == "in" and len(t["dims"]) == 2]
 
     def varies(dim: Expr | int | str) -> bool:

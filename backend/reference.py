@@ -9,7 +9,6 @@ the passes that it judges.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -329,22 +328,3 @@ def _runs(indices: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
         return []
     cuts = np.flatnonzero(np.diff(indices) != 1) + 1
     return [(int(part[0]), int(part[-1]) + 1) for part in np.split(indices, cuts)]
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest over rows of ‖actual − expected‖ / ‖expected‖, in float64.
-
-    A row runs along the last axis; a vector or a number is one row. Where the expected row is zero the
-    error is ‖actual‖. A NaN or an infinity on either side gives infinity, no rows at all 0. Raises
-    ValueError where the shapes differ.
-    """
-    if actual.shape != expected.shape:
-        raise ValueError(f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}")
-    if expected.numel() == 0:
-        return 0.0
-    width = expected.shape[-1] if expected.ndim else 1
-    got = actual.detach().cpu().to(torch.float64).reshape(-1, width)
-    want = expected.detach().cpu().to(torch.float64).reshape(-1, width)
-    norm = want.norm(dim=1)
-    error = float(((got - want).norm(dim=1) / torch.where(norm == 0, 1.0, norm)).max())
-    return error if math.isfinite(error) else math.inf

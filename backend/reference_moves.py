@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tilelink.backend.reference_ops import STORED
+from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.backend.reference_plan import GATHERED, SUMMED, InputError, Plan
 from tilelink.errors import TilelinkError
 from tilelink.frontend.owners import shard_indices
@@ -53,8 +53,8 @@ def dims_of(tensor: Op, extents: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _nothing(shape: Sequence[int], dtype: str) -> torch.Tensor:
-    fill = float("nan") if STORED[dtype].is_floating_point else 0
-    return torch.full(tuple(shape), fill, dtype=STORED[dtype])
+    fill = float("nan") if TORCH_DTYPES[dtype].is_floating_point else 0
+    return torch.full(tuple(shape), fill, dtype=TORCH_DTYPES[dtype])
 
 
 def owned_indices(
@@ -130,7 +130,7 @@ def _checked(
         raise InputError(
             detail=f"`{name}` of rank {rank} has shape {list(value.shape)}, expected {shape}"
         )
-    if value.dtype != STORED[dtype]:
+    if value.dtype != TORCH_DTYPES[dtype]:
         raise InputError(detail=f"`{name}` of rank {rank} holds {value.dtype}, expected {dtype}")
     return value.detach().cpu()
 
@@ -208,7 +208,7 @@ class Moves:
         total = torch.zeros_like(self.memory[0][name], dtype=torch.float32)
         for rank in range(self.world):
             total = total + self.memory[rank][name].float()
-        rounded = total.to(STORED[tensor["dtype"]])
+        rounded = total.to(TORCH_DTYPES[tensor["dtype"]])
         for rank in range(self.world):
             if tensor["move"] == "reduce":
                 self.moved[rank][name] = rounded.clone()

@@ -1,5 +1,8 @@
 """The value ops of Tile IR in PyTorch: the slow and plain meaning of each.
 
+What runs fused programs has a table of its own (`tile_ops`), and the reference shares none of it: what judges
+others must not repeat their mistakes.
+
 Integers are held as int64, whatever their declared width; those of 32 bits wrap around. Arithmetic of 16-bit
 floats is done in fp32 and rounded once to the type of the result.
 """
@@ -10,19 +13,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.ir import FLOATS, Op, promote
 
-# Element types of memory.
-STORED: dict[str, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "int32": torch.int32,
-    "int64": torch.int64,
-    "bool": torch.bool,
-}
 # Element types of values in flight.
-HELD: dict[str, torch.dtype] = {**STORED, "int32": torch.int64}
+HELD: dict[str, torch.dtype] = {**TORCH_DTYPES, "int32": torch.int64}
 
 
 def _pow(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -103,7 +98,7 @@ def compute(op: Op, operands: Sequence[torch.Tensor]) -> torch.Tensor:
         result = BINARY[op.name](*(_lift(x, meet) for x in operands))
     else:
         result = UNARY[op.name](_lift(operands[0], kinds[0] if out == "bool" else out))
-    return result.to(STORED[out]).to(HELD[out])
+    return result.to(TORCH_DTYPES[out]).to(HELD[out])
 
 
 def _lift(x: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tilelink.errors import TilelinkError
-from tilelink.ir import At, Broadcast, Expr, Op, Range, Value
+from tilelink.ir import At, Broadcast, Expr, Op, Range, Value, dynamic_extents
 from tilelink.ir.node import DECLARATIONS
 
 SUMMED = frozenset({"scatter", "reduce"})
@@ -183,11 +183,8 @@ def bind_extents(
             detail=f"the kernel is for {world} ranks, but there are {len(inputs)} inputs"
         )
     extents = {"WORLD": world}
-    dynamic: set[str] = set()
-    for op in kernel.find("extent"):
-        extents[op.symbol] = int(op["value"])
-        if op.get("dynamic"):
-            dynamic.add(op.symbol)
+    extents |= {op.symbol: int(op["value"]) for op in kernel.find("extent")}
+    dynamic = {op.symbol for op in dynamic_extents(kernel)}
     for op in kernel.find("tensor"):
         given = inputs[0].get(op.symbol)
         if op["role"] == "temp" or not isinstance(given, torch.Tensor):

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from tilelink.backend import reference
+from tilelink.backend.accuracy import finite_parts
 from tilelink.errors import Span, TilelinkError
 from tilelink.ir import Expr, Op
 
@@ -65,17 +66,17 @@ _WHOLE = 2**62
 def apart(got: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest over rows of ‖row − expected row‖, over the norm of that row or of a usual one, if it is larger.
 
-    A row of a few small numbers is rounded by more than its limit; what depends on tiles is wrong by more than
-    that in rows of any size. Infinity unless NaN and infinities stand at the same places.
+    Not :func:`~tilelink.backend.accuracy.relative_error`, which judges each row by itself: a row of a few small
+    numbers is rounded by more than its limit; what depends on tiles is wrong by more than that in rows of any
+    size. Infinity unless NaN and infinities stand at the same places.
     """
-    odd = ~expected.isfinite()
-    same = (got == expected) | (got.isnan() & expected.isnan())
-    if not torch.equal(odd, ~got.isfinite()) or not bool(same[odd].all()):
+    both = finite_parts(got, expected)
+    if both is None:
         return math.inf
     if not expected.numel():
         return 0.0
     width = expected.shape[-1] if expected.ndim else 1
-    a, b = (x.masked_fill(odd, 0).double().reshape(-1, width) for x in (got, expected))
+    a, b = (x.double().reshape(-1, width) for x in both)
     norm = b.norm(dim=1)
     scale = norm.clamp(min=float(norm.square().mean().sqrt()))
     return float(((a - b).norm(dim=1) / torch.where(scale == 0, 1.0, scale)).max())

@@ -1,5 +1,6 @@
-"""What each pure tile op computes, in PyTorch on the CPU: one table for every executor of values.
+"""What each pure tile op computes, in PyTorch on the CPU: one table for all that runs fused programs.
 
+The reference has a table of its own (`reference_ops`): a mistake in this one shows when the two are compared.
 Two 16-bit floats compute in fp32 and round once to the result's dtype; a matrix product and a sum
 accumulate in fp32. Nothing here knows about ranks, memory or tiles of loops.
 """
@@ -11,20 +12,12 @@ from typing import TypeAlias
 
 import torch
 
+from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.errors import InternalError
 from tilelink.ir import FLOATS, Op, promote
 
 Scalar: TypeAlias = "int | float | bool"
 Operand: TypeAlias = "torch.Tensor | Scalar"
-
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "int32": torch.int32,
-    "int64": torch.int64,
-    "bool": torch.bool,
-}
 
 _UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "neg": torch.neg,

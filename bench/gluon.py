@@ -28,10 +28,10 @@ prepare()
 
 import torch  # noqa: E402
 
+from tilelink.backend.accuracy import relative_error  # noqa: E402
 from tilelink.errors import TilelinkError  # noqa: E402
 from tilelink.kernels import ag_gemm, ag_gemm_swiglu  # noqa: E402
 from tilelink.schedules import Schedule  # noqa: E402
-from tilelink.tuning.timing import relative_error  # noqa: E402
 
 Run = Callable[[int], torch.Tensor]
 CASES = (
@@ -142,7 +142,7 @@ def check(one: Checked) -> dict[str, Any]:
         out = one.call(a, b, extra)
         torch.cuda.synchronize()
         again = one.call(a, b, extra)
-        error = float(relative_error(out, one.wanted(a, b, extra)))
+        error = relative_error(out, one.wanted(a, b, extra))
         return {**where, "error": error, "repeats": bool(torch.equal(out, again))}
     except TilelinkError as problem:
         return {**where, "refused": str(problem)}
@@ -186,7 +186,7 @@ def measure(case: tuple[int, int, int], seconds: float) -> dict[str, Any]:
             data[0][2].fill_(float("nan"))
             run(0)
             torch.cuda.synchronize()
-            errors[name] = float(relative_error(data[0][2], wanted))
+            errors[name] = relative_error(data[0][2], wanted)
             if not errors[name] < TOLERANCE:
                 failed[name] = f"relative error {errors[name]:.3g}"
                 continue

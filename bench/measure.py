@@ -16,7 +16,8 @@ import torch
 from bench.candidates import Candidate, Inputs
 from bench.cluster import Part, Watchdog, describe_error, fatal
 from bench.stats import IN_TURN, OURS, TOLERANCE, Measured
-from tilelink.tuning.timing import Run, capture, relative_error
+from tilelink.backend.accuracy import row_error
+from tilelink.tuning.timing import Run, capture
 
 # Calls of which the host's time is taken, between two waits for the device: few enough that the device's
 # queue, about a thousand entries, does not fill.
@@ -80,7 +81,7 @@ def check(part: Part, run: Run, inputs: Inputs) -> Verdict:
         after = int(checksum(out))
         repeats = repeats and int(before) == after
         bits.append(after)
-        worst = torch.maximum(worst, relative_error(out, inputs.reference(i)))
+        worst = torch.maximum(worst, row_error(out, inputs.reference(i)))
     return Verdict(worst, repeats, (bits[0] * 1_000_003 + bits[1]) % 2**64)
 
 

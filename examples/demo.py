@@ -16,6 +16,7 @@ import time
 import torch
 
 from tilelink.backend import reference, simulate
+from tilelink.backend.accuracy import relative_error
 from tilelink.backend.pipeline import run_passes
 from tilelink.backend.verify import verify
 from tilelink.kernels import ag_gemm_swiglu, gemm_rs
@@ -43,7 +44,7 @@ def run(kernel, extents, inputs, other=None):
     print(f"  proven     {', '.join(report.rules)}")
     outputs = [rank["C"] for rank in simulate.run(program, inputs)]
     expected = [rank["C"] for rank in reference.run(op, inputs)]
-    error = max(map(reference.relative_error, outputs, expected))
+    error = max(map(relative_error, outputs, expected))
     print(f"  correct    relative error {error:.1e} against the reference (limit {LIMIT:.0e})")
     timeline = simulate.timeline(program, machine)
     if other is not None:

@@ -29,12 +29,14 @@ def simulated(world=4, M=512, N=256, K=128):
     """All ranks on this CPU: a list of one tensor a rank in, a list out."""
     import torch
 
+    from tilelink.backend.accuracy import relative_error
+
     inputs = [torch.randn(M, K, dtype=torch.bfloat16) for _ in range(world)]
     weights = [torch.randn(K, N, dtype=torch.bfloat16) for _ in range(world)]
     outputs = gemm_ar.on("simulate", world=world)(inputs, weights)
     whole = sum(a.float() @ b.float() for a, b in zip(inputs, weights, strict=True))
     for rank, output in enumerate(outputs):
-        error = relative_error(output.float(), whole)
+        error = relative_error(output, whole)
         print(f"rank {rank}: {tuple(output.shape)}, relative error {error:.1e}")
 
 
@@ -42,6 +44,8 @@ def on_gpus(M=8192, N=8192, K=3584):
     """This process is one rank of torchrun's, with a GPU of its own."""
     import torch
     import torch.distributed as dist
+
+    from tilelink.backend.accuracy import relative_error
 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
@@ -53,15 +57,10 @@ def on_gpus(M=8192, N=8192, K=3584):
     output = gemm_ar(a, weight)
     whole = a.float() @ weight.float()
     dist.all_reduce(whole)
-    error = relative_error(output.float(), whole)
+    error = relative_error(output, whole)
     if rank == 0:
         print(f"{world} GPUs, M, N, K = {M}, {N}, {K}: relative error {error:.1e}")
     dist.destroy_process_group()
-
-
-def relative_error(result, expected):
-    """The largest over rows of ‖row − expected row‖ / ‖expected row‖."""
-    return ((result - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
 
 
 if __name__ == "__main__":

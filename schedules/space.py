@@ -13,7 +13,7 @@ from functools import cached_property
 from math import ceil, prod
 from typing import Any
 
-from tilelink.ir import DTYPES, Op
+from tilelink.ir import DTYPES, Op, dynamic_extents
 from tilelink.schedules.costs import Code, Task, library_us, task_us
 from tilelink.schedules.default import default_schedule, product_extents
 from tilelink.schedules.machine import Machine
@@ -255,7 +255,7 @@ class Space:
         """Whether the slices of a scatter have few rows, and nothing says which of them share a signal."""
         length = tensor["dims"][tensor["over"]]
         told = tensor.get("tile") is not None or tensor.get("signal") is not None
-        if told or any(op.get("dynamic") for op in self.kernel.find("extent")):
+        if told or dynamic_extents(self.kernel):
             return False
         whole = length if isinstance(length, int) else int(length.evaluate(self.extents))
         return whole // int(self.kernel["world"]) < SMALL_SLICE
@@ -286,7 +286,7 @@ class Space:
         """Into how many parts the tiles of the last wave may be cut: 1, and what leaves few workers idle."""
         assert self.product is not None
         (rows, columns, depth), (tall, wide, deep) = self.product.names, self.product.extent
-        if deep < TAIL_DEPTH or any(op.get("dynamic") for op in self.kernel.find("extent")):
+        if deep < TAIL_DEPTH or dynamic_extents(self.kernel):
             return (1,)
         m, n, k = (dict(tiles)[some[0]] for some in (rows, columns, depth))
         world = int(self.kernel["world"])

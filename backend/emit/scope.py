@@ -9,7 +9,7 @@ from typing import Any
 from tilelink.backend.emit.text import Writer, identifier, render
 from tilelink.backend.endless import endless_inputs
 from tilelink.errors import Span, TilelinkError
-from tilelink.ir import DTYPES, At, Expr, Op, Type, Value
+from tilelink.ir import DTYPES, At, Expr, Op, Type, Value, dynamic_extents
 from tilelink.ir.layout import ENCODINGS, SLOT_BYTES, WORD
 
 TL_DTYPE = {
@@ -93,7 +93,7 @@ class Program:
     def __init__(self, program: Op) -> None:
         self.op = program
         self.world = int(program["world"])
-        self.dynamic = {d.symbol for d in program.find("extent") if d.get("dynamic")}
+        self.dynamic = {d.symbol for d in dynamic_extents(program)}
         self.env: dict[str, int] = {"WORLD": self.world}
         for extent in program.find("extent"):
             if extent.symbol not in self.dynamic:

@@ -8,24 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tilelink.ir import Expr
+from tilelink.ir.expr import PRECEDENCE
 
 WIDTH = 100
 
-_PRECEDENCE = {
-    "or": 1,
-    "and": 2,
-    "==": 3,
-    "!=": 3,
-    "<": 3,
-    "<=": 3,
-    ">": 3,
-    ">=": 3,
-    "+": 4,
-    "-": 4,
-    "*": 5,
-    "/": 5,
-    "%": 5,
-}
 _COMPARE = frozenset({"==", "!=", "<", "<=", ">", ">=", "and", "or"})
 _RESERVED = frozenset(
     {"arena", "peers", "rank", "epoch", "ctx", "tl", "triton", "device", "runtime", "call", "world"}
@@ -77,7 +63,7 @@ def render(
         parts = [_condition(side, lookup) for side in (left, right)]
         text = f"{parts[0]} {sign} {parts[1]}"
         return f"({text})" if outer else text
-    mine = _PRECEDENCE[expr.op]
+    mine = PRECEDENCE[expr.op]
     sides = (
         render(left, lookup, mine + (mine == 3), flat=mine == 3),
         render(right, lookup, mine + 1, flat=mine == 3),

@@ -7,14 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from tilelink.backend.mutate.sites import Mutant, mutant, sites
-from tilelink.ir import At, Expr, Op, Range, Ref
+from tilelink.ir import At, Expr, Op, Range, Ref, dynamic_extents
 
 
 def frozen_rows(program: Op) -> Iterator[Mutant]:
     """An expression of the dynamic extent -> its value at the capacity, in one index or attribute of one op."""
-    for extent in program.find("extent"):
-        if not extent.get("dynamic"):
-            continue
+    for extent in dynamic_extents(program):
         values = {extent.symbol: int(extent["value"])}
         names = ("buffer", "stage", "load", "store", "transfer", "wait", "notify")
         for site in sites(program, *names):

@@ -16,7 +16,7 @@ from tilelink.backend.passes.common import (
     tensors_of,
 )
 from tilelink.backend.product import NotAProduct, product_of
-from tilelink.ir import Block, Expr, Op, Ref, make
+from tilelink.ir import Block, Expr, Op, Ref, dynamic_extents, make
 from tilelink.schedules import Schedule, ScheduleError
 
 # Resources that move bytes without a kernel of ours.
@@ -102,7 +102,7 @@ def _whole(program: Op, schedule: Schedule, stage: Op) -> Op:
     apart = any(info.block != info.shard or info.resource != "none" for info in met)
     cut = segment is not None and (stage.get("segments") is not None or apart)
     tiles = [int(evaluate(extent, names, stage)) for extent in stage["extent"]]
-    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
+    dynamic = {op.symbol for op in dynamic_extents(program)}
     varies = bool(Expr.of(stage["extent"][axis]).names & dynamic)
     if cut and varies and stage.get("live") is None:
         raise ScheduleError(

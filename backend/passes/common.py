@@ -10,7 +10,21 @@ import numpy as np
 
 from tilelink.backend.expand import environment, evaluate
 from tilelink.errors import TilelinkError
-from tilelink.ir import All, At, Block, Expr, Index, Op, Range, Ref, Type, Value, make, minimum
+from tilelink.ir import (
+    All,
+    At,
+    Block,
+    Expr,
+    Index,
+    Op,
+    Range,
+    Ref,
+    Type,
+    Value,
+    dynamic_extents,
+    make,
+    minimum,
+)
 from tilelink.ir.node import DECLARATIONS
 from tilelink.schedules import Schedule
 from tilelink.schedules.roles import HALVES, roles_of
@@ -35,7 +49,7 @@ def schedule_of(program: Op) -> Schedule:
 
 def dynamic_extent(program: Op) -> str | None:
     """The extent that is known at run time only, up to its capacity; None where there is none."""
-    found = [op for op in program.find("extent") if op.get("dynamic")]
+    found = dynamic_extents(program)
     if len(found) > 1:
         raise UnsupportedProgram(
             found[1].span,

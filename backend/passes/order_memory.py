@@ -10,7 +10,7 @@ from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import environment, evaluate
 from tilelink.backend.passes.bind_emitter import Unfit, split_product
 from tilelink.backend.passes.common import tasks_of_stage
-from tilelink.ir import DTYPES, All, At, Expr, Index, Op, Range, Ref, Value
+from tilelink.ir import DTYPES, All, At, Expr, Index, Op, Range, Ref, Value, dynamic_extents
 from tilelink.ir.node import DECLARATIONS
 
 _PURE = frozenset({"zeros", "full", "constant", "param"})
@@ -114,7 +114,7 @@ def main_loop(program: Op, stage: Op) -> Op | None:
         return None
     if any(op.name not in _PURE and op.name != "wait" for op in before):
         return None
-    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
+    dynamic = {op.symbol for op in dynamic_extents(program)}
     fixed = {op.symbol for op in program.find("extent")} - dynamic | {"WORLD"}
     if not Expr.of(extent[0]).names <= fixed or any(op.blocks for op in loop.body):
         return None
@@ -418,7 +418,7 @@ def _blocks(program: Op, stage: Op) -> dict[str, int]:
 
 def _fixed(program: Op) -> dict[str, int]:
     """The names of an environment that have the same value in every call."""
-    dynamic = {op.symbol for op in program.find("extent") if op.get("dynamic")}
+    dynamic = {op.symbol for op in dynamic_extents(program)}
     return {k: v for k, v in environment(program).items() if k not in dynamic}
 
 

@@ -9,19 +9,10 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from tilelink.backend.dtypes import TORCH_DTYPES as TORCH_DTYPES
 from tilelink.backend.emit.kernel import compile_options
 from tilelink.backend.runtime.image import Image, Slot
 from tilelink.ir import layout
-
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "int32": torch.int32,
-    "int64": torch.int64,
-    "bool": torch.bool,
-}
-
 
 # Rows of a box of TMA, at most, but for the one that is there.
 MOST_BEHIND = 255

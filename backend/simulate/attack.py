@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tilelink.backend.reference import relative_error
+from tilelink.backend.accuracy import relative_error
 from tilelink.backend.simulate.command import reproduce
 from tilelink.backend.simulate.errors import (
     BalanceError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from tilelink.ir import FLOATS, Op
+from tilelink.ir import FLOATS, Op, dynamic_extents
 
 
 def reproduce(
@@ -26,7 +26,7 @@ def reproduce(
 def kernel_words(op: Op, file: str) -> list[str]:
     """``FILE::kernel`` and the options that say for what ``op``, a kernel or its program, was made of ``file``."""
     extents = ",".join(f"{e.symbol}={e['value']}" for e in op.find("extent"))
-    dynamic = ",".join(e.symbol for e in op.find("extent") if e.get("dynamic"))
+    dynamic = ",".join(e.symbol for e in dynamic_extents(op))
     dtypes = ",".join(
         f"{tensor.symbol}={tensor['dtype']}"
         for tensor in op.find("tensor")

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.backend.simulate.errors import BalanceError, BoundsError, VersionError
 from tilelink.backend.simulate.geometry import Env, Tile
 from tilelink.backend.simulate.memory import Channel, Clock, Memory, Released, View
@@ -34,7 +35,7 @@ from tilelink.backend.simulate.trace import (
     check_shape,
 )
 from tilelink.backend.simulate.versions import Versions
-from tilelink.backend.tile_ops import TORCH_DTYPES, apply
+from tilelink.backend.tile_ops import apply
 from tilelink.ir import Op, Value
 
 

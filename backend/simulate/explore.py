@@ -29,12 +29,12 @@ from typing import Any, TypeAlias
 
 import torch
 
+from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.backend.simulate.errors import BoundsError
 from tilelink.backend.simulate.explore_build import build
 from tilelink.backend.simulate.explore_nodes import Unsupported
 from tilelink.backend.simulate.explore_search import Explored, Problem, Search
 from tilelink.backend.simulate.geometry import Geometry
-from tilelink.backend.tile_ops import TORCH_DTYPES
 from tilelink.errors import TilelinkError
 from tilelink.ir import Op
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.backend.simulate.boxes import BoxTable
 from tilelink.backend.simulate.errors import RaceError
 from tilelink.backend.simulate.geometry import Decl
-from tilelink.backend.tile_ops import TORCH_DTYPES
 from tilelink.ir import Op
 
 Clock: TypeAlias = NDArray[np.int32]

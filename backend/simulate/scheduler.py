@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.backend.simulate import balance
 from tilelink.backend.simulate.collective import run_collective
 from tilelink.backend.simulate.deadlock import explain
@@ -28,7 +29,6 @@ from tilelink.backend.simulate.roles import (
 )
 from tilelink.backend.simulate.trace import Place, Traces, Work
 from tilelink.backend.simulate.versions import Versions
-from tilelink.backend.tile_ops import TORCH_DTYPES
 from tilelink.ir import Op, make
 
 Inputs: TypeAlias = "Sequence[Mapping[str, torch.Tensor | float]]"

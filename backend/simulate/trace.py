@@ -17,12 +17,13 @@ from typing import Any, TypeAlias
 
 import torch
 
+from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.backend.simulate.batch import BATCH, may_batch
 from tilelink.backend.simulate.errors import BoundsError
 from tilelink.backend.simulate.geometry import Box, Env, Geometry, Tile, bind_args
 from tilelink.backend.simulate.outline import Outline
 from tilelink.backend.simulate.shared import Shared
-from tilelink.backend.tile_ops import TORCH_DTYPES, apply
+from tilelink.backend.tile_ops import apply
 from tilelink.errors import InternalError, TilelinkError
 from tilelink.ir import Expr, Op, Ref
 from tilelink.ir.limits import TooLarge

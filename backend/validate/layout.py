@@ -8,7 +8,7 @@ import numpy as np
 
 from tilelink.backend.expand import bytes_of, dims_of, environment
 from tilelink.backend.validate.values import Ints
-from tilelink.ir import DTYPES, Expr, Op, parse_ir
+from tilelink.ir import DTYPES, Expr, Op, dynamic_extents, parse_ir
 from tilelink.ir.layout import ENCODINGS, SLOT_BYTES, SLOT_FLAGS, WORD
 
 TL_NAMES = {
@@ -33,7 +33,7 @@ class Layout:
         self.env = environment(program)
         self.world = self.env["WORLD"]
         # The values of dynamic extents.
-        self.varying = [self.env[op.symbol] for op in program.find("extent") if op.get("dynamic")]
+        self.varying = [self.env[op.symbol] for op in dynamic_extents(program)]
         self.declared = {
             op.symbol: op
             for op in program.body
@@ -86,7 +86,7 @@ class Layout:
 
     def _rows(self, kernel: Op) -> None:
         """Fills ``there``; ``kernel`` is what the program was made of."""
-        dynamic = {op.symbol for op in kernel.find("extent") if op.get("dynamic")}
+        dynamic = {op.symbol for op in dynamic_extents(kernel)}
         tensors = {op.symbol: op for op in kernel.find("tensor")}
         for name, op in self.declared.items():
             tensor = tensors.get(name.split(".")[0])

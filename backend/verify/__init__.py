@@ -48,7 +48,7 @@ from tilelink.backend.verify.residency import check_residency
 from tilelink.backend.verify.reuse import check_reuse
 from tilelink.backend.verify.rows import check_rows, smaller
 from tilelink.backend.verify.words import check_polls
-from tilelink.ir import Op, parse_ir
+from tilelink.ir import Op, dynamic_extents, parse_ir
 from tilelink.ir.check import check_types
 from tilelink.ir.vocabulary import check_names
 
@@ -138,7 +138,7 @@ def verify(program: Op, kernel: Op | None = None) -> Report:
     # What no rule looks at may still be nothing that an executor runs, such as an op behind a `yield`.
     check_types(program)
     check_rows(out, meaning, lambda small: prove(small, contents=False), check_bounds)
-    if any(op.get("dynamic") for op in program.find("extent")):
+    if dynamic_extents(program):
         return replace(report, rules=(*report.rules, "rows"))
     return report
 
@@ -261,12 +261,9 @@ def _report(out: Expansion, words: Elements, meetings: dict[str, Meeting], known
         assumptions.append("a product of the library is what the ops of its launch say")
     if any(not a.exact for a in out.accesses):
         assumptions.append("accesses through run-time tables stay inside their tensors")
-    for op in out.program.find("extent"):
-        if op.get("dynamic"):
-            most = out.env[op.symbol]
-            assumptions.append(
-                f"{op.symbol} is at most {most} in a call, and the same on all ranks"
-            )
+    for op in dynamic_extents(out.program):
+        most = out.env[op.symbol]
+        assumptions.append(f"{op.symbol} is at most {most} in a call, and the same on all ranks")
     if any(a.write and not a.exact for a in out.accesses):
         assumptions.append("what is written through run-time tables is all that is read of it")
     for number, agent in enumerate(out.agents):

@@ -20,7 +20,7 @@ from tilelink.backend.passes.bind_emitter import (
 )
 from tilelink.backend.product import NotAProduct, product_of
 from tilelink.backend.verify.errors import UndecidedError
-from tilelink.ir import All, At, Broadcast, Expr, Op, Range, Ref, Value, parse_ir
+from tilelink.ir import All, At, Broadcast, Expr, Op, Range, Ref, Value, dynamic_extents, parse_ir
 from tilelink.ir.layout import ACK, ENCODINGS, WORD
 from tilelink.ir.node import DECLARATIONS
 from tilelink.schedules.roles import LEAST_LANDING, MOST_LANDING, TURNS
@@ -100,7 +100,7 @@ class _Checker:
                 _fail(stage, f"its extent `{extent}` is not made of the program's extents")
         if stage.get("positions") is None:
             return
-        dynamic = {op.symbol for op in self.program.find("extent") if op.get("dynamic")}
+        dynamic = {op.symbol for op in dynamic_extents(self.program)}
         named = set().union(*(Expr.of(e).names for e in stage["extent"]))
         if stage.get("queue", "static") != "static" or named & dynamic:
             _fail(stage, "some `positions` are of a static queue whose length is known")

@@ -39,7 +39,20 @@ from tilelink.backend.verify.tail import (
     with_tails,
 )
 from tilelink.errors import Span
-from tilelink.ir import TILE, All, At, Block, Expr, Op, Ref, Type, Value, make, op_line
+from tilelink.ir import (
+    TILE,
+    All,
+    At,
+    Block,
+    Expr,
+    Op,
+    Ref,
+    Type,
+    Value,
+    dynamic_extents,
+    make,
+    op_line,
+)
 
 CONTRIBUTED = ("scatter", "reduce")
 # Attributes that say how and when, never what; other rules hold them against the program.
@@ -104,7 +117,7 @@ class _Meaning:
         self.relay = False  # whether it sums parts and hands them on
         self.names = Names(self.env)
         self.turn: _Turn | None = None
-        self.dynamic = {op.symbol for op in kernel.find("extent") if op.get("dynamic")}
+        self.dynamic = {op.symbol for op in dynamic_extents(kernel)}
 
     def check(self) -> None:
         self.declarations()

@@ -31,7 +31,7 @@ from tilelink.backend.expand import Ints, environment, evaluate, loop_tiles
 from tilelink.backend.expand_rows import Expansion
 from tilelink.backend.expand_walk import expand
 from tilelink.backend.verify.errors import RowsError
-from tilelink.ir import At, Broadcast, Expr, Index, Op, Range, Ref, Value
+from tilelink.ir import At, Broadcast, Expr, Index, Op, Range, Ref, Value, dynamic_extents
 from tilelink.ir.instance import at_extents
 
 _MEMORY = ("load", "load_sum", "store")
@@ -57,7 +57,7 @@ def check_rows(
     ``out`` is the program at its capacity, proven; ``prove`` proves the order of accesses and the signals of
     another value's rows, ``inside`` that they lie in what is declared. Nothing to do where no extent is dynamic.
     """
-    if not any(op.get("dynamic") for op in out.program.find("extent")):
+    if not dynamic_extents(out.program):
         return
     rows = _rows_of(out, kernel)
     rows.declarations()
@@ -78,7 +78,7 @@ def check_rows(
 
 def smaller(out: Expansion, kernel: Op | None) -> list[Op]:
     """The program at each value of its dynamic extent at which it is enumerated beside the capacity."""
-    if not any(op.get("dynamic") for op in out.program.find("extent")):
+    if not dynamic_extents(out.program):
         return []
     rows = _rows_of(out, kernel)
     values = sorted({value for end in rows.ends() for value in end})
@@ -86,7 +86,7 @@ def smaller(out: Expansion, kernel: Op | None) -> list[Op]:
 
 
 def _rows_of(out: Expansion, kernel: Op | None) -> _Rows:
-    found = [op for op in out.program.find("extent") if op.get("dynamic")]
+    found = dynamic_extents(out.program)
     if len(found) > 1:
         _fail(found[1], "a second dynamic extent")
     if kernel is None:

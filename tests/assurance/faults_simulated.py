@@ -21,6 +21,7 @@ from typing import Any
 from tests.strategies import BESIDE_ROLES, move_of
 from tilelink import kernels
 from tilelink.backend import reference
+from tilelink.backend.accuracy import relative_error
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.simulate import (
     Corrupt,
@@ -184,7 +185,7 @@ def judge(case: str, kind: str, what: Subject, outcome: Outcome, tally: Tally) -
             for name, right in wanted[rank].items():
                 if name not in found[rank]:
                     tally.failures.append(f"{case}: rank {rank} has no `{name}` and no error")
-                elif not reference.relative_error(found[rank][name], right) <= NUMBERS:
+                elif not relative_error(found[rank][name], right) <= NUMBERS:
                     tally.failures.append(f"{case}: `{name}` of rank {rank} is wrong")
     if outcome.errors:
         tally.named_errors += 1

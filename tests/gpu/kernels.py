@@ -303,12 +303,6 @@ def reference(case: Case, a: torch.Tensor, b: torch.Tensor, world: int) -> torch
     return total
 
 
-def row_error(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """The largest relative error of a row, as a tensor of one element on the device; NaN counts as 1e9."""
-    error = (got.float() - want).norm(dim=1) / want.norm(dim=1).clamp_min(1e-20)
-    return torch.nan_to_num(error, nan=1e9, posinf=1e9).max()
-
-
 def bind(case: Case, world: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The call of a case's kernel with its schedule."""
     call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = KERNELS[case.kernel].on(

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from tests.roles import CASES, WORLD, Case
+from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.runtime import load_module, write_module
 from tilelink.backend.runtime.image import image_of
-from tilelink.backend.runtime.views import TORCH_DTYPES, Views
+from tilelink.backend.runtime.views import Views
 from tilelink.ir import Op, layout
 
 

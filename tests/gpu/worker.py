@@ -27,10 +27,10 @@ from tests.gpu.kernels import (
     gathered,
     inputs_for,
     reference,
-    row_error,
     shared,
 )
 from tests.gpu.varying import unequal, varying
+from tilelink.backend.accuracy import row_error
 from tilelink.backend.runtime.errors import AgreementError, WaitTimeout
 from tilelink.backend.runtime.watch import synchronize
 from tilelink.errors import TilelinkError

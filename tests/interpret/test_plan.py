@@ -12,12 +12,12 @@ import torch
 from tests.collectives import Group
 from tests.dynamic import program_of
 from tilelink import kernels
+from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import load_module, plan, write_module
 from tilelink.backend.runtime.errors import DriverError
 from tilelink.backend.runtime.image import image_of
-from tilelink.backend.runtime.views import TORCH_DTYPES
 from tilelink.ir import Op, layout, parse_ir
 from tilelink.schedules import default_schedule
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tilelink.backend.reference import relative_error
+from tilelink.backend.accuracy import relative_error
 from tilelink.kernel import load_kernels
 from tilelink.schedules import Move, Schedule
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.strategies import LIMIT, MOVED, RESOURCES, Case, cases
 from tilelink import kernels
+from tilelink.backend.accuracy import relative_error
 from tilelink.backend.pipeline import compile_kernel
-from tilelink.backend.reference import relative_error
 from tilelink.backend.simulate import timeline
 from tilelink.schedules.machine import Machine
 

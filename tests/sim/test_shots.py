@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tests.emitted_mutants import mutants as text_mutants
 from tilelink import kernels
 from tilelink.backend import simulate
+from tilelink.backend.accuracy import relative_error
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.mutate import mutants
 from tilelink.backend.mutate.judge import Trial, judge
 from tilelink.backend.pipeline import compile_kernel, run_passes
-from tilelink.backend.reference import relative_error
 from tilelink.backend.reference import run as reference
 from tilelink.backend.validate import EmittedError, read_module, validate
 from tilelink.cli.inputs import random_inputs

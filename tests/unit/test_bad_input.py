@@ -53,7 +53,7 @@ def test_the_judge_asks_for_the_words_and_the_exit_code() -> None:
 
 def test_the_interpreter_works_after_bad_inputs() -> None:
     from tests.assurance import bad_executors
-    from tilelink.backend.reference import relative_error
+    from tilelink.backend.accuracy import relative_error
 
     pytest.importorskip("triton")
     names = [f"executor: {name} [interpret]" for name in ("too few ranks", "integers")]

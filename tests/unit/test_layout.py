@@ -21,6 +21,8 @@ LAYERS = (
     ("tilelink.schedules",),
     (
         "tilelink.backend.passes",
+        "tilelink.backend.accuracy",
+        "tilelink.backend.dtypes",
         "tilelink.backend.expand",
         "tilelink.backend.expand_rows",
         "tilelink.backend.expand_walk",

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tilelink.backend.reference import OutOfBounds, UnequalPaths, relative_error, run
+from tilelink.backend.accuracy import relative_error
+from tilelink.backend.reference import OutOfBounds, UnequalPaths, run
 from tilelink.backend.reference_moves import CapacityExceeded, TableRange
 from tilelink.backend.reference_plan import InputError, OwnersDiffer
 from tilelink.ir import Op, parse_ir
@@ -363,41 +364,3 @@ def test_integer_tiles_index_rows() -> None:
         (output,) = run(parse_ir(text), [{"X": x, "at": at}], tiles)
         assert torch.equal(output["Y"][[0, 1, 3, 4]], -x[[0, 1, 3, 4]])
         assert output["Y"][2].isnan().all()
-
-
-class TestRelativeError:
-    def test_is_the_worst_row(self) -> None:
-        expected = torch.tensor([[3.0, 4.0], [0.0, 100.0]])
-        actual = torch.tensor([[3.0, 3.0], [1.0, 100.0]])
-        assert relative_error(actual, expected) == pytest.approx(1 / 5)
-
-    def test_zero_rows_compare_absolutely(self) -> None:
-        assert relative_error(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)) == 5.0
-        assert relative_error(torch.zeros(1, 2), torch.zeros(1, 2)) == 0.0
-
-    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_what_is_not_finite_is_infinitely_wrong(self, bad: float) -> None:
-        good, worse = torch.ones(2, 2), torch.ones(2, 2)
-        worse[1, 0] = bad
-        assert relative_error(worse, good) == float("inf")
-        assert relative_error(good, worse) == float("inf")
-        assert relative_error(worse, worse) == float("inf")
-
-    def test_a_vector_is_one_row_and_leading_axes_are_rows(self) -> None:
-        assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(
-            0.2
-        )
-        one, two = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
-        two[1, 2] = 2.0
-        assert relative_error(two, one) == pytest.approx(1.0)
-
-    def test_is_computed_in_float64(self) -> None:
-        big = torch.full((1, 4), 1e30)
-        assert relative_error(big, big * (1 + 2**-20)) == pytest.approx(2**-20, rel=0.1)
-
-    def test_shapes_must_agree(self) -> None:
-        with pytest.raises(ValueError, match="shapes differ"):
-            relative_error(torch.zeros(2), torch.zeros(1, 2))
-
-    def test_nothing_to_compare(self) -> None:
-        assert relative_error(torch.zeros(0, 4), torch.zeros(0, 4)) == 0.0

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import tilelink
-from tilelink.backend.reference import relative_error, run
+from tilelink.backend.accuracy import relative_error
+from tilelink.backend.reference import run
 from tilelink.kernel import Kernel, load_kernels
 
 FOLDER = Path(__file__).parent.parent / "kernels"

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tilelink.backend.tile_ops import PURE_OPS, TORCH_DTYPES, apply
+from tilelink.backend.dtypes import TORCH_DTYPES
+from tilelink.backend.tile_ops import PURE_OPS, apply
 from tilelink.errors import InternalError
 from tilelink.ir import Op, Type, Value, make
 

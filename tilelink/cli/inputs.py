@@ -25,7 +25,7 @@ def random_inputs(op: Op, seed: int) -> list[dict[str, Any]]:
     """
     import torch
 
-    from tilelink.backend.tile_ops import TORCH_DTYPES
+    from tilelink.backend.dtypes import TORCH_DTYPES
 
     check_memory(op)
     generator = torch.Generator().manual_seed(seed)

@@ -20,7 +20,7 @@ from tilelink.cli.inputs import random_inputs
 from tilelink.cli.options import add_common, positive, write_file
 from tilelink.cli.source import Unit, load
 from tilelink.errors import TilelinkError, choices
-from tilelink.ir import Op, print_ir
+from tilelink.ir import Op, dynamic_extents, print_ir
 from tilelink.ir.instance import at_extents
 
 if TYPE_CHECKING:
@@ -173,11 +173,10 @@ def smaller_values(kernel: Op) -> list[dict[str, int]]:
     """Values of a dynamic extent to try beside its capacity: one tile that is not whole, and some."""
     world = int(kernel["world"])
     found: list[dict[str, int]] = []
-    for op in kernel.find("extent"):
-        if op.get("dynamic"):
-            capacity = int(op["value"])
-            values = sorted({world, capacity // 2 // world * world + world})
-            found += [{op.symbol: value} for value in values if value < capacity]
+    for op in dynamic_extents(kernel):
+        capacity = int(op["value"])
+        values = sorted({world, capacity // 2 // world * world + world})
+        found += [{op.symbol: value} for value in values if value < capacity]
     return found
 
 

@@ -1,10 +1,15 @@
-"""A program or kernel at other values of its dynamic extents."""
+"""Dynamic extents: those of a program or kernel, and it at other values of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from tilelink.ir.node import Op
+
+
+def dynamic_extents(program: Op) -> tuple[Op, ...]:
+    """The declarations of the extents whose values are known at run time only, up to their capacities."""
+    return tuple(op for op in program.find("extent") if op.get("dynamic"))
 
 
 def at_extents(program: Op, values: Mapping[str, int], *, fixed: bool = False) -> Op:

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from tilelink.backend.accuracy import row_error
 from tilelink.schedules import Schedule
 from tilelink.schedules.search import CHECKED, STARTED, Measured
 from tilelink.schedules.space import product_of
@@ -16,7 +17,7 @@ from tilelink.tuning.inputs import LIMITS, Sets, in_turn, make_sets, plain, refe
 from tilelink.tuning.prepare import Prepared
 from tilelink.tuning.problem import Problem
 from tilelink.tuning.ranks import Part, Watchdog
-from tilelink.tuning.timing import Rounds, Run, calls_in_a_row, capture, relative_error, survivable
+from tilelink.tuning.timing import Rounds, Run, calls_in_a_row, capture, survivable
 
 WARMUP = 2  # untimed rounds before the timed ones
 IN_TURN, ALONE = "in_turn", "cublas"  # names of the baseline, of a product alone
@@ -135,7 +136,7 @@ class Cell:
             return
         # The first that runs is the reference where there is no other.
         self._expected = self._expected or [result.float() for result in results]
-        errors = [relative_error(r, e) for r, e in zip(results, self._expected, strict=True)]
+        errors = [row_error(r, e) for r, e in zip(results, self._expected, strict=True)]
         largest = float(self.part.largest(torch.stack(errors).max()))
         limit = LIMITS.get(self.problem.dtype, 0.0)
         if not largest <= limit:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.backend.expand import dims_of, environment
-from tilelink.backend.runtime.views import TORCH_DTYPES
 from tilelink.ir import FLOATS, Op
 from tilelink.tuning.errors import CannotMakeInputs
 from tilelink.tuning.problem import READY_MADE, Problem

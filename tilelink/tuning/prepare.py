@@ -75,8 +75,9 @@ def compile_module(module: Any, image: Any) -> int:
     import triton
 
     from tilelink import knobs
+    from tilelink.backend.dtypes import TORCH_DTYPES
     from tilelink.backend.runtime.plan import compile_launch
-    from tilelink.backend.runtime.views import TORCH_DTYPES, Views
+    from tilelink.backend.runtime.views import Views
 
     class Precompiler(Views):
         """Takes the calls of an emitted host function; launches compile, all else does nothing."""

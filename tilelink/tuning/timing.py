@@ -52,17 +52,6 @@ def capture(run: Run, count: int) -> Run:
     return replay
 
 
-def relative_error(out: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """The largest over rows of ‖row − reference‖ / ‖reference row‖; infinite where it is NaN."""
-    worst = torch.zeros((), device=out.device)
-    # In slices of rows: whole fp32 copies of large outputs would double the memory in use.
-    for first in range(0, out.shape[0], 2048):
-        rows, wanted = out[first : first + 2048], reference[first : first + 2048]
-        error = (rows.float() - wanted).norm(dim=1) / wanted.norm(dim=1)
-        worst = torch.maximum(worst, error.nan_to_num(nan=float("inf")).max())
-    return worst
-
-
 def survivable(error: Exception) -> str:
     """The error in words; raised again where the CUDA context is lost with it."""
     if fatal(error):
