@@ -17,7 +17,7 @@ from tilelink.backend.runtime.errors import DriverError, Unavailable
 from tilelink.backend.runtime.groups import found, standing_for, store_of
 from tilelink.backend.runtime.image import Image
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
-from tilelink.backend.runtime.views import clear_words
+from tilelink.backend.runtime.views import clear_words, lasting
 from tilelink.ir import layout
 
 DONE = 1 << 20  # more than a counter counts to
@@ -29,6 +29,7 @@ class NoArena:
 
     size = 0
 
+    @lasting()
     def __init__(self, world: int, device: torch.device) -> None:
         self.views = [torch.empty(0, dtype=torch.uint8, device=device)] * world
         self.addresses = [0] * world
@@ -86,6 +87,7 @@ def _meeting(name: str, store: Any, rank: int, world: int) -> Any:
 class CudaState(GroupState):
     """A process group on the GPUs of one host, one a rank."""
 
+    @lasting()
     def __init__(self, group: Any, device: torch.device) -> None:
         world = group.size() if group is not None else 1
         self.device = device
@@ -132,6 +134,7 @@ class CudaState(GroupState):
             self.streams[name] = torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
         return self.streams[name]
 
+    @lasting()
     def workspace_for(self, size: int) -> torch.Tensor:
         """At least ``size`` bytes of this rank's own memory, shared by programs, which run in turn."""
         if not self.workspaces or self.workspaces[-1].numel() < size:
@@ -142,6 +145,7 @@ class CudaState(GroupState):
         """Symmetric memory of the group, with cleared control words on all ranks."""
         return self.block(size, f"arena/{len(self.arenas)}")
 
+    @lasting()
     def block(self, size: int, name: str) -> Arena:
         """``size`` bytes that all ranks map once this returns; ``name`` says which, the same on each rank."""
         if self.roster is None:

@@ -34,7 +34,7 @@ from tilelink.backend.runtime.errors import (
 from tilelink.backend.runtime.image import Image, Slot, image_of
 from tilelink.backend.runtime.order import order_of
 from tilelink.backend.runtime.plan import Plan, Recorder, rows_behind
-from tilelink.backend.runtime.views import TORCH_DTYPES
+from tilelink.backend.runtime.views import TORCH_DTYPES, lasting
 from tilelink.errors import InternalError, TilelinkError
 from tilelink.ir import FLOATS, Op, parse_ir
 
@@ -49,6 +49,7 @@ Host = Callable[[Any], None]
 class Program:
     """A program bound to a process group, compiled on every rank; and to an arena, if it needs one."""
 
+    @lasting()
     def __init__(self, state: CudaState, image: Image, host: Host, arena: Arena | NoArena) -> None:
         self.state, self.image, self.host, self.arena = state, image, host, arena
         self.number = state.number_of(image)
@@ -156,6 +157,7 @@ class Program:
             self.state.note_call(self._apart, self._collectives, stream)
             self.state.cut_short(self.image, self.arena)
 
+    @lasting()
     def _record(self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents) -> Plan:
         state = self.state
         recorder = Recorder(

@@ -22,7 +22,7 @@ from tilelink.backend.runtime import load_module, watch, write_module
 from tilelink.backend.runtime.groups import standing_for, store_of
 from tilelink.backend.runtime.image import Image, image_of, shared_bytes
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
-from tilelink.backend.runtime.views import clear_words
+from tilelink.backend.runtime.views import clear_words, lasting
 from tilelink.backend.runtime.worker import Call, Shared, prepare_interpreter
 from tilelink.ir import Op, layout
 
@@ -55,6 +55,7 @@ class LocalState(GroupState):
         """The words that a call which was stopped writes."""
         return self._record
 
+    @lasting()
     def allocate(self, size: int) -> LocalArena:
         """A file of shared memory, without a name once every rank has mapped it."""
         if self.roster is None:

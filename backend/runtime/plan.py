@@ -27,7 +27,7 @@ from tilelink.backend.runtime.errors import DriverError
 from tilelink.backend.runtime.guard import CTAS, guard_kernel
 from tilelink.backend.runtime.image import Slot
 from tilelink.backend.runtime.library import Command, Place, collective, collective_of, product
-from tilelink.backend.runtime.views import MOST_BEHIND, Rows, Views, spread_axis
+from tilelink.backend.runtime.views import MOST_BEHIND, Rows, Views, lasting, spread_axis
 from tilelink.device import acknowledge_kernel, head_kernel, notify_kernel, wait_kernel
 from tilelink.ir import layout
 
@@ -209,7 +209,9 @@ class Plan:
         # The library's products go to the current stream, and may need memory that lasts as long as the graph.
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.stream(spare):
-            captured.capture_begin(capture_error_mode="relaxed")
+            # PyTorch keeps the state of its random numbers with the graph, and writes to it in each replay.
+            with lasting():
+                captured.capture_begin(capture_error_mode="relaxed")
             try:
                 self.enqueue(spare.cuda_stream, tensors)
             finally:

@@ -15,6 +15,7 @@ import torch
 from tilelink import knobs
 from tilelink.backend.runtime.arena import Arena, CudaState, state_of
 from tilelink.backend.runtime.errors import BadArgument
+from tilelink.backend.runtime.views import lasting
 
 ALIGN = 1024  # bytes between tensors: what TMA and wide accesses ask for, and more
 
@@ -104,6 +105,7 @@ def peers(tensor: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
     return [_view(block, rank, start, tensor.shape, tensor.dtype) for rank in range(state.world)]
 
 
+@lasting()
 def _view(
     block: Arena, rank: int, start: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -217,6 +218,16 @@ def _descriptor(view: torch.Tensor | Rows, block: list[int], emitter: str) -> An
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(view, block)
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Where tensors are made that outlive a call, and views of them: any later call may write to them.
+
+    To one that was made in PyTorch's inference mode only calls in that mode could. Also a decorator.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def clear_words(memory: torch.Tensor) -> None:
