@@ -5,23 +5,45 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tilelink import knobs
 from tilelink.backend.runtime import watch
 from tilelink.backend.runtime.driver import driver
-from tilelink.backend.runtime.errors import DriverError, Unavailable
+from tilelink.backend.runtime.errors import DriverError, OutOfMemory, Unavailable
 from tilelink.backend.runtime.groups import found, standing_for, store_of
 from tilelink.backend.runtime.image import Image
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
 from tilelink.backend.runtime.views import clear_words, lasting
+from tilelink.errors import TilelinkError
 from tilelink.ir import layout
 
 DONE = 1 << 20  # more than a counter counts to
+SYMMETRIC = "symmetric memory"
 LOOK = 0.02  # seconds until an event counts as behind work that runs: of a stream with none it completes at once
+
+
+@contextmanager
+def asking(rank: int, size: int, what: str) -> Iterator[None]:
+    """Raises OutOfMemory where there are no ``size`` bytes for ``what`` on the GPU of this ``rank``."""
+    try:
+        yield
+    except RuntimeError as problem:
+        reason = str(problem).partition("\n")[0]
+        # Not all of PyTorch raises the class that it has for this.
+        if (
+            not isinstance(problem, torch.OutOfMemoryError)
+            and "out of memory" not in reason.lower()
+        ):
+            raise
+        said = ". ".join(reason.split(". ")[:3])
+        raise OutOfMemory(
+            rank=rank, size=f"{size / 2**20:.1f} MiB", what=what, reason=said
+        ) from problem
 
 
 class NoArena:
@@ -40,15 +62,14 @@ class Arena:
     """``size`` bytes on every rank of a group, mapped by all of them.
 
     ``views[r]`` is the arena of rank r as a uint8 tensor of this process; ``peers`` the int64 table of
-    their addresses on the GPU. Control words, flags and counters are zero, and words that signal themselves of
-    no call, on every rank, once :meth:`CudaState.allocate` returns.
+    their addresses on the GPU: both once :meth:`map` has met the other ranks. Control words, flags and counters
+    are zero, and words that signal themselves of no call, on every rank, once :meth:`CudaState.allocate` returns.
     """
 
-    def __init__(self, rank: int, world: int, device: torch.device, size: int, name: str) -> None:
-        self.size = size
+    def __init__(self, rank: int, world: int, device: torch.device, size: int) -> None:
+        self.size, self.rank, self.world = size, rank, world
         if world == 1:
-            self.views = [torch.zeros(size, dtype=torch.uint8, device=device)]
-            self.addresses = [self.views[0].data_ptr()]
+            self.memory = torch.zeros(size, dtype=torch.uint8, device=device)
         else:
             # A multicast object is never needed here, and creating one can take a host's GPUs down.
             os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -56,14 +77,24 @@ class Arena:
 
             # Not through `symm_mem.empty`: its memory pool may pair different blocks on different ranks.
             self.memory = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
+
+    def map(self, name: str) -> None:
+        """Maps the memory of all ranks, which meet in the group ``name`` of symmetric memory."""
+        self.views = [self.memory]
+        if self.world > 1:
+            from torch._C._distributed_c10d import _SymmetricMemory
+
             self.handle = _SymmetricMemory.rendezvous(self.memory, name)
             self.views = [
-                self.handle.get_buffer(r, (size,), torch.uint8, 0) if r != rank else self.memory
-                for r in range(world)
+                self.handle.get_buffer(r, (self.size,), torch.uint8, 0)
+                if r != self.rank
+                else self.memory
+                for r in range(self.world)
             ]
-            self.addresses = [view.data_ptr() for view in self.views]
-            self.memory[: layout.DATA].zero_()
-        clear_words(self.views[rank])
+        self.addresses = [view.data_ptr() for view in self.views]
+        self.memory[: layout.DATA].zero_()
+        clear_words(self.memory)
+        device = self.memory.device
         self.peers = torch.tensor(self.addresses, dtype=torch.int64, device=device)
         torch.cuda.synchronize(device)
 
@@ -143,20 +174,42 @@ class CudaState(GroupState):
 
     def allocate(self, size: int) -> Arena:
         """Symmetric memory of the group, with cleared control words on all ranks."""
-        return self.block(size, f"arena/{len(self.arenas)}")
+        return self.block(size)
 
     @lasting()
-    def block(self, size: int, name: str) -> Arena:
-        """``size`` bytes that all ranks map once this returns; ``name`` says which, the same on each rank."""
-        if self.roster is None:
-            return Arena(self.rank, self.world, self.device, size, "")
-        group = f"tilelink/{self.roster.name}"
-        if self._meeting is None:
-            self._meeting = _meeting(group, self.store, self.rank, self.world)
-        arena = Arena(self.rank, self.world, self.device, size, group)
-        # Nobody writes a peer's flags before that peer has cleared them.
-        self.meet_here(name, knobs.ARRIVAL_TIMEOUT.get())
+    def block(self, size: int) -> Arena:
+        """``size`` bytes that all ranks map once this returns; collective.
+
+        Errors: OutOfMemory, or Unavailable where GPUs cannot reach each other; AgreementError on the other ranks.
+        """
+        group = f"tilelink/{self.roster.name}" if self.roster is not None else ""
+
+        def take() -> Arena:
+            with self._taking(size):
+                if group and self._meeting is None:
+                    self._meeting = _meeting(group, self.store, self.rank, self.world)
+                return Arena(self.rank, self.world, self.device, size)
+
+        def share() -> None:
+            with self._taking(size):
+                arena.map(group)
+
+        # Nobody waits in a rendezvous for a rank that has nothing to bring; and nobody writes a peer's flags
+        # before that peer has cleared them.
+        arena = self.together(SYMMETRIC, {"bytes": str(size)}, take)
+        self.together(SYMMETRIC, {}, share)
         return arena
+
+    @contextmanager
+    def _taking(self, size: int) -> Iterator[None]:
+        try:
+            with asking(self.rank, size, SYMMETRIC):
+                yield
+        except TilelinkError:
+            raise
+        except Exception as problem:
+            reason = f"{SYMMETRIC}: {str(problem).partition(chr(10))[0]}"
+            raise Unavailable(backend="cuda", reason=reason) from problem
 
     def spare(self) -> torch.cuda.Stream:
         """A stream that carries nothing: graphs of calls are captured on it."""

@@ -22,7 +22,7 @@ from triton.runtime.errors import OutOfResources
 
 from tilelink import knobs
 from tilelink.backend.runtime import load_module, write_module
-from tilelink.backend.runtime.arena import Arena, CudaState, NoArena, state_of
+from tilelink.backend.runtime.arena import Arena, CudaState, NoArena, asking, state_of
 from tilelink.backend.runtime.choose import compile_chosen
 from tilelink.backend.runtime.driver import driver
 from tilelink.backend.runtime.errors import (
@@ -202,7 +202,7 @@ def program_of(
     collective and slow. Nothing is launched on any rank unless every rank can.
 
     Errors: those of ``kernel.bind`` and of the compiler, BadArgument, AgreementError, NotPrepared inside
-    a graph capture, TooManyWorkers, WaitTimeout for an earlier call that ran into one.
+    a graph capture, TooManyWorkers, OutOfMemory, WaitTimeout for an earlier call that ran into one.
     """
     state = state_of(group)
     state.check_usable()
@@ -385,11 +385,14 @@ def _meet(
     state.agree(name, {**facts, "versions": versions}, None)
     arena: Arena | NoArena = NoArena(state.world, state.device)
     if not image.apart:
+        # An error of one rank is one of all here too.
         arena = state.arena_for(image.arena_bytes, image.slots)
     try:
-        program = Program(state, image, host, arena)
-        numbers = {n: scalars[n] for n in image.scalars}
-        program.plan(program.allocate(given, extents), numbers, extents)
+        fresh = sum(s.bytes for n, s in image.at(extents).items() if n not in given)
+        with asking(state.rank, fresh + image.workspace_bytes, f"`{name}`"):
+            program = Program(state, image, host, arena)
+            numbers = {n: scalars[n] for n in image.scalars}
+            program.plan(program.allocate(given, extents), numbers, extents)
     except Exception as problem:
         error = _typed(problem, name)
     # All ranks were there a moment ago, but one may find in its cache what another has to compile.

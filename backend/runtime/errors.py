@@ -148,6 +148,17 @@ class TooLargeForSM(TilelinkError):
     )
 
 
+class OutOfMemory(TilelinkError):
+    """Memory of a GPU that a rank asked for in vain; the other ranks get an AgreementError that repeats it."""
+
+    code: ClassVar[str] = "out-of-memory"
+    message: ClassVar[str] = "rank {rank} has no {size} of GPU memory for {what}: {reason}"
+    hint: ClassVar[str] = (
+        "free tensors, and what PyTorch keeps of them with torch.cuda.empty_cache(); where a program needs less "
+        "than TILELINK_ARENA_MB, lower that on every rank; then every rank calls again"
+    )
+
+
 class DriverError(TilelinkError):
     """A CUDA driver call that failed."""
 

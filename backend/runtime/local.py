@@ -61,10 +61,13 @@ class LocalState(GroupState):
         if self.roster is None:
             return LocalArena(os.memfd_create("tilelink-arena"), 0, 1, size)
         path = FOLDER / f"tilelink-{self.roster.name}-{len(self.arenas)}"
-        fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+
+        def take() -> LocalArena:
+            fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+            return LocalArena(fd, self.rank, self.world, size)
+
         try:
-            arena = LocalArena(fd, self.rank, self.world, size)
-            self.meet_here(f"arena/{len(self.arenas)}", knobs.ARRIVAL_TIMEOUT.get())
+            arena = self.together("shared memory", {"bytes": str(size)}, take)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()

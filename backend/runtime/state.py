@@ -10,9 +10,9 @@ import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tilelink import knobs
 from tilelink.backend.runtime import watch
@@ -26,6 +26,8 @@ from tilelink.ir import layout
 CONTROL_WORDS = layout.SAID + 4 * layout.MAX_WORLD  # of an arena, from its start
 GRACE = 1.0  # seconds beyond a time limit until a call that was stopped must have left
 AHEAD = 12  # looks in a row, four a second: a replayed graph may be on a stream unknown here
+
+T = TypeVar("T")
 
 
 class Memory(Protocol):
@@ -165,13 +167,19 @@ class GroupState(ABC):
             self.give_up(str(problem))
             raise
 
-    def meet_here(self, name: str, timeout: float) -> None:
-        """Returns once every rank has come to the point ``name``, which is passed once a group."""
-        if self.store is None:
-            return
-        assert self.roster is not None
-        key = f"tilelink/{self.roster.name}/{name}"
-        agree(self.store, self.rank, self.world, key, name, {}, None, timeout, lost=self.lost)
+    def together(self, what: str, facts: dict[str, str], step: Callable[[], T]) -> T:
+        """What ``step()`` gives, once every rank has made this step with the same ``facts``.
+
+        An error that it raises on one rank is one on all of them: AgreementError on the others, which would
+        go on to wait for that rank.
+        """
+        try:
+            made = step()
+        except Exception as problem:
+            self.agree(what, facts, problem)
+            raise
+        self.agree(what, facts, None)
+        return made
 
     def lost(self) -> list[int]:
         """Ranks whose process has ended, as far as this host can see."""

@@ -32,8 +32,7 @@ class Blocks:
         """A block with ``size`` bytes left, the same on every rank, and where they begin; collective."""
         if not self.blocks or self.used + size > self.blocks[-1].size:
             least = knobs.ARENA_MB.get() << 20
-            name = f"symmetric/{len(self.blocks)}"
-            self.blocks.append(self.state.block(max(least, _up(size)), name))
+            self.blocks.append(self.state.block(max(least, _up(size))))
             self.used = 0
         start, self.used = self.used, self.used + _up(size)
         return self.blocks[-1], start
@@ -68,8 +67,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, group: Any = None) -
     of the group (None: the default one) calls it, in the same order, with the same ``shape`` and ``dtype``.
     :func:`peers` gives the tensors of all ranks. A kernel takes it like any other tensor.
 
-    Errors: BadArgument for a shape that is none, AgreementError where ranks ask for different tensors,
-    Unavailable without a GPU.
+    Errors: BadArgument for a shape that is none, AgreementError where ranks ask for different tensors or one has
+    no memory for its own (OutOfMemory there), Unavailable without a GPU.
     """
     if not all(isinstance(d, int) and not isinstance(d, bool) and d >= 0 for d in shape):
         raise BadArgument(

@@ -19,6 +19,7 @@ class State:
     def __init__(self, rank: int, shared: dict[str, list[torch.Tensor]]) -> None:
         self.rank, self.world, self.shared = rank, 3, shared
         self.agreed: list[dict[str, str]] = []
+        self.blocks = 0
 
     def check_usable(self) -> None:
         return
@@ -27,7 +28,9 @@ class State:
         assert kernel == "tilelink.empty" and error is None
         self.agreed.append(facts)
 
-    def block(self, size: int, name: str) -> Any:
+    def block(self, size: int) -> Any:
+        name = f"symmetric/{self.blocks}"
+        self.blocks += 1
         views = self.shared.setdefault(
             name, [torch.zeros(size, dtype=torch.uint8) for _ in range(self.world)]
         )
