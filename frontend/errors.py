@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 from tilelink.errors import TilelinkError
 
 
@@ -164,6 +166,14 @@ class BadCall(TilelinkError):
 
     code = "bad-call"
     message = "{what}"
+    hint = "{advice}"
+
+
+class NotPicklable(TilelinkError, pickle.PicklingError):
+    """A kernel that another process could not find again."""
+
+    code = "not-picklable"
+    message = "{what} cannot be pickled: {why}"
     hint = "{advice}"
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 SHOWN = 140  # characters of a line that are shown beside a mistake in it
 
@@ -102,6 +102,9 @@ class TilelinkError(Exception):
         self.notes = notes
         super().__init__(self.render())
 
+    def __reduce__(self) -> Any:
+        return _rebuilt, (type(self), self.span, self.notes, self.values)
+
     def render(self) -> str:
         """The whole text of the error, hint last."""
         parts = [f"error[{self.code}]: {self.message.format(**self.values)}"]
@@ -119,6 +122,13 @@ class TilelinkError(Exception):
 
     def __str__(self) -> str:
         return self.render()
+
+
+def _rebuilt(
+    kind: type[TilelinkError], span: Span | None, notes: tuple[str, ...], values: dict[str, object]
+) -> TilelinkError:
+    """An error from another process."""
+    return kind(span, notes=notes, **values)
 
 
 class InternalError(TilelinkError):

@@ -51,6 +51,7 @@ class Kernel:
         self.__wrapped__ = function
         self.__doc__ = function.__doc__
         self.__name__ = self.name = function.__name__
+        self.__qualname__ = function.__qualname__
         self.__module__ = function.__module__
         self.source = source
         self.mapping = mapping
@@ -62,6 +63,25 @@ class Kernel:
 
     def __repr__(self) -> str:
         return f"<tilelink kernel {self.name}({', '.join(self.signature.names)})>"
+
+    def __copy__(self) -> Kernel:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Kernel:
+        """The same kernel: it is code, as a function is, and what it keeps is found anew elsewhere."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """By its module and name, as a function; NotPicklable where it is not found there."""
+        if _named(self.__module__, self.__qualname__) is not self:
+            from tilelink.frontend.errors import NotPicklable
+
+            raise NotPicklable(
+                what=f"kernel `{self.name}`",
+                why=f"it is pickled by name, and `{self.__module__}.{self.__qualname__}` is not it",
+                advice="define it at the top level of a module that can be imported, under its own name",
+            )
+        return _restored, (self.__module__, self.__qualname__)
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -318,6 +338,26 @@ class BoundKernel:
         self._site: Any = None
         self._programs: dict[Any, Op] = {}
 
+    def __copy__(self) -> BoundKernel:
+        return self
+
+    def __deepcopy__(self, memo: object) -> BoundKernel:
+        """The same object: nothing of it changes but what it remembers of its calls."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """By the kernel's name and the options of :meth:`Kernel.on`; NotPicklable with a process group."""
+        if self.group is not None:
+            from tilelink.frontend.errors import NotPicklable
+
+            raise NotPicklable(
+                what=f"kernel `{self.kernel.name}` with the process group that it was given",
+                why="a group belongs to the processes that made it",
+                advice="pickle the kernel, and give it its group where it is loaded: `kernel.on(group=group)`",
+            )
+        options = (self.backend, self.world, None, self.schedule, self.seed, dict(self.capacities))
+        return BoundKernel, (self.kernel, *options)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs in parameter order; a single one is not wrapped in a tuple."""
         try:
@@ -441,6 +481,31 @@ class BoundKernel:
             right="those of rank 0",
             advice="all ranks pass the same shapes, element types and numbers",
         )
+
+
+def _named(module: str, name: str) -> Any:
+    """What is called ``name`` in a module, which is imported where it is not yet; None if there is nothing."""
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return None
+    return found
+
+
+def _restored(module: str, name: str) -> Kernel:
+    """The kernel that was pickled under this name; NotPicklable where there is none here."""
+    found = _named(module, name)
+    if not isinstance(found, Kernel):
+        from tilelink.frontend.errors import NotPicklable
+
+        raise NotPicklable(
+            what=f"the kernel `{module}.{name}`",
+            why="nothing here has that name",
+            advice=f"make `{module}` importable in the process that loads it",
+        )
+    return found
 
 
 def _form(request: Any) -> tuple[Any, ...]:
