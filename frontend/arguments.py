@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tilelink.errors import TilelinkError
-from tilelink.frontend.errors import BadCall, ShapeMismatch
+from tilelink.frontend.errors import BadCall, NeedsGradient, NoStorage, ShapeMismatch
 
 
 def check_tensor(name: str, value: Any, stored: bool) -> None:
@@ -30,16 +30,9 @@ def check_tensor(name: str, value: Any, stored: bool) -> None:
             what=f"argument `{name}` is sparse ({value.layout})",
             advice=f"pass `{name}.to_dense()`",
         )
-    if value.is_meta:
-        raise BadCall(
-            what=f"argument `{name}` is on the meta device: it has no memory",
-            advice="pass a tensor with data",
-        )
+    _check_storage(name, value)
     if value.requires_grad and torch.is_grad_enabled():
-        raise BadCall(
-            what=f"argument `{name}` requires a gradient, and kernels have no backward pass",
-            advice=f"pass `{name}.detach()`, or call the kernel under torch.no_grad()",
-        )
+        raise NeedsGradient(name=name)
     if stored and any(
         step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)
     ):
@@ -47,6 +40,39 @@ def check_tensor(name: str, value: Any, stored: bool) -> None:
             what=f"argument `{name}` is written to, but several of its elements share their memory",
             advice=f"pass `{name}.contiguous()`: an expanded tensor cannot be an output",
         )
+
+
+def _check_storage(name: str, value: Any) -> None:
+    """NoStorage where a tensor stands for another one, or for none, so that no memory is behind it."""
+    if has_storage(value):
+        return
+    kind = type(value).__name__
+    advice = f"pass the tensor that `{name}` wraps"
+    if kind == "FakeTensor":
+        what = "is a FakeTensor, which torch.compile or torch.export traces with"
+        advice = (
+            "`tilelink.ops` has operators that can be traced; a kernel of your own becomes one by "
+            "torch.library.custom_op with register_fake"
+        )
+    elif value.is_meta:
+        what, advice = "is on the meta device", "pass a tensor with data"
+    elif kind in ("DTensor", "AsyncCollectiveTensor"):
+        what = f"is a {kind}"
+        advice = f"pass `{name}.{'to_local' if kind == 'DTensor' else 'wait'}()`"
+    elif kind in ("Tensor", "Parameter"):
+        what = "is inside a transform of torch.func"
+        advice = "call the kernel outside of it: vmap, grad and others do not see into a kernel"
+    else:
+        what = f"is a {kind}"
+    raise NoStorage(name=name, what=what, advice=advice)
+
+
+def has_storage(value: Any) -> bool:
+    """Whether a tensor has memory; one without elements has none to be read, and counts as if it had."""
+    try:
+        return bool(value.untyped_storage().data_ptr()) or not value.numel()
+    except (RuntimeError, NotImplementedError):  # of wrappers
+        return False
 
 
 def check_apart(ranks: Sequence[Mapping[str, Any]], stored: Iterable[str]) -> None:

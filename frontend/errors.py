@@ -169,6 +169,25 @@ class BadCall(TilelinkError):
     hint = "{advice}"
 
 
+class NoStorage(BadCall):
+    """A tensor without memory: one that is traced, transformed, or wraps another one."""
+
+    code = "no-storage"
+    message = "argument `{name}` {what}: it has no memory that a kernel could read"
+    hint = "{advice}"
+
+
+class NeedsGradient(BadCall):
+    """An input whose gradient is asked for, though a call of a kernel is not recorded for it."""
+
+    code = "needs-gradient"
+    message = "argument `{name}` requires a gradient, and kernels have no backward pass"
+    hint = (
+        "`tilelink.ops` has operators with one; else pass `{name}.detach()`, or call the kernel under "
+        "torch.no_grad()"
+    )
+
+
 class NotPicklable(TilelinkError, pickle.PicklingError):
     """A kernel that another process could not find again."""
 

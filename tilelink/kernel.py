@@ -310,6 +310,8 @@ class Kernel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs on the GPU of this rank; outputs in parameter order, those not given allocated."""
+        if _is_compiling():
+            return _untraced(self, args, kwargs)
         if self._plain is None:
             self._plain = self.on()
         return self._plain(*args, **kwargs)
@@ -360,6 +362,8 @@ class BoundKernel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs in parameter order; a single one is not wrapped in a tuple."""
+        if _is_compiling():
+            return _untraced(self, args, kwargs)
         try:
             if self._site is not None:
                 outputs = self._site(args, kwargs)
@@ -481,6 +485,20 @@ class BoundKernel:
             right="those of rank 0",
             advice="all ranks pass the same shapes, element types and numbers",
         )
+
+
+def _is_compiling() -> bool:
+    """Whether torch.compile traces this call. A call needs torch anyway; the module that is read here does not."""
+    import torch
+
+    return torch.compiler.is_dynamo_compiling()
+
+
+def _untraced(called: Kernel | BoundKernel, args: Any, kwargs: Any) -> Any:
+    """The call as it is made without torch.compile: what is traced ends before it, and goes on behind it."""
+    from tilelink.untraced import call
+
+    return call(called, args, kwargs)
 
 
 def _named(module: str, name: str) -> Any:

@@ -18,7 +18,7 @@ from tilelink.backend.runtime.errors import BadArgument
 from tilelink.backend.runtime.plan import Plan
 from tilelink.backend.runtime.views import TORCH_DTYPES
 from tilelink.errors import TilelinkError
-from tilelink.frontend.arguments import check_tensor
+from tilelink.frontend.arguments import check_tensor, has_storage
 from tilelink.frontend.bind import match_arguments
 
 KINDS = 4096  # kinds of calls remembered a site
@@ -204,6 +204,8 @@ class Site:
                 if value.layout is not torch.strided or (
                     value.requires_grad and torch.is_grad_enabled()
                 ):
+                    return None
+                if not has_storage(value):
                     return None
                 address = value.data_ptr() & 15
                 facts += (value.shape, value.stride(), value.dtype, value.device, address)

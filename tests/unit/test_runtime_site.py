@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from tilelink import kernels
 from tilelink.backend.pipeline import run_passes
 from tilelink.backend.runtime import site
 from tilelink.backend.runtime.errors import BadArgument
 from tilelink.backend.runtime.image import image_of
-from tilelink.frontend.errors import BadCall
+from tilelink.frontend.errors import BadCall, NeedsGradient, NoStorage
 
 
 class Program:
@@ -128,7 +129,7 @@ def test_another_state_of_the_group_is_met_anew(bench: Bench) -> None:
 def test_a_wrong_argument_is_told_to_the_other_ranks_each_time(bench: Bench) -> None:
     wanted = matrix(16, 16).requires_grad_()
     for _ in range(2):
-        with pytest.raises(BadCall, match="requires a gradient"):
+        with pytest.raises(NeedsGradient, match=r"requires a gradient(.|\n)*tilelink\.ops"):
             bench.site((wanted, matrix(16, 16)), {})
     assert bench.refused == ["ag_gemm"] * 2 and bench.met == []
     with torch.no_grad():
@@ -138,6 +139,27 @@ def test_a_wrong_argument_is_told_to_the_other_ranks_each_time(bench: Bench) -> 
         bench.site((wanted, matrix(16, 16)), {})
     with pytest.raises(BadCall, match="needs the argument"):
         bench.site((matrix(16, 16),), {})
+
+
+def test_a_kind_of_call_that_is_known_takes_no_tensor_without_memory(bench: Bench) -> None:
+    a, b, out = matrix(16, 16), matrix(16, 16), matrix(32, 16)
+    bench.site((a, b, out), {})
+    bench.site((a, b), {})
+    bench.site((a,), {"B": b})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = [matrix(*t.shape) for t in (a, b, out)]
+    for args, kwargs in (
+        (fakes, {}),
+        (fakes[:2], {}),
+        ((a, fakes[1]), {}),
+        ((a,), {"B": fakes[1]}),
+        ((a, matrix(16, 16).to("meta")), {}),
+    ):
+        with pytest.raises(NoStorage):
+            bench.site(tuple(args), kwargs)
+    with pytest.raises(NoStorage):
+        torch.vmap(lambda x: bench.site((x, b), {})[0])(torch.stack([a, a]))
+    assert len(bench.program.calls) == 3
 
 
 def test_a_recorded_call_is_found_by_its_tensors_and_all_that_is_known_of_them(
