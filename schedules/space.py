@@ -43,7 +43,10 @@ ACCUMULATORS = 128  # fp32 registers of a thread that accumulators may take; mor
 ROW_TILES = (16, 32, 64, 128, 256)
 COLUMN_TILES = (32, 64, 128, 256)
 # In the order in which equals are preferred.
-DEPTH_TILES = (64, 128, 32)
+DEPTH_TILES = (64, 128, 32, 256)
+# Elements of a product's tile up to which a step of 256 of the depth is worth it: so few wait for memory, and what
+# matters is how much of it is asked for at once.
+DEEP_TILE = 64 * 64
 STAGES = (4, 3, 5, 6, 2)
 RING_STAGES = (6, 5, 4, 3)  # of a loader with a warp of its own: the deeper its ring, the better
 GROUPS = (4, 8, 16)
@@ -463,9 +466,11 @@ def legal(product: Product | None, schedule: Schedule) -> bool:
     """Whether a schedule fits the GPU as far as can be told without compiling it."""
     if product is None or schedule.emitter == "library":
         return True
+    m, n, k = product.tile(schedule)
+    if k > 128 and m * n > DEEP_TILE:
+        return False
     if schedule.emitter == "gluon":
         return _has_roles(product, schedule)
-    m, n, k = product.tile(schedule)
     if schedule.split > 1 and not _worth_splitting(product, schedule, (m, n, k)):
         return False
     if schedule.warps * 32 * ACCUMULATORS < m * n * product.dots:
