@@ -45,6 +45,7 @@ LAYERS = (
     ("tilelink",),
     # What a user could write: it sees the package from outside.
     ("tilelink.kernels",),
+    ("tilelink.ops",),
     ("tilelink.tuning",),
     ("tilelink.cli",),
     ("tilelink.__main__",),
