@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from tilelink.backend.runtime.arena import CudaState, state_of
 from tilelink.backend.runtime.cuda import PLANS, Program, program_of, refuse
@@ -29,7 +30,7 @@ _records_gradients = torch.is_grad_enabled
 class Route:
     """Calls of one kind: their program, and where each of its tensors and scalars comes from."""
 
-    __slots__ = ("extents", "fresh", "names", "numbers", "program", "tensors", "whole")
+    __slots__ = ("extents", "fresh", "names", "numbers", "program", "stored", "tensors", "whole")
 
     def __init__(
         self,
@@ -45,6 +46,10 @@ class Route:
             (name, place[name], given[name].is_contiguous())
             for name in program.image.tensors
             if given.get(name) is not None
+        ]
+        # Those that a call writes: autograd is to know that they change.
+        self.stored = [
+            number for name, number, _ in self.tensors if program.image.tensors[name].role != "in"
         ]
         # Whether the arguments are what the program works on, as they are and in its order, but for outputs
         # behind them; and those: what is allocated.
@@ -75,6 +80,8 @@ class Route:
 
     def __call__(self, values: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         program, extents = self.program, self.extents
+        if self.stored:
+            increment_version([values[number] for number in self.stored])
         if self.whole:
             return program.call(self.gather(values), NO_NUMBERS, extents)
         given = {
@@ -161,6 +168,8 @@ class Site:
         if program.endless and program.reach(tensors) != reach:
             del self._calls[key]
             return route(args)
+        if route.stored:
+            increment_version([args[number] for number in route.stored])
         return program.enqueue(plan, tensors)
 
     def _remember(

@@ -187,6 +187,23 @@ def test_a_recorded_call_is_found_by_its_tensors_and_all_that_is_known_of_them(
         bench.site((a, b, out), {})
 
 
+def test_what_a_call_writes_has_changed_for_autograd(bench: Bench) -> None:
+    a, b, out = matrix(16, 16), matrix(16, 16), matrix(32, 16)
+    for number in range(1, 4):
+        bench.site((a, b, out), {})
+        assert (a._version, b._version, out._version) == (0, 0, number)
+    bench.site((a, b), {"C": out})
+    assert out._version == 4
+    bench.site((a, b), {})
+    with torch.inference_mode():
+        bench.site((a, b, matrix(32, 16)), {})
+    scale = torch.ones(16, requires_grad=True)
+    kept = scale * out
+    bench.site((a, b, out), {})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward(kept.sum())
+
+
 def test_a_recorded_call_is_another_one_where_less_lies_behind_a_tensor(bench: Bench) -> None:
     bench.program.endless, bench.program.behind = ("A",), 7
     a, b, out = matrix(16, 16), matrix(16, 16), matrix(32, 16)
