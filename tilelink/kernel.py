@@ -16,6 +16,7 @@ from tilelink.errors import InternalError, Source, Span, TilelinkError, choices
 from tilelink.signature import checked
 
 if TYPE_CHECKING:
+    from tilelink.backend.runtime.explain import Explanation
     from tilelink.frontend.bind import Bound, Signature
     from tilelink.frontend.mapping import Mapping as TileMapping
     from tilelink.frontend.source import FunctionSource
@@ -308,6 +309,10 @@ class Kernel:
             raise _clean(error) from None
         return BoundKernel(self, backend or "cuda", world, group, schedule, seed, capacities)
 
+    def explain(self, *args: Any, device: str | None = None, **kwargs: Any) -> Explanation:
+        """As :meth:`BoundKernel.explain`."""
+        return self.on().explain(*args, device=device, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs on the GPU of this rank; outputs in parameter order, those not given allocated."""
         if _is_compiling():
@@ -414,6 +419,51 @@ class BoundKernel:
             raise (on_rank(error, rank) if rank else error) from None
         return bound
 
+    def explain(self, *args: Any, device: str | None = None, **kwargs: Any) -> Explanation:
+        """Which schedule a call with these arguments takes on this rank's GPU, and where that schedule is from.
+
+        Of a kind of call that has run, what ran. Else it is chosen and compiled here, some seconds, and nothing is
+        launched nor told to other ranks; tensors may be on the CPU or the meta device, since only shapes and
+        element types count. ``device`` is a GPU by the name that CUDA has for it, ``"NVIDIA H200"``; the number
+        of ranks is ``world`` of :meth:`Kernel.on`, or that of the group. What only a GPU knows is left out then:
+        whether the tiles fit its shared memory. Errors: those of a call.
+        """
+        try:
+            return self._explain(args, kwargs, device)
+        except TilelinkError as error:
+            raise _clean(error) from None
+
+    def _explain(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], device: str | None
+    ) -> Explanation:
+        import torch
+
+        from tilelink.backend.runtime import explain as explaining
+        from tilelink.frontend.errors import BadCall
+
+        if device is None:
+            if not torch.cuda.is_available():
+                raise BadCall(
+                    what="there is no GPU here whose schedule could be explained",
+                    advice='name one: `kernel.on(world=4).explain(a, b, device="NVIDIA H200")`',
+                )
+            device = torch.cuda.get_device_name()
+            ran = None if self._site is None else self._site.chosen(args, kwargs)
+            if ran is not None:
+                return explaining.explained(ran, device)
+        world, per_rank = self._split(args, kwargs)
+        if self.world is None and self.backend == "cuda":
+            world = _ranks_of(self.group)
+        first, named = per_rank[0]
+        bound = self._bind_shapes(first, named, world)
+        # Simulator and interpreter take none that was tuned for GPUs.
+        default = self.backend != "cuda"
+        return explaining.explain(self.kernel.build_for(bound), self.schedule, device, default)
+
+    def _bind_shapes(self, args: list[Any], kwargs: dict[str, Any], world: int) -> Bound:
+        bound = self.kernel.bind(args, world, kwargs, strict=False)
+        return self.kernel.at_capacity(bound, self.capacities)[0]
+
     @property
     def compilations(self) -> int:
         """How many programs the calls of this object have needed so far where extents are dynamic."""
@@ -485,6 +535,15 @@ class BoundKernel:
             right="those of rank 0",
             advice="all ranks pass the same shapes, element types and numbers",
         )
+
+
+def _ranks_of(group: Any) -> int:
+    """How many ranks a call on this group has; of none, the default group or this process alone."""
+    import torch.distributed as dist
+
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    return 1 if group is None else int(group.size())
 
 
 def _is_compiling() -> bool:

@@ -15,8 +15,8 @@ from tilelink import knobs
 from tilelink.backend.expand import environment, evaluate
 from tilelink.backend.passes.common import tasks_of_stage
 from tilelink.backend.pipeline import compile_kernel, run_passes
+from tilelink.backend.runtime.faults import fault, is_fault, reason
 from tilelink.backend.simulate import predict
-from tilelink.errors import TilelinkError
 from tilelink.ir import Op
 from tilelink.ir.instance import at_extents
 from tilelink.schedules import Schedule, default_schedule
@@ -58,11 +58,15 @@ _Compiles: TypeAlias = Callable[[Choice], bool]
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A fused program, proven, what is emitted of it, and where its schedule is from, in words."""
+    """A fused program, proven, what is emitted of it, and where its schedule is from, in words.
+
+    ``refused``: what came before it and cannot be compiled, each with where it is from and the reason.
+    """
 
     program: Op
     source: str
     origin: str
+    refused: tuple[tuple[str, str], ...] = ()
 
 
 def choices(kernel: Op, device: str, compiles: _Compiles = lambda _: True) -> Iterator[Choice]:
@@ -184,29 +188,37 @@ def compile_chosen(
     """``kernel`` compiled under ``schedule``; None takes the first of :func:`choices` that can be compiled, or
     (``default``) the default one.
 
-    The passes, the proof and the emitter may each refuse one.
+    The passes, the proof and the emitter may each refuse one. A fault of theirs refuses it too, and is told by
+    :func:`fault`; it is raised of the default schedule, and of one that is given.
     """
     if default and schedule is None:
         return _compiled(kernel, Choice(None, "default"))
     if schedule is not None:
         return _compiled(kernel, Choice(schedule, "given"))
     known: dict[Choice, Chosen | None] = {}
+    refused: dict[Choice, str] = {}
 
     def attempt(choice: Choice) -> Chosen | None:
         if choice not in known:
             try:
                 known[choice] = _compiled(kernel, choice)
-            except TilelinkError:
+            except Exception as error:
                 known[choice] = None
+                refused[choice] = reason(error)
+                if is_fault(error):
+                    fault(kernel, choice.schedule, error)
         return known[choice]
+
+    def behind(chosen: Chosen) -> Chosen:
+        return replace(chosen, refused=tuple((c.origin, why) for c, why in refused.items()))
 
     for choice in choices(kernel, device, lambda choice: attempt(choice) is not None):
         if choice.schedule is None:
             break
         found = attempt(choice)
         if found is not None:
-            return found
-    return _compiled(kernel, Choice(None, "default"))
+            return behind(found)
+    return behind(_compiled(kernel, Choice(None, "default")))
 
 
 def _compiled(kernel: Op, choice: Choice) -> Chosen:
@@ -276,7 +288,9 @@ def _predicted_us(kernel: Op, schedule: Schedule, machine: Machine, most: int) -
         if sum(evaluate(tasks_of_stage(program, s), env, s) for s in stages) > most:
             return math.inf
         return predict(program, machine)
-    except TilelinkError:
+    except Exception as error:
+        if is_fault(error):
+            fault(kernel, schedule, error)
         return math.inf
 
 

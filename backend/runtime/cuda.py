@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -23,7 +24,7 @@ from triton.runtime.errors import OutOfResources
 from tilelink import knobs
 from tilelink.backend.runtime import load_module, write_module
 from tilelink.backend.runtime.arena import Arena, CudaState, NoArena, asking, state_of
-from tilelink.backend.runtime.choose import compile_chosen
+from tilelink.backend.runtime.choose import Chosen, compile_chosen
 from tilelink.backend.runtime.driver import driver
 from tilelink.backend.runtime.errors import (
     BadArgument,
@@ -31,6 +32,7 @@ from tilelink.backend.runtime.errors import (
     TooLargeForSM,
     TooManyWorkers,
 )
+from tilelink.backend.runtime.faults import reason
 from tilelink.backend.runtime.image import Image, Slot, image_of
 from tilelink.backend.runtime.order import order_of
 from tilelink.backend.runtime.plan import Plan, Recorder, rows_behind
@@ -53,6 +55,8 @@ class Program:
     def __init__(self, state: CudaState, image: Image, host: Host, arena: Arena | NoArena) -> None:
         self.state, self.image, self.host, self.arena = state, image, host, arena
         self.number = state.number_of(image)
+        # Of a decorated kernel: its schedule, and where that is from.
+        self.chosen: Chosen | None = None
         self.workspace = state.workspace_for(image.workspace_bytes)
         self.device = state.device.index
         self._order = order_of(self.device)
@@ -324,12 +328,15 @@ def _meet_kernel(
     schedule: Any,
     capacities: Mapping[str, tuple[int, ...]],
 ) -> Program:
+    made: list[Chosen] = []
+
     def compile_it(default: bool = False) -> tuple[Image, Host, dict[str, str]]:
         bound = kernel.bind((), state.world, {**tensors, **scalars})
         bound, _ = kernel.at_capacity(bound, capacities)
         op: Op = kernel.build_for(bound)
         device = torch.cuda.get_device_name(state.device)
         chosen = compile_chosen(op, schedule, device, default)
+        made.append(chosen)
         program, source = chosen.program, chosen.source
         image = image_of(program)
         module = load_module(write_module(source, image.name))
@@ -345,12 +352,17 @@ def _meet_kernel(
 
     given = _dense(tensors)
     try:
-        return _meet(state, kernel.name, compile_it, given, scalars)
-    except TooLargeForSM:
+        program = _meet(state, kernel.name, compile_it, given, scalars)
+    except TooLargeForSM as error:
         # So it is on every rank. What was tuned for another shape, or predicted, gives way.
         if schedule is not None:
             raise
-        return _meet(state, kernel.name, partial(compile_it, True), given, scalars)
+        program = _meet(state, kernel.name, partial(compile_it, True), given, scalars)
+        first, last = made
+        refused = (*first.refused, (first.origin, reason(error)))
+        made = [replace(last, refused=refused)]
+    program.chosen = made[-1]
+    return program
 
 
 def _meet(

@@ -14,6 +14,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from tilelink.backend.runtime.arena import CudaState, state_of
+from tilelink.backend.runtime.choose import Chosen
 from tilelink.backend.runtime.cuda import PLANS, Program, program_of, refuse
 from tilelink.backend.runtime.errors import BadArgument
 from tilelink.backend.runtime.plan import Plan
@@ -133,6 +134,13 @@ class Site:
     def programs(self) -> int:
         """How many programs its calls have needed."""
         return len(self._met)
+
+    def chosen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Chosen | None:
+        """What calls of this kind run; None where there has been none."""
+        values = (*args, *kwargs.values())
+        key = self._key(state_of(self.group), len(args), tuple(kwargs), values)
+        route = self._routes.get(key) if key is not None else None
+        return None if route is None else route.program.chosen
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         state = state_of(self.group)

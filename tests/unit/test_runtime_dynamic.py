@@ -14,7 +14,7 @@ import torch
 from tests.collectives import Group
 from tilelink import kernels
 from tilelink.backend.runtime import cuda, order, plan, site
-from tilelink.backend.runtime.errors import BadArgument
+from tilelink.backend.runtime.errors import BadArgument, TooLargeForSM
 from tilelink.backend.runtime.views import Rows
 from tilelink.errors import TilelinkError
 from tilelink.frontend.errors import NotDivisible
@@ -175,6 +175,34 @@ def test_a_trace_compiles_and_agrees_a_capacity_at_a_time(
         a = matrix(30, 32) if _ == 0 else a
         call(a, b, out)
     assert len(launched.recorded) == known + 2 and driver.calls[-1] == ("graph",)
+
+
+def test_what_ran_is_told_with_what_gave_way_to_it(
+    rank: tuple[State, Driver, Launched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    call, a, b = kernels.ag_gemm.on(world=WORLD), matrix(32, 32), matrix(32, 64)
+    meet, tried = cuda._meet, []
+
+    def too_large(*args: Any) -> Any:
+        tried.append(args)
+        if len(tried) == 1:
+            args[2]()
+            raise TooLargeForSM(kernel="ag_gemm", required=300, resource="shared", limit=200)
+        return meet(*args)
+
+    monkeypatch.setattr(cuda, "_meet", too_large)
+    assert call(a, b).shape == (64, 64)
+    for _ in range(2):
+        found = call.explain(a, b)
+        assert found.origin == "default" and found.extents["M"] == 64
+        origin, why = found.refused[-1]
+        assert origin and "needs 300 of shared" in why
+        call(a, b)
+    # Another shape has not run: it is chosen here, and nothing is agreed.
+    agreed = len(rank[0].agreed)
+    assert call.explain(matrix(64, 32), b).extents["M"] == 128
+    assert len(rank[0].agreed) == agreed
 
 
 def test_descriptors_reach_behind_an_input_as_far_as_its_memory_does(
