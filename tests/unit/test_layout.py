@@ -41,7 +41,7 @@ LAYERS = (
     ("tilelink.backend.simulate", "tilelink.backend.emit"),
     ("tilelink.backend.runtime",),
     ("tilelink.backend",),
-    ("tilelink.kernel", "tilelink.signature"),
+    ("tilelink.kernel", "tilelink.signature", "tilelink.untraced"),
     ("tilelink",),
     # What a user could write: it sees the package from outside.
     ("tilelink.kernels",),
