@@ -28,7 +28,7 @@ prepare()
 
 import torch  # noqa: E402
 
-from tilelink.backend.accuracy import relative_error  # noqa: E402
+from tilelink.backend.accuracy import TOLERANCE, relative_error  # noqa: E402
 from tilelink.errors import TilelinkError  # noqa: E402
 from tilelink.kernels import ag_gemm, ag_gemm_swiglu  # noqa: E402
 from tilelink.schedules import Schedule  # noqa: E402
@@ -55,7 +55,6 @@ STRUCTURES = {
     "triton 128x256x4": ("triton", 128, 256, 4),
 }
 L2_BYTES = 64 << 20
-TOLERANCE = 1e-2  # bf16 operands give up to a few 1e-3
 
 
 def schedule(structure: str, group: int = 8) -> Schedule:
@@ -187,7 +186,7 @@ def measure(case: tuple[int, int, int], seconds: float) -> dict[str, Any]:
             run(0)
             torch.cuda.synchronize()
             errors[name] = relative_error(data[0][2], wanted)
-            if not errors[name] < TOLERANCE:
+            if not errors[name] < TOLERANCE["bf16"]:
                 failed[name] = f"relative error {errors[name]:.3g}"
                 continue
             graphs[name] = captured(run, len(data))
@@ -265,7 +264,9 @@ def main() -> None:
     print(f"compiled {len(jobs)} kernels in {time.perf_counter() - start:.0f} s", flush=True)
     checked = [check(one) for one in todo]
     print(f"checked by {time.perf_counter() - start:.0f} s", flush=True)
-    wrong = [c for c in checked if c.get("error", 0.0) >= TOLERANCE or c.get("repeats") is False]
+    wrong = [
+        c for c in checked if c.get("error", 0.0) >= TOLERANCE["bf16"] or c.get("repeats") is False
+    ]
     refused = sorted({c["refused"] for c in checked if "refused" in c})
     data: dict[str, Any] = {
         "kind": "gluon_gemm",

@@ -10,7 +10,7 @@ from typing import Any
 from bench.cases import GEMM
 from bench.paired import Paired, paired
 
-# Largest relative error that counts as correct: bf16 operands give up to a few 1e-3.
+# Largest relative error that counts as correct, of the libraries compared with too, which may round parts of sums.
 TOLERANCE = 1e-2
 
 CUBLAS = "cublas"

@@ -16,7 +16,7 @@ import time
 import torch
 
 from tilelink.backend import reference, simulate
-from tilelink.backend.accuracy import relative_error
+from tilelink.backend.accuracy import TOLERANCE, relative_error
 from tilelink.backend.pipeline import run_passes
 from tilelink.backend.verify import verify
 from tilelink.kernels import ag_gemm_swiglu, gemm_rs
@@ -26,7 +26,7 @@ from tilelink.schedules.machine import Machine
 WORLD = 4
 TOKENS, HIDDEN, INTERMEDIATE = 512, 4096, 14336
 PART = INTERMEDIATE // WORLD
-LIMIT = 1e-2  # of the relative error; a bf16 rounding is 2e-3
+LIMIT = TOLERANCE["bf16"]
 
 
 def run(kernel, extents, inputs, other=None):

@@ -30,7 +30,6 @@ from tilelink.schedules import Move, Schedule
 from tilelink.schedules.schedule import ORDERS, OWNS
 
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LIMIT = {"bf16": 1e-2, "fp16": 1e-2, "fp32": 1e-5}
 FOLDED = ("copy_engine-folded", "sm:2-folded", "epilogue-folded")
 # What workers copy beside products whose warps have roles.
 BESIDE_ROLES = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tilelink.backend.accuracy import relative_error
+from tilelink.backend.accuracy import TOLERANCE, relative_error
 from tilelink.backend.simulate.command import reproduce
 from tilelink.backend.simulate.errors import (
     BalanceError,
@@ -37,8 +37,6 @@ from tilelink.ir import Op
 Outputs = Sequence[Sequence[Mapping[str, torch.Tensor]]]
 """A list over calls of a list over ranks of output name to tensor."""
 
-LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
-"""Largest relative error of a row that rounding to an output's element type may explain."""
 NUMBERED = 2  # the schedule whose numbers are computed
 MARGIN = 8  # times the steps that the program should take
 
@@ -125,7 +123,7 @@ def _compare(program: Op, outputs: Outputs, expected: Outputs) -> None:
         for rank, (mine, right) in enumerate(zip(found, wanted, strict=True)):
             for name, tensor in right.items():
                 error = relative_error(mine[name], tensor)
-                limit = LIMITS.get(tensor.dtype, 0.0)
+                limit = TOLERANCE.get(program.declared(name)["dtype"], 0.0)
                 if not error <= limit:
                     raise NumbersError(
                         program.declared(name).span,

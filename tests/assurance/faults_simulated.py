@@ -21,7 +21,7 @@ from typing import Any
 from tests.strategies import BESIDE_ROLES, move_of
 from tilelink import kernels
 from tilelink.backend import reference
-from tilelink.backend.accuracy import relative_error
+from tilelink.backend.accuracy import TOLERANCE, relative_error
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.simulate import (
     Corrupt,
@@ -42,7 +42,6 @@ from tilelink.schedules import Schedule
 
 LIMITS = Limits(progress=10.0, arrival=600.0)
 SLACK = 1.0  # virtual seconds after its limit at which a survivor must have ended
-NUMBERS = 1e-2  # relative error of a row of bf16 outputs
 MOVED = {"ag_gemm": "A", "gemm_rs": "C", "gemm_ar": "C"}
 PAIRS = [
     (kernel, resource)
@@ -185,7 +184,7 @@ def judge(case: str, kind: str, what: Subject, outcome: Outcome, tally: Tally) -
             for name, right in wanted[rank].items():
                 if name not in found[rank]:
                     tally.failures.append(f"{case}: rank {rank} has no `{name}` and no error")
-                elif not relative_error(found[rank][name], right) <= NUMBERS:
+                elif not relative_error(found[rank][name], right) <= TOLERANCE["bf16"]:
                     tally.failures.append(f"{case}: `{name}` of rank {rank} is wrong")
     if outcome.errors:
         tally.named_errors += 1

@@ -30,9 +30,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import tilelink
 from tests.assurance.report import finish, progress
-from tests.strategies import LIMIT, TORCH, Drawn, drawn_programs, move_of
+from tests.strategies import TORCH, Drawn, drawn_programs, move_of
 from tilelink import kernels
 from tilelink.backend import reference
+from tilelink.backend.accuracy import TOLERANCE
 from tilelink.backend.emit.scope import CannotEmit
 from tilelink.backend.pipeline import run_passes
 from tilelink.backend.simulate import run_calls
@@ -197,7 +198,7 @@ def compare(drawn: Drawn, got: Any, wanted: Any, executor: str) -> None:
                 if same and drawn.family.exact:
                     same = torch.equal(found, expected)
                 elif same:
-                    same = deviation(found, expected) < LIMIT[drawn.dtype]
+                    same = deviation(found, expected) < TOLERANCE[drawn.dtype]
                 if not same:
                     where = f"`{name}` of rank {rank} in call {call}"
                     raise Mismatch(f"{executor}: {where} is not the reference's")

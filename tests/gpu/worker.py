@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from tests.gpu.kernels import (
-    TOLERANCE,
     Case,
     bind,
     cases,
@@ -30,7 +29,7 @@ from tests.gpu.kernels import (
     shared,
 )
 from tests.gpu.varying import unequal, varying
-from tilelink.backend.accuracy import row_error
+from tilelink.backend.accuracy import TOLERANCE, row_error
 from tilelink.backend.runtime.errors import AgreementError, WaitTimeout
 from tilelink.backend.runtime.watch import synchronize
 from tilelink.errors import TilelinkError

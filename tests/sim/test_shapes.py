@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.strategies import LIMIT, MOVED, RESOURCES, Case, cases
+from tests.strategies import MOVED, RESOURCES, Case, cases
 from tilelink import kernels
-from tilelink.backend.accuracy import relative_error
+from tilelink.backend.accuracy import TOLERANCE, relative_error
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.simulate import timeline
 from tilelink.schedules.machine import Machine
@@ -26,7 +26,7 @@ def check(case: Case, backend: str) -> None:
     for rank, (mine, reference) in enumerate(zip(got, expected, strict=True)):
         assert mine.dtype == reference.dtype and mine.shape == reference.shape
         error = relative_error(mine, reference)
-        assert error < LIMIT[case.dtype], f"rank {rank}: {error}"
+        assert error < TOLERANCE[case.dtype], f"rank {rank}: {error}"
 
 
 @pytest.mark.parametrize("kernel", sorted(MOVED))

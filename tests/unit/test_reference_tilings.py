@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from tilelink.backend import reference
+from tilelink.backend.accuracy import TOLERANCE
 from tilelink.backend.reference_tilings import TileDependentError, apart, check_tilings
 from tilelink.backend.simulate.batch import may_batch
 from tilelink.cli.inputs import random_inputs
-from tilelink.cli.run import LIMITS, error_of, limit_of
+from tilelink.cli.run import error_of, limit_of
 from tilelink.ir import Op
 from tilelink.kernel import load_kernels
 
@@ -105,7 +106,7 @@ def test_a_loop_is_simulated_in_larger_tiles_where_it_adds_up(
     inputs = random_inputs(kernel, 0)
     whole, cut = reference.run(kernel, inputs), reference.run(kernel, inputs, {"k": 8})
     error = max(error_of(a["C"], b["C"]) for a, b in zip(whole, cut, strict=True))
-    assert error <= LIMITS["fp32"] or not same
+    assert error <= TOLERANCE["fp32"] or not same
 
 
 @pytest.mark.parametrize("name", ["ag_gemm", "gemm_rs", "attention", "misc"])
@@ -139,9 +140,9 @@ def f(A, C):
 
 
 def test_the_limit_of_an_output_is_that_of_what_is_rounded_on_the_way(tmp_path: Path) -> None:
-    assert limit_of(build(tmp_path, GEMM), "C") == LIMITS["fp32"]
+    assert limit_of(build(tmp_path, GEMM), "C") == TOLERANCE["fp32"]
     cast = GEMM.replace(STORE, "C[m, n] = acc.to(tk.bfloat16)")
-    assert limit_of(build(tmp_path, cast), "C") == LIMITS["bf16"]
+    assert limit_of(build(tmp_path, cast), "C") == TOLERANCE["bf16"]
     text = """@tilelink.kernel("reduce P[M, N] sum")
 def f(A, C):
     M, N = A.shape
@@ -151,7 +152,7 @@ def f(A, C):
     for m, n in tk.tiles(M, N):
         C[m, n] = P[m, n]
 """
-    assert limit_of(build(tmp_path, text), "C") == LIMITS["fp16"]
+    assert limit_of(build(tmp_path, text), "C") == TOLERANCE["fp16"]
 
 
 def test_a_row_of_one_small_number_is_no_mistake(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_a_row_of_one_small_number_is_no_mistake(tmp_path: Path) -> None:
     # So many rows that some sums are rounded otherwise when they are cut, in whatever order a CPU adds.
     inputs = random_inputs(kernel, 0)
     whole, cut = reference.run(kernel, inputs), reference.run(kernel, inputs, {"k": 32})
-    assert error_of(cut[0]["C"], whole[0]["C"]) > LIMITS["fp32"]
+    assert error_of(cut[0]["C"], whole[0]["C"]) > TOLERANCE["fp32"]
     check_tilings(kernel, inputs, whole, limit_of)
 
 

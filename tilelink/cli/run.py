@@ -38,9 +38,6 @@ HEADER = (
     "verdict",
 )
 OUTPUT = HEADER.index("output")
-# Relative error of a row that rounding to the output's element type may explain: both sides accumulate
-# in fp32, in different orders, and round to nearest at the same places.
-LIMITS = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-4}
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -251,12 +248,14 @@ def limit_of(kernel: Op, name: str) -> float:
     0 for integers. Of floats the coarsest type counts that the kernel stores or converts to: what is stored in
     bf16 and read again is rounded in other places where sums are taken in another order.
     """
+    from tilelink.backend.accuracy import TOLERANCE
+
     own = kernel.declared(name)["dtype"]
-    if own not in LIMITS:
+    if own not in TOLERANCE:
         return 0.0
     rounded = {kernel.declared(op.symbol)["dtype"] for op in kernel.walk() if op.name == "store"}
     rounded |= {op.results[0].type.dtype for op in kernel.walk() if op.name == "cast"}
-    return max(LIMITS[dtype] for dtype in {own, *rounded} if dtype in LIMITS)
+    return max(TOLERANCE[dtype] for dtype in {own, *rounded} if dtype in TOLERANCE)
 
 
 def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:

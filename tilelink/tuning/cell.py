@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 
-from tilelink.backend.accuracy import row_error
+from tilelink.backend.accuracy import TOLERANCE, row_error
 from tilelink.schedules import Schedule
 from tilelink.schedules.search import CHECKED, STARTED, Measured
 from tilelink.schedules.space import product_of
-from tilelink.tuning.inputs import LIMITS, Sets, in_turn, make_sets, plain, reference
+from tilelink.tuning.inputs import Sets, in_turn, make_sets, plain, reference
 from tilelink.tuning.prepare import Prepared
 from tilelink.tuning.problem import Problem
 from tilelink.tuning.ranks import Part, Watchdog
@@ -138,7 +138,7 @@ class Cell:
         self._expected = self._expected or [result.float() for result in results]
         errors = [row_error(r, e) for r, e in zip(results, self._expected, strict=True)]
         largest = float(self.part.largest(torch.stack(errors).max()))
-        limit = LIMITS.get(self.problem.dtype, 0.0)
+        limit = TOLERANCE.get(self.problem.dtype, 0.0)
         if not largest <= limit:
             self._drop(name, f"wrong result: relative error {largest:.3g}, limit {limit:.0e}")
             return
