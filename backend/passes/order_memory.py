@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import environment, evaluate
@@ -195,6 +195,73 @@ def _launch(program: Op, launch: Op, system: frozenset[str]) -> Op:
     return rewrite(launch, signal)
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What decides the paths of a stage's accesses.
+
+    ``held``: it holds a notify back. ``signals``: it has one that words do not carry. ``sums``: in its epilogue.
+    ``copied``: it copies. ``multiplies``; ``hands``: it only hands tiles on. ``roles``: its warps have them.
+    ``landed``: its loader can fetch the parts of its sum.
+    """
+
+    held: bool
+    signals: bool
+    sums: bool
+    copied: bool
+    multiplies: bool
+    hands: bool
+    roles: bool
+    landed: bool
+
+
+def _form(program: Op, stage: Op, roles: bool, awaited: bool) -> _Form:
+    """With ``roles`` a group holds back its own: its next tile, and not the worker's, comes in between. Not so
+    where workers of the same launch wait for it (``awaited``), to copy it."""
+    signals = any(op.name == "notify" and not _carried(program, op) for op in stage.walk())
+    # A stage that sums in its epilogue is written with nested loops, and tells all ranks.
+    sums = any(op.name == "load_sum" and op.operands for op in stage.walk())
+    static = stage.get("queue", "static") == "static"
+    tells = sums and static and all(_tells(op) for op in stage.body if _signals(op))
+    held = signals and _ends(stage) and (can_flatten(program, stage) or (tells and not roles))
+    held = held and not awaited
+    return _Form(
+        held=held,
+        signals=signals,
+        sums=sums,
+        copied=bool(copies_of(stage)),
+        multiplies=any(op.name == "dot" for op in stage.walk()),
+        hands=_hands_on(stage),
+        roles=roles,
+        landed=roles and not held and _lands(program, stage),
+    )
+
+
+def _worth(program: Op, form: _Form, op: Op) -> bool:
+    """Whether an access is worth the way through TMA, where a descriptor can have it.
+
+    In two slots lie small sums as well, on whose way every fence and every wait for TMA counts: what goes through
+    it there is what is copied or multiplied. Stores to a peer are worth it only where their release is held back,
+    or behind a product. What is small enough for words is not worth waiting for the end of TMA.
+    """
+    if op.name == "load_sum":
+        return bool(op.operands) and form.landed
+    if op.name not in ("load", "store") or form.hands:
+        return False
+    slots = program.get("slots") is not None
+    twice = slots and program.declared(op.symbol).get("space") == "symmetric"
+    if twice and not (form.copied or (form.multiplies and op.name == "load")):
+        return False
+    if op.name == "load":
+        return True
+    if any(buffer.get("words") for buffer in program.find("buffer")):
+        return False
+    if form.held:
+        return True
+    if op.get("peer") is None:
+        return not form.signals or form.roles
+    return (form.sums or form.copied) and (form.copied or not form.roles)
+
+
 def _stage(
     program: Op,
     stage: Op,
@@ -205,67 +272,37 @@ def _stage(
 ) -> tuple[Op, bool]:
     """The stage with its paths, and whether it holds a notify back; ``undrained``: stores of an earlier one are.
 
-    With ``roles`` a group holds back its own: its next tile, and not the worker's, comes in between. What
-    it does not hold back it drains at once: the warps that store are not those that load the next tile. So too
-    where workers of the same launch wait for it (``awaited``), to copy it: it is stored to this GPU's memory, and
-    that the other group multiplies meanwhile hides what the drain takes.
+    With roles, what it does not hold back it drains at once: the warps that store are not those that load the next
+    tile. So too where workers of the same launch wait for it (``awaited``), to copy it: it is stored to this GPU's
+    memory, and that the other group multiplies meanwhile hides what the drain takes.
     """
-    signals = any(op.name == "notify" and not _carried(program, op) for op in stage.walk())
-    # A stage that sums in its epilogue is written with nested loops, and tells all ranks.
-    sums = any(op.name == "load_sum" and op.operands for op in stage.walk())
-    copied = bool(copies_of(stage))
-    sends = sums or copied
-    static = stage.get("queue", "static") == "static"
-    tells = sums and static and all(_tells(op) for op in stage.body if _signals(op))
-    held = signals and _ends(stage) and (can_flatten(program, stage) or (tells and not roles))
-    held = held and not awaited
+    form = _form(program, stage, roles, awaited)
     blocks, starts = _blocks(program, stage), starts_of(program, stage)
-    short = any(op.get("words") for op in program.find("buffer"))
-    landed = roles and not held and _lands(program, stage)
 
-    multiplies = any(op.name == "dot" for op in stage.walk())
-
-    handed = _hands_on(stage)
-
-    def plain(op: Op) -> bool:
-        if handed:
-            return True
-        # In two slots lie small sums as well, on whose way every fence and every wait for TMA counts: what goes
-        # through it there is what is copied or multiplied.
-        slots = program.get("slots") is not None
-        twice = slots and program.declared(op.symbol).get("space") == "symmetric"
-        return twice and not (copied or (multiplies and op.name == "load"))
+    def possible(op: Op) -> bool:
+        pieces = form.copied
+        if op.name == "load_sum":
+            return True  # what lands has the form of the loader's boxes
+        if op.name == "load":
+            sides = [r for r in (op.ref, op.get("own")) if r is not None]
+            plain = op.results[0].name not in through_registers
+            return plain and all(_boxed(program, r, blocks, starts, pieces=pieces) for r in sides)
+        assert op.ref is not None
+        peer = op.get("peer") is not None
+        return _boxed(program, op.ref, blocks, starts, store=True, peer=peer, pieces=pieces)
 
     def mark(op: Op) -> Op:
-        if op.name == "load_sum" and op.operands and landed:
-            return op.with_attrs(via="tma")
-        if op.name == "notify" and held:
+        if op.name == "notify" and form.held:
             return op.with_attrs(delay=1, drain=True)
-        if op.name in ("load", "store") and plain(op):
-            return op
-        if op.name == "load" and op.results[0].name not in through_registers:
-            sides = [r for r in (op.ref, op.get("own")) if r is not None]
-            if all(_boxed(program, side, blocks, starts, pieces=copied) for side in sides):
-                return op.with_attrs(via="tma")
-        # Stores to a peer are worth it only where their release is held back, or behind a product. What is
-        # small enough for words is not worth waiting for the end of TMA.
-        if short and op.name == "store":
-            return op
-        local = op.get("peer") is None
-        direct = not signals or roles if local else sends and (copied or not roles)
-        if op.name == "store" and (held or direct):
-            assert op.ref is not None
-            if _boxed(program, op.ref, blocks, starts, store=True, peer=not local, pieces=copied):
-                return op.with_attrs(via="tma")
-        return op
+        return op.with_attrs(via="tma") if _worth(program, form, op) and possible(op) else op
 
     def drain(op: Op) -> Op:
         return op.with_attrs(drain=True) if op.name == "notify" else op
 
     stage = rewrite(stage, mark)
     stores = any(map(_leaves, stage.walk()))
-    drains = undrained or ((roles or sends) and stores)
-    return (rewrite(stage, drain) if drains else stage), held
+    drains = undrained or ((roles or form.sums or form.copied) and stores)
+    return (rewrite(stage, drain) if drains else stage), form.held
 
 
 def _hands_on(stage: Op) -> bool:

@@ -9,7 +9,8 @@ are the same in executions that differ only in the order of such steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tilelink.backend.simulate.explore_build import Processes
@@ -173,118 +174,166 @@ class Reducer:
     ) -> dict[int, dict[object, set[int]]]:
         """What the processes outside ``frozen`` may do to the words that those in it use next: word to kind
         of step to processes. ``start``: the values of all words now."""
-        nodes, sent, ordered = self.nodes, self.sent, self.ordered
-        high = list(start)
-        touched: dict[int, dict[object, set[int]]] = {w: {} for w in self._used(stands, frozen)}
+        reach = _Reach(self, start, self._used(stands, frozen))
+        for number, process in enumerate(stands):
+            if process[0] >= 0 and number not in frozen:
+                reach.begin(number, process)
+        reach.run()
+        return reach.touched
 
-        def touch(word: int, kind: object, who: tuple[int, ...]) -> None:
-            if word in touched:
-                touched[word].setdefault(kind, set()).update(who)
 
-        def raised(notify: Held, who: tuple[int, ...]) -> None:
-            word = notify.element
-            if not notify.need:
-                high[word] += 1
-                touch(word, ADD, who)
-                return
-            reached = True
-            if notify.slot >= 0:
-                high[notify.slot] += 1
-                if notify.slot in touched:
-                    touch(notify.slot, _counted(notify), who)
-                reached = high[notify.slot] >= notify.wanted
-            if reached:
-                high[word] = max(high[word], notify.need)
-                touch(word, SET, who)
+@dataclass(slots=True)
+class _Cursor:
+    """Where processes may stand: the node, who they are, where a task returns to, and the task or -1.
 
-        # A cursor: the node, who may stand there, where a task returns to, and the task. Tasks of a
-        # dynamic queue are started once for all.
-        cursors: list[tuple[int, tuple[int, ...], int, int]] = []
-        open_tasks: set[int] = set()
-        started: set[int] = set()
-        for number, (at, back, _, _, _, held) in enumerate(stands):
-            if at < 0 or number in frozen:
-                continue
-            for notify in held:
-                raised(notify, (number,))
-            cursors.append((at, (number,), back, -1))
+    Tasks of a dynamic queue have one cursor for all that may draw them.
+    """
+
+    at: int
+    who: tuple[int, ...]
+    back: int
+    task: int
+
+
+class _Reach:
+    """How far some processes come with every word as large as it can get, and what they do on the way to some
+    words: ``touched``."""
+
+    def __init__(self, reducer: Reducer, start: list[int], words: Iterable[int]) -> None:
+        self.nodes, self.sent, self.ordered = reducer.nodes, reducer.sent, reducer.ordered
+        self.start, self.high = start, list(start)
+        self.touched: dict[int, dict[object, set[int]]] = {word: {} for word in words}
+        # Those that go on in this round, and those that wait for the next.
+        self.cursors: list[_Cursor] = []
+        self.still: list[_Cursor] = []
+        self.open_tasks: set[int] = set()
+        self.started: set[int] = set()
+
+    def begin(self, number: int, process: Process) -> None:
+        """A process sends what it holds back, and goes on from where it stands."""
+        at, back, *_, held = process
+        for notify in held:
+            self._raise(notify, (number,))
+        self.cursors.append(_Cursor(at, (number,), back, -1))
+
+    def run(self) -> None:
+        """Move all cursors until none can."""
         moved = True
         while moved:
             moved = False
-            still: list[tuple[int, tuple[int, ...], int, int]] = []
-            for at, who, back, task in cursors:
-                while at >= 0:
-                    node = nodes[at]
-                    kind = node.kind
-                    if kind == WAIT:
-                        need = node.need
-                        for word in node.elements:
-                            if high[word] < need:
-                                break
-                        else:
-                            for word in node.elements:
-                                touch(word, WAIT, who)
-                            moved = True
-                            at = node.next
-                            continue
-                        still.append((at, who, back, task))
-                        break
-                    given = sent[at]
-                    if given is not None:
-                        raised(given, who)
-                    elif kind == TAKE:
-                        word = node.elements[0]
-                        touch(word, TAKE, who)
-                        if node.slot >= 0:
-                            high[node.slot] = max(high[node.slot], 1)
-                        position = high[word] if word in ordered else 0
-                        for other in node.tasks[position:]:
-                            if other not in started:
-                                started.add(other)
-                                open_tasks.add(other)
-                                still.append((other, who, -1, other))
-                    elif kind == FOLLOW:
-                        word = node.elements[0]
-                        if start[word]:
-                            # What has been drawn is known.
-                            known, moved = start[word] <= len(node.tasks), True
-                            at = node.tasks[start[word] - 1] if known else node.next
-                            back = node.again if known else back
-                            continue
-                        if not high[word]:
-                            still.append((at, who, back, task))
-                            break
-                        position = high[node.slot] if node.slot in ordered else 0
-                        for other in node.tasks[position:]:
-                            if other not in started:
-                                started.add(other)
-                                open_tasks.add(other)
-                                still.append((other, who, -1, other))
-                    elif kind == CLEAR:
-                        for word in node.elements:
-                            touch(word, CLEAR, who)
-                            if word in ordered:
-                                high[word] = 0
-                    elif kind == SLOT:
-                        touch(node.elements[0], SLOT, who)
-                    elif kind == RETURN:
-                        open_tasks.discard(task)
-                        moved = True
-                        at, back = back, -1
-                        continue
-                    elif kind == END:
-                        # The launch ends when all its workers have, and so all tasks of its queues.
-                        if not open_tasks.isdisjoint(node.tasks):
-                            still.append((at, who, back, task))
-                            break
-                        for word in (*node.elements, *node.late):
-                            high[word] += 1
-                        moved = True
+            for cursor in self.cursors:
+                while cursor.at >= 0:
+                    node = self.nodes[cursor.at]
+                    if not _PASSES.get(node.kind, _Reach._go)(self, cursor, node):
+                        self.still.append(cursor)
                         break
                     moved = True
-                    at = node.next
-            cursors = still
-        return touched
+            self.cursors, self.still = self.still, []
+
+    def _touch(self, word: int, kind: object, who: tuple[int, ...]) -> None:
+        if word in self.touched:
+            self.touched[word].setdefault(kind, set()).update(who)
+
+    def _raise(self, notify: Held, who: tuple[int, ...]) -> None:
+        word, high = notify.element, self.high
+        if not notify.need:
+            high[word] += 1
+            self._touch(word, ADD, who)
+            return
+        if notify.slot >= 0:
+            high[notify.slot] += 1
+            self._touch(notify.slot, _counted(notify), who)
+            if high[notify.slot] < notify.wanted:
+                return
+        high[word] = max(high[word], notify.need)
+        self._touch(word, SET, who)
+
+    def _open(self, queue: Node, word: int, who: tuple[int, ...]) -> None:
+        """The tasks that may be drawn from a queue, each once; ``word`` counts those that were."""
+        for task in queue.tasks[self.high[word] if word in self.ordered else 0 :]:
+            if task not in self.started:
+                self.started.add(task)
+                self.open_tasks.add(task)
+                self.still.append(_Cursor(task, who, -1, task))
+
+    # Steps by kind of node: whether the cursor has passed it.
+
+    def _go(self, cursor: _Cursor, node: Node) -> bool:
+        cursor.at = node.next
+        return True
+
+    def _wait(self, cursor: _Cursor, node: Node) -> bool:
+        need, high = node.need, self.high
+        if any(high[word] < need for word in node.elements):
+            return False
+        for word in node.elements:
+            self._touch(word, WAIT, cursor.who)
+        return self._go(cursor, node)
+
+    def _notify(self, cursor: _Cursor, node: Node) -> bool:
+        given = self.sent[cursor.at]
+        assert given is not None
+        self._raise(given, cursor.who)
+        return self._go(cursor, node)
+
+    def _take(self, cursor: _Cursor, node: Node) -> bool:
+        word = node.elements[0]
+        self._touch(word, TAKE, cursor.who)
+        if node.slot >= 0:
+            self.high[node.slot] = max(self.high[node.slot], 1)
+        self._open(node, word, cursor.who)
+        return self._go(cursor, node)
+
+    def _follow(self, cursor: _Cursor, node: Node) -> bool:
+        drawn = self.start[node.elements[0]]
+        if drawn and drawn <= len(node.tasks):
+            # What has been drawn is known.
+            cursor.at, cursor.back = node.tasks[drawn - 1], node.again
+            return True
+        if not drawn:
+            if not self.high[node.elements[0]]:
+                return False
+            self._open(node, node.slot, cursor.who)
+        return self._go(cursor, node)
+
+    def _clear(self, cursor: _Cursor, node: Node) -> bool:
+        for word in node.elements:
+            self._touch(word, CLEAR, cursor.who)
+            if word in self.ordered:
+                self.high[word] = 0
+        return self._go(cursor, node)
+
+    def _place(self, cursor: _Cursor, node: Node) -> bool:
+        self._touch(node.elements[0], SLOT, cursor.who)
+        return self._go(cursor, node)
+
+    def _return(self, cursor: _Cursor, _: Node) -> bool:
+        self.open_tasks.discard(cursor.task)
+        cursor.at, cursor.back = cursor.back, -1
+        return True
+
+    def _end(self, cursor: _Cursor, node: Node) -> bool:
+        """The launch ends when all its workers have, and so all tasks of its queues."""
+        if not self.open_tasks.isdisjoint(node.tasks):
+            return False
+        for word in (*node.elements, *node.late):
+            self.high[word] += 1
+        cursor.at = -1
+        return True
+
+
+_PASSES: dict[int, Callable[[_Reach, _Cursor, Node], bool]] = {
+    WAIT: _Reach._wait,
+    ADD: _Reach._notify,
+    HOLD: _Reach._notify,
+    SET: _Reach._notify,
+    TAKE: _Reach._take,
+    FOLLOW: _Reach._follow,
+    CLEAR: _Reach._clear,
+    SLOT: _Reach._place,
+    RETURN: _Reach._return,
+    END: _Reach._end,
+}
 
 
 def _counted(node: Held) -> tuple[object, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -67,6 +67,28 @@ class Explored:
 class _Bad(Exception):
     def __init__(self, kind: str, detail: str) -> None:
         self.problem = Problem(kind, detail)
+
+
+@dataclass(slots=True)
+class _Step:
+    """A process in the middle of a step: the node that it stands at, and what it will be behind the step."""
+
+    at: int
+    after: int
+    back: int
+    clock: int
+    fenced: int
+    pending: int
+    held: tuple[Held, ...]
+
+    def drain(self) -> None:
+        """Own writes through the async proxy are complete."""
+        self.clock, self.pending = self.clock | self.pending, 0
+
+    def enter(self, queue: Node, number: int) -> None:
+        """Go to a task of a queue, which returns to what takes the next."""
+        self.back = queue.again if queue.again >= 0 else self.at
+        self.after = queue.tasks[number]
 
 
 class Search:
@@ -279,95 +301,119 @@ class Search:
         number: int,
         frontier: list[int],
     ) -> None:
+        """The step of one process, with the accesses behind it; ``frontier`` gets whom it may release."""
         at, back, clock, fenced, pending, held = self.process_of[processes[number]]
         node = self.nodes[at]
-        kind, after = node.kind, node.next
-        if kind == WAIT:
-            for element in node.elements:
-                word = self.word_of[words[element]]
-                for which in TAKES[node.mode]:
-                    clock |= word[1 + which]
-            if node.proxy:
-                fenced = clock
-            if node.checks:
-                self._check_counters(node, words)
-        elif kind == ADD:
-            if node.drain:
-                clock, pending = clock | pending, 0
-            told = clock if node.carry is None else clock & node.kept | node.own
-            self._add(words, node.elements[0], node.mode, told, frontier)
-        elif kind == SET:
-            if node.drain:
-                clock, pending = clock | pending, 0
-            self._set(Held.of(node), words, clock, frontier)
-        elif kind == HOLD:
-            held = (*held, Held.of(node))
-        elif kind == PERFORM:
-            if node.drain:
-                clock, pending = clock | pending, 0
-            if held:
-                first, *rest = held
-                if first.drain:
-                    clock, pending = clock | pending, 0
-                if first.need:
-                    self._set(first, words, clock, frontier)
-                else:
-                    self._add(words, first.element, first.mode, clock, frontier)
-                held = tuple(rest)
-                if held:
-                    after = at
-        elif kind == TAKE:
-            value, *carried = self.word_of[words[node.elements[0]]]
-            if value < len(node.tasks):
-                words[node.elements[0]] = self.word_id((value + 1, *carried))  # type: ignore[arg-type]
-                back, after = node.again if node.again >= 0 else at, node.tasks[value]
-                if node.slot >= 0:
-                    words[node.slot] = self.word_id((value + 1, 0, 0, 0, 0))
-                    frontier += self.waiting.get(node.slot, ())
-                if value + 1 == len(node.tasks):
-                    frontier += range(len(processes))
-        elif kind == FOLLOW:
-            value = self.word_of[words[node.elements[0]]][0]
-            if value <= len(node.tasks):
-                back, after = node.again if node.again >= 0 else at, node.tasks[value - 1]
-        elif kind == RETURN:
-            # From a task of a dynamic queue to taking the next.
-            back, after = -1, back
-        elif kind == CLEAR:
-            for element in node.elements:
-                words[element] = self.word_id((0, 0, 0, 0, 0))
-        elif kind == SLOT:
-            value, *carried = self.word_of[words[node.elements[0]]]
-            words[node.elements[0]] = self.word_id((value - 1, *carried))  # type: ignore[arg-type]
-        elif kind == END:
-            for element in node.elements:
-                self._add(words, element, 0, clock, frontier)
-            for element in node.late:
-                self._add(words, element, 0, clock | pending, frontier)
+        step = _Step(at, node.next, back, clock, fenced, pending, held)
+        if node.kind == END:
+            self._end(node, step, words, frontier)
             processes[number] = self.process_id((-1, -1, 0, 0, 0, ()))
             return
-        if after != at and (node.bit | node.async_bit or node.broken):
-            clock, pending = self._segment(at, node, clock, fenced, pending, done)
-        processes[number] = self.process_id((after, back, clock, fenced, pending, held))
+        perform = _PERFORMS.get(node.kind)
+        if perform is not None:
+            perform(self, node, step, words, frontier)
+        if step.after != at and (node.bit | node.async_bit or node.broken):
+            self._segment(node, step, done)
+        processes[number] = self.process_id(
+            (step.after, step.back, step.clock, step.fenced, step.pending, step.held)
+        )
 
-    def _segment(
-        self, at: int, node: Node, clock: int, fenced: int, pending: int, done: list[int]
-    ) -> tuple[int, int]:
-        """Make the accesses behind ``node``; the clock and what is pending then."""
+    def _wait(self, node: Node, step: _Step, words: list[int], _: list[int]) -> None:
+        for element in node.elements:
+            word = self.word_of[words[element]]
+            for which in TAKES[node.mode]:
+                step.clock |= word[1 + which]
+        if node.proxy:
+            step.fenced = step.clock
+        if node.checks:
+            self._check_counters(node, words)
+
+    def _notify(self, node: Node, step: _Step, words: list[int], frontier: list[int]) -> None:
+        if node.drain:
+            step.drain()
+        if node.kind == SET:
+            self._set(Held.of(node), words, step.clock, frontier)
+            return
+        told = step.clock if node.carry is None else step.clock & node.kept | node.own
+        self._add(words, node.elements[0], node.mode, told, frontier)
+
+    def _hold(self, node: Node, step: _Step, _words: list[int], _: list[int]) -> None:
+        step.held = (*step.held, Held.of(node))
+
+    def _perform_held(self, node: Node, step: _Step, words: list[int], frontier: list[int]) -> None:
+        """The first of the notifies that are held back; the node stays until there is none."""
+        if node.drain:
+            step.drain()
+        if not step.held:
+            return
+        first, *rest = step.held
+        if first.drain:
+            step.drain()
+        if first.need:
+            self._set(first, words, step.clock, frontier)
+        else:
+            self._add(words, first.element, first.mode, step.clock, frontier)
+        step.held = tuple(rest)
+        if rest:
+            step.after = step.at
+
+    def _take(self, node: Node, step: _Step, words: list[int], frontier: list[int]) -> None:
+        """The next task of a queue, if there is one."""
+        queue = node.elements[0]
+        value, *carried = self.word_of[words[queue]]
+        if value >= len(node.tasks):
+            return
+        words[queue] = self.word_id((value + 1, *carried))  # type: ignore[arg-type]
+        step.enter(node, value)
+        if node.slot >= 0:
+            words[node.slot] = self.word_id((value + 1, 0, 0, 0, 0))
+            frontier += self.waiting.get(node.slot, ())
+        if value + 1 == len(node.tasks):
+            frontier += range(len(self.instance.begins))
+
+    def _follow(self, node: Node, step: _Step, words: list[int], _: list[int]) -> None:
+        """The task that another drew, if it drew one."""
+        value = self.word_of[words[node.elements[0]]][0]
+        if value <= len(node.tasks):
+            step.enter(node, value - 1)
+
+    def _return(self, _node: Node, step: _Step, _words: list[int], _: list[int]) -> None:
+        """From a task of a dynamic queue to taking the next."""
+        step.back, step.after = -1, step.back
+
+    def _clear(self, node: Node, _step: _Step, words: list[int], _: list[int]) -> None:
+        for element in node.elements:
+            words[element] = self.word_id((0, 0, 0, 0, 0))
+
+    def _start(self, node: Node, _step: _Step, words: list[int], _: list[int]) -> None:
+        """A worker that takes one of the places on its device."""
+        value, *carried = self.word_of[words[node.elements[0]]]
+        words[node.elements[0]] = self.word_id((value - 1, *carried))  # type: ignore[arg-type]
+
+    def _end(self, node: Node, step: _Step, words: list[int], frontier: list[int]) -> None:
+        for element in node.elements:
+            self._add(words, element, 0, step.clock, frontier)
+        for element in node.late:
+            self._add(words, element, 0, step.clock | step.pending, frontier)
+
+    def _segment(self, node: Node, step: _Step, done: list[int]) -> None:
+        """Make the accesses behind ``node``."""
         if node.broken:
             raise _Bad("race", f"{node.where}: {node.broken}")
         executed = done[0]
-        late = (node.behind & executed & ~clock) | (node.behind_async & executed & ~fenced)
+        late = node.behind & executed & ~step.clock
+        late |= node.behind_async & executed & ~step.fenced
         if late:
             earlier = self.instance.segments[(late & -late).bit_length() - 1]
             raise _Bad("race", f"{node.where} is not ordered behind {earlier}")
         version = (node.behind | node.behind_async) & executed
-        if self.versions.setdefault(at, version) != version:
-            other = version ^ self.versions[at]
+        if self.versions.setdefault(step.at, version) != version:
+            other = version ^ self.versions[step.at]
             earlier = self.instance.segments[(other & -other).bit_length() - 1]
             raise _Bad("version", f"{node.where} is before or after {earlier}, as it happens")
         done[0] = executed | node.bit | node.async_bit
-        return clock | node.bit, pending | node.async_bit
+        step.clock |= node.bit
+        step.pending |= node.async_bit
 
     def _add(
         self, words: list[int], element: int, mode: int, clock: int, frontier: list[int]
@@ -407,3 +453,18 @@ class Search:
                 detail = f"{self.instance.names[word]} is {value} when the call has ended"
                 right = "nothing waits for it" if wanted < 0 else f"{wanted} is waited for"
                 raise _Bad("balance", f"{detail}, {right}")
+
+
+# What a step does beside going on, by kind of node; nothing where there is none.
+_PERFORMS: dict[int, Callable[[Search, Node, _Step, list[int], list[int]], None]] = {
+    WAIT: Search._wait,
+    ADD: Search._notify,
+    SET: Search._notify,
+    HOLD: Search._hold,
+    PERFORM: Search._perform_held,
+    TAKE: Search._take,
+    FOLLOW: Search._follow,
+    RETURN: Search._return,
+    CLEAR: Search._clear,
+    SLOT: Search._start,
+}

@@ -10,11 +10,12 @@ import numpy as np
 
 from tilelink.backend.expand import evaluate
 from tilelink.backend.expand_rows import Access, Expansion, Phase, Sync
-from tilelink.backend.validate.demand import Loads
+from tilelink.backend.validate.demand import Loads, axes_of
 from tilelink.backend.validate.errors import EmittedDiffers
+from tilelink.backend.validate.inflow import Inflow, regions
 from tilelink.backend.validate.tiles import gather
 from tilelink.backend.validate.trace import FINISH, PREFIX, Signal, Touch, Trace
-from tilelink.backend.validate.values import Flow, Ints, Key, Mask
+from tilelink.backend.validate.values import Flow, Ints, Key
 from tilelink.errors import Source, Span
 
 
@@ -447,51 +448,10 @@ class Rows:
         hi: Ints,
     ) -> None:
         """Compares the regions that flow into a store with those that the program stores."""
-        from tilelink.backend.validate.demand import axes_of
-
-        loads = self.demands.get(id(access.op), {})
-        ref = access.op.ref
-        assert ref is not None
-        placed = axes_of(ref, lo.shape[1])
-        offset, length = lo - access.lo[at], hi - lo
-        n = len(some)
-        need: dict[str, Ints] = {}  # elements by row and the rank in whose memory they lie
-        world = self.expected.world
-        boxes: dict[str, list[Flow]] = {}
-        along: dict[str, list[tuple[int, ...]]] = {}
-        nowhere = np.zeros(n, dtype=bool)
-        for (_, own), (op, axes) in loads.items():
-            found: dict[Key, Flow] = {}
-            for other in self.expected.accesses:
-                if other.op is not op or other.own != own or other.write:
-                    continue
-                by, tasks = self.order(other)
-                begin = np.searchsorted(tasks, task[some], side="left")
-                end = np.searchsorted(tasks, task[some], side="right")
-                need.setdefault(other.symbol, np.zeros((n, world), dtype=np.int64))
-                along.setdefault(other.symbol, []).append(tuple(axes))
-                for step in range(int((end - begin).max()) if n else 0):
-                    there = begin + step < end
-                    r = by[np.minimum(begin + step, len(by) - 1)]
-                    first, last = other.lo[r].copy(), other.hi[r].copy()
-                    for tile_axis, axis in enumerate(axes):
-                        if axis < 0 or tile_axis >= len(placed) or placed[tile_axis] < 0:
-                            continue
-                        shift = offset[:, placed[tile_axis]]
-                        first[:, axis] += shift
-                        last[:, axis] = np.minimum(
-                            last[:, axis], first[:, axis] + length[:, placed[tile_axis]]
-                        )
-                    there = there & np.all(last > first, axis=1)
-                    flow = Flow(other.symbol, there, other.home[r], first, last, (-1,))
-                    gather(found, (0, 0, other.symbol, 0), flow, nowhere, True)
-            # The turns of a loop make one box where they continue each other.
-            for flow in found.values():
-                size = np.prod(flow.hi - flow.lo, axis=1) * flow.have
-                need[flow.symbol][np.arange(n), flow.home] += size
-                boxes.setdefault(flow.symbol, []).append(flow)
+        tasks = task[some]
+        needed = self.needed(access, tasks, lo - access.lo[at], hi - lo)
+        have = {symbol: np.zeros_like(sizes) for symbol, sizes in needed.sizes.items()}
         starts = np.cumsum([0, *(len(t.lane) for t in parts)])
-        have = {symbol: np.zeros((n, world), dtype=np.int64) for symbol in need}
         for number, touch in enumerate(parts):
             mine = np.flatnonzero((some >= starts[number]) & (some < starts[number + 1]))
             if len(mine) == 0:
@@ -499,35 +459,12 @@ class Rows:
             local = some[mine] - starts[number]
             for (line, _, symbol, _), flow in touch.flows.items():
                 on = flow.have[local]
-                if not on.any():
-                    continue
-                if symbol in along and not any(_follows(flow.axes, a) for a in along[symbol]):
-                    self.differs(
-                        site,
-                        f"@{symbol} (line {line}) flows into this store of @{access.symbol} along "
-                        "other axes than in the program",
-                    )
-                first, last, home = flow.lo[local], flow.hi[local], flow.home[local]
-                inside: Mask = ~on
-                for box in boxes.get(symbol, ()):
-                    part: Mask = np.all(first >= box.lo[mine], axis=1)
-                    part = part & np.all(last <= box.hi[mine], axis=1) & box.have[mine]
-                    part = part & (home == box.home[mine])
-                    inside = inside | part
-                if not inside.all():
-                    k = int(np.flatnonzero(~inside)[0])
-                    region = ", ".join(
-                        f"{a}..{b}"
-                        for a, b in zip(first[k].tolist(), last[k].tolist(), strict=True)
-                    )
-                    self.differs(
-                        site,
-                        f"@{symbol}[{region}] (line {line}) flows into this store of "
-                        f"@{access.symbol}, which should not",
-                        f"the task: {self.expected.describe(int(task[some][mine[k]]))}",
-                    )
-                have[symbol][mine, home] += np.prod(last - first, axis=1) * on
-        for symbol, sizes in need.items():
+                if on.any():
+                    place = f"@{symbol}", f"(line {line}) flows into this store of @{access.symbol}"
+                    self.flow(site, needed, flow, place, tasks, mine, local)
+                    size = np.prod(flow.hi[local] - flow.lo[local], axis=1)
+                    have[symbol][mine, flow.home[local]] += size * on
+        for symbol, sizes in needed.sizes.items():
             bad = np.argwhere(sizes != have[symbol])
             if len(bad):
                 k, rank = (int(x) for x in bad[0])
@@ -535,8 +472,60 @@ class Rows:
                     site,
                     f"{int(have[symbol][k, rank])} elements of @{symbol} of rank {rank} flow into this store of "
                     f"@{access.symbol}, where the program has {int(sizes[k, rank])}",
-                    f"the task: {self.expected.describe(int(task[some][k]))}",
+                    f"the task: {self.expected.describe(int(tasks[k]))}",
                 )
+
+    def flow(
+        self,
+        site: tuple[int, int],
+        needed: Inflow,
+        flow: Flow,
+        place: tuple[str, str],
+        tasks: Ints,
+        mine: Ints,
+        local: Ints,
+    ) -> None:
+        """Refuses a region that flows into a part of a store where or along axes that the program has not.
+
+        ``mine`` are rows of ``needed`` and ``tasks``, ``local`` those of ``flow``; ``place``: what flows where.
+        """
+        what, where = place
+        axes = needed.along.get(flow.symbol)
+        if axes is not None and not any(_follows(flow.axes, a) for a in axes):
+            self.differs(site, f"{what} {where} along other axes than in the program")
+        first, last, home = flow.lo[local], flow.hi[local], flow.home[local]
+        outside = flow.have[local] & ~needed.holds(flow.symbol, mine, home, first, last)
+        if outside.any():
+            k = int(np.flatnonzero(outside)[0])
+            ends = zip(first[k].tolist(), last[k].tolist(), strict=True)
+            region = ", ".join(f"{lo}..{hi}" for lo, hi in ends)
+            task = self.expected.describe(int(tasks[mine[k]]))
+            self.differs(site, f"{what}[{region}] {where}, which should not", f"the task: {task}")
+
+    def needed(self, access: Access, tasks: Ints, offset: Ints, length: Ints) -> Inflow:
+        """What flows into parts of a store in the program: each of ``tasks`` stores one of ``length`` elements an
+        axis, which begins ``offset`` behind the task's first."""
+        assert access.op.ref is not None
+        placed = axes_of(access.op.ref, length.shape[1])
+        needed = Inflow(len(tasks), self.expected.world)
+        nowhere = np.zeros(len(tasks), dtype=bool)
+        for (_, own), (op, axes) in self.demands.get(id(access.op), {}).items():
+            # Axes of what is read with those of the store that are cut as they are.
+            cut = [
+                (axis, placed[tile_axis])
+                for tile_axis, axis in enumerate(axes)
+                if axis >= 0 and tile_axis < len(placed) and placed[tile_axis] >= 0
+            ]
+            found: dict[Key, Flow] = {}
+            for other in self.expected.accesses:
+                if other.op is op and other.own == own and not other.write:
+                    needed.declare(other.symbol, tuple(axes))
+                    for flow in regions(other, self.order(other), tasks, offset, length, cut):
+                        gather(found, (0, 0, other.symbol, 0), flow, nowhere, True)
+            # The turns of a loop make one box where they continue each other.
+            for flow in found.values():
+                needed.add(flow)
+        return needed
 
     # Signals ----------------------------------------------------------------------------------
 
