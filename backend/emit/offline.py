@@ -388,21 +388,21 @@ def _drain_order(ttgir: str, read_back: tuple[str, ...]) -> list[str]:
 
 
 def _role_forms(ttgir: str) -> list[str]:
-    """What stands in no role: calls, and releases behind TMA stores that nothing has drained.
+    """Releases of a role behind TMA stores that nothing has drained; calls of functions, in a role or beside them.
 
-    A function is made for the warps of a whole kernel, so one that is not inlined has too many threads for a role.
-    Descriptors have other names there.
+    A function is made for the warps of a whole kernel: one that is not inlined has too many threads for a role,
+    and its barriers wait for those of all roles, which never come. Descriptors have other names there.
     """
     problems: list[str] = []
     lines = ttgir.splitlines()
+    if any("tt.call" in text for text in lines):
+        problems.append("a kernel with roles calls a function that is not inlined")
     starts = [n for n, text in enumerate(lines) if "ttg.warp_specialize(" in text]
     ends = [n for n, text in enumerate(lines) if "ttg.warp_return" in text]
     if not starts or not ends:
         return ["a kernel with roles that starts none"]
     under_way = False
     for text in lines[starts[0] : ends[-1]]:
-        if "tt.call" in text:
-            problems.append("a role calls a function that is not inlined")
         if re.search(r"ttg\.warp_(?:yield|return)", text):
             under_way = False
         elif "tma_copy_local_to_global" in text:

@@ -26,6 +26,11 @@ if triton.knobs.runtime.interpret:
         """An int32 vector of which every thread that runs this holds an element."""
         return tl.arange(0, 1)
 
+    @triton.jit
+    def gluon():
+        """Whether this is compiled as Gluon."""
+        return False
+
 else:
 
     def _arange(count: int, semantic: Any, generator: Any) -> Any:
@@ -49,3 +54,10 @@ else:
         Threads of a role, where warps have roles, else those of the CTA.
         """
         return _arange(0, _semantic, _generator)
+
+    @core.builtin
+    def gluon(_semantic: Any = None, _generator: Any = None) -> Any:
+        """Whether this is compiled as Gluon."""
+        from triton.experimental.gluon.language._semantic import GluonSemantic
+
+        return core.constexpr(isinstance(_semantic, GluonSemantic))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilelink.device.dialect import axis
+from tilelink.device.dialect import axis, gluon
 from tilelink.device.signal import (
     ABORT,
     ARRIVED,
@@ -358,7 +358,11 @@ def end_call(ctx, first, last, SLOTS: tl.constexpr):
     """
     drain_tma_stores()
     if (ctx.world > 1) and (tl.program_id(0) == tl.num_programs(0) - 1):
-        _compare(ctx.arena, ctx.peers, ctx.rank, ctx.world, ctx.epoch)
+        if gluon():
+            # Beside roles the barriers of a function would wait for their warps too.
+            compare_calls(ctx.arena, ctx.peers, ctx.rank, ctx.world, ctx.epoch)
+        else:
+            _compare(ctx.arena, ctx.peers, ctx.rank, ctx.world, ctx.epoch)
     tl.debug_barrier()
     # The word depends on the epoch: whoever has left has read it.
     leaving = ctx.arena + LEAVING + (ctx.epoch & 1) * 2
