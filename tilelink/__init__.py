@@ -10,6 +10,7 @@ from tilelink.kernel import BoundKernel, Kernel, kernel, load_kernels
 if TYPE_CHECKING:
     from tilelink.backend.runtime.errors import WaitTimeout
     from tilelink.backend.runtime.recover import recover
+    from tilelink.backend.runtime.release import release
     from tilelink.backend.runtime.symmetric import empty, peers
     from tilelink.backend.runtime.watch import synchronize
 
@@ -29,6 +30,7 @@ __all__ = [
     "load_kernels",
     "peers",
     "recover",
+    "release",
     "synchronize",
 ]
 
@@ -38,6 +40,7 @@ _LAZY = {
     "empty": "tilelink.backend.runtime.symmetric",
     "peers": "tilelink.backend.runtime.symmetric",
     "recover": "tilelink.backend.runtime.recover",
+    "release": "tilelink.backend.runtime.release",
     "synchronize": "tilelink.backend.runtime.watch",
 }
 

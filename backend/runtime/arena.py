@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tilelink.backend.runtime import watch
+from tilelink.backend.runtime import release, watch
 from tilelink.backend.runtime.driver import driver
 from tilelink.backend.runtime.errors import DriverError, OutOfMemory, Unavailable
 from tilelink.backend.runtime.groups import found, standing_for, store_of
@@ -182,7 +182,7 @@ class CudaState(GroupState):
 
         Errors: OutOfMemory, or Unavailable where GPUs cannot reach each other; AgreementError on the other ranks.
         """
-        group = f"tilelink/{self.roster.name}" if self.roster is not None else ""
+        group = self._symmetric_group()
 
         def take() -> Arena:
             with self._taking(size):
@@ -199,6 +199,9 @@ class CudaState(GroupState):
         arena = self.together(SYMMETRIC, {"bytes": str(size)}, take)
         self.together(SYMMETRIC, {}, share)
         return arena
+
+    def _symmetric_group(self) -> str:
+        return f"tilelink/{self.roster.name}" if self.roster is not None else ""
 
     @contextmanager
     def _taking(self, size: int) -> Iterator[None]:
@@ -235,6 +238,7 @@ class CudaState(GroupState):
 
     def note_capture(self, collectives: bool) -> None:
         """Remembers that a call went into a graph of the user's, whose replays nobody here sees."""
+        self.held = True
         if collectives:
             self.replayed_collectives = True
 
@@ -316,6 +320,22 @@ class CudaState(GroupState):
         driver().relax_capture()
         super().tend()
 
+    def rest(self) -> None:
+        """As the base class, and for replays of graphs that were captured."""
+        super().rest()
+        torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """As the base class, with what symmetric memory knows of the group."""
+        super().close()
+        self.workspaces.clear()
+        if self._meeting is not None:
+            from torch._C._distributed_c10d import _unregister_process_group
+
+            self._meeting = None
+            unregister: Any = _unregister_process_group
+            unregister(self._symmetric_group())
+
     def stop_collectives(self) -> None:
         """Aborts the library's communicator, whose kernels would wait for the dead rank for minutes."""
         backend = self.group._get_backend(self.device)
@@ -324,12 +344,15 @@ class CudaState(GroupState):
 
 
 _states: dict[tuple[Any, int], CudaState] = {}
+release.tables.append(_states)
 
 
 def state_of(group: Any) -> CudaState:
     """The state of ``group`` (None: the default group, or this process alone) on the current device.
 
     Where the ranks have agreed on a new generation with the same members, it is that one's.
+
+    Errors: Unavailable without a GPU, or for a group that was destroyed.
     """
     if group is None and dist.is_available():
         group = dist.group.WORLD
@@ -341,8 +364,11 @@ def state_of(group: Any) -> CudaState:
     elif not torch.cuda.is_available():
         raise Unavailable(backend="cuda", reason="PyTorch sees no CUDA device")
     device = torch.cuda.current_device()
+    release.sweep()
     standing = standing_for(group)
     state = _states.get((standing, device))
+    if state is not None and state.destroyed():
+        raise Unavailable(backend="cuda", reason="its process group was destroyed")
     if state is None:
         state = _states[standing, device] = CudaState(standing, torch.device("cuda", device))
     found[group, device] = state

@@ -22,7 +22,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from tilelink import knobs
-from tilelink.backend.runtime import load_module, write_module
+from tilelink.backend.runtime import load_module, release, write_module
 from tilelink.backend.runtime.arena import Arena, CudaState, NoArena, asking, state_of
 from tilelink.backend.runtime.choose import Chosen, compile_chosen
 from tilelink.backend.runtime.driver import driver
@@ -292,6 +292,16 @@ class _Known:
 _meeting = threading.RLock()  # ranks meet one program at a time
 _kernels: dict[tuple[object, ...], _Known] = {}
 _programs: dict[tuple[str, Host, int], Program] = {}
+
+
+def _forget(state: Any) -> None:
+    for kernel in [key for key, known in _kernels.items() if known.program.state is state]:
+        del _kernels[kernel]
+    for program in [key for key, known in _programs.items() if known.state is state]:
+        del _programs[program]
+
+
+release.forgetting.append(_forget)
 
 
 def _shape_key(tensors: Mapping[str, torch.Tensor | None]) -> tuple[object, ...]:

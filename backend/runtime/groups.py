@@ -32,6 +32,32 @@ def standing_for(group: Any) -> Any:
     return group
 
 
+def generations(group: Any) -> list[Any]:
+    """A group and those that stand for it since, each the successor of the one before."""
+    found = [group]
+    while found[-1] in _successors:
+        found.append(_successors[found[-1]])
+    return found
+
+
+def registry_of(group: Any) -> Any:
+    """What torch.distributed has ``group`` in until it is destroyed; None for one that it does not know."""
+    if group is None:
+        return None
+    from torch.distributed import distributed_c10d
+
+    known = distributed_c10d._world.pg_map
+    return known if group in known else None
+
+
+def prune() -> None:
+    """Has no calls go to successors that were destroyed."""
+    for group, new in list(_successors.items()):
+        if registry_of(new) is None:
+            del _successors[group]
+            found.clear()
+
+
 def succeed(group: Any, new: Any) -> None:
     """Has calls on ``group`` go to ``new``, which has the same ranks in the same order."""
     _successors[group] = new
@@ -87,5 +113,7 @@ def make_group(
     known.pg_map[group] = ("nccl" if device == "cuda" else "gloo", store)
     known.pg_names[group] = name
     known.pg_group_ranks[group] = {r: i for i, r in enumerate(world_ranks)}
+    known.pg_to_tag[group] = ""
+    known.tags_to_pg.setdefault("", []).append(group)
     known.pg_backend_config[group] = f"{device}:{'nccl' if device == 'cuda' else 'gloo'}"
     return group

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tilelink import knobs
-from tilelink.backend.runtime import load_module, watch, write_module
+from tilelink.backend.runtime import load_module, release, watch, write_module
 from tilelink.backend.runtime.groups import standing_for, store_of
 from tilelink.backend.runtime.image import Image, image_of, shared_bytes
 from tilelink.backend.runtime.state import CONTROL_WORDS, GroupState
@@ -81,6 +81,11 @@ class LocalState(GroupState):
         """The first words of the arena of ``rank``."""
         words = arena.shared.arenas[rank][: CONTROL_WORDS * layout.WORD].view(torch.int32)
         return [int(v) for v in words.tolist()]
+
+    def close(self) -> None:
+        """As the base class, with the programs."""
+        super().close()
+        self._programs.clear()
 
     def set_abort(self, arena: LocalArena, rank: int, value: int) -> None:
         """A store."""
@@ -150,10 +155,12 @@ class LocalState(GroupState):
 
 
 _states: dict[Any, LocalState] = {}
+release.tables.append(_states)
 
 
 def state_of(group: Any) -> LocalState:
     """The state of a process group, or of the newest generation with the same members."""
+    release.sweep()
     group = standing_for(group)
     if group not in _states:
         if not _states:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any, Protocol
 
+from tilelink.backend.runtime import release
 from tilelink.backend.runtime.driver import driver
 
 
@@ -42,3 +43,14 @@ _orders: dict[Any, Order] = {}
 def order_of(device: Any) -> Order:
     """The order of calls on the device of this number."""
     return _orders.setdefault(device, Order())
+
+
+def _forget(state: Any) -> None:
+    # Its calls have ended, so the next one need not follow any.
+    for order in _orders.values():
+        with order.turn:
+            if order.last is state:
+                order.stream = order.last = None
+
+
+release.forgetting.append(_forget)

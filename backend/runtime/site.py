@@ -6,6 +6,8 @@ been found out about calls of a kind is kept beside it.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
+from tilelink.backend.runtime import release
 from tilelink.backend.runtime.arena import CudaState, state_of
 from tilelink.backend.runtime.choose import Chosen
 from tilelink.backend.runtime.cuda import PLANS, Program, program_of, refuse
@@ -129,6 +132,14 @@ class Site:
         self._positional = [n for n in signature.names if n not in signature.keywords]
         # Compile-time arguments and extents count by value, other numbers by type.
         self._fixed = signature.constants | signature.extents
+        with _listing:
+            _sites.add(self)
+
+    def forget(self, state: Any) -> None:
+        """Drops what was found out for a state of the group, which is the first thing in each key."""
+        for known in (self._routes, self._calls):
+            for key in [key for key in known if key[0] == id(state)]:
+                del known[key]
 
     @property
     def programs(self) -> int:
@@ -256,3 +267,17 @@ class Site:
         self._met.add(id(program))
         names = (*self._positional[: len(args)], *kwargs)
         return Route(program, extents, names, given)
+
+
+_sites: weakref.WeakSet[Site] = weakref.WeakSet()
+_listing = threading.Lock()
+
+
+def _forget(state: Any) -> None:
+    with _listing:
+        sites = list(_sites)
+    for site in sites:
+        site.forget(state)
+
+
+release.forgetting.append(_forget)

@@ -18,6 +18,7 @@ from tilelink import knobs
 from tilelink.backend.runtime import watch
 from tilelink.backend.runtime.agree import Absent, GivenUp, Refusals, agree, greet, join
 from tilelink.backend.runtime.errors import PeerTimeout, Unavailable
+from tilelink.backend.runtime.groups import registry_of
 from tilelink.backend.runtime.image import Image
 from tilelink.backend.runtime.roster import Meeting, Roster
 from tilelink.errors import TilelinkError
@@ -67,6 +68,10 @@ class GroupState(ABC):
         self.replayed_collectives = False
         self._ended_for: list[int] = []
         self._raising = threading.Lock()
+        self._registry = registry_of(group)
+        # Whether the user may reach memory of this group in ways that nobody here sees: graphs of the user's that
+        # calls were captured into, tensors in symmetric memory.
+        self.held = False
         watch.watch(self)
 
     # What the memory's module gives.
@@ -320,6 +325,27 @@ class GroupState(ABC):
         self.collectives = self.replayed_collectives = False
         why = f"the process of rank {who} has ended, and with it a collective of the library"
         return PeerTimeout(rank=self.rank, why=why)
+
+    # The end of the group.
+
+    def destroyed(self) -> bool:
+        """Whether torch.distributed has destroyed the group."""
+        return self._registry is not None and self.group not in self._registry
+
+    def rest(self) -> None:
+        """Waits until nothing of this rank can touch memory of the group; PeerTimeout as :meth:`settle`."""
+        self.settle()
+
+    def untold(self) -> TilelinkError | None:
+        """The error of a call that was stopped, where nobody has been told; none once the group was destroyed."""
+        with self._raising:
+            return None if self.destroyed() else self._take()
+
+    def close(self) -> None:
+        """Drops the memory of the group; behind :meth:`rest`, or a look at :meth:`idle`."""
+        self.arenas.clear()
+        self._newest.clear()
+        self.images.clear()
 
     def drain(self) -> None:
         """Waits, for a bounded time, until calls that were stopped have left."""

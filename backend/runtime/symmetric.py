@@ -1,8 +1,8 @@
 """Tensors of users in symmetric memory: what kernels written by hand reach on other ranks.
 
-Memory is taken in blocks that every rank maps, and never given back: a block that one rank frees while
-another one still writes to it would be somebody else's. Kernels of this package do not need it: they push
-from any tensor, and read the rank's own shard where it lies.
+Memory is taken in blocks that every rank maps, and given back with all else that is kept for a group, by
+`tilelink.release` alone: a tensor of another rank's memory does not hold it. Kernels of this package do not need
+it: they push from any tensor, and read the rank's own shard where it lies.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tilelink import knobs
+from tilelink.backend.runtime import release
 from tilelink.backend.runtime.arena import Arena, CudaState, state_of
 from tilelink.backend.runtime.errors import BadArgument
 from tilelink.backend.runtime.views import lasting
@@ -49,6 +50,13 @@ class Blocks:
 _blocks: dict[int, Blocks] = {}
 
 
+def _forget(state: Any) -> None:
+    _blocks.pop(id(state), None)
+
+
+release.forgetting.append(_forget)
+
+
 def _blocks_of(state: CudaState) -> Blocks:
     found = _blocks.get(id(state))
     if found is None:
@@ -63,9 +71,9 @@ def _up(size: int) -> int:
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, group: Any = None) -> torch.Tensor:
     """A tensor that the other ranks of ``group`` can reach: at the same place in memory that all of them map.
 
-    Contiguous, on the current device, not initialised, kept as long as the process lives. Collective: every rank
-    of the group (None: the default one) calls it, in the same order, with the same ``shape`` and ``dtype``.
-    :func:`peers` gives the tensors of all ranks. A kernel takes it like any other tensor.
+    Contiguous, on the current device, not initialised, kept until :func:`tilelink.release` of the group.
+    Collective: every rank of the group (None: the default one) calls it, in the same order, with the same
+    ``shape`` and ``dtype``. :func:`peers` gives the tensors of all ranks. A kernel takes it like any other tensor.
 
     Errors: BadArgument for a shape that is none, AgreementError where ranks ask for different tensors or one has
     no memory for its own (OutOfMemory there), Unavailable without a GPU.
@@ -80,6 +88,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, group: Any = None) -
     state.agree("tilelink.empty", facts, None)
     size = math.prod(shape) * dtype.itemsize
     block, start = _blocks_of(state).take(size)
+    state.held = True
     return _view(block, state.rank, start, shape, dtype)
 
 

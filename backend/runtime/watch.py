@@ -19,6 +19,7 @@ from tilelink.backend.runtime.errors import (
     PeerTimeout,
     WaitTimeout,
 )
+from tilelink.backend.runtime.groups import found
 from tilelink.backend.runtime.image import Image, Wait
 from tilelink.ir import layout
 
@@ -153,9 +154,13 @@ class Watched(Protocol):
     def settle(self) -> None:
         """Waits until its calls have ended, or raises WaitTimeout."""
 
+    def destroyed(self) -> bool:
+        """Whether its group is no more, and nobody can call it."""
+
 
 _watched: weakref.WeakSet[Watched] = weakref.WeakSet()
 _lock = threading.Lock()
+_tending = threading.Lock()
 _thread: threading.Thread | None = None
 _ending = threading.Event()
 
@@ -170,14 +175,24 @@ def watch(thing: Watched) -> None:
             _thread.start()
 
 
+def unwatch(thing: Watched) -> None:
+    """Has nobody look at ``thing`` any more once this returns."""
+    with _tending, _lock:
+        _watched.discard(thing)
+
+
 def _all() -> list[Watched]:
+    """What is watched. Ranks of a group that was destroyed come to their ends as they please."""
     with _lock:
+        for thing in [thing for thing in _watched if thing.destroyed()]:
+            _watched.discard(thing)
+            found.clear()
         return sorted(_watched, key=id)
 
 
 def _forget() -> None:
-    global _thread
-    _thread = None
+    global _thread, _tending
+    _thread, _tending = None, threading.Lock()
 
 
 # A forked process has no threads but the one that forked.
@@ -192,14 +207,20 @@ atexit.register(_ending.set)
 def _run() -> None:
     told: set[str] = set()
     while not _ending.wait(PERIOD):
-        for thing in _all():
-            try:
-                thing.tend()
-            except Exception as problem:
-                # Once each: a process that ends takes its devices and stores away under this thread.
-                if str(problem) not in told:
-                    told.add(str(problem))
-                    logging.getLogger("tilelink").warning("watchdog: %s", problem)
+        with _tending:
+            _tend(told)
+
+
+def _tend(told: set[str]) -> None:
+    """One round of the watchdog, which holds nothing between them: what goes does so on another thread."""
+    for thing in _all():
+        try:
+            thing.tend()
+        except Exception as problem:
+            # Once each: a process that ends takes its devices and stores away under this thread.
+            if str(problem) not in told:
+                told.add(str(problem))
+                logging.getLogger("tilelink").warning("watchdog: %s", problem)
 
 
 def check_all() -> None:
@@ -216,10 +237,13 @@ def synchronize() -> None:
     """
     import torch
 
+    from tilelink.backend.runtime.release import sweep
+
     for thing in _all():
         thing.settle()
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
+    sweep()
     check_all()
 
 
