@@ -7,7 +7,6 @@ renders the table that the documentation and ``tilelink env`` show.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +73,8 @@ def _switch(text: str) -> bool:
 
 
 def _folder() -> Path:
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    return Path(tempfile.gettempdir()) / f"tilelink-{user}"
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(given if os.path.isabs(given) else os.path.expanduser("~/.cache")) / "tilelink"
 
 
 TIMEOUT = Knob(
@@ -96,7 +95,7 @@ CACHE = Knob(
     "TILELINK_CACHE",
     _folder(),
     "a folder",
-    "where emitted modules are written before they are loaded",
+    "where emitted modules are written before they are loaded; nobody else should be able to write there",
     Path,
 )
 ARENA_MB = Knob(
@@ -144,8 +143,10 @@ KNOBS: tuple[Knob[float] | Knob[int] | Knob[Path] | Knob[bool], ...] = (
 
 def docs() -> str:
     """The knobs as a Markdown table."""
-    rows = [f"| `{k.name}` | {k.default} | {k.meaning} |" for k in KNOBS if k is not CACHE]
-    rows.insert(
-        2, f"| `{CACHE.name}` | a folder under the system's temporary one | {CACHE.meaning} |"
+    # Of this folder, what does not depend on the user.
+    folder = (
+        "`$XDG_CACHE_HOME/tilelink` or `~/.cache/tilelink`; where that cannot be written, a temporary folder of "
+        "the process"
     )
+    rows = [f"| `{k.name}` | {folder if k is CACHE else k.default} | {k.meaning} |" for k in KNOBS]
     return "\n".join(("| variable | default | meaning |", "| --- | --- | --- |", *rows))

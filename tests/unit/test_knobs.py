@@ -1,5 +1,7 @@
 """Settings from the environment."""
 
+from pathlib import Path
+
 import pytest
 
 from tilelink import knobs
@@ -26,3 +28,4 @@ def test_nonsense_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str,
 def test_every_knob_is_in_the_documentation() -> None:
     table = knobs.docs()
     assert [k.name for k in knobs.KNOBS if f"`{k.name}`" not in table] == []
+    assert table in (Path(__file__).parents[2] / "README.md").read_text()
