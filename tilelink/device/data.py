@@ -157,8 +157,9 @@ def tile_sum_remote(
 @triton.jit
 def rank_copy_data(source, target, count):
     """Copy ``count`` elements by all CTAs of the grid together, each a part of its own."""
-    step = tl.num_programs(0) * _BLOCK
-    for start in range(tl.program_id(0) * _BLOCK, count, step):
-        offsets = tl.cast(start, tl.int64) + tl.arange(0, _BLOCK)
+    # In 64 bits from the start: the step behind the last element may pass 2^31 before any element does.
+    step = tl.cast(tl.num_programs(0), tl.int64) * _BLOCK
+    for start in range(tl.cast(tl.program_id(0), tl.int64) * _BLOCK, count, step):
+        offsets = start + tl.arange(0, _BLOCK)
         inside = offsets < count
         tl.store(target + offsets, tl.load(source + offsets, mask=inside), mask=inside)

@@ -414,8 +414,8 @@ def spoil(ctx, host, out, size):
         value = float("nan") if floating else -1
         filled = (axis(_CLEAR) * 0).to(out.dtype.element_ty) + value
         filled = filled.to(out.dtype.element_ty)
-        for start in range(0, size, _CLEAR):
-            offsets = tl.cast(start, tl.int64) + axis(_CLEAR)
+        for start in range(tl.cast(0, tl.int64), size, _CLEAR):
+            offsets = start + axis(_CLEAR)
             tl.store(out + offsets, filled, mask=offsets < size)
         if host != 0:
             record = host.to(tl.pointer_type(tl.int32), bitcast=True)
