@@ -1,4 +1,4 @@
-"""The tree against ``pyproject.toml``, and imports against the order of the pipeline."""
+"""The tree against ``pyproject.toml``, imports against the pipeline's order, and its page against the passes."""
 
 import ast
 import os
@@ -6,6 +6,8 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from tilelink.backend.passes import PASSES
 
 ROOT = Path(__file__).parents[2]
 LINKED = ("frontend", "backend", "schedules")
@@ -218,3 +220,10 @@ def test_scan_sees_machine_paths_and_not_relative_ones() -> None:
         assert MACHINE_PATH.search(text)
     for text in (f"docs{somebody}", f"~{somebody}", f"$ROOT{somebody}", "M / work", "16 B: a"):
         assert not MACHINE_PATH.search(text)
+
+
+def test_the_page_lists_the_passes_in_their_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    _, _, table = page.partition("| pass | what it does |\n|---|---|\n")
+    rows = table.partition("\n\n")[0].splitlines()
+    assert [row.split("`")[1] for row in rows] == [name for name, _ in PASSES]
