@@ -1,4 +1,4 @@
-"""Inputs behind whose rows kernels may read.
+"""Inputs behind whose rows kernels may read: out of bounds of the tensor, within its allocation.
 
 A tile of a matrix can have more rows than there are: at its end, or where few rows make a tile at all. TMA fills
 in zeros for the others, and takes longer for that than to read as much. Where nothing that a kernel stores can

@@ -26,7 +26,7 @@ TURNS, HALVES = "turns", "halves"
 def roles_of(rows: int, columns: int, sums: int) -> str | None:
     """``turns`` where a group's registers hold a tile's ``sums`` products, ``halves`` where those of two do.
 
-    None where neither does.
+    None where neither does. CUTLASS calls these ping-pong and cooperative.
     """
     held = rows * columns * sums
     if rows % GROUP_ROWS == 0 and held <= GROUP_FP32:

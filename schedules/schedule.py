@@ -61,25 +61,25 @@ class Move:
     (``sm:N``, ``epilogue``). ``streams``: side streams that share the copies of ``copy_engine``, so that
     while one signals or waits, another copies; each has its channels where their number divides, else its
     peers. ``signal``: how contributions and sums say that they have arrived. ``flag``: by a flag that is raised
-    behind them; ``word``: every four bytes travel in a word of eight that holds the number of the call too, and
-    the reader polls the data: twice the bytes, and no more than a flight over the link; ``sentinel``: every four
-    bytes land on a pattern that no data has, which the reader polls until it is gone and then puts back: the
-    bytes once, and a local store more. Both are for small sums, in two slots, stored by the ``epilogue`` and
-    added in a ``stage``; what is summed by sentinels is read once. ``copies``: what the workers
-    of ``sm:N`` copy at a time: ``rows``, by loads and stores, to one peer after the other; ``boxes`` of rows and
-    columns, by TMA where that can have them, loaded once and stored into every peer. ``spans``: the tiles that
-    read a gathered tensor are as long as ``tiles`` says, though they span the shards of several ranks: they wait
-    for all of them, and this rank's rows are copied too. Else tiles end with each shard, and wait for that alone.
-    The same of tiles that store a scatter which is pulled and summed in a stage: all owners of rows are notified.
-    ``direction``: who carries the contributions to a scatter, or to a reduce in two shots, over the link.
-    ``push``: the rank that made them, into memory of the rank that sums them; ``pull``: that rank, which reads
-    them where they were made when it adds them. That is for the ``epilogue`` and the signal ``flag``: nothing is
-    copied, and no contribution stored to a peer. ``own``: when the tiles of this rank's own slice are computed,
-    with the sum in their ``epilogue``. ``last``: behind all others; ``beside`` them, by some workers, a little
-    behind the others; ``between`` them, by all workers, some after a part of the others and the rest behind the
-    rest. So what these tiles send leaves all along. That is for contributions that are stored by the ``epilogue``
-    of tiles of all ranks that take turns (order ``interleave``); where they are pulled, own tiles are computed
-    beside the others in that order anyway. Not ``between`` with the emitter ``gluon``.
+    behind them; ``word``: every four bytes travel in a word of eight that holds the number of the call too
+    (NCCL's LL protocol), and the reader polls the data: twice the bytes, and no more than a flight over the link;
+    ``sentinel``: every four bytes land on a pattern that no data has (a Lamport buffer), which the reader polls
+    until it is gone and then puts back: the bytes once, and a local store more. Both are for small sums, in two
+    slots, stored by the ``epilogue`` and added in a ``stage``; what is summed by sentinels is read once.
+    ``copies``: what the workers of ``sm:N`` copy at a time: ``rows``, by loads and stores, to one peer after the
+    other; ``boxes`` of rows and columns, by TMA where that can have them, loaded once and stored into every peer.
+    ``spans``: the tiles that read a gathered tensor are as long as ``tiles`` says, though they span the shards of
+    several ranks: they wait for all of them, and this rank's rows are copied too. Else tiles end with each shard,
+    and wait for that alone. The same of tiles that store a scatter which is pulled and summed in a stage: all
+    owners of rows are notified. ``direction``: who carries the contributions to a scatter, or to a reduce in two
+    shots, over the link. ``push``: the rank that made them, into memory of the rank that sums them; ``pull``: that
+    rank, which reads them where they were made when it adds them. That is for the ``epilogue`` and the signal
+    ``flag``: nothing is copied, and no contribution stored to a peer. ``own``: when the tiles of this rank's own
+    slice are computed, with the sum in their ``epilogue``. ``last``: behind all others; ``beside`` them, by some
+    workers, a little behind the others; ``between`` them, by all workers, some after a part of the others and the
+    rest behind the rest. So what these tiles send leaves all along. That is for contributions that are stored by
+    the ``epilogue`` of tiles of all ranks that take turns (order ``interleave``); where they are pulled, own tiles
+    are computed beside the others in that order anyway. Not ``between`` with the emitter ``gluon``.
     """
 
     resource: str = "copy_engine"
@@ -233,12 +233,13 @@ class Schedule:
     what is here for a gather and ends with the own slice for a scatter. ``group``: rows of tiles
     walked together for the L2 cache. ``workers``: persistent CTAs. ``warps``, ``stages``: of the
     Triton kernel. ``emitter``: ``triton``; ``gluon``: matrix products run as kernels whose warps have
-    roles, ``warps`` then those that multiply and ``stages`` the slots of the ring that they are fed
-    from; ``library``: loop nests that are one plain matrix product run as cuBLAS; with both, the rest
-    as with ``triton``. ``flatten``: one loop over tiles and steps of the main loop. ``split``: parts
-    into which the depth of a product is cut, for different workers; their sums in fp32 are added in order.
-    ``tail``: the same of the tiles that are left over when those of a product are divided by the workers, the
-    last of its queue: of one incomplete wave of tiles, not of all.
+    roles (two groups that take turns, ping-pong, or share a tile by halves, cooperative, by its size),
+    ``warps`` then those that multiply and ``stages`` the slots of the ring that they are fed from; ``library``:
+    loop nests that are one plain matrix product run as cuBLAS; with both, the rest as with ``triton``.
+    ``flatten``: one loop over tiles and steps of the main loop. ``split``: split-K, parts into which the depth of
+    a product is cut, for different workers; their sums in fp32 are added in order. ``tail``: the same of the tiles
+    that are left over when those of a product are divided by the workers, the last of its queue: of one incomplete
+    wave of tiles, not of all. Stream-K would give all workers equal shares of it.
     ``moves``: a :class:`Move` for each moved tensor by name.
     """
 
