@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import struct
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -101,7 +102,8 @@ class Program:
 
     def plan(self, tensors: Tensors, scalars: Mapping[str, float], extents: Extents) -> Plan:
         """The recorded call for these addresses and numbers; the order of ``tensors`` is always the same."""
-        key = (*[t.data_ptr() for t in tensors.values()], *scalars.values(), *extents.values())
+        numbers = map(_bits, scalars.values())
+        key = (*[t.data_ptr() for t in tensors.values()], *numbers, *extents.values())
         if self.endless:
             key = (*key, *self.reach(tensors))
         found = self._plans.get(key)
@@ -302,6 +304,12 @@ def _forget(state: Any) -> None:
 
 
 release.forgetting.append(_forget)
+
+
+def _bits(number: float) -> object:
+    """What tells a number from others that a kernel may tell from it: zeros of both signs are equal, and NaN is
+    not what it is."""
+    return struct.pack("d", number) if isinstance(number, float) else number
 
 
 def _shape_key(tensors: Mapping[str, torch.Tensor | None]) -> tuple[object, ...]:

@@ -242,7 +242,7 @@ class Site:
             elif isinstance(value, int | float):
                 at = number - count
                 name = keywords[at] if at >= 0 else names[number] if number < len(names) else ""
-                facts.append((type(value), value if name in self._fixed else None))
+                facts.append((type(value), repr(value) if name in self._fixed else None))
             else:
                 return None
         return tuple(facts)

@@ -366,6 +366,29 @@ program @scaled {world = 2} do {
             cuda.run_program(text, host, [x], wrong)
 
 
+def test_scalars_are_told_apart_by_their_bits(rank: tuple[State, Driver, Launched]) -> None:
+    """Zeros of both signs are two numbers, and what is not a number is one."""
+    text = """
+program @scaled {world = 2} do {
+  extent @M {value = 16}
+  scalar @alpha {dtype = "fp32"}
+  tensor @X {dims = [M], dtype = "fp32", move = "local", role = "in"}
+  head do { }
+}
+"""
+    recorded: list[str] = []
+
+    def host(call: Any) -> None:
+        call.head()
+        recorded.append(str(call.scalar("alpha")))
+
+    x = torch.zeros(16)
+    for _ in range(2):
+        for alpha in (0.0, -0.0, float("nan"), 1.0, float("inf")):
+            cuda.run_program(text, host, [x], {"alpha": alpha})
+    assert recorded == ["0.0", "-0.0", "nan", "1.0", "inf"]
+
+
 def test_an_edited_kernel_of_the_same_program_is_another_one(
     rank: tuple[State, Driver, Launched],
 ) -> None:

@@ -251,3 +251,17 @@ def test_recorded_calls_are_forgotten_in_the_end(
     for args in (*calls, calls[2], calls[0]):
         bench.site(args, {})
     assert len(bench.program.planned) == 4 and len(bench.met) == 1
+
+
+def test_compile_time_arguments_are_told_apart_by_what_they_are(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros of both signs are two of them, and what is not a number is one."""
+    monkeypatch.setattr(bench.site, "_fixed", frozenset({"nk"}))
+    monkeypatch.setattr(site, "match_arguments", lambda name, signature, args, kwargs: given)
+    args = (matrix(16, 16), matrix(16, 16), matrix(32, 16))
+    given = dict(zip("ABC", args, strict=True))
+    for _ in range(2):
+        for value in (0.0, -0.0, float("nan"), 0):
+            bench.site(args, {"nk": value})
+        assert len(bench.met) == 4
