@@ -136,17 +136,20 @@ class Timeline:
         A digit is the block of rows that is computed, which is its rank where blocks are one a rank,
         or the rank to which bytes go; ``+`` sums, ``.`` waits.
         """
-        rows = self._rows(rank)
-        margin = max([len(name) for name, _ in rows] + [4]) + 2
+        margin = max([len(name) for name, _ in self._rows(rank)] + [4]) + 2
         columns = max(10, width - margin - 2)
-        scale = columns / self.makespan if self.makespan else 0.0
         lines = [f"{f'rank {rank}':<{margin}}{self._axis(columns)}"]
-        for name, tracks in rows:
-            lines.append(f"{name:<{margin}}|{_paint(tracks, columns, scale)}|")
+        for name, glyphs in self.lanes(rank, columns):
+            lines.append(f"{name:<{margin}}|{glyphs}|")
         legend = (
             "digit: block computed (of that rank), or rank sent to   #: compute   +: sum   .: wait"
         )
         return "\n".join([*lines, legend, self.summary()])
+
+    def lanes(self, rank: int, columns: int) -> list[tuple[str, str]]:
+        """The name of each agent or group of workers of ``rank``, and what it does: a character a column."""
+        scale = columns / self.makespan if self.makespan else 0.0
+        return [(name, _paint(tracks, columns, scale)) for name, tracks in self._rows(rank)]
 
     def _axis(self, columns: int) -> str:
         text = [" "] * (columns + 2)
@@ -231,3 +234,9 @@ def _paint(tracks: list[Track], columns: int, scale: float) -> str:
 def digit(number: int) -> str:
     """One character for a rank."""
     return _DIGITS[number % len(_DIGITS)]
+
+
+def number_of(glyph: str) -> int | None:
+    """The rank, or the first of those, that a character stands for; None if it stands for none."""
+    at = _DIGITS.find(glyph)
+    return None if at < 0 else at

@@ -29,7 +29,18 @@ def test_bad_arguments_end_with_two(argv: list[str], capsys: pytest.CaptureFixtu
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     names = [module.__name__.rpartition(".")[2] for module in COMMANDS]
-    assert names == ["run", "check", "ir", "graph", "emit", "simulate", "tune", "mutate", "env"]
+    assert names == [
+        "run",
+        "check",
+        "ir",
+        "graph",
+        "emit",
+        "simulate",
+        "report",
+        "tune",
+        "mutate",
+        "env",
+    ]
     for name in names:
         assert main([name, "--help"]) == 0
         assert f"usage: tilelink {name}" in capsys.readouterr().out

@@ -82,6 +82,20 @@ def unproven(unit: Unit, args: argparse.Namespace) -> Op:
 
 def render(unit: Unit, report: Report) -> str:
     """The report as text: what was proven, counts, memory, assumptions."""
+    rows = [
+        ("shape", " ".join(f"{op.symbol}={op['value']}" for op in unit.op.find("extent"))),
+        ("ranks", str(report.world)),
+        ("a call", counts_of(report)),
+        ("workspace", f"{table.size(report.workspace_bytes)} a rank"),
+        ("compared", f"{report.pairs:,} pairs of accesses that could conflict"),
+        *(("proven" if n == 0 else "", rule) for n, rule in enumerate(_rules(report))),
+        *(("assumed" if n == 0 else "", text) for n, text in enumerate(report.assumptions)),
+    ]
+    return f"{unit.name}: cannot hang, race or read the wrong tile\n{table.pairs(rows)}"
+
+
+def counts_of(report: Report) -> str:
+    """What a call of the program consists of."""
     counts = (
         (report.tiles, "tile"),
         (report.channels, "channel"),
@@ -89,16 +103,7 @@ def render(unit: Unit, report: Report) -> str:
         (report.notifies, "notify"),
         (report.transfers, "transfer"),
     )
-    rows = [
-        ("shape", " ".join(f"{op.symbol}={op['value']}" for op in unit.op.find("extent"))),
-        ("ranks", str(report.world)),
-        ("a call", ", ".join(table.number(count, noun) for count, noun in counts)),
-        ("workspace", f"{table.size(report.workspace_bytes)} a rank"),
-        ("compared", f"{report.pairs:,} pairs of accesses that could conflict"),
-        *(("proven" if n == 0 else "", rule) for n, rule in enumerate(_rules(report))),
-        *(("assumed" if n == 0 else "", text) for n, text in enumerate(report.assumptions)),
-    ]
-    return f"{unit.name}: cannot hang, race or read the wrong tile\n{table.pairs(rows)}"
+    return ", ".join(table.number(count, noun) for count, noun in counts)
 
 
 def try_deletions(program: Op) -> tuple[int, list[str]]:

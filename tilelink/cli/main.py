@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from tilelink import __version__, knobs
-from tilelink.cli import check, emit, env, graph, ir, mutate, run, simulate, tune
+from tilelink.cli import check, emit, env, graph, ir, mutate, report, run, simulate, tune
 from tilelink.cli.errors import BadUsage, TooLarge
 from tilelink.cli.source import is_ir
 from tilelink.errors import InternalError, TilelinkError, did_you_mean
 from tilelink.schedules import ScheduleError
 
-COMMANDS = (run, check, ir, graph, emit, simulate, tune, mutate, env)
+COMMANDS = (run, check, ir, graph, emit, simulate, report, tune, mutate, env)
 
 DESCRIPTION = "A compiler for GPU kernels that compute and communicate at once."
 EPILOG = """\
