@@ -1,7 +1,7 @@
 """Settings from the environment, all of them: name, type, default and meaning in one table.
 
-A knob is read each time it is asked for, so a test or a program may set it after import. ``docs()``
-renders the table that the documentation and ``tilelink env`` show.
+A knob is read each time it is asked for, so a test or a program may set it after import; its meaning says
+so where what was read is kept. ``docs()`` renders the table that the documentation and ``tilelink env`` show.
 """
 
 from __future__ import annotations
@@ -81,14 +81,16 @@ TIMEOUT = Knob(
     "TILELINK_TIMEOUT",
     10.0,
     "a number of seconds",
-    "how long a wait may go on once its producer has started the call",
+    "how long a wait may go on once its producer has started the call; read before the first call of a program in "
+    "a group, for all of them",
     _seconds,
 )
 ARRIVAL_TIMEOUT = Knob(
     "TILELINK_ARRIVAL_TIMEOUT",
     600.0,
     "a number of seconds",
-    "how long a rank waits for another one to start the call, or to agree to a program",
+    "how long a rank waits for another one to start the call, read as the one above, or to agree to a program, "
+    "read each time",
     _seconds,
 )
 CACHE = Knob(

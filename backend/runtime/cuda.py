@@ -22,7 +22,6 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from tilelink import knobs
 from tilelink.backend.runtime import load_module, release, write_module
 from tilelink.backend.runtime.arena import Arena, CudaState, NoArena, asking, state_of
 from tilelink.backend.runtime.choose import Chosen, compile_chosen
@@ -171,8 +170,7 @@ class Program:
             state.rank,
             self.arena.views,
             self.arena.peers,
-            knobs.TIMEOUT.get(),
-            knobs.ARRIVAL_TIMEOUT.get(),
+            *state.limits[self.number - 1],
             streams=state.stream,
             group=state.group,
             host_record=state.host_address,

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from tilelink import knobs
 from tilelink.backend.runtime import load_module, release, watch, write_module
 from tilelink.backend.runtime.groups import standing_for, store_of
 from tilelink.backend.runtime.image import Image, image_of, shared_bytes
@@ -120,7 +119,7 @@ class LocalState(GroupState):
         for name, slot in image.tensors.items():
             if name not in given:
                 given[name] = torch.full(slot.dims, float("nan"), dtype=torch.float32)
-        limits = knobs.TIMEOUT.get(), knobs.ARRIVAL_TIMEOUT.get()
+        limits = self.limits[number - 1]
         call = Call(image, self.rank, shared.arenas, shared.peers, *limits, shared=shared)
         call.tensors, call.scalars, call.program = given, dict(scalars or {}), number
         call.workspace = torch.full((image.workspace_bytes,), 0xFF, dtype=torch.uint8)

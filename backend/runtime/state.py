@@ -47,6 +47,9 @@ class GroupState(ABC):
         self.arenas: list[Any] = []
         self._newest: dict[int, Any] = {}  # by the slots of its programs
         self.images: list[Image] = []
+        self.limits: list[
+            tuple[float, float]
+        ] = []  # of each program's waits, see :meth:`number_of`
         self.roster: Roster | None = None
         self._hello: Meeting | None = None
         self._refusals: Refusals | None = None
@@ -103,7 +106,11 @@ class GroupState(ABC):
     # Programs and agreements.
 
     def number_of(self, image: Image) -> int:
-        """The number that stands for a program in error records: 1 for the first that was met."""
+        """The number that stands for a program in error records: 1 for the first that was met.
+
+        Its waits have the time limits of now, for progress and for arrival: they are in what is recorded.
+        """
+        self.limits.append((knobs.TIMEOUT.get(), knobs.ARRIVAL_TIMEOUT.get()))
         self.images.append(image)
         return len(self.images)
 
@@ -251,15 +258,15 @@ class GroupState(ABC):
     def settle(self) -> None:
         """Waits for this rank's calls; PeerTimeout if the group was stopped and they do not end."""
         started = time.monotonic()
-        limit = knobs.TIMEOUT.get() + GRACE
+        limit = self._longest()
         while not self.idle():
             now = time.monotonic()
             if self._stopped is not None and now - max(self._stopped, started) > limit:
                 self.give_up("its call could not start")
                 raise PeerTimeout(
                     rank=self.rank,
-                    why="the group was stopped, and a call of this rank has not ended since: its stream "
-                    "is held up by other work",
+                    why=f"the group was stopped, and a call of this rank has not ended in the {limit:g} s since: "
+                    "its stream is held up by other work",
                 )
             if now - started > 0.002:
                 time.sleep(2e-4)
@@ -346,13 +353,18 @@ class GroupState(ABC):
         self.arenas.clear()
         self._newest.clear()
         self.images.clear()
+        self.limits.clear()
 
     def drain(self) -> None:
         """Waits, for a bounded time, until calls that were stopped have left."""
         # Word 0 may be seen before the rest of the record: the kernel that writes them must have ended.
-        deadline = time.monotonic() + knobs.TIMEOUT.get() + GRACE
+        deadline = time.monotonic() + self._longest()
         while not self.idle() and time.monotonic() < deadline:
             time.sleep(2e-4)
+
+    def _longest(self) -> float:
+        """Seconds until a call that was stopped, of any program, must have left."""
+        return max([knobs.TIMEOUT.get(), *(progress for progress, _ in self.limits)]) + GRACE
 
     def _error(self) -> TilelinkError:
         record = self.host.record
@@ -383,10 +395,13 @@ class GroupState(ABC):
             for arena in self.arenas:
                 words = self.control(arena, record[watch.RANK])
                 record = watch.other_call(words, record[watch.RANK], self.world, record) or record
-        limit = knobs.ARRIVAL_TIMEOUT if kind == watch.ARRIVAL else knobs.TIMEOUT
         # Ranks that agree number programs alike.
         image = self.images[number - 1] if 0 < number <= len(self.images) else self.images[-1]
-        return watch.timeout_error(image, record, limit.get(), self.rank, self.images)
+        known = 0 < number <= len(self.limits)
+        now = knobs.TIMEOUT.get(), knobs.ARRIVAL_TIMEOUT.get()
+        progress, arrival = self.limits[number - 1] if known else now
+        limit = arrival if kind == watch.ARRIVAL else progress
+        return watch.timeout_error(image, record, limit, self.rank, self.images)
 
     def _elsewhere(self) -> list[int]:
         """Ranks that have started a fused call which this rank has not made.

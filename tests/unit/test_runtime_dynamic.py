@@ -68,6 +68,7 @@ class State:
         self.driver = driver
         self.agreed: list[dict[str, str]] = []
         self.images: list[Any] = []
+        self.limits: list[tuple[float, float]] = []
         self.errors: list[TilelinkError] = []
 
     def check_usable(self) -> None:
@@ -75,6 +76,7 @@ class State:
 
     def number_of(self, image: Any) -> int:
         self.images.append(image)
+        self.limits.append((len(self.images), 600.0))
         return len(self.images)
 
     def workspace_for(self, size: int) -> torch.Tensor:
@@ -292,6 +294,21 @@ def test_a_call_with_one_tensor_twice_says_nothing_of_a_call_with_two(
         for _ in range(2):
             out = (matrix(16, 16),) if given else ()
             assert torch.equal(call(left, right, *out), left @ right)
+
+
+def test_all_calls_of_a_program_have_the_limits_of_its_first(
+    rank: tuple[State, Driver, Launched],
+) -> None:
+    _, _, launched = rank
+    call = kernels.gemm_ar.on(schedule=Schedule(moves=(("C", Move()),)))
+    kept: list[torch.Tensor] = []
+    for depth, seconds in ((32, 1), (64, 2), (32, 1), (64, 2)):
+        del launched.recorded[:]
+        kept += matrix(48, depth), matrix(depth, 64)
+        kept.append(call(*kept[-2:]))
+        found = [numbers for name, numbers in launched.recorded if name == "gemm_ar"]
+        assert found
+        assert all(seconds * 10**9 in n and 600 * 10**9 in n for n in found)
 
 
 def test_a_length_that_ranks_cannot_share_is_told_to_them(

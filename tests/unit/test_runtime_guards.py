@@ -227,6 +227,28 @@ def test_a_call_that_cannot_start_is_an_error_once_the_group_was_stopped(
         state.settle()
 
 
+def test_an_error_names_the_limits_that_its_program_was_recorded_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = Fake()
+    for image, progress, arrival in zip(two_programs(), ("2.5", "0.1"), ("33", "44"), strict=True):
+        monkeypatch.setenv("TILELINK_TIMEOUT", progress)
+        monkeypatch.setenv("TILELINK_ARRIVAL_TIMEOUT", arrival)
+        state.number_of(image)
+    for number, kind, limit in ((1, watch.PROGRESS, "2.5"), (1, watch.ARRIVAL, "33")):
+        state.record[1:] = record_of(state.images[0], number, kind)
+        state.record[0] = 1
+        with pytest.raises(WaitTimeout, match=rf"\b{limit} s"):
+            state.check()
+    # Whatever program it is of, a call that was stopped has its time.
+    monkeypatch.setattr("tilelink.backend.runtime.state.GRACE", 0.1)
+    state.limits[0] = (0.2, 33.0)
+    state.busy = True
+    state.give_up("rank 1 gave up")
+    with pytest.raises(PeerTimeout, match=r"has not ended in the 0\.3 s since"):
+        state.settle()
+
+
 def test_without_arenas_calls_are_looked_at_where_a_rank_is_dead() -> None:
     state = Fake(arenas=0)
     state.busy = state.collectives = True
