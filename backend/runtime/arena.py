@@ -180,8 +180,10 @@ class CudaState(GroupState):
     def block(self, size: int) -> Arena:
         """``size`` bytes that all ranks map once this returns; collective.
 
-        Errors: OutOfMemory, or Unavailable where GPUs cannot reach each other; AgreementError on the other ranks.
+        Errors: Unavailable where ranks are on different hosts; OutOfMemory, or Unavailable where GPUs cannot reach
+        each other, and AgreementError on the other ranks.
         """
+        self.check_one_host()
         group = self._symmetric_group()
 
         def take() -> Arena:

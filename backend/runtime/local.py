@@ -59,6 +59,7 @@ class LocalState(GroupState):
         """A file of shared memory, without a name once every rank has mapped it."""
         if self.roster is None:
             return LocalArena(os.memfd_create("tilelink-arena"), 0, 1, size)
+        self.check_one_host()
         path = FOLDER / f"tilelink-{self.roster.name}-{len(self.arenas)}"
 
         def take() -> LocalArena:

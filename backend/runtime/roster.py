@@ -46,6 +46,12 @@ class Process:
     nonce: str
 
     @property
+    def machine(self) -> str:
+        """What tells its host from others; empty where that is not known."""
+        boot, _, space = self.host.partition(" ")
+        return boot if space else ""
+
+    @property
     def alive(self) -> bool:
         """Whether it still runs; a process of another host is taken to."""
         if self.host != _host():
@@ -144,6 +150,14 @@ class Roster:
     def lost(self) -> list[int]:
         """Ranks whose process has ended."""
         return [rank for rank, process in enumerate(self.processes) if not process.alive]
+
+    def machines(self) -> list[list[int]]:
+        """The ranks of each host, as far as hosts are known; that of the lowest rank first."""
+        found: dict[str, list[int]] = {}
+        for rank, process in enumerate(self.processes):
+            if process.machine:
+                found.setdefault(process.machine, []).append(rank)
+        return list(found.values())
 
 
 def roster_of(meeting: Meeting) -> Roster:

@@ -193,6 +193,17 @@ class GroupState(ABC):
         self.agree(what, facts, None)
         return made
 
+    def check_one_host(self) -> None:
+        """Raises Unavailable, on every rank alike, where the ranks are on different hosts."""
+        hosts = self.roster.machines() if self.roster is not None else []
+        if len(hosts) > 1:
+            ranks = "; ".join(", ".join(map(str, host)) for host in hosts)
+            raise Unavailable(
+                backend="cuda",
+                reason="ranks map each other's memory, so all must be on one host, and they are on "
+                f"{len(hosts)}: ranks {ranks}",
+            )
+
     def lost(self) -> list[int]:
         """Ranks whose process has ended, as far as this host can see."""
         return self.roster.lost() if self.roster is not None else []

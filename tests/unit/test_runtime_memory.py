@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -171,3 +172,30 @@ def test_a_rank_without_memory_for_a_programs_own_tensors_tells_the_others(
     with pytest.raises(OutOfMemory, match=r"rank 0 has no 0\.2 MiB of GPU memory for `gemm_ar`"):
         call(matrix(256, 32), matrix(32, 256))
     assert [type(error) for error in rank[0].errors] == [OutOfMemory]
+
+
+def placed(ranks: list[Rank], hosts: list[str]) -> None:
+    of_all(ranks, lambda state: state.agree("gemm", {}, None))
+    for state in ranks:
+        assert state.roster is not None
+        processes = [replace(p, host=h) for p, h in zip(state.roster.processes, hosts, strict=True)]
+        state.roster = replace(state.roster, processes=tuple(processes))
+
+
+def test_ranks_on_several_hosts_are_an_error_of_all_before_any_of_them_waits(
+    ranks: list[Rank],
+) -> None:
+    placed(ranks, ["boot pid:[1]", "other pid:[1]", "boot pid:[2]"])
+    for error in of_all(ranks, lambda state: state.arena_for(100)):
+        assert isinstance(error, Unavailable)
+        assert "must be on one host, and they are on 2: ranks 0, 2; 1" in str(error)
+    assert Memory.met == []
+
+
+@pytest.mark.parametrize("hosts", [["a p", "a q", "a r"], ["token", "other", "third"]])
+def test_spaces_of_process_numbers_are_no_hosts_nor_is_what_is_not_known(
+    hosts: list[str], ranks: list[Rank]
+) -> None:
+    placed(ranks, hosts)
+    made = of_all(ranks, lambda state: state.arena_for(100))
+    assert [one.size for one in made] == [2 << 20] * WORLD
