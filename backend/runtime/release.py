@@ -6,6 +6,7 @@ keep by state.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +74,12 @@ def sweep() -> None:
     if gone:
         import torch
 
-        if not _capturing(torch):
-            for state in gone:
-                if not state.held and state.idle():
+        for state in [] if _capturing(torch) else gone:
+            if not state.held and state.idle():
+                # PyTorch ends the process where it cannot wait for the GPU as it unmaps: while another thread
+                # captures, for one. So that is tried first, and else left for the next time.
+                with contextlib.suppress(RuntimeError):
+                    state.rest()
                     forget(state)
     prune()
 

@@ -94,7 +94,7 @@ def test_the_watchdog_leaves_a_destroyed_group_alone(
     assert tended == []
 
 
-@pytest.mark.parametrize("why", ["busy", "held", "capturing"])
+@pytest.mark.parametrize("why", ["busy", "held", "capturing", "capturing elsewhere"])
 def test_memory_that_may_be_in_use_outlives_its_group(
     why: str, group: Any, table: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +103,12 @@ def test_memory_that_may_be_in_use_outlives_its_group(
     if why == "capturing":
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    if why == "capturing elsewhere":
+
+        def rest(_: Any) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(Lived, "rest", rest)
     dist.destroy_process_group(group)
     release.sweep()
     assert table == {group: state} and state.arenas
