@@ -62,6 +62,7 @@ def check_rows(
     rows = _rows_of(out, kernel)
     rows.declarations()
     rows.independent()
+    rows.alike()
     rows.apart(out)
     lower, upper = rows.ends()
     for value in sorted({*lower, *upper}):
@@ -237,6 +238,53 @@ class _Rows:
             _fail(op, f"`{ref}` is not one row of `{ref.symbol}` for each row of the task")
         if op.name == "store" and ref is op.ref and row is not None and not tall:
             _fail(op, f"`{ref.symbol}` has no rows, and each task of the rows stores to it")
+
+    def alike(self) -> None:
+        """Who reads rows takes them to lie as who wrote them: those of each owner at the place of its shard at the
+        capacity, or all that are there side by side. Tasks over a part or over all of the rows say which; what is
+        copied lies on both sides alike."""
+        groups: dict[str, str] = {}
+
+        def root(symbol: str) -> str:
+            while groups.setdefault(symbol, symbol) != symbol:
+                symbol = groups[symbol]
+            return symbol
+
+        for _, (source, target), _ in _transfers(self.out).values():
+            if self._lies(source) and self._lies(target):
+                groups[root(source)] = root(target)
+        kinds: dict[str, bool] = {}
+        for stage in self.stages:
+            row = self.row_of(stage)
+            if row is None:
+                continue
+            number = next(n for n, v in enumerate(stage.args) if v.name == row)
+            part = Expr.of(stage["extent"][number]) != Expr.name(self.name)
+            for op in stage.walk():
+                refs = (op.ref, op.get("own")) if op.name in _MEMORY else ()
+                for ref in refs:
+                    if (
+                        not isinstance(ref, Ref)
+                        or self.stacked(ref) is None
+                        or not self._lies(ref.symbol)
+                    ):
+                        continue
+                    item = next(i for i in ref.index if tile_variable(i) == row)
+                    if part and not isinstance(item, At):
+                        continue  # memory of this rank's shard alone
+                    by_owner = part or stage.get("live") is not None
+                    if kinds.setdefault(root(ref.symbol), by_owner) != by_owner:
+                        detail = f"rows of `{ref.symbol}` lie by owner for some tasks, side by side for others"
+                        _fail(op, detail)
+
+    def _lies(self, symbol: str) -> bool:
+        """Whether the places of rows in ``symbol`` are those of the tasks: of what has a row for each there is,
+        they are side by side always."""
+        declared = self.out.declarations[symbol]
+        if self.out.base(symbol) not in self.tall:
+            return False
+        long = Expr.of(declared["dims"][0]) == Expr.name(self.name)
+        return not (long and (declared.name == "buffer" or declared.get("over") is None))
 
     def stacked(self, ref: Ref) -> int | None:
         """Axes before the rows of what ``ref`` names; None where it has none."""
