@@ -174,6 +174,9 @@ def _resource(kernel: Op, tensor: Op, extents: dict[str, int]) -> str:
     fixed = not any(op.get("dynamic") for op in kernel.find("extent"))
     if tensor["move"] == "reduce" and fixed and any(length % world == 0 for length in lengths):
         limit = EPILOGUE_BYTES["scatter"]  # in two shots, the first of which is a scatter
+    others = (t["move"] in ("gather", "scatter", "shard") for t in kernel.find("tensor"))
+    if tensor["move"] == "reduce" and not fixed and any(others):
+        return "epilogue"  # rows that are there lie by owner: no range that a copy could take
     return "epilogue" if _bytes(tensor, extents) <= limit else "copy_engine"
 
 

@@ -171,6 +171,19 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
         info = moved(program, name)
         if info.channel_axis is None:
             tile, rows = _output_channels(program, tensor, info, move)
+            if _by_owner(program, info):
+                wrong = "resource" if move.resource != "epilogue" else ""
+                wrong = wrong or ("channels" if move.channels not in (None, 1) else "")
+                if wrong:
+                    raise ScheduleError(
+                        tensor.span,
+                        field=f"moves.{name}.{wrong}",
+                        detail=f"`{name}` has dynamic rows, which lie by owner for another tensor's sake",
+                        help="use the resource epilogue and one channel",
+                    )
+                tile = rows = info.extent
+                tensor = program.declared(name).with_attrs(by_owner=True)
+                program = replace_declaration(program, tensor)
         else:
             tile, rows = _column_channels(info, move)
     program = replace_declaration(
@@ -186,6 +199,15 @@ def _choose(program: Op, name: str, tensor: Op) -> Op:
     )
     program = sized_copies(program, moved(program, name))
     return _in_channel_order(program, name, rows) if folded(program, name) else program
+
+
+def _by_owner(program: Op, info: Moved) -> bool:
+    """Whether the rows of a sum in one shot, which has no owners, lie by those of another tensor: which channels
+    have rows that are there then depends on the owner, so all rows are one channel."""
+    if info.kind != "reduce" or info.spread or info.dynamic is None:
+        return False
+    stage, _ = storing_stage(program, info.name)
+    return stage.get("live") is not None
 
 
 def _left_out(move: Move) -> str:

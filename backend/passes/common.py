@@ -124,6 +124,7 @@ class Moved:
     where that is not the moved one: tasks span the shards of several ranks, or own tiles do not come last.
     ``channel_rows`` and ``task_columns``, of which each task stores so many, count along it then. Else None.
     ``closed``: rows that are gathered land side by side, as many as there are: tiles that read them span shards.
+    ``by_owner``: dynamic rows of a sum in one shot lie by the owners of another tensor, in one channel.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Moved:
     across: int = 0
     task_columns: int = 1
     closed: bool = False
+    by_owner: bool = False
 
     @property
     def pitch(self) -> Expr | int:
@@ -248,6 +250,8 @@ class Moved:
 
     def rows_of(self, channel: Expr) -> Expr | int:
         """Local elements of ``channel``; the last channel may be shorter."""
+        if self.by_owner:
+            return self.extent  # its one channel's: those that are there are no range
         if self.channels == 1:
             return self.live if self.channel_axis is None else self.across
         fixed = (
@@ -265,6 +269,11 @@ class Moved:
         """Tasks that store one channel of one owner."""
         if self.channel_axis is not None:
             return self.tasks_meeting(RANK, channel)
+        if self.by_owner:
+            shard = Expr.name(self.dynamic or "") // WORLD
+            return _times(
+                WORLD * ((shard + (self.task_rows - 1)) // self.task_rows), self.tasks_across
+            )
         if self.channel_rows == self.task_rows and self.block == self.shard:
             return self.tasks_across
         rows = self.rows_of(channel)
@@ -362,6 +371,7 @@ def moved(program: Op, name: str) -> Moved:
         across=dims[int(op.get("channel_axis", axis))],
         task_columns=int(op.get("task_columns", 1)),
         closed=bool(op.get("closed", False)),
+        by_owner=bool(op.get("by_owner", False)),
     )
 
 

@@ -176,6 +176,8 @@ def _stage(program: Op, schedule: Schedule, nest: Op, prelude: tuple[Op, ...], n
     probe = Op("stage", blocks=(Block(tuple(variables), body),), span=nest.span)
     tiles = _tile_sizes(schedule, variables, extents, probe, names, dynamic_extent(program))
     attrs = _segments(program, probe, variables, own, schedule)
+    if not attrs:
+        attrs = _as_others(program, schedule, extents)
     label = _label(probe, program.symbol, number)
     group = 1 if schedule.order == "row" or len(variables) != 2 else schedule.group
     axis = int(attrs.get("axis") or 0)  # type: ignore[call-overload]
@@ -412,6 +414,21 @@ def _segments(
     return attrs
 
 
+def _as_others(program: Op, schedule: Schedule, extents: list[Expr | int]) -> dict[str, object]:
+    """The cuts of a nest over dynamic rows that meets no owner's, where other nests of the program meet some: what
+    one writes and another reads lies by owner in both."""
+    name = dynamic_extent(program)
+    whole = [n for n, extent in enumerate(extents) if Expr.of(extent) == Expr.name(name or "")]
+    for symbol, tensor in tensors_of(program).items() if name and whole else ():
+        if tensor["move"] in ("gather", "scatter", "shard") or tensor.get("shots") == 2:
+            info = moved(program, symbol)
+            if info.dynamic is None or apart(schedule, symbol) or _spans(program, schedule, info):
+                continue
+            cut = {"segment": info.block, "axis": whole[0] or None, "live": info.live}
+            return cut | _all_segments(info)
+    return {}
+
+
 def _named(demands: list[_Demand]) -> str:
     """The tensors of ``demands``, as a text lists them."""
     names = list(dict.fromkeys(f"`{d.moved.name}`" for d in demands))
@@ -526,6 +543,8 @@ def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
             attrs["live"] = info.live
     elif info.spread:
         attrs = {"segment": info.block, "visit": _arrival(info), "axis": info.axis or None}
+    else:
+        attrs = _as_others(program, schedule, list(tensor["dims"]))
     return make(
         "stage",
         ref=Ref(f"{name}.sum"),

@@ -129,18 +129,25 @@ def _closed_up(program: Op) -> Op:
     name = dynamic_extent(program)
     if name is None:
         return program
-    whole = {
-        symbol
+    tall = {
+        symbol: tensor["move"]
         for symbol, tensor in tensors_of(program).items()
-        if tensor["move"] == "local" and name in Expr.of(tensor["dims"][0]).names
+        if tensor["move"] in ("local", "reduce") and name in Expr.of(tensor["dims"][0]).names
     }
+
+    def whole(op: Op) -> bool:
+        # Of a sum, the user's tensor is what its last stage stores to.
+        assert op.ref is not None
+        return tall.get(op.ref.symbol) == "local" or (
+            op.ref.symbol in tall and bool(op.get("final"))
+        )
 
     def place(op: Op, row: Value, start: Expr) -> Op:
         blocks = tuple(
             replace(b, ops=tuple(place(o, row, start) for o in b.ops)) for b in op.blocks
         )
         op = replace(op, blocks=blocks)
-        if op.name in ("load", "store") and op.ref is not None and op.ref.symbol in whole:
+        if op.name in ("load", "store") and op.ref is not None and whole(op):
             index = op.ref.index
             if index and index[0] == row:
                 return replace(op, ref=Ref(op.ref.symbol, (At(row, start), *index[1:])))

@@ -25,7 +25,7 @@ ATTRIBUTES = {
     "arrivals": "count",
     "whole": "offset bytes workspace over axis flatten_axis part_axis channel_axis",
     "bool": "dynamic cleared bounds keep wide barrier drain proxy in_place final folded interleave relay "
-    "empty pulled remote ends closed",
+    "empty pulled remote ends closed by_owner",
     "text": "file kernel schedule into offsets source table",
     "texts": "after",
     "ref": "alias carried own to through counter",

@@ -18,9 +18,9 @@ _TABLE = {
     "kernel": "world! file",
     "program": "world! bytes file kernel kernel_text schedule slots workspace",
     "extent": "value! dynamic least",
-    "tensor": "dims! dtype! move! role! block channel_axis channel_rows closed comm_tile in_place into offsets "
-    "over owner part_axis polled pulled resource shots signal source table task_columns task_rows tasks_across "
-    "tile",
+    "tensor": "dims! dtype! move! role! block by_owner channel_axis channel_rows closed comm_tile in_place into "
+    "offsets over owner part_axis polled pulled resource shots signal source table task_columns task_rows "
+    "tasks_across tile",
     "scalar": "dtype!",
     "buffer": "dims! dtype! space! alias offset words",
     "flag": "dims! carried cleared offset",
