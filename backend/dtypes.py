@@ -13,4 +13,13 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "bool": torch.bool,
 }
 
-__all__ = ["TORCH_DTYPES"]
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which contributions of ``dtype`` are added over ranks: fp32, of integers int64.
+
+    Rounded to int32 at the end, such a sum has wrapped around as one in int32 has.
+    """
+    return torch.float32 if dtype.is_floating_point else torch.int64
+
+
+__all__ = ["TORCH_DTYPES", "sum_dtype"]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tilelink.backend.dtypes import TORCH_DTYPES
+from tilelink.backend.dtypes import TORCH_DTYPES, sum_dtype
 from tilelink.backend.reference_plan import GATHERED, SUMMED, InputError, Plan
 from tilelink.errors import TilelinkError
 from tilelink.frontend.owners import shard_indices
@@ -203,11 +203,12 @@ class Moves:
     # --- the statements ------------------------------------------------------------------------
 
     def _sum(self, name: str) -> None:
-        """Contributions, already rounded to the tensor's type, added in rank order in fp32."""
+        """Contributions, already rounded to the tensor's type, added in rank order in fp32; integers as such."""
         tensor = self.plan.tensors[name]
-        total = torch.zeros_like(self.memory[0][name], dtype=torch.float32)
+        wide = sum_dtype(TORCH_DTYPES[tensor["dtype"]])
+        total = torch.zeros_like(self.memory[0][name], dtype=wide)
         for rank in range(self.world):
-            total = total + self.memory[rank][name].float()
+            total = total + self.memory[rank][name].to(wide)
         rounded = total.to(TORCH_DTYPES[tensor["dtype"]])
         for rank in range(self.world):
             if tensor["move"] == "reduce":

@@ -14,11 +14,11 @@ from tilelink.backend.emit.access import (
     token_of,
 )
 from tilelink.backend.emit.scope import TL_DTYPE, Scope, item_bytes, refuse
-from tilelink.ir import Expr, Op
+from tilelink.ir import INTEGERS, Expr, Op
 
 
 def load_sum(scope: Scope, op: Op) -> None:
-    """``load_sum``: parts added in rank order in fp32, this rank's own read where it lies."""
+    """``load_sum``: parts added in rank order in fp32, or integers as such; this rank's own read where it lies."""
     value, ref, own = op.results[0], op.ref, op.get("own")
     assert ref is not None
     name = scope.define(value)
@@ -81,10 +81,12 @@ def load_sum(scope: Scope, op: Op) -> None:
 def _added(scope: Scope, op: Op, name: str, count: int) -> None:
     """Write the sum of the parts that have been loaded, in rank order."""
     total, part, dtype = f"{name}_total", f"{name}_part", op.results[0].type.dtype
-    scope.writer.line(f"{total} = {part}0.to(tl.float32)")
+    parts = str(scope.program.symbols[op.symbol]["dtype"])
+    wide = parts if parts in INTEGERS else "fp32"
+    scope.writer.line(f"{total} = {part}0.to({TL_DTYPE[wide]})")
     for source in range(1, count):
-        scope.writer.line(f"{total} += {part}{source}.to(tl.float32)")
-    scope.writer.line(f"{name} = {total}" + (f".to({TL_DTYPE[dtype]})" if dtype != "fp32" else ""))
+        scope.writer.line(f"{total} += {part}{source}.to({TL_DTYPE[wide]})")
+    scope.writer.line(f"{name} = {total}" + (f".to({TL_DTYPE[dtype]})" if dtype != wide else ""))
 
 
 def _remote_sum(scope: Scope, op: Op, name: str) -> None:
@@ -111,6 +113,9 @@ def _folded_sum(scope: Scope, op: Op, step: int | Expr) -> None:
     value = op.results[0]
     name, own = scope.names[value.name], scope.names[op.operands[0].name]
     dtype, world = value.type.dtype, str(scope.program.world)
+    if op.operands[0].type.dtype in INTEGERS:
+        # Said once more, for whoever reads the text: parts are added in the type of this one.
+        own = f"{own}.to({TL_DTYPE[op.operands[0].type.dtype]})"
     rounded = f".to({TL_DTYPE[dtype]})" if dtype != "fp32" else ""
     if scope.arrived:
         scope.writer.call(f"{name} = roles.add_parts(", [own, scope.arrived, "rank", world])

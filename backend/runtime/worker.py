@@ -33,6 +33,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, interpreter_semantic
 
+from tilelink.backend.dtypes import sum_dtype
 from tilelink.backend.runtime import load_module
 from tilelink.backend.runtime.image import image_of, shared_bytes
 from tilelink.backend.runtime.library import matmul
@@ -428,9 +429,10 @@ class Call(Views):
         if op == "all_gather":
             result = torch.cat(parts, dim=spread_axis(source.shape, dst.shape))
         elif op in ("reduce_scatter", "all_reduce"):
-            total = torch.zeros(source.shape, dtype=torch.float32)
+            wide = sum_dtype(source.dtype)
+            total = torch.zeros(source.shape, dtype=wide)
             for p in parts:
-                total += p.float()
+                total += p.to(wide)
             result = total.to(source.dtype)
             if op == "reduce_scatter":
                 axis = spread_axis(dst.shape, source.shape)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tilelink.backend.dtypes import sum_dtype
 from tilelink.backend.simulate.errors import BoundsError
 from tilelink.backend.simulate.execute import Machine, Runner, Task
 from tilelink.backend.simulate.trace import Place, Region, Transfer
@@ -15,7 +16,7 @@ from tilelink.ir import Op
 def run_collective(machine: Machine, op: Op, tasks: Sequence[Task]) -> None:
     """Move the data of the collective ``op``; ``tasks`` are its tasks on all ranks, in rank order.
 
-    Contributions of a sum are added in rank order in fp32 and rounded once, so that all ranks hold
+    Contributions of a sum are added in rank order in fp32, integers as such, and rounded once: all ranks hold
     the same bits.
     """
     source, to = (
@@ -58,9 +59,10 @@ def _result(op: Op, parts: list[torch.Tensor], target: torch.Tensor, rank: int) 
             return torch.stack(parts)
         axis = _axis(op, shape, list(target.shape), world)
         return torch.cat(parts, dim=axis)
-    total = parts[0].float()
+    wide = sum_dtype(parts[0].dtype)
+    total = parts[0].to(wide)
     for part in parts[1:]:
-        total = total + part.float()
+        total = total + part.to(wide)
     if op["op"] == "all_reduce":
         return total
     if target.dim() == len(shape) - 1:

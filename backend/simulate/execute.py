@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from tilelink.backend.dtypes import TORCH_DTYPES
+from tilelink.backend.dtypes import TORCH_DTYPES, sum_dtype
 from tilelink.backend.simulate.errors import BalanceError, BoundsError, VersionError
 from tilelink.backend.simulate.geometry import Env, Tile
 from tilelink.backend.simulate.memory import Channel, Clock, Memory, Released, View
@@ -502,9 +502,10 @@ class Runner:
             terms = [self._value(*at) for at in zip(ins.parts, homes, strict=True)]
             if ins.own:
                 terms.insert(self.task.rank, self.values[ins.own])
-            total = terms[0].float()
+            wide = sum_dtype(terms[0].dtype)
+            total = terms[0].to(wide)
             for term in terms[1:]:
-                total = total + term.float()
+                total = total + term.to(wide)
             self._set(result, total.to(dtype))
             return
         found = self._value(ins.parts[0])

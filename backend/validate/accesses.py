@@ -509,7 +509,7 @@ class AccessMachine(TileCalls):
                 "parts of a sum over ranks meet in something else than a sum from the left"
             )
         if not x.single or not y.single:
-            raise Misfit("parts of a sum over ranks are not added in fp32")
+            raise Misfit("parts of a sum over ranks are not added in fp32, or integers as such")
         before, after = self.slot(x, x.terms[-1]), self.slot(y, (y.terms or x.terms)[0])
         if before is None or after is None or ((before[0] + 1 != after[0]) & self.on).any():
             raise Misfit("parts of a sum over ranks are not added in rank order")

@@ -158,8 +158,12 @@ class TileCalls(Machine):
             return replace(value, unit=unit)
         if isinstance(value, Num):
             return self.on_tl_cast(value, to)
-        name = self.dtype(to)
-        return replace(self.data(value), single=name == "float32", rounded=name)
+        return self.rounded(self.data(value), self.dtype(to))
+
+    def rounded(self, tile: Data, name: str) -> Data:
+        """A tile that is converted to an element type; it is ``single`` in that in which sums are taken."""
+        wide = tile.rounded if tile.rounded in ("int32", "int64") else "float32"
+        return replace(tile, single=name == wide, rounded=name)
 
     def shape(self, value: Any) -> tuple[int, ...]:
         """A tuple of constants."""
@@ -186,7 +190,7 @@ class TileCalls(Machine):
             if name == "int32" and isinstance(value, Num):
                 self.fits(value.v, False, None)
                 return replace(value, wide=False)
-        return replace(self.data(value), single=name == "float32", rounded=name)
+        return self.rounded(self.data(value), name)
 
     def on_tl_arange(self, lo: Any, hi: Any) -> Lattice:
         """``tl.arange``."""

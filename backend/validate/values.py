@@ -114,7 +114,7 @@ class Data:
     """A tile of numbers: its shape and the regions that flow into it. ``terms``: the loads of which it
     is the plain sum, first to last, in the lanes ``sums`` (None: all); None where it is anything else.
     ``form`` marks a tile on its way
-    to being split in halves of columns, ``single`` one that was converted to fp32,
+    to being split in halves of columns, ``single`` one that was converted to fp32, of integers to their own type,
     ``rounded`` the element type that it was converted to last, and not computed with since."""
 
     shape: tuple[int, ...]

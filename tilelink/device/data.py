@@ -70,9 +70,15 @@ def _part(parts, source, step, inside, rank, world: tl.constexpr):
     return tl.load(place, mask=there, other=0, eviction_policy="evict_first")
 
 
+@triton.constexpr_function
+def sum_type(dtype):
+    """The type in which parts of ``dtype`` are added: fp32, of integers their own, in which they wrap around."""
+    return dtype if dtype in (tl.int32, tl.int64) else tl.float32
+
+
 @triton.jit
 def tile_sum_parts(own, parts, step, inside, rank, world: tl.constexpr):
-    """The sum of a tile over all ranks, fp32: one part a rank, added in rank order.
+    """The sum of a tile over all ranks, as :func:`sum_type` has it: one part a rank, added in rank order.
 
     ``own``: the part of this rank, a tile in registers, of the element type of the others. ``parts``:
     pointers to the tile of rank 0's part; that of rank r lies r times ``step`` elements further.
@@ -80,13 +86,13 @@ def tile_sum_parts(own, parts, step, inside, rank, world: tl.constexpr):
     """
     # Three parts are under way while a fourth is added; all at once would not fit the registers. Minus
     # zero is what changes no first term; written so that it lies in registers as ``own`` does.
-    total = tl.where(own == own, 0.0, 0.0) * -1.0
+    total = (tl.where(own == own, 0.0, 0.0) * -1.0).to(sum_type(own.dtype))
     first = _part(parts, 0, step, inside, rank, world)
     second = _part(parts, 1, step, inside, rank, world)
     third = _part(parts, 2, step, inside, rank, world)
     for source in tl.range(0, world, num_stages=1):
         fourth = _part(parts, source + 3, step, inside, rank, world)
-        total += tl.where(rank == source, own, first).to(tl.float32)
+        total += tl.where(rank == source, own, first).to(total.dtype)
         first = second
         second = third
         third = fourth
@@ -139,7 +145,7 @@ def tile_sum_remote(
     its others ``offsets`` from there.
     """
     dtype: tl.constexpr = own.dtype
-    total = tl.where(own == own, 0.0, 0.0) * -1.0
+    total = (tl.where(own == own, 0.0, 0.0) * -1.0).to(sum_type(own.dtype))
     first = _remote_part(peers, 0, place, corner, offsets, inside, rank, world, dtype, aligned)
     second = _remote_part(peers, 1, place, corner, offsets, inside, rank, world, dtype, aligned)
     third = _remote_part(peers, 2, place, corner, offsets, inside, rank, world, dtype, aligned)
@@ -147,7 +153,7 @@ def tile_sum_remote(
         fourth = _remote_part(
             peers, source + 3, place, corner, offsets, inside, rank, world, dtype, aligned
         )
-        total += tl.where(rank == source, own, first).to(tl.float32)
+        total += tl.where(rank == source, own, first).to(total.dtype)
         first = second
         second = third
         third = fourth

@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from tilelink.device import keys
-from tilelink.device.data import remote_tile, tile_sum_parts, tile_sum_remote
+from tilelink.device.data import remote_tile, sum_type, tile_sum_parts, tile_sum_remote
 from tilelink.device.signal import (
     counted_tile_notify,
     drain_tma_stores,
@@ -375,24 +375,24 @@ def read_remote(
 
 @gluon.jit
 def add_parts(own, arrived, rank, world: gl.constexpr):
-    """The sum of a tile over all ranks, fp32, in rank order: ``own``, this rank's, and what has ``arrived``.
+    """The sum over all ranks, in :func:`sum_type`, in rank order: ``own``, this rank's, and what has ``arrived``.
 
     They have one element type. What is not needed takes no registers: so a role sums larger pieces of a tile.
     """
     # Minus zero is what changes no first term.
-    total = gl.full(own.shape, -0.0, gl.float32, own.type.layout)
+    total = gl.full(own.shape, -0.0, gl.float32, own.type.layout).to(sum_type(own.dtype))
     for number in tl.static_range(world - 1):
         if rank == number:
-            total += own.to(gl.float32)
-        total += arrived[number].to(gl.float32)
+            total += own.to(total.dtype)
+        total += arrived[number].to(total.dtype)
     if rank == world - 1:
-        total += own.to(gl.float32)
+        total += own.to(total.dtype)
     return total
 
 
 @gluon.jit
 def sum_landed(own, ring, step, tiles, first, rank, world: gl.constexpr):
-    """The sum of a tile over all ranks, fp32, in rank order: ``own``, and what :func:`fetch_parts` has loaded.
+    """The sum over all ranks, in :func:`sum_type`, in rank order: ``own``, and what :func:`fetch_parts` loaded.
 
     Of each part this role has the rows from ``first`` on, as many as ``own`` has. Takes and gives back
     ``world - 1`` steps from ``step`` on. Laid out as products leave tiles.
@@ -400,25 +400,25 @@ def sum_landed(own, ring, step, tiles, first, rank, world: gl.constexpr):
     layout: gl.constexpr = _product(own.shape[1])
     mine = gl.convert_layout(own, layout)
     # Minus zero is what changes no first term.
-    total = gl.full(own.shape, -0.0, gl.float32, layout)
+    total = gl.full(own.shape, -0.0, gl.float32, layout).to(sum_type(own.dtype))
     for number in tl.range(0, world - 1):
         if rank == number:
-            total += mine.to(gl.float32)
+            total += mine.to(total.dtype)
         slot = take(ring, step + number)
         part = tiles.index(slot).slice(first, own.shape[0]).load(layout)
         # All threads have read it, before what the loader does next through the async proxy.
         fence_async_shared()
         gl.thread_barrier()
         give(ring, step + number)
-        total += part.to(gl.float32)
+        total += part.to(total.dtype)
     if rank == world - 1:
-        total += mine.to(gl.float32)
+        total += mine.to(total.dtype)
     return total
 
 
 @gluon.jit
 def sum_parts(own, parts, step, inside, rank, world: gl.constexpr):
-    """The sum of a tile over all ranks, fp32: ``device.tile_sum_parts`` for a role of four warps.
+    """The sum over all ranks, in :func:`sum_type`: ``device.tile_sum_parts`` for a role of four warps.
 
     The parts of more than four ranks do not fit the registers at once beside 64 rows of 256 columns, and those
     of more than eight beside nothing that a role has.
@@ -433,7 +433,7 @@ def sum_parts(own, parts, step, inside, rank, world: gl.constexpr):
 def sum_remote(
     own, peers, place, corner, offsets, inside, rank, world: gl.constexpr, aligned: gl.constexpr
 ):
-    """The sum of a tile over all ranks, fp32: ``device.tile_sum_remote`` for a role of four warps."""
+    """The sum over all ranks, in :func:`sum_type`: ``device.tile_sum_remote`` for a role of four warps."""
     if world > 8 or (world > 4 and own.shape[0] <= 64):
         return tile_sum_remote(own, peers, place, corner, offsets, inside, rank, world, aligned)
     else:
