@@ -395,9 +395,9 @@ class Tensors:
         variable = item.value.name if isinstance(item, TileVar) else None
         if variable is None and isinstance(item, Num) and item.expr.op == "name":
             variable = item.expr.args[0]
+        if access == "store" and variable is not None and (axis != over or kind == "scatter"):
+            self._partial.append((name, variable, span))
         if axis != over:
-            if access == "store" and variable is not None:
-                self._partial.append((name, variable, span))
             return
         owned = kind == "shard" or (access == "read" and kind == "scatter")
         owned = owned or (access == "store" and kind in ("gather", "ring"))
@@ -427,7 +427,9 @@ class Tensors:
             if access.is_store and access.tensor in outputs and kind in ("gather", "ring"):
                 raise GatheredStore(access.span, tensor=access.tensor, moved=MOVED[kind])
         for name, variable, span in self._partial:
-            if variable in self.own and name in outputs and self.over(name) is None:
+            # What is summed is whole on each rank too: its contribution to all of the sum.
+            whole = self.kind(name) in SUMMED or (name in outputs and self.over(name) is None)
+            if variable in self.own and whole:
                 extent = self.own[variable][1]
                 dims = ", ".join(self.builder.dim(d) for d in self.facts.dims[name])
                 raise PartialStore(span, tensor=name, extent=str(extent), dims=dims)

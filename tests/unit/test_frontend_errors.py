@@ -125,6 +125,24 @@ MISTAKES = [
     ),
     ("shard A[M, N] over M", COPY.format("A[m, n]"), "partial-store", "C[m, n]"),
     (
+        "shard A[M, N] over M; reduce C[M, N] sum",
+        COPY.format("A[m, n]"),
+        "partial-store",
+        "C[m, n]",
+    ),
+    (
+        "shard A[M, N] over M; scatter C[M, N] over M sum",
+        COPY.format("A[m, n]"),
+        "partial-store",
+        "C[m, n]",
+    ),
+    (
+        "shard A[M, N] over N; scatter C[M, N] over M sum",
+        COPY.format("A[m, n]"),
+        "partial-store",
+        "C[m, n]",
+    ),
+    (
         "gather A[M, N] over M",
         "M, N = A.shape\nfor m in tk.tiles(M):\n    x = tk.zeros([m])\n"
         "    for n in tk.tiles(N):\n        x = x[:, None] + A[m, n]\n    C[m] = x",
