@@ -8,7 +8,7 @@ from tilelink.backend.emit import access, sums, transfers, words
 from tilelink.backend.emit.loops import Walk, announce, enter_tiles
 from tilelink.backend.emit.scope import TL_DTYPE, CannotEmit, Program, Scope, origin, refuse
 from tilelink.backend.emit.text import condition, one_call
-from tilelink.ir import All, At, Expr, Op, Range, Value
+from tilelink.ir import INTEGERS, All, At, Expr, Op, Range, Value
 from tilelink.ir.layout import SLOT_FLAGS, WORD
 
 _INFIX = {
@@ -84,12 +84,14 @@ def _elementwise(scope: Scope, op: Op) -> None:
         if len(op.operands) != 2:
             raise refuse(op, f"`{op.name}` of {len(op.operands)} operands")
         left, right = (scope.wide(v, len(type_.shape)) for v in op.operands)
-        if op.name == "div" and type_.dtype in ("bf16", "fp16", "fp32"):
+        if op.name in ("div", "pow") and type_.dtype in ("bf16", "fp16", "fp32"):
             left, right = (_floating(v, t) for v, t in zip(op.operands, (left, right), strict=True))
         natural = all(v.name in scope.natural for v in op.operands)
         infix = _INFIX.get(op.name) or (_NATURAL.get(op.name) if natural else None)
         if infix is not None:
             text = f"{left} {infix} {right}"
+        elif op.name == "pow" and type_.dtype in INTEGERS:
+            text = f"device.integer_power({left}, {right}, {TL_DTYPE[type_.dtype]})"
         else:
             text = f"{_DEVICE.get(op.name, f'tl.{op.name}')}({left}, {right})"
     elif op.name in _CALLS:

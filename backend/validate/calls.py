@@ -320,6 +320,11 @@ class TileCalls(Machine):
         """``device.power``."""
         return self.other(ast.Pow, a, b, self.node or ast.Pass())
 
+    def on_device_integer_power(self, a: Any, b: Any, to: Any) -> Any:
+        """``device.integer_power``."""
+        self.dtype(to)
+        return self.plain(self.on_device_power(a, b))
+
     def on_device_floordiv(self, a: Any, b: Any) -> Any:
         """``device.floordiv``."""
         return self.floored(ast.FloorDiv, a, b)

@@ -37,6 +37,8 @@ BODIES = {
     "of indices": ["C[m, n] = x + (m.index[:, None] - 5) // 3 + (n.index[None, :] + 5) % 3"],
     "of an index": ["for e in tk.range(4):", "    x = x + (e - 2) // 3", "C[m, n] = x"],
     "a range counts": ["for e in tk.range(2, 5):", "    x = x * 2 + e", "C[m, n] = x"],
+    "to a power": ["C[m, n] = x ** 2 - x ** 5"],
+    "to the power of a tile": ["C[m, n] = x ** (n.index[None, :] - 3) + 3 ** n.index[None, :]"],
     "wrapped around": ["C[m, n] = x * 2000000011 + 2000000011"],
 }
 

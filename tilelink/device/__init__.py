@@ -20,7 +20,7 @@ from tilelink.device.data import (
     tile_sum_parts,
     tile_sum_remote,
 )
-from tilelink.device.math import erf, floordiv, floormod, power, tanh
+from tilelink.device.math import erf, floordiv, floormod, integer_power, power, tanh
 from tilelink.device.program import (
     acknowledge_kernel,
     begin_call,
@@ -88,6 +88,7 @@ __all__ = [
     "grouped_tile",
     "head_kernel",
     "hear_call",
+    "integer_power",
     "load_words",
     "notify_kernel",
     "of_slot",

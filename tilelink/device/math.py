@@ -35,6 +35,24 @@ def floormod(x, y):
 
 
 @triton.jit
+def integer_power(x, y, dtype: tl.constexpr):
+    """``x`` to the power ``y`` in ``dtype``, int32 or int64, in which it wraps around.
+
+    As in PyTorch, a negative power is 0, but for those of 1 and -1.
+    """
+    square = tl.cast(x, dtype)
+    left = tl.cast(y, dtype)
+    result = square * 0 + left * 0 + 1
+    inverse = tl.where(square == 1, 1, tl.where(square == -1, 1 - 2 * (left & 1), 0))
+    below = left < 0
+    for _ in tl.static_range(dtype.primitive_bitwidth - 1):
+        result = tl.where((left & 1) != 0, result * square, result)
+        square = square * square
+        left = left >> 1
+    return tl.where(below, inverse, result)
+
+
+@triton.jit
 def power(x, y):
     """``x`` to the power ``y`` in fp32; a negative base takes integral exponents only, else NaN."""
     size = tl.exp2(y * tl.log2(tl.abs(x)))
