@@ -177,7 +177,7 @@ def _stage(program: Op, schedule: Schedule, nest: Op, prelude: tuple[Op, ...], n
     tiles = _tile_sizes(schedule, variables, extents, probe, names, dynamic_extent(program))
     attrs = _segments(program, probe, variables, own, schedule)
     if not attrs:
-        attrs = _as_others(program, schedule, extents)
+        attrs = _as_others(program, schedule, extents, probe)
     label = _label(probe, program.symbol, number)
     group = 1 if schedule.order == "row" or len(variables) != 2 else schedule.group
     axis = int(attrs.get("axis") or 0)  # type: ignore[call-overload]
@@ -414,10 +414,17 @@ def _segments(
     return attrs
 
 
-def _as_others(program: Op, schedule: Schedule, extents: list[Expr | int]) -> dict[str, object]:
+def _as_others(
+    program: Op, schedule: Schedule, extents: list[Expr | int], body: Op
+) -> dict[str, object]:
     """The cuts of a nest over dynamic rows that meets no owner's, where other nests of the program meet some: what
-    one writes and another reads lies by owner in both."""
+    one writes and another reads lies by owner in both. But tiles that span shards, and what the library moves, lie
+    side by side."""
     name = dynamic_extent(program)
+    moving = {op.symbol for op in body.walk() if op.name in ("load", "store")}
+    moving &= {s for s, t in tensors_of(program).items() if t["move"] in ("gather", "scatter")}
+    if moving:
+        return {}
     whole = [n for n, extent in enumerate(extents) if Expr.of(extent) == Expr.name(name or "")]
     for symbol, tensor in tensors_of(program).items() if name and whole else ():
         if tensor["move"] in ("gather", "scatter", "shard") or tensor.get("shots") == 2:
@@ -544,7 +551,7 @@ def _sum_stage(program: Op, schedule: Schedule, name: str) -> Op:
     elif info.spread:
         attrs = {"segment": info.block, "visit": _arrival(info), "axis": info.axis or None}
     else:
-        attrs = _as_others(program, schedule, list(tensor["dims"]))
+        attrs = _as_others(program, schedule, list(tensor["dims"]), probe)
     return make(
         "stage",
         ref=Ref(f"{name}.sum"),
