@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from tilelink.backend.division import check_divisor
 from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.ir import FLOATS, Op, promote
 
@@ -95,6 +96,7 @@ def compute(op: Op, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     elif op.name in BINARY:
         # A comparison's result is bool: its operands meet in the type they promote to.
         meet = promote(*kinds) if out == "bool" else out
+        check_divisor(op, operands[1])
         result = BINARY[op.name](*(_lift(x, meet) for x in operands))
     else:
         result = UNARY[op.name](_lift(operands[0], kinds[0] if out == "bool" else out))

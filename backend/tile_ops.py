@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import torch
 
+from tilelink.backend.division import check_divisor
 from tilelink.backend.dtypes import TORCH_DTYPES
 from tilelink.errors import InternalError
 from tilelink.ir import FLOATS, Op, promote
@@ -105,6 +106,7 @@ def apply(op: Op, operands: Sequence[Operand], shape: tuple[int, ...] = ()) -> t
     if name in _UNARY:
         return _UNARY[name](wide[0]).to(out)
     if name in _BINARY:
+        check_divisor(op, wide[1])
         return _BINARY[name](wide[0], wide[1]).to(out)
     raise InternalError(op.span, detail=f"`{name}` is not a pure tile op")
 

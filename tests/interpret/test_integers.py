@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from tilelink.backend import reference, simulate
+from tilelink.backend.division import DivisionByZero
 from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.backend.runtime import interpret
 from tilelink.backend.validate import read_module, validate
+from tilelink.cli.inputs import random_inputs
 from tilelink.errors import Source
 from tilelink.ir import Op
 from tilelink.kernel import load_kernels
@@ -70,3 +72,22 @@ def test_division_is_that_of_python(tmp_path: Path) -> None:
     numbers = torch.arange(-60, 60, dtype=torch.int32).reshape(6, 20)
     [first, _] = reference.run(kernel, [{"A": numbers}, {"A": numbers}])
     assert first["C"][:6].flatten().tolist() == [x // 7 for x in range(-60, 60)]
+
+
+@pytest.mark.parametrize(("body", "sign"), [("C[m, n] = 7 // x", "//"), ("C[m, n] = 7 % x", "%")])
+def test_a_division_by_zero_is_refused(tmp_path: Path, body: str, sign: str) -> None:
+    kernel = build(tmp_path, [body], "int32")
+    numbers = torch.arange(120, dtype=torch.int32).reshape(6, 20)
+    inputs = [{"A": numbers}, {"A": numbers + 1}]
+    for run in (reference.run, lambda _, given: simulate.run(compile_kernel(kernel), given)):
+        with pytest.raises(DivisionByZero, match=f"`{sign}` of integers divides by 0") as refused:
+            run(kernel, inputs)
+        assert f"{body[10:]}" in str(refused.value)
+
+
+@pytest.mark.parametrize("body", ["C[m, n] = 7 // x", "C[m, n] = 7 % A[m, n]"])
+def test_drawn_divisors_are_not_zero(tmp_path: Path, body: str) -> None:
+    kernel = build(tmp_path, [body], "int64")
+    inputs = random_inputs(kernel, 0)
+    assert all(int(rank["A"].min()) == 1 and int(rank["A"].max()) == 2 for rank in inputs)
+    reference.run(kernel, inputs)

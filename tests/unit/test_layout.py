@@ -24,6 +24,7 @@ LAYERS = (
     (
         "tilelink.backend.passes",
         "tilelink.backend.accuracy",
+        "tilelink.backend.division",
         "tilelink.backend.dtypes",
         "tilelink.backend.expand",
         "tilelink.backend.expand_rows",

@@ -21,7 +21,8 @@ def random_inputs(op: Op, seed: int) -> list[dict[str, Any]]:
     ``op`` is a kernel or a fused program. Every rank draws its own. Floats are standard normal; a
     scalar float is 1e-5, small enough for an epsilon, a scalar integer 1. An integer table that bounds
     a loop rises from 0 to the extent that the loop walks; one that indexes an axis lies inside it; any
-    other lies in ``[0, world)``. Raises TooLarge where they do not fit in memory.
+    other lies in ``[0, world)``, or in ``[1, world]`` where something is divided by it. Raises TooLarge
+    where they do not fit in memory.
     """
     import torch
 
@@ -30,6 +31,7 @@ def random_inputs(op: Op, seed: int) -> list[dict[str, Any]]:
     check_memory(op)
     generator = torch.Generator().manual_seed(seed)
     bounds, indices = table_uses(op)
+    divisors = divided_by(op)
     ranks: list[dict[str, Any]] = [{} for _ in range(int(op["world"]))]
     for child in op.body:
         name = child.symbol if child.ref is not None else ""
@@ -41,8 +43,9 @@ def random_inputs(op: Op, seed: int) -> list[dict[str, Any]]:
                 elif name in bounds:
                     value = _rising(shape, bounds[name], generator)
                 else:
-                    limit = indices.get(name, len(ranks))
-                    value = torch.randint(0, limit, shape, generator=generator)
+                    least = int(name in divisors and name not in indices)
+                    limit = indices.get(name, len(ranks)) + least
+                    value = torch.randint(least, limit, shape, generator=generator)
                 rank[name] = value.to(dtype)
         elif child.name == "scalar":
             for rank in ranks:
@@ -93,6 +96,20 @@ def table_uses(op: Op) -> tuple[dict[str, int], dict[str, int]]:
                 table = read[value.name]
                 indices[table] = min(extent, indices.get(table, extent))
     return bounds, indices
+
+
+def divided_by(op: Op) -> frozenset[str]:
+    """The tensors of whose elements an integer division has one as its divisor, as it was read or put in shape."""
+    read: dict[str, str] = {}
+    found: set[str] = set()
+    for inner in op.walk():
+        if inner.name == "load":
+            read[inner.results[0].name] = inner.symbol
+        elif inner.name in ("expand", "transpose", "cast", "reshape") and inner.results:
+            read[inner.results[0].name] = read.get(inner.operands[0].name, "")
+        elif inner.name in ("floordiv", "mod"):
+            found.add(read.get(inner.operands[1].name, ""))
+    return frozenset(found - {""})
 
 
 def _indexed(op: Op, tensors: dict[str, Op]) -> Iterator[tuple[Value, Any]]:
