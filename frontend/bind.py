@@ -284,6 +284,7 @@ def bind_arguments(
         constants=constants,
         scalars={n: "fp32" if isinstance(v, float) else "int32" for n, v in scalars.items()},
         ranks=ranks,
+        stored=signature.stored,
     )
     return Bound(request, tensors, scalars)
 

@@ -38,7 +38,8 @@ class Request:
 
     ``present`` names the tensor parameters that are given; ``constants`` are compile-time arguments;
     ``scalars`` maps the run-time scalar parameters to their element types; ``ranks`` gives numbers of
-    axes that are known from arguments. ``dtype`` is that of tensors that ``dtypes`` does not name.
+    axes that are known from arguments. ``dtype`` is that of tensors that ``dtypes`` does not name, but
+    those that are ``stored`` to: they have the first one's.
     ``dynamic`` are extents whose values here are capacities, beside those that the mapping marks; ``least``
     gives the smallest values that they will have, 1 where there is none.
     """
@@ -53,6 +54,7 @@ class Request:
     dtype: str = "bf16"
     dynamic: frozenset[str] = frozenset()
     least: Map[str, int] = field(default_factory=dict)
+    stored: frozenset[str] = frozenset()
 
 
 def build_kernel(source: FunctionSource, mapping: Mapping, request: Request) -> Op:
@@ -173,8 +175,11 @@ class _Round:
                     advice=choices(given[name], DTYPES, "use one of"),
                 )
         tensors = [n for n in self.parameters if n in self.request.present]
-        first = next((given[n] for n in tensors if n in given), self.request.dtype)
-        dtypes = {n: given.get(n, first) for n in tensors}
+        default, stored = self.request.dtype, self.request.stored
+        first = next(
+            (given.get(n, default) for n in tensors if n in given or n not in stored), default
+        )
+        dtypes = {n: given.get(n, first if n in stored else default) for n in tensors}
         for statement in self.statements.values():
             extra = dict(statement.extra)
             if "into" in extra:

@@ -104,7 +104,8 @@ class Kernel:
         ``present`` names the tensor parameters that are given (default: those without a default value,
         and all outputs). ``scalars`` gives compile-time arguments their values, and run-time scalar
         parameters an example of theirs. ``dtype`` is the element type of tensors that ``dtypes`` does not
-        name. ``dynamic`` names extents whose values are capacities, beside those that the mapping marks.
+        name; one of them that is stored to has that of the first parameter.
+        ``dynamic`` names extents whose values are capacities, beside those that the mapping marks.
         Raises the errors of `tilelink.frontend.errors`.
         """
         from tilelink.frontend.build import Request
@@ -141,6 +142,7 @@ class Kernel:
             Request(
                 extents=dict(extents),
                 dtypes=dict(dtypes or {}),
+                stored=signature.stored,
                 world=world,
                 present=chosen,
                 constants=constants,

@@ -52,10 +52,34 @@ def test_target_gives_the_world(file: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_element_types(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for option, want in (("fp32", ["fp32"] * 3), ("A=fp16,C=fp32", ["fp16", "fp16", "fp32"])):
+    for option, want in (
+        ("fp32", ["fp32"] * 3),
+        ("A=fp16,C=fp32", ["fp16", "fp16", "fp32"]),
+        ("C=fp32", ["bf16", "bf16", "fp32"]),
+        ("C=fp32,B=fp16", ["fp16", "fp16", "fp32"]),
+        ("fp16,C=fp32", ["fp16", "fp16", "fp32"]),
+    ):
         assert main(["ir", file, "--dtype", option]) == 0
         kernel = parse_ir(capsys.readouterr().out)
         assert [op["dtype"] for op in kernel.find("tensor")] == want
+
+
+def test_the_type_of_one_tensor_is_not_that_of_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "masked.py"
+    path.write_text(
+        "import tilelink, tilelink.language as tk\n"
+        "@tilelink.kernel('gather A[M] over M; gather mask[M] over M', example={'M': 64})\n"
+        "def f(mask, A, C):\n"
+        "    for m in tk.tiles(A.shape[0]):\n"
+        "        C[m] = tk.where(mask[m], A[m], A[m] * 2.0)\n"
+    )
+    for option in ("mask=bool,C=bf16", "bf16,mask=bool,C=bf16", "mask=bool,A=bf16,C=bf16"):
+        assert main(["ir", str(path), "--dtype", option]) == 0
+        kernel = parse_ir(capsys.readouterr().out)
+        found = {op.symbol: op["dtype"] for op in kernel.find("tensor")}
+        assert found == {"mask": "bool", "A": "bf16", "C": "bf16"}
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def add_common(parser: argparse.ArgumentParser, *, file_optional: bool = False) 
         type=dtypes,
         default={},
         metavar="bf16",
-        help="element type of the floating-point arguments, or A=bf16,B=fp32 for some of them",
+        help="element type of the floating-point arguments, A=bf16,B=fp32 for some of them, or both: "
+        "bf16,mask=bool; without the first, arguments that are not named are as the first float that is, "
+        "and outputs as the first argument",
     )
     shape.add_argument(
         "--dynamic",

@@ -22,7 +22,7 @@ from tilelink.cli.errors import (
 from tilelink.cli.options import check_known, merged, read_file, read_input, schedule_of
 from tilelink.errors import IRSyntaxError, choices, did_you_mean
 from tilelink.frontend.validate import check_kernel
-from tilelink.ir import Op, parse_ir
+from tilelink.ir import FLOATS, Op, parse_ir
 from tilelink.ir.check import check_types
 from tilelink.ir.vocabulary import check_names
 
@@ -129,6 +129,12 @@ def is_ir(path: str, text: str) -> bool:
     return not path.endswith(".py") and _TOP.search(text) is not None
 
 
+def _like(kernel: Kernel, named: dict[str, str]) -> str:
+    """The element type of tensors that are not named: that of the first argument that is and holds floats."""
+    read = [n for n in kernel.signature.names if n in named and n not in kernel.signature.stored]
+    return next((named[n] for n in read if named[n] in FLOATS), "bf16")
+
+
 def _choose(known: Mapping[str, object], wanted: str, path: str) -> list[str]:
     if (wanted and wanted not in known) or not known:
         advice = choices(wanted, sorted(known), "it holds")
@@ -219,7 +225,7 @@ def _build(kernel: Kernel, name: str, path: str, args: argparse.Namespace) -> Un
             # What the file does not speak of is refused below, with what there is.
             {name: dtype for name, dtype in named.items() if name in spoken},
             world_of(args, DEFAULT_WORLD),
-            dtype=args.dtype.get("", "bf16"),
+            dtype=args.dtype.get("") or _like(kernel, named),
             dynamic=args.dynamic,
         )
     except MissingExtent as error:
