@@ -153,6 +153,19 @@ def f(A, C):
         C[m, n] = P[m, n]
 """
     assert limit_of(build(tmp_path, text), "C") == TOLERANCE["fp16"]
+    product = """@tilelink.kernel("gather A[M] over M; gather B[M] over M")
+def f(A, B, C):
+    for m in tk.tiles(A.shape[0]):
+        C[m] = A[m] * B[m]
+"""
+    types = {"A": "bf16", "B": "bf16", "C": "fp32"}
+    for text, limit in (
+        (product, "bf16"),
+        (product.replace("A[m] * B[m]", "tk.maximum(A[m], -B[m])"), "fp32"),
+    ):
+        (tmp_path / "kernels.py").write_text(HEAD + text)
+        kernel = load_kernels(tmp_path / "kernels.py")["f"].build({"M": 32}, types)
+        assert limit_of(kernel, "C") == TOLERANCE[limit], text
 
 
 def test_a_row_of_one_small_number_is_no_mistake(tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ HEADER = (
     "verdict",
 )
 OUTPUT = HEADER.index("output")
+# Value ops of which each element of the result is one of an operand, or that with another sign: nothing is rounded.
+EXACT = frozenset(
+    {"transpose", "expand", "where", "neg", "abs", "maximum", "minimum", "max", "min"},
+)
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -245,16 +249,19 @@ def compare(
 def limit_of(kernel: Op, name: str) -> float:
     """How far an output may be from the reference: by what rounds it, or something on the way to it.
 
-    0 for integers. Of floats the coarsest type counts that the kernel stores or converts to: what is stored in
-    bf16 and read again is rounded in other places where sums are taken in another order.
+    0 for integers. Of floats the coarsest type counts that the kernel stores, converts to or computes: what is
+    stored in bf16 and read again is rounded in other places where sums are taken in another order, and Triton's
+    interpreter holds bf16 as fp32, so that what is computed in bf16 is rounded where it is stored, and not before.
     """
     from tilelink.backend.accuracy import TOLERANCE
+    from tilelink.backend.reference_ops import COMPUTED
 
     own = kernel.declared(name)["dtype"]
     if own not in TOLERANCE:
         return 0.0
     rounded = {kernel.declared(op.symbol)["dtype"] for op in kernel.walk() if op.name == "store"}
-    rounded |= {op.results[0].type.dtype for op in kernel.walk() if op.name == "cast"}
+    rounding = COMPUTED - EXACT
+    rounded |= {op.results[0].type.dtype for op in kernel.walk() if op.name in rounding}
     return max(TOLERANCE[dtype] for dtype in {own, *rounded} if dtype in TOLERANCE)
 
 
@@ -268,7 +275,8 @@ def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def describe(unit: Unit, program: Op, backend: str) -> list[str]:
     """The cells that say what was run."""
-    dtypes = {child["dtype"] for child in unit.op.find("tensor") if child["dtype"] in FLOATS}
+    every = {child["dtype"] for child in unit.op.find("tensor")}
+    dtypes = {dtype for dtype in every if dtype in FLOATS} or every
     shape = " ".join(f"{child.symbol}={child['value']}" for child in unit.op.find("extent"))
     return [
         unit.name,
