@@ -217,7 +217,10 @@ class Calls(Expressions):
         condition = self.operand(values["condition"], span)
         if condition.type.dtype != "bool":
             self.builder.reject(
-                span, "where", condition.type.dtype, "the first argument is a comparison"
+                span,
+                "where",
+                condition.type.dtype,
+                "the first argument is a comparison, as `mask[m] > 0`, or of a tensor of bools",
             )
         x, y = self.builder.pair(values["x"], values["y"], span)
         shape = self.builder.broadcast([condition.type.shape, x.type.shape, y.type.shape], span)

@@ -386,7 +386,7 @@ def _segments(
     if len(axes) > 1:
         raise UnsupportedProgram(
             probe.span,
-            detail=f"{_named(demands)} meet in one loop nest, moved over different axes of it",
+            detail=f"{_met(demands)} in one loop nest, moved over different axes of it",
             help=_parted(probe, demands),
         )
     demands.sort(key=lambda d: (("own", "arrival", "departure").index(d.order), d.moved.block))
@@ -395,7 +395,7 @@ def _segments(
     if segment != first.moved.block:
         raise UnsupportedProgram(
             probe.span,
-            detail=f"{_named(demands)} meet in one loop nest, and have different owner blocks",
+            detail=f"{_met(demands)} in one loop nest, and have different owner blocks",
             help=f"give them the same owner map, or {_parted(probe, demands)}",
         )
     info = first.moved
@@ -436,10 +436,10 @@ def _as_others(
     return {}
 
 
-def _named(demands: list[_Demand]) -> str:
-    """The tensors of ``demands``, as a text lists them."""
-    names = list(dict.fromkeys(f"`{d.moved.name}`" for d in demands))
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+def _met(demands: list[_Demand]) -> str:
+    """The tensors of ``demands``, and that they meet, as a text says it."""
+    *others, last = dict.fromkeys(f"`{d.moved.name}`" for d in demands)
+    return f"{', '.join(others)} and {last} meet" if others else f"{last} meets itself"
 
 
 def _parted(probe: Op, demands: list[_Demand]) -> str:

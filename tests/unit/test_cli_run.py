@@ -45,6 +45,21 @@ def test_run_prints_a_verdict(file: str, capsys: pytest.CaptureFixture[str]) -> 
     assert cells[9] == "ok"
 
 
+def test_integers_are_named_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    path = tmp_path / "kernels.py"
+    path.write_text(
+        "import tilelink, tilelink.language as tk\n"
+        "@tilelink.kernel('gather A[M] over M', example={'M': 16})\n"
+        "def f(A, C):\n"
+        "    for m in tk.tiles(A.shape[0]):\n"
+        "        C[m] = A[m] + 1\n"
+    )
+    assert main(["run", str(path), "--dtype", "A=int32"]) == 0
+    _, row = capsys.readouterr().out.splitlines()
+    assert re.split(r"  +", row)[2:5] == ["4", "int32", "M=16"]
+
+
 def test_run_sees_a_wrong_result(
     file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

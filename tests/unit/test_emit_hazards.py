@@ -80,3 +80,18 @@ def test_a_kernel_from_text_that_stores_what_it_gathers_is_refused() -> None:
     assert text != gathered
     with pytest.raises(UnsupportedProgram, match="gathered, and stored"):
         run_passes(parse_ir(text))
+
+
+@tilelink.kernel("gather A[M, K] over M")
+def gram(A, C):  # type: ignore[no-untyped-def]
+    M, K = A.shape
+    for i, j in tk.tiles(M, M):
+        acc = tk.zeros([i, j])
+        for k in tk.tiles(K):
+            acc = tk.dot(A[i, k], A[j, k].T, acc)
+        C[i, j] = acc
+
+
+def test_a_tensor_that_meets_itself() -> None:
+    with pytest.raises(UnsupportedProgram, match="`A` meets itself in one loop nest"):
+        run_passes(gram.build({"M": 64, "K": 32}, world=2))

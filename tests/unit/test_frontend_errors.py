@@ -241,3 +241,9 @@ def test_files_that_cannot_be_imported(tmp_path: Path, text: str, message: str) 
         load_kernels(path)
     assert caught.value.code == "bad-file" and caught.value.span is not None
     assert caught.value.span.line == 1
+
+
+def test_a_condition_may_be_a_tensor_of_bools(tmp_path: Path) -> None:
+    body = COPY.format("tk.where(A[m, n], 1.0, 0.0)")
+    error = refuse(tmp_path, "gather A[M, N] over M", body)
+    assert error.code == "dtype-mismatch" and "or of a tensor of bools" in str(error)

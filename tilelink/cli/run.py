@@ -38,7 +38,7 @@ HEADER = (
     "verdict",
 )
 OUTPUT = HEADER.index("output")
-# Value ops of which each element of the result is one of an operand, or that with another sign: nothing is rounded.
+# Value ops that round nothing: each element of the result is one of an operand, or that with another sign.
 EXACT = frozenset(
     {"transpose", "expand", "where", "neg", "abs", "maximum", "minimum", "max", "min"},
 )
