@@ -45,7 +45,7 @@ from tilelink.backend.simulate.explore_nodes import (
 from tilelink.backend.simulate.explore_roles import Roles
 from tilelink.backend.simulate.geometry import Box, Env, Geometry, Tile, bind_args, keep_scalar
 from tilelink.backend.simulate.roles import parts_of
-from tilelink.ir import Expr, Op, Ref
+from tilelink.ir import All, Expr, Op, Ref, Value
 
 CONTROL = "<epoch and counters>"
 
@@ -513,6 +513,8 @@ class Builder:
         return self.geometry.queue(op, at.env)
 
     def _touch(self, at: _Place, rank: int, ref: Ref, kind: int) -> None:
+        if kind in (READ, ASYNC_READ):
+            ref = _bound(ref, at)
         try:
             _, box = self.geometry.region(ref, at.env, at.values)
         except KeyError as error:
@@ -694,6 +696,16 @@ class Builder:
             most = None if asked is None else asked + slack.get(symbols[word], 0)
             found.append((word, most))
         return found
+
+
+def _bound(ref: Ref, at: _Place) -> Ref:
+    """``ref`` with the whole axis where its index is data: inputs may hold any index, so any of it may be read."""
+    known = at.env.keys() | at.values.keys()
+    index = (
+        All() if isinstance(v, Value) and not v.type.is_tile and v.name not in known else v
+        for v in ref.index
+    )
+    return Ref(ref.symbol, tuple(index))
 
 
 def _slices(box: Box) -> tuple[slice, ...]:

@@ -3,9 +3,10 @@
 Content of a cell is followed from where it is made. Along each axis it has a *shift*: coordinate of the
 data minus index in the buffer. The coordinate of a computed tile is its own loop variable; of a shard,
 the place in rank-major order of owners. A read states, through its loop variables, which coordinate it
-means; both must agree, and so must the rank wherever contributions of ranks differ. Where the kernel itself
-places the tile elsewhere along an axis, and *meaning* has found the same words in the program, the index is
-the coordinate.
+means; both must agree, and so must the rank wherever contributions of ranks differ.An index that is known at
+run time only may mean any coordinate of its axis: all of it has to be there, each at its own place.
+Where the kernel itself places the tile elsewhere along an axis, and *meaning* has found the same words in the
+program, the index is the coordinate.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from tilelink.backend.copying import copies_of
 from tilelink.backend.expand import Ints
@@ -25,6 +27,7 @@ from tilelink.ir import Op
 ANY = np.int64(-(1 << 60))  # a shift or rank that nothing is known or claimed of
 MOVED = ("gather", "scatter", "reduce", "ring", "shard")
 UNKNOWN_PLACES = "tiles that lie otherwise than in the tensor were moved there together"
+ANY_INDEX = "an index known at run time only may ask for any of axis {axis}, and {what}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,16 @@ class Dataflow:
         inside = (index >= 0) & (index < len(owner))
         safe = np.where(inside, index, 0)
         return np.where(inside, owner[safe] * shard + place[safe], ANY)
+
+    def run(self, symbol: str, lo: Ints, hi: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """The position of ``lo``, and whether those from it to ``hi`` (exclusive) follow each other."""
+        owner, _ = self.out.owners[symbol]
+        first = self.positions(symbol, lo)
+        steps = np.diff(self.positions(symbol, np.arange(len(owner)))) != 1
+        turns = np.concatenate(([0], np.cumsum(steps)))
+        inside = (first != ANY) & (hi <= len(owner)) & (lo < hi)
+        safe, last = np.where(inside, lo, 0), np.where(inside, hi - 1, 0)
+        return first, inside & (turns[safe] == turns[last])
 
     # Contents ---------------------------------------------------------------------------------
 
@@ -247,10 +260,9 @@ class Dataflow:
         axis = access.lo.shape[1] - len(tensor["dims"]) + int(tensor["over"])
         found = access.want.copy()
         if access.placed[axis]:
-            first = self.positions(name, access.want[:, axis])
             length = access.hi[:, axis] - access.lo[:, axis]
-            last = self.positions(name, access.want[:, axis] + length - 1)
-            together = (first != ANY) & (last == first + length - 1)
+            want = access.want[:, axis]
+            first, together = self.run(name, want, want + length)
             # Far outside of every axis: such content is nobody's.
             found[:, axis] = np.where(together, first, -(1 << 40))
         return found
@@ -295,17 +307,26 @@ class Dataflow:
             if not 0 <= which < len(extents):
                 continue
             same = self.out.dims[access.symbol][axis] == extents[which]
+            # A bound is a box over the whole axis, wherever in it the index is.
+            bound = not access.exact and not access.placed[axis]
+            bound &= bool((access.hi - access.lo)[:, axis].max() > 1)
+            if bound and not same:
+                there = f"{self.out.dims[access.symbol][axis]} of {extents[which]} are there"
+                self.fail(access, 0, ANY_INDEX.format(axis=which, what=there))
             if not access.placed[axis] and not same:
-                continue
+                user = self.out.declarations[access.symbol].name == "tensor"
+                if not user or name not in self.out.owners or which != tensor["over"]:
+                    continue
             said = (id(access.op), which) in self.out.meant
             need[:, axis] = (access.lo if said else access.want)[:, axis]
             if name in self.out.owners and which == tensor["over"]:
-                first = self.positions(name, access.want[:, axis])
                 length = access.hi[:, axis] - access.lo[:, axis]
-                last = self.positions(name, access.want[:, axis] + length - 1)
-                broken = (first == ANY) | (last != first + length - 1)
-                if broken.any():
-                    self.fail(access, int(np.flatnonzero(broken)[0]), "its tile spans owners")
+                want = access.want[:, axis]
+                first, together = self.run(name, want, want + length)
+                if not together.all():
+                    there = ANY_INDEX.format(axis=which, what="it lies there owner by owner")
+                    detail = there if bound else "its tile spans owners"
+                    self.fail(access, int(np.flatnonzero(~together)[0]), detail)
                 need[:, axis] = first
         return need
 
@@ -324,7 +345,7 @@ class Dataflow:
         shard = self.out.dims[access.symbol][over]
         wrong = need[:, over] != access.home * shard + access.lo[:, over]
         wrong &= need[:, over] != ANY
-        if access.placed[over] and wrong.any():
+        if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             detail = "this rank's shard holds another part of it there"
             self.fail(access, row, detail)
@@ -332,7 +353,7 @@ class Dataflow:
     def read(self, access: Access) -> None:
         symbol = access.symbol
         tensor = self.tensor(symbol)
-        if tensor is None or not access.exact:
+        if tensor is None:
             return
         user = self.out.declarations[symbol].name == "tensor"
         moved = tensor.get("move") in MOVED
@@ -370,7 +391,7 @@ class Dataflow:
 
     def store(self, access: Access) -> None:
         declared = self.out.declarations[access.symbol]
-        if declared.name != "tensor" or not access.exact:
+        if declared.name != "tensor":
             return
         if access.symbol in self.out.owners and declared.get("role") in ("out", "inout"):
             self.held(access, self.demanded(access))

@@ -641,10 +641,7 @@ class _Meaning:
             elif isinstance(one, At) and self.stays(one, self.tensors[name]["dims"][at]):
                 one = one.value
             if self.names.element(one) != self.names.same(other):
-                if at == axis and isinstance(one, Expr) and isinstance(other, Expr):
-                    self.out.assumptions.append(f"single indices of @{name} along its moved axis")
-                else:
-                    self.fail(mine, f"the kernel's index is {theirs.ref}", theirs=theirs)
+                self.fail(mine, f"the kernel's index is {theirs.ref}", theirs=theirs)
             elif isinstance(one, At) and isinstance(other, At):
                 self.out.meant.add((id(mine), at))
             at += str(other) != "+"
