@@ -329,6 +329,40 @@ def test_the_command_searches_by_the_model(capsys: pytest.CaptureFixture[str]) -
     assert dict(Schedule.from_json(text).tiles).keys() == dict(default_schedule(op).tiles).keys()
 
 
+def test_what_is_asked_for_restricts_the_search(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(ROOT / "tilelink" / "kernels" / "gemm_rs.py")
+    command = ["tune", f"{file}::gemm_rs", "--simulate", "--effort", "16", "--candidates", "4"]
+    command += ["--set", "M=512,K=256,N=512", "--world", "4", "--target", "h200x4"]
+    tile = "M=64,K=64,N=64"
+    asked = ["--emitter", "triton", "--tile", tile, "--resource", "C=epilogue", "--workers", "96"]
+    assert main([*command, *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [Schedule.from_json(line[line.index("{") :]) for line in lines if line[:1].isdigit()]
+    assert found
+    for schedule in found:
+        assert (schedule.emitter, schedule.workers) == ("triton", 96)
+        assert dict(schedule.tiles) == {"M": 64, "K": 64, "N": 64}
+        assert schedule.move("C").resource == "epilogue"
+
+
+@pytest.mark.parametrize(
+    "option", ["--schedule={}", "--trials=t.jsonl", "--out=t.json", "--changes=r.json"]
+)
+def test_what_a_search_by_the_model_has_no_use_for_is_refused(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(ROOT / "tilelink" / "kernels" / "gemm_rs.py")
+    assert main(["tune", file, "--simulate", option]) == 2
+    said = capsys.readouterr().err
+    assert f"error[not-of-this-search]: {option.partition('=')[0]} does not apply" in said
+
+
+def test_a_search_by_measuring_is_of_all_schedules(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(ROOT / "tilelink" / "kernels" / "gemm_rs.py")
+    assert main(["tune", file, "--emitter", "gluon"]) == 2
+    assert "error[not-of-this-search]: --emitter does not apply" in capsys.readouterr().err
+
+
 def test_the_command_scores_and_harvests(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

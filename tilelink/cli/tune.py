@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tilelink.cli import table
 from tilelink.cli.env import lacking
 from tilelink.cli.errors import BadUsage, Unavailable
-from tilelink.cli.options import add_common, positive, read_file, write_file
+from tilelink.cli.options import add_common, merged, positive, read_file, schedule_of, write_file
 from tilelink.cli.source import load, machine_of
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tilelink.tuning.problem import Problem
 
 ERROR_GOAL = 0.15
+SCORES_ONLY = "its rules are for `--score`"
 
 
 class NothingToTune(BadUsage):
@@ -35,6 +37,14 @@ class NothingToRecord(BadUsage):
     code = "nothing-to-record"
     message = "the record is of the kernels of all tables that come with the package"
     hint = "`tilelink tune --check --record`, without a FILE"
+
+
+class NotOfThisSearch(BadUsage):
+    """An option of ``tilelink tune`` that the search which was asked for has no use for."""
+
+    code = "not-of-this-search"
+    message = "{option} does not apply to {what}: {why}"
+    hint = "leave {option} out"
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -227,10 +237,28 @@ def simulate(args: argparse.Namespace) -> int:
     """Searches by the model, and puts the best schedule through the proof and the simulator."""
     from tilelink.tuning.session import paste, tune_simulated
 
+    refuse(
+        args,
+        "a search by the model",
+        {
+            "schedule": "a whole schedule leaves nothing to search; `tilelink simulate` times it",
+            "trials": "nothing is measured, so there is no trial to keep",
+            "out": "tables hold measured times; `--schedule` takes what is printed",
+            "changes": SCORES_ONLY,
+        },
+    )
     machine = machine_of(args.target)
     for unit in load(args):
         kernel = unit.kernel("tune")
-        found = tune_simulated(kernel, machine, args.candidates, args.effort, _say)
+        found = tune_simulated(
+            kernel,
+            machine,
+            args.candidates,
+            args.effort,
+            _say,
+            schedule_of(args, kernel),
+            fits_of(args),
+        )
         rows = [[f"{trial.predicted_us:.1f}", trial.schedule.to_json()] for trial in found.trials]
         shape = " ".join(f"{op.symbol}={op['value']}" for op in kernel.find("extent"))
         print(f"{unit.name}: {shape}, predicted for {machine.name} at world {unit.world}")
@@ -240,8 +268,37 @@ def simulate(args: argparse.Namespace) -> int:
     return 0
 
 
+def fits_of(args: argparse.Namespace) -> Callable[[Schedule], bool]:
+    """Whether a schedule is as ``--tile``, ``--resource``, ``--emitter`` and ``--workers`` ask for."""
+    tiles = merged(args.tile)
+
+    def fits(schedule: Schedule) -> bool:
+        if args.emitter and schedule.emitter != args.emitter:
+            return False
+        if args.workers and schedule.workers != args.workers:
+            return False
+        if any(schedule.tile(name, 0) != length for name, length in tiles.items()):
+            return False
+        # A tensor's own resource counts for more than that of all.
+        asked = {name: args.resource.get(name, args.resource.get("")) for name, _ in schedule.moves}
+        return all(asked[name] in (None, move.resource) for name, move in schedule.moves)
+
+    return fits
+
+
+def refuse(args: argparse.Namespace, what: str, useless: dict[str, str]) -> None:
+    """NotOfThisSearch for the first option that was given and that ``useless`` says is of no use, and why."""
+    for name, why in useless.items():
+        if getattr(args, name):
+            raise NotOfThisSearch(option=f"--{name}", what=what, why=why)
+
+
 def measure(args: argparse.Namespace) -> int:
     """Searches by measuring on the GPUs of this host, one process each."""
+    whole = "it searches all schedules; `--simulate` takes a part of them"
+    parts = dict.fromkeys(("tile", "resource", "emitter", "workers"), whole)
+    left = "a whole schedule leaves nothing to search; `tilelink run --backend cuda` runs it"
+    refuse(args, "a search by measuring", {"schedule": left, **parts, "changes": SCORES_ONLY})
     _need_gpus("tilelink tune", args)
     from tilelink.cli.tune_cuda import execute_cuda
 
