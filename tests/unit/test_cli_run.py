@@ -260,3 +260,56 @@ def test_what_takes_long_says_so_once_and_not_in_what_it_prints(
     assert slow.out == quick.out
     assert slow.err.startswith("ag_gemm: ") and len(slow.err.splitlines()) == 1
     assert "4 ranks of M=64 K=32 N=32" in slow.err
+
+
+SEVERAL = """import tilelink
+import tilelink.language as tk
+
+
+@tilelink.kernel("gather A[M, K] over M", example={"M": 32, "K": 16})
+def idle(A, C):
+    M, K = A.shape
+    for m, k in tk.tiles(M, K):
+        x = A[m, k]
+
+
+@tilelink.kernel("gather A[M, K] over M; shard C[M, K] over M", example={"M": 34, "K": 16})
+def uneven(A, C):
+    M, K = A.shape
+    for m, k in tk.tiles(M, K):
+        C[m, k] = A[m, k]
+
+
+@tilelink.kernel("gather A[M, K] over M", example={"M": 32, "K": 16})
+def fine(A, C):
+    M, K = A.shape
+    for m, k in tk.tiles(M, K):
+        C[m, k] = A[m, k]
+"""
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_each_kernel_of_a_file_is_judged(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "several.py"
+    path.write_text(SEVERAL)
+    assert main([command, str(path)]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("error[") == 2
+    assert "several.py:8:" in said.err and "several.py:12:" in said.err
+    if command == "run":
+        verdicts = {row.split()[0]: row.split()[-1] for row in said.out.splitlines()[1:]}
+        assert verdicts == {"idle": "refused", "uneven": "refused", "fine": "ok"}
+    else:
+        assert said.out.startswith("fine: cannot hang, race or read the wrong tile")
+
+
+def test_what_is_wrong_with_the_call_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "several.py"
+    head, _, _, fine = SEVERAL.split("\n\n\n")
+    path.write_text("\n\n\n".join([head, fine, fine.replace("fine", "other")]))
+    assert main(["check", str(path), "--set", "Q=4"]) == 2
+    assert capsys.readouterr().err.count("error[unknown-name]") == 1

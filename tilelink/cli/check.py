@@ -6,9 +6,10 @@ import argparse
 from typing import TYPE_CHECKING
 
 from tilelink.cli import table
+from tilelink.cli.errors import report
 from tilelink.cli.options import add_common
-from tilelink.cli.source import Unit, load
-from tilelink.errors import TilelinkError
+from tilelink.cli.source import Unbuilt, Unit, load_each
+from tilelink.errors import InternalError, TilelinkError
 from tilelink.ir import Op
 
 if TYPE_CHECKING:
@@ -51,24 +52,39 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Prints the report of each kernel; a program that is refused raises, with the witness."""
+    """Prints the report of each kernel, and the witness against each program that is refused."""
     if args.emitted:
         from tilelink.cli import emitted
 
         return emitted.execute(args)
+    failures: list[TilelinkError] = []
+    code = 0
+    for unit in load_each(args):
+        if isinstance(unit, Unbuilt):
+            failures.append(unit.error)
+            continue
+        try:
+            code |= judge(unit, args)
+        except InternalError:
+            raise
+        except TilelinkError as error:
+            failures.append(error)
+    return report(failures) or code
+
+
+def judge(unit: Unit, args: argparse.Namespace) -> int:
+    """Prints the report of a kernel; 1 if a program that lacks a wait or a notify passes, too."""
     from tilelink.backend.verify import verify
 
-    code = 0
-    for unit in load(args):
-        program = unproven(unit, args)
-        print(render(unit, verify(program, None if unit.fused else unit.op)))
-        if args.deletions:
-            refused, passed = try_deletions(program)
-            print(f"  deletions    {refused + len(passed)} tried, {refused} refused")
-            for line in passed:
-                print(f"    not refused: {line}")
-            code |= bool(passed)
-    return code
+    program = unproven(unit, args)
+    print(render(unit, verify(program, None if unit.fused else unit.op)))
+    if not args.deletions:
+        return 0
+    refused, passed = try_deletions(program)
+    print(f"  deletions    {refused + len(passed)} tried, {refused} refused")
+    for line in passed:
+        print(f"    not refused: {line}")
+    return int(bool(passed))
 
 
 def unproven(unit: Unit, args: argparse.Namespace) -> Op:
@@ -80,28 +96,28 @@ def unproven(unit: Unit, args: argparse.Namespace) -> Op:
     return run_passes(unit.op, unit.schedule(args))
 
 
-def render(unit: Unit, report: Report) -> str:
+def render(unit: Unit, proof: Report) -> str:
     """The report as text: what was proven, counts, memory, assumptions."""
     rows = [
         ("shape", " ".join(f"{op.symbol}={op['value']}" for op in unit.op.find("extent"))),
-        ("ranks", str(report.world)),
-        ("a call", counts_of(report)),
-        ("workspace", f"{table.size(report.workspace_bytes)} a rank"),
-        ("compared", f"{report.pairs:,} pairs of accesses that could conflict"),
-        *(("proven" if n == 0 else "", rule) for n, rule in enumerate(_rules(report))),
-        *(("assumed" if n == 0 else "", text) for n, text in enumerate(report.assumptions)),
+        ("ranks", str(proof.world)),
+        ("a call", counts_of(proof)),
+        ("workspace", f"{table.size(proof.workspace_bytes)} a rank"),
+        ("compared", f"{proof.pairs:,} pairs of accesses that could conflict"),
+        *(("proven" if n == 0 else "", rule) for n, rule in enumerate(_rules(proof))),
+        *(("assumed" if n == 0 else "", text) for n, text in enumerate(proof.assumptions)),
     ]
     return f"{unit.name}: cannot hang, race or read the wrong tile\n{table.pairs(rows)}"
 
 
-def counts_of(report: Report) -> str:
+def counts_of(proof: Report) -> str:
     """What a call of the program consists of."""
     counts = (
-        (report.tiles, "tile"),
-        (report.channels, "channel"),
-        (report.waits, "wait"),
-        (report.notifies, "notify"),
-        (report.transfers, "transfer"),
+        (proof.tiles, "tile"),
+        (proof.channels, "channel"),
+        (proof.waits, "wait"),
+        (proof.notifies, "notify"),
+        (proof.transfers, "transfer"),
     )
     return ", ".join(table.number(count, noun) for count, noun in counts)
 

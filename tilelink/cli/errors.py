@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
+from collections.abc import Sequence
 from typing import ClassVar
 
+from tilelink import knobs
 from tilelink.errors import TilelinkError
+from tilelink.schedules import ScheduleError
 
 
 class BadUsage(TilelinkError):
@@ -107,3 +112,20 @@ class SimulatedOnly(BadUsage):
     code: ClassVar[str] = "simulated-only"
     message: ClassVar[str] = "--calls and --schedules cannot be given to the backend {backend}"
     hint: ClassVar[str] = "only the simulator chooses the schedule, and runs calls on one arena"
+
+
+def report(failures: Sequence[TilelinkError]) -> int:
+    """Prints the errors of the kernels of a FILE on standard error, those that say the same once.
+
+    The exit code they stand for, as of a single one: 2 where all lie in how the command was called.
+    """
+    sys.stdout.flush()
+    shown: dict[str, TilelinkError] = {}
+    for failure in failures:
+        shown.setdefault(str(failure), failure)
+    for text, failure in shown.items():
+        if knobs.DEBUG.get():
+            traceback.print_exception(failure)
+        print(text, file=sys.stderr)
+    usage = all(isinstance(error, BadUsage | ScheduleError) for error in failures)
+    return 0 if not failures else 2 if usage else 1

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from typing import TYPE_CHECKING, Any
 
 from tilelink.cli import table
 from tilelink.cli.env import lacking
-from tilelink.cli.errors import BadUsage, FusedOnly, SimulatedOnly, Unavailable
+from tilelink.cli.errors import FusedOnly, SimulatedOnly, Unavailable, report
 from tilelink.cli.inputs import check_memory, random_inputs
 from tilelink.cli.options import add_common, positive, seed
 from tilelink.cli.patience import patience
-from tilelink.cli.source import Unit, load
+from tilelink.cli.source import Unbuilt, Unit, load_each
 from tilelink.errors import TilelinkError
 from tilelink.ir import FLOATS, Op
-from tilelink.schedules import Schedule, ScheduleError
+from tilelink.schedules import Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +94,11 @@ def execute(args: argparse.Namespace) -> int:
     rows: list[list[str]] = []
     failures: list[TilelinkError] = []
     roles: list[str] = []
-    for unit in load(args):
+    for unit in load_each(args):
+        if isinstance(unit, Unbuilt):
+            failures.append(unit.error)
+            rows.append([unit.name, args.backend, *["-"] * (len(HEADER) - 3), "refused"])
+            continue
         try:
             if not unit.fused:
                 check_memory(unit.op)  # before minutes are spent on a program that cannot be run
@@ -130,11 +133,7 @@ def execute(args: argparse.Namespace) -> int:
     print(table.render(HEADER, rows))
     if roles:
         print(f"{', '.join(roles)}: interpreted as Triton kernels; Gluon has no interpreter")
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    if failures and all(isinstance(error, BadUsage | ScheduleError) for error in failures):
-        return 2
-    return int(bool(failures) or any(row[-1] == "WRONG" for row in rows))
+    return report(failures) or int(any(row[-1] == "WRONG" for row in rows))
 
 
 def waiting(unit: Unit, backend: str) -> str:

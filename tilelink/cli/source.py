@@ -7,7 +7,7 @@ import ast
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from tilelink.cli.errors import (
     UnknownName,
 )
 from tilelink.cli.options import check_known, merged, read_file, read_input, schedule_of
-from tilelink.errors import IRSyntaxError, choices, did_you_mean
+from tilelink.errors import InternalError, IRSyntaxError, TilelinkError, choices, did_you_mean
 from tilelink.frontend.validate import check_kernel
 from tilelink.ir import FLOATS, Op, parse_ir
 from tilelink.ir.check import check_types
@@ -76,6 +76,14 @@ class Unit:
         return compile_kernel(self.op, self.schedule(args))
 
 
+@dataclass(frozen=True, slots=True)
+class Unbuilt:
+    """A kernel of a FILE that is refused before there is IR of it, and why."""
+
+    name: str
+    error: TilelinkError
+
+
 def check_size(program: Op) -> None:
     """TooLarge where a stage of a fused program has more tasks than can be enumerated."""
     from tilelink.backend.expand import environment, stage_tiles
@@ -87,7 +95,20 @@ def check_size(program: Op) -> None:
 
 
 def load(args: argparse.Namespace) -> list[Unit]:
-    """The kernels that ``args.file`` names, built for the extents and world of the options."""
+    """The kernels that ``args.file`` names, built for the extents and world of the options.
+
+    The first that cannot be built raises its error.
+    """
+    units: list[Unit] = []
+    for found in load_each(args):
+        if isinstance(found, Unbuilt):
+            raise found.error
+        units.append(found)
+    return units
+
+
+def load_each(args: argparse.Namespace) -> list[Unit | Unbuilt]:
+    """The same for commands that judge each kernel by itself: with those that cannot be built."""
     path, colons, wanted = args.file.rpartition("::") if "::" in args.file else (args.file, "", "")
     if not path or (colons and not wanted):
         raise NoFile(given=args.file)
@@ -192,7 +213,7 @@ def _from_ir(op: Op, path: str, args: argparse.Namespace) -> Unit:
 
 def _from_python(
     path: str, shown: str, text: str, wanted: str, args: argparse.Namespace
-) -> list[Unit]:
+) -> list[Unit | Unbuilt]:
     from tilelink.frontend.source import show_as
     from tilelink.kernel import load_kernels
 
@@ -203,14 +224,25 @@ def _from_python(
             file.write_text(text, encoding="utf-8")
             show_as(str(file.resolve()), shown)
             units = _build_all(load_kernels(file), wanted, shown, args)
-            return [Unit(u.name, u.path, u.op.with_attrs(file=shown)) for u in units]
+            return [
+                replace(u, op=u.op.with_attrs(file=shown)) if isinstance(u, Unit) else u
+                for u in units
+            ]
     return _build_all(load_kernels(path), wanted, shown, args)
 
 
 def _build_all(
     kernels: dict[str, Kernel], wanted: str, shown: str, args: argparse.Namespace
-) -> list[Unit]:
-    return [_build(kernels[name], name, shown, args) for name in _choose(kernels, wanted, shown)]
+) -> list[Unit | Unbuilt]:
+    found: list[Unit | Unbuilt] = []
+    for name in _choose(kernels, wanted, shown):
+        try:
+            found.append(_build(kernels[name], name, shown, args))
+        except InternalError:
+            raise
+        except TilelinkError as error:
+            found.append(Unbuilt(name, error))
+    return found
 
 
 def _build(kernel: Kernel, name: str, path: str, args: argparse.Namespace) -> Unit:
