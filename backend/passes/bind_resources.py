@@ -232,8 +232,12 @@ def _by_workers(program: Op, info: Moved) -> Op:
         return _ahead(program, info, stage.with_attrs(workers=None), workers)
     ops: list[Op] = []
     counters: list[Op] = []
+    copied = False
     for op in program.body:
-        if op.name == "launch":
+        read = any(accesses(op, f"{info.name}.all", "load"))
+        if op.name == "launch" and (info.kind != "gather" or (read and not copied)):
+            # What is gathered is pushed once: in front of its first reader.
+            copied = read
             if beside:
                 op, new = _beside(program, op, info, stage, workers)
             else:
@@ -328,13 +332,10 @@ def _last_partial(launch: Op, info: Moved) -> int | None:
 
 def _beside(program: Op, launch: Op, info: Moved, stage: Op, workers: int) -> tuple[Op, list[Op]]:
     """Copies drawn from a queue by the first workers, all of whose time they take; the others do the rest."""
-    if info.kind == "gather":
-        at = 0 if any(accesses(launch, f"{info.name}.all", "load")) else None
-    else:
-        last = _last_partial(launch, info)
-        at = None if last is None else last + 1
-    if at is None:
+    last = -1 if info.kind == "gather" else _last_partial(launch, info)
+    if last is None:
         return launch, []
+    at = last + 1
     total = int(launch["workers"])
     rest: list[Op] = []
     taken: Expr | int = 0

@@ -240,15 +240,41 @@ def _tile_inner(program: Op, schedule: Schedule, op: Op) -> Op:
     names = environment(program)
     tiles = tuple(_clip(schedule.tile(_whole(e), 64), e, names) for e in op["extent"])
     op = op.with_attrs(tile=tiles)
-    if len(op["extent"]) == 1 and program["world"] > 1:
-        walked = [
-            m
-            for m, axis in _moved_accesses(program, op, list(op.args[:1]))
-            if m.kind in ("gather", "shard") and not _spans(program, schedule, m)
-        ]
-        if walked:
-            owner = min(walked, key=lambda m: m.block)
-            op = op.with_attrs(segment=owner.block, visit=_arrival(owner))
+    return _cut_inner(program, schedule, op) if program["world"] > 1 else op
+
+
+def _cut_inner(program: Op, schedule: Schedule, op: Op) -> Op:
+    """Segments of an inner loop over a moved axis: of a gather all, of a shard this rank's."""
+    own = op.get("part") == "own"
+    if len(op["extent"]) > 1:
+        if own:
+            raise UnsupportedProgram(
+                op.span,
+                detail=f"an inner loop has several axes, and each rank runs its part of one, that of "
+                f"`{op['part_of']}`",
+                help="write a loop for each axis, one inside the other",
+            )
+        return op
+    walked = [
+        m
+        for m, _ in _moved_accesses(program, op, list(op.args))
+        if m.kind in ("gather", "shard") and (own or not _spans(program, schedule, m))
+    ]
+    if own:
+        owner = moved(program, op["part_of"])
+        for other in walked:
+            if other.block % owner.block:
+                raise UnsupportedProgram(
+                    op.span,
+                    detail=f"`{owner.name}` and `{other.name}` meet in one inner loop, and have different owner "
+                    "blocks",
+                    help="give them the same owner map",
+                )
+        visit = owner.block_of(RANK, Expr.name("i"))
+        return op.with_attrs(segment=owner.block, segments=owner.blocks, visit=visit)
+    if walked:
+        owner = min(walked, key=lambda m: m.block)
+        op = op.with_attrs(segment=owner.block, visit=_arrival(owner))
     return op
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -42,7 +43,8 @@ def place_waits(program: Op) -> Op:
 
     A read of a sum waits for every source; one that adds a contribution in registers (`load_sum` with
     an operand) does so right before it, behind the loop that made the contribution, and so does one that is
-    `late`: of what other tasks have of a product's depth. Invariant: every
+    `late`: of what other tasks have of a product's depth. A load of
+    words that signal themselves has its waits directly in front of it. Invariant: every
     read of a moved or intermediate tensor is dominated by waits on all channels that its region meets.
     """
     stored: Stored = {}
@@ -72,7 +74,9 @@ def _launch(program: Op, launch: Op, stored: Stored) -> Op:
 def _guard(program: Op, loop: Op, stored: Stored) -> Op:
     """Waits for the tiles that ``loop`` itself defines, then those of the loops inside it."""
     waits: list[Op] = []
+    polls: list[tuple[str, list[Op]]] = []
     for name, tensor in tensors_of(program).items():
+        found: list[Op] = []
         loads = [
             op
             for op in _reads(loop, name, program)
@@ -81,7 +85,12 @@ def _guard(program: Op, loop: Op, stored: Stored) -> Op:
         for load in loads:
             for wait in _waits(program, tensor, load, loop, stored):
                 if wait not in waits:
-                    waits.append(wait)
+                    found.append(wait)
+        found = list(dict.fromkeys(found))
+        if found and tensor["move"] in MOVED and moved(program, name).words:
+            polls.append((name, found))
+        else:
+            waits += found
     late = _late_waits(program, loop, stored)
     body: list[Op] = []
     for op in loop.body:
@@ -91,7 +100,26 @@ def _guard(program: Op, loop: Op, stored: Stored) -> Op:
             body += late
             late = []
         body.append(_guard_inner(program, op, stored))
+    for name, found in polls:
+        body = _before_load(body, name, found)
     return loop.with_ops((*waits, *body))
+
+
+def _before_load(body: Sequence[Op], name: str, waits: list[Op]) -> list[Op]:
+    """``body`` with ``waits`` in front of the first load of words, which itself waits: nothing stands between."""
+    at = next((n for n, op in enumerate(body) if any(accesses(op, name, "load"))), len(body))
+    if at == len(body) or body[at].name == "load":
+        return [*body[:at], *waits, *body[at:]]
+    inside = tuple(
+        replace(b, ops=tuple(_before_load(b.ops, name, waits))) if name in _loaded(b.ops) else b
+        for b in body[at].blocks
+    )
+    return [*body[:at], replace(body[at], blocks=inside), *body[at + 1 :]]
+
+
+def _loaded(ops: Iterable[Op]) -> set[str]:
+    """The tensors that ``ops`` load."""
+    return {inner.symbol for op in ops for inner in op.walk() if inner.name == "load"}
 
 
 def _late_waits(program: Op, loop: Op, stored: Stored) -> list[Op]:
