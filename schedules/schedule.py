@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 from tilelink.errors import TilelinkError, choices
+from tilelink.schedules.roles import PRODUCT_WARPS
 
 ORDERS = ("auto", "row", "grouped", "arrival", "departure", "interleave")
 # Who makes the code of a stage: `gluon` gives warps roles, `library` runs plain matrix products as the
@@ -362,11 +363,13 @@ class Schedule:
         return replace(self, moves=tuple((n, m.by(resource)) for n, m in self.moves))
 
     def with_emitter(self, emitter: str) -> Schedule:
-        """A copy for ``emitter``: of another than Triton without slots, as a call is one of its kernels."""
+        """A copy for ``emitter``: of another than Triton without slots, as a call is one of its kernels, and for
+        warps with roles as many as multiply."""
         moves = self.moves
+        warps = PRODUCT_WARPS if emitter == "gluon" else self.warps
         if emitter != "triton":
             moves = tuple((n, replace(m, slots=1, signal="flag")) for n, m in moves)
-        return replace(self, emitter=emitter, moves=moves)
+        return replace(self, emitter=emitter, moves=moves, warps=warps)
 
     def to_json(self) -> str:
         """One line of JSON that :meth:`from_json` reads back."""
