@@ -33,14 +33,15 @@ FEW_ROWS, FEW_COLUMNS = 64, 32
 PART_DEPTH = 340
 
 
-def default_schedule(kernel: Op) -> Schedule:
+def default_schedule(kernel: Op, smaller: bool = True) -> Schedule:
     """The schedule to use for ``kernel`` (Tile IR) where neither the user nor a table gives one.
 
     Moved tensors travel by copy engine, which costs the computation nothing. A small sum is stored
     straight into its ranks, since the fixed cost of a copy would show: a reduce of at most 1 MiB (of 24
     MiB in two shots), a scatter of at most 24 MiB. Where a product has too few tiles for the SMs, they are
-    made smaller if that gives enough. Stores of a product that fills the SMs alternate between two slots; sums of
-    at most 8 MiB travel as words that signal themselves.
+    made smaller if that gives enough, unless ``smaller`` is false: warps with roles need large ones. Stores of a
+    product that fills the SMs alternate between two slots; sums of at most 8 MiB travel as words that signal
+    themselves.
     Where the tiles of a product are more than there are workers, and parts are whole tiles, a reduce in two shots
     is summed in the epilogue of its own tiles, which are computed while the parts of the others arrive; but not
     many tiles, of which each would add parts for longer than it multiplies.
@@ -61,7 +62,7 @@ def default_schedule(kernel: Op) -> Schedule:
         tiles[name] = 64 if wide else 128
     lengths = {**extents, **_shards(kernel, extents)}
     tiles = {name: min(size, _power(lengths[name])) for name, size in tiles.items()}
-    small = None if wide else _smaller(kernel, extents, tiles, rows, columns, depth)
+    small = None if wide or not smaller else _smaller(kernel, extents, tiles, rows, columns, depth)
     moves: dict[str, Move] = {}
     for tensor in kernel.find("tensor"):
         if tensor["move"] in ("gather", "scatter", "reduce"):

@@ -187,7 +187,7 @@ def schedule_of(args: argparse.Namespace, kernel: Op) -> Schedule:
     """
     from tilelink.schedules import Schedule, default_schedule
 
-    default = default_schedule(kernel)
+    default = default_schedule(kernel, smaller=args.emitter != "gluon")
     extents = [op.symbol for op in kernel.find("extent")]
     moved = [name for name, _ in default.moves]
     schedule = default
