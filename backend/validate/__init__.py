@@ -12,6 +12,7 @@ from tilelink.backend.validate.errors import (
     EmittedDiffers,
     EmittedError,
     EmittedHazard,
+    NotCovered,
     Unclear,
 )
 from tilelink.backend.validate.module import Module, read_module, split_modules
@@ -22,6 +23,7 @@ __all__ = [
     "EmittedError",
     "EmittedHazard",
     "Module",
+    "NotCovered",
     "Unclear",
     "Validation",
     "read_module",

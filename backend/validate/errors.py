@@ -21,6 +21,16 @@ class Unclear(EmittedError):
     hint: ClassVar[str] = "emit the module again with `tilelink emit`, and do not edit it"
 
 
+class NotCovered(EmittedError):
+    """Text of a form that `tilelink emit` writes, and the validation does not follow: it may well be right."""
+
+    code: ClassVar[str] = "emitted-not-covered"
+    message: ClassVar[str] = "validation does not cover {form}; nothing is said of this module"
+    hint: ClassVar[str] = (
+        "`tilelink check` without --emitted proves the program; docs/translation-validation.md lists such forms"
+    )
+
+
 class EmittedHazard(EmittedError):
     """Text that says plainly what it does, and that is wrong on the device."""
 

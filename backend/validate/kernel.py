@@ -201,6 +201,10 @@ class KernelMachine(AccessMachine):
             shift = self.binary(op, a.of, b, node)
             if op in (ast.Add, ast.Sub) and isinstance(shift, Num):
                 return Name("epoch", shift)
+        if op is ast.Add and isinstance(a, Pointer) and not isinstance(b, Pointer | Name | Special):
+            self.not_covered(
+                "an address whose offset is data, as of rows that an index tensor names", node
+            )
         if isinstance(a, Pointer | Name | Special) or isinstance(b, Pointer | Name | Special):
             self.unclear("arithmetic with an address", node)
         return super().other(op, a, b, node)

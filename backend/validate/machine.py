@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from tilelink.backend.validate.errors import EmittedHazard, Unclear
+from tilelink.backend.validate.errors import EmittedHazard, NotCovered, Unclear
 from tilelink.backend.validate.layout import Misfit
 from tilelink.backend.validate.values import (
     LARGEST,
@@ -72,6 +72,10 @@ class Machine:
     def unclear(self, detail: str, node: ast.AST | None = None) -> NoReturn:
         """Refuses what is not understood."""
         raise Unclear(self.span(node), detail=detail)
+
+    def not_covered(self, form: str, node: ast.AST | None = None) -> NoReturn:
+        """Refuses a form that the emitter writes and that is not followed here."""
+        raise NotCovered(self.span(node), form=form)
 
     def hazard(self, detail: str, *notes: str) -> NoReturn:
         """Refuses what is understood and wrong."""
@@ -500,7 +504,7 @@ class Machine:
         """``tile < bound`` where the tile grows by one along one axis."""
         live = [n for n, extent in enumerate(a.shape) if extent > 1]
         if len(live) > 1:
-            self.unclear("a mask over two axes at once", node)
+            self.not_covered("a mask over two axes at once", node)
         room = full(b.v, self.lanes) - full(a.base, self.lanes)
         limits: list[Any] = []
         for axis, (extent, step) in enumerate(zip(a.shape, a.steps, strict=True)):

@@ -43,3 +43,12 @@ def one_row(E, Y):
     D = E.shape[1]
     for d in tk.tiles(D):
         Y[d] = E[5, d]
+
+
+@tilelink.kernel("gather A[M, K] over M", example={"M": 48, "K": 16})
+def banded(A, Y):
+    """Y is A within a band about its diagonal, 0 elsewhere."""
+    M, K = A.shape
+    for m, k in tk.tiles(M, K):
+        away = m.index[:, None] - k.index[None, :]
+        Y[m, k] = tk.where(away < 10, A[m, k], 0)

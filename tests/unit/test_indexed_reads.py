@@ -75,3 +75,17 @@ def test_no_mutant_is_missed_or_undecided(name: str, capsys: pytest.CaptureFixtu
     for counts in found.values():
         assert counts["mutants"] > 0
         assert not any(counts.get(key) for key in ("undecided", "proof missed", "simulator missed"))
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("embed", "whose offset is data"), ("banded", "two axes at once")]
+)
+def test_what_validation_does_not_cover_is_no_fault_of_the_module(
+    name: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = tmp_path / "module.py"
+    assert main(["emit", f"{FILE}::{name}", "-o", str(module)]) == 0
+    assert main(["check", "--emitted", str(module), f"{FILE}::{name}"]) == 1
+    said = capsys.readouterr().err
+    assert "error[emitted-not-covered]: validation does not cover" in said and form in said
+    assert "do not edit it" not in said
