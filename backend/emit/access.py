@@ -81,6 +81,8 @@ def _held(scope: Scope, symbol: str, axis: Axis, whole: Expr | int) -> bool:
 
 
 def _axis(scope: Scope, op: Op, item: Index, whole: Expr | int, step: int | Expr) -> Axis:
+    if isinstance(item, At) and not item.value.type.is_tile:
+        return Axis(scope.expr(item.start), stride=step)
     if isinstance(item, At):
         name = item.value.name
         dim, length = scope.dims[name], scope.program.constant(whole)

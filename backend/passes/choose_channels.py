@@ -486,6 +486,9 @@ def _output_channels(program: Op, tensor: Op, info: Moved, move: Move) -> tuple[
         unit = max(rows, min(length, info.shard) // rows * rows)
     # Whoever sums a part to hand it on says so once a tile, to one channel.
     unit = math.lcm(unit, min(_relayed_rows(program, info), info.shard))
+    if move.resource != "epilogue" and not info.pulled and info.block == info.shard:
+        # What is copied is summed by tiles that wait for one channel each.
+        unit = math.lcm(unit, min(reading_rows(program, info.name) or 1, info.shard))
     units = -(-info.shard // unit)
     asked = move.tile or _asked_tile(program, tensor, info)
     per = None
@@ -562,7 +565,9 @@ def _in_place(program: Op, info: Moved) -> bool:
     if info.axis != 0:
         return False
     for stage in stages_of(program):
-        tiles = {arg for op in stage.walk() for arg in op.args if op.get("segment") is not None}
+        tiles = {
+            op.args[int(op.get("axis", 0))] for op in stage.walk() if op.get("segment") is not None
+        }
         for load in accesses(stage, info.name, "load"):
             assert load.ref is not None
             if not load.ref.index or load.ref.index[info.axis] not in tiles:

@@ -385,13 +385,13 @@ def _dynamic_along(program: Op, tensor: Op, axis: int) -> str | None:
 
 
 def start_of(value: Value) -> Expr:
-    """The first index of a tile variable."""
-    return Expr.name(f"{value.name}.start")
+    """The first index of a loop variable: of a tile, or the number itself."""
+    return Expr.name(value.name) if not value.type.is_tile else Expr.name(f"{value.name}.start")
 
 
 def stop_of(value: Value) -> Expr:
-    """One past the last index of a tile variable."""
-    return Expr.name(f"{value.name}.stop")
+    """One past the last index of a loop variable."""
+    return Expr.name(value.name) + 1 if not value.type.is_tile else Expr.name(f"{value.name}.stop")
 
 
 def substitute(op: Op, values: dict[str, Value]) -> Op:

@@ -190,11 +190,7 @@ def _waits(program: Op, tensor: Op, load: Op, loop: Op, stored: Stored) -> list[
         return []
     assert load.ref is not None
     element = load.ref.index[info.axis] if load.ref.index else All()
-    tile = (
-        element
-        if isinstance(element, Value) and element in loop.args and element.type.is_tile
-        else None
-    )
+    tile = element if isinstance(element, Value) and element in loop.args else None
     if info.kind == "gather":
         return _gather_waits(info, tile, load, loop)
     if info.shots == 2 and not load.get("relay"):
@@ -226,7 +222,7 @@ def _total_waits(info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op
     assert load.ref is not None
     lo, hi = Expr.const(0), Expr.const(info.channels)
     along = load.ref.index[info.along]
-    if isinstance(along, Value) and along in loop.args and along.type.is_tile:
+    if isinstance(along, Value) and along in loop.args:
         lo, hi = info.channel_range(start_of(along), stop_of(along), _length(loop, along))
     index = (info.owner_of(start_of(tile)), _span(lo, hi))
     return [make("wait", ref=Ref(summed, index), span=load.span)]
@@ -237,8 +233,7 @@ def _sum_waits(info: Moved, tile: Value | None, load: Op, loop: Op) -> list[Op]:
     if info.channel_axis is not None:
         assert load.ref is not None
         column = load.ref.index[info.channel_axis] if load.ref.index else All()
-        known = isinstance(column, Value) and column in loop.args and column.type.is_tile
-        tile = column if isinstance(column, Value) and known else None
+        tile = column if isinstance(column, Value) and column in loop.args else None
     if tile is not None:
         lo, hi = info.channel_range(start_of(tile), stop_of(tile), _length(loop, tile))
     ready = f"{info.name}.ready"

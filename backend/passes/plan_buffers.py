@@ -208,7 +208,7 @@ def _rewrite(op: Op, infos: dict[str, Moved], cut: frozenset[Value]) -> Op:
 def _at(info: Moved, index: tuple[object, ...], place: str) -> tuple[object, ...]:
     """``index`` with the moved axis placed by ``local_of`` or ``landing_of``."""
     element = index[info.axis]
-    if isinstance(element, Value) and element.type.is_tile:
+    if isinstance(element, Value):
         start = start_of(element)
         moved_to = info.local_of(start) if place == "local" else info.landing_of(start)
         element = element if moved_to == start else At(element, moved_to)

@@ -115,6 +115,56 @@ def weighted_rows(A, R, C):
         C[m] = acc
 
 
+@tilelink.kernel("gather G[E, N] over E")
+def every_expert(X, G, Y):
+    M, N = X.shape
+    E = G.shape[0]
+    for e in tk.range(E):
+        for m, n in tk.tiles(M, N):
+            Y[e, m, n] = X[m, n] * G[e, n][None, :]
+
+
+@tilelink.kernel("scatter Y[E, N] over E sum")
+def sums_of_experts(X, Y):
+    E, _, N = X.shape
+    for e in tk.range(E):
+        for n in tk.tiles(N):
+            Y[e, n] = tk.sum(X[e, :, n].to(tk.float32), axis=0)
+
+
+@tilelink.kernel(
+    "shard X[E, N] over E { owner e % WORLD }; shard Y[E, N] over E { owner e % WORLD }"
+)
+def own_experts(X, Z, Y):
+    E, N = X.shape
+    for e in tk.range(E):
+        for n in tk.tiles(N):
+            Y[e, n] = X[e, n] + Z[e, n]
+
+
+@tilelink.kernel("scatter P[E, N] over E sum; shard Y[E, N] over E")
+def read_of_experts(X, Y):
+    E, N = X.shape
+    P = tk.empty([E, N], X.dtype)
+    for e in tk.range(E):
+        for n in tk.tiles(N):
+            P[e, n] = X[e, n] * 2
+    for e in tk.range(E):
+        for n in tk.tiles(N):
+            Y[e, n] = P[e, n] + 1
+
+
+@tilelink.kernel("gather A[M, K] over M; scatter C[M, N] over N sum")
+def spanned_and_cut(A, W, C):
+    M, K = A.shape
+    N = W.shape[0]
+    for m, n in tk.tiles(M, N):
+        acc = tk.zeros([m, n])
+        for k in tk.tiles(K):
+            acc = tk.dot(A[m, k], W[n, k].T, acc)
+        C[m, n] = acc
+
+
 def cyclic(shards: list[torch.Tensor], rows: int) -> torch.Tensor:
     """The whole of which each rank has every ``world``-th block of ``rows``."""
     return torch.stack([s.view(-1, rows, s.shape[1]) for s in shards], 1).view(
@@ -169,6 +219,28 @@ def _weighted_rows(a: Ranks, r: Ranks) -> list[Ranks]:
     return [[(each * total(a) * 2).sum(1) for each in r]]
 
 
+def _every_expert(x: Ranks, g: Ranks) -> list[Ranks]:
+    return [[each[None] * torch.cat(g)[:, None] for each in x]]
+
+
+def _sums_of_experts(x: Ranks) -> list[Ranks]:
+    return [list(total(x).sum(1).chunk(len(x)))]
+
+
+def _own_experts(x: Ranks, z: Ranks) -> list[Ranks]:
+    return [
+        [mine + each[rank :: len(x)] for rank, (mine, each) in enumerate(zip(x, z, strict=True))]
+    ]
+
+
+def _read_of_experts(x: Ranks) -> list[Ranks]:
+    return [list((total(x) * 2 + 1).chunk(len(x)))]
+
+
+def _spanned_and_cut(a: Ranks, w: Ranks) -> list[Ranks]:
+    return [list(total([torch.cat(a) @ each.T for each in w]).chunk(len(a), 1))]
+
+
 NONE, COPY, WORKER = Move("none"), Move("copy_engine"), Move("sm:1")
 FORMS: dict[str, Form] = {}
 for _way in (Move("epilogue"), NONE):
@@ -205,6 +277,30 @@ for _way in (COPY, WORKER, NONE):
             {"A": _way, "P": NONE},
         ),
     }
+    FORMS |= {
+        f"every expert {_way.resource}": Form(
+            every_expert, lambda w: {"X": (16, 24), "G": (8 // w, 24)}, _every_expert, {"G": _way}
+        ),
+    }
+for _way in (Move("epilogue"), COPY, WORKER, NONE):
+    FORMS |= {
+        f"sums of experts {_way.resource}": Form(
+            sums_of_experts, lambda w: {"X": (8, 16, 24)}, _sums_of_experts, {"Y": _way}
+        ),
+        f"read of experts {_way.resource}": Form(
+            read_of_experts, lambda w: {"X": (8, 24)}, _read_of_experts, {"P": _way}
+        ),
+    }
+FORMS["own experts"] = Form(
+    own_experts, lambda w: {"X": (8 // w, 24), "Z": (8, 24)}, _own_experts, {}
+)
+for _way in (COPY, WORKER):
+    FORMS[f"spanned and cut {_way.resource}"] = Form(
+        spanned_and_cut,
+        lambda w: {"A": (32 // w, 32), "W": (32, 32)},
+        _spanned_and_cut,
+        {"A": Move(_way.resource, spans=True)},
+    )
 for _signal in ("word", "sentinel"):
     FORMS[f"residual first {_signal}"] = Form(
         residual_first,
