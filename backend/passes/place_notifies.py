@@ -9,9 +9,11 @@ from tilelink.backend.passes.common import (
     RANK,
     WORLD,
     Moved,
+    UnsupportedProgram,
     accesses,
     handed_on,
     moved,
+    stages_of,
     start_of,
     stop_of,
     tasks_across,
@@ -47,13 +49,20 @@ def place_notifies(program: Op) -> Op:
           }
 
     The head of a call waits until every rank has acknowledged the call before, and the last worker
-    acknowledges this one. With two slots nobody does, and the head is folded into the launch. A notify of a
-    flag that words carry has no counter. Invariant: one notify a task and channel, behind the task's last
-    write.
+    acknowledges this one, when all that peers push of a gather has landed, read or not. With two slots nobody
+    does, and the head is folded into the launch. A notify of a flag that words carry has no counter. Invariant:
+    one notify a task and channel, behind the task's last write.
     """
     slots = program.get("slots") is not None
     acked = bool(program.find("flag")) and not slots
     headed = acked or slots or bool(program.find("counter"))
+    unread = _unread(program)
+    if slots and unread:
+        raise UnsupportedProgram(
+            unread[0].span,
+            detail="each rank reads its own part alone of what is gathered, and waits for no other rank",
+            help="declare it `shard` in place of `gather`, or use 1 slot",
+        )
     launches = program.find("launch")
     ops: list[Op] = []
     for op in program.body:
@@ -61,7 +70,7 @@ def place_notifies(program: Op) -> Op:
             if headed and op is launches[0]:
                 ops.append(_head(acked).with_attrs(folded=slots or None))
             stages = tuple(_announce(program, op, number) for number in range(len(op.body)))
-            finish = (_finish(),) if acked and op is launches[-1] else ()
+            finish = (_finish(unread),) if acked and op is launches[-1] else ()
             after = (*(("head",) if headed else ()), *op.get("after", ()))
             op = op.with_ops((*stages, *finish)).with_attrs(after=after or None)
         ops.append(op)
@@ -75,11 +84,41 @@ def _head(acked: bool) -> Op:
     return make("head", blocks=(Block((), waits),))
 
 
-def _finish() -> Op:
+def _unread(program: Op) -> tuple[Op, ...]:
+    """Waits for gathered tensors of which each rank reads its own part: what lands must have, when a call ends."""
+    waits: list[Op] = []
+    for name, tensor in tensors_of(program).items():
+        if tensor["move"] != "gather" or tensor["resource"] == "none":
+            continue
+        info, ready = moved(program, name), f"{name}.ready"
+        loops = [
+            loop
+            for stage in stages_of(program)
+            for loop in stage.walk()
+            if any(op.name == "wait" and op.symbol == ready for op in loop.body)
+        ]
+        if loops and all(_own(loop, info) for loop in loops):
+            channels = Range(Expr.const(0), Expr.const(info.channels))
+            sources = [Range(Expr.const(0), WORLD)]
+            if info.in_place:  # nobody sends own rows
+                sources = [Range(Expr.const(0), RANK), Range(RANK + 1, WORLD)]
+            waits += [
+                make("wait", ref=Ref(ready, (s, channels)), span=tensor.span) for s in sources
+            ]
+    return tuple(waits)
+
+
+def _own(loop: Op, info: Moved) -> bool:
+    """Whether a loop walks, of a gathered tensor, the part of one rank alone."""
+    segments = loop.get("segments")
+    return segments is not None and int(segments) * int(loop["segment"]) < info.extent
+
+
+def _finish(waits: tuple[Op, ...] = ()) -> Op:
     peer = Value("ack.p", INDEX)
     ack = make("notify", ref=Ref("ack", (RANK,)), peer=Expr.name("ack.p"))
     loop = make("for_range", lo=0, hi=WORLD, blocks=(Block((peer,), (ack,)),))
-    return make("finish", blocks=(Block((), (loop,)),))
+    return make("finish", blocks=(Block((), (*waits, loop)),))
 
 
 def _announce(program: Op, launch: Op, number: int) -> Op:

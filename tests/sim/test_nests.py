@@ -165,6 +165,13 @@ def spanned_and_cut(A, W, C):
         C[m, n] = acc
 
 
+@tilelink.kernel("gather A[M, K] over M; shard C[M, K] over M")
+def own_rows(A, C):
+    M, K = A.shape
+    for m, k in tk.tiles(M, K):
+        C[m, k] = A[m, k] * 2
+
+
 def cyclic(shards: list[torch.Tensor], rows: int) -> torch.Tensor:
     """The whole of which each rank has every ``world``-th block of ``rows``."""
     return torch.stack([s.view(-1, rows, s.shape[1]) for s in shards], 1).view(
@@ -241,6 +248,10 @@ def _spanned_and_cut(a: Ranks, w: Ranks) -> list[Ranks]:
     return [list(total([torch.cat(a) @ each.T for each in w]).chunk(len(a), 1))]
 
 
+def _own_rows(a: Ranks) -> list[Ranks]:
+    return [[each * 2 for each in a]]
+
+
 NONE, COPY, WORKER = Move("none"), Move("copy_engine"), Move("sm:1")
 FORMS: dict[str, Form] = {}
 for _way in (Move("epilogue"), NONE):
@@ -255,15 +266,17 @@ for _way in (Move("epilogue"), NONE):
             {"G": _way},
         ),
     }
-for _way in (NONE,):
-    FORMS[f"own rows of a gather {_way.resource}"] = Form(
-        own_of_gathered,
-        lambda w: {"X": (32 // w, 16), "A": (32 // w, 16)},
-        _own_of_gathered,
-        {"A": _way},
-    )
 for _way in (COPY, WORKER, NONE):
     FORMS |= {
+        f"own rows {_way.resource}": Form(
+            own_rows, lambda w: {"A": (32 // w, 32)}, _own_rows, {"A": _way}
+        ),
+        f"own rows of a gather {_way.resource}": Form(
+            own_of_gathered,
+            lambda w: {"X": (32 // w, 16), "A": (32 // w, 16)},
+            _own_of_gathered,
+            {"A": _way},
+        ),
         f"sum declared first {_way.resource}": Form(
             sum_declared_first,
             lambda w: {"A": (32 // w, 32), "B": (32, 16)},
@@ -352,3 +365,9 @@ def test_the_emitted_text_is_exact(name: str) -> None:
 def test_inner_loops_over_own_rows_that_cannot_be_cut_are_refused(kernel: Any, said: str) -> None:
     with pytest.raises(UnsupportedProgram, match=said):
         compile_kernel(kernel.build({"M": 32, "N": 16}, world=2))
+
+
+def test_own_rows_of_a_gather_in_two_slots_are_refused() -> None:
+    chosen = Schedule(moves=(("A", Move("sm:1", slots=2)),))
+    with pytest.raises(UnsupportedProgram, match="declare it `shard`"):
+        compile_kernel(own_rows.build({"M": 32, "K": 32}, world=2), chosen)
