@@ -126,7 +126,19 @@ def _region(scope: Scope, op: Op, ref: Ref) -> _Region:
         return _Region(tuple(starts), rows[0], None, columns, kept[inner][2], tuple(shifts))
     if not outer:
         return _Region(tuple(starts), "1", 1, columns, columns, tuple(shifts))
+    while len(outer) > 1:
+        (_, many, far, _), (_, count, near, _) = outer[-2:]
+        if many is None or count is None or product(count, near) != far:
+            break
+        # The outer axis goes on where the inner one ends: they are one.
+        both = product(many, count)
+        outer[-2:] = [(scope.expr(Expr.of(both)), both, near, False)]
     if len(outer) > 1:
-        raise _refuse(op, "a transfer of a region with more than one stride")
+        name = op["to"].symbol.partition(".")[0]
+        raise refuse(
+            op,
+            "a transfer of a region with more than one stride",
+            f"use the resource none for `{name}`",
+        )
     extent, count, step, _ = outer[0]
     return _Region(tuple(starts), extent, count, columns, step, tuple(shifts))

@@ -11,6 +11,8 @@ import torch
 
 import tilelink
 import tilelink.language as tk
+from tests.edits import check
+from tilelink.backend.emit.triton import emit
 from tilelink.backend.passes import UnsupportedProgram
 from tilelink.backend.pipeline import compile_kernel
 from tilelink.schedules import Move, Schedule
@@ -172,6 +174,15 @@ def own_rows(A, C):
         C[m, k] = A[m, k] * 2
 
 
+@tilelink.kernel("gather X[B, H, S, D] over S")
+def batches_and_heads(X, Y):
+    B, H, S, D = X.shape
+    for b in tk.range(B):
+        for h in tk.range(H):
+            for s, d in tk.tiles(S, D):
+                Y[b, h, s, d] = X[b, h, s, d] * 2
+
+
 def cyclic(shards: list[torch.Tensor], rows: int) -> torch.Tensor:
     """The whole of which each rank has every ``world``-th block of ``rows``."""
     return torch.stack([s.view(-1, rows, s.shape[1]) for s in shards], 1).view(
@@ -252,6 +263,10 @@ def _own_rows(a: Ranks) -> list[Ranks]:
     return [[each * 2 for each in a]]
 
 
+def _batches_and_heads(x: Ranks) -> list[Ranks]:
+    return [[torch.cat(x, 2) * 2] * len(x)]
+
+
 NONE, COPY, WORKER = Move("none"), Move("copy_engine"), Move("sm:1")
 FORMS: dict[str, Form] = {}
 for _way in (Move("epilogue"), NONE):
@@ -268,6 +283,12 @@ for _way in (Move("epilogue"), NONE):
     }
 for _way in (COPY, WORKER, NONE):
     FORMS |= {
+        f"batches and heads {_way.resource}": Form(
+            batches_and_heads,
+            lambda w: {"X": (2, 3, 16 // w, 16)},
+            _batches_and_heads,
+            {"X": _way},
+        ),
         f"own rows {_way.resource}": Form(
             own_rows, lambda w: {"A": (32 // w, 32)}, _own_rows, {"A": _way}
         ),
@@ -336,7 +357,7 @@ def exact(form: Form, backend: str, world: int) -> None:
         for name, shape in form.shapes(world).items()
     }
     moves = tuple(form.moves.items()) if world > 1 else ()
-    chosen = Schedule(tiles=tuple((name, 16) for name in "EKMN"), workers=3, moves=moves)
+    chosen = Schedule(tiles=tuple((name, 16) for name in "EKMNS"), workers=3, moves=moves)
     schedule = None if backend == "reference" else chosen
     got = form.kernel.on(backend, world=world, schedule=schedule)(**inputs)
     outputs = [got] if isinstance(got, list) else got
@@ -355,6 +376,7 @@ def test_reference_and_simulator_are_exact(name: str, world: int) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_the_emitted_text_is_exact(name: str) -> None:
+    """The interpreter runs what was emitted."""
     exact(FORMS[name], "interpret", 2)
 
 
@@ -371,3 +393,10 @@ def test_own_rows_of_a_gather_in_two_slots_are_refused() -> None:
     chosen = Schedule(moves=(("A", Move("sm:1", slots=2)),))
     with pytest.raises(UnsupportedProgram, match="declare it `shard`"):
         compile_kernel(own_rows.build({"M": 32, "K": 32}, world=2), chosen)
+
+
+@pytest.mark.parametrize("way", [COPY, WORKER])
+def test_axes_that_lie_behind_each_other_are_copied_as_one(way: Move) -> None:
+    op = batches_and_heads.build({"B": 2, "H": 3, "S": 16, "D": 16}, world=2)
+    program = compile_kernel(op, Schedule(moves=(("X", way),)))
+    check(program, emit(program))
