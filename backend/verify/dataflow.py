@@ -3,7 +3,7 @@
 Content of a cell is followed from where it is made. Along each axis it has a *shift*: coordinate of the
 data minus index in the buffer. The coordinate of a computed tile is its own loop variable; of a shard,
 the place in rank-major order of owners. A read states, through its loop variables, which coordinate it
-means; both must agree, and so must the rank wherever contributions of ranks differ.An index that is known at
+means; both must agree, and so must the rank wherever contributions of ranks differ. An index that is known at
 run time only may mean any coordinate of its axis: all of it has to be there, each at its own place.
 Where the kernel itself places the tile elsewhere along an axis, and *meaning* has found the same words in the
 program, the index is the coordinate.
