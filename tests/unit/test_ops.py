@@ -58,7 +58,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(getattr(ops, name), args, eps=1e-2, atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_agree_with_plain_pytorch(world: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.unit.ops_rank"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}

@@ -11,7 +11,7 @@ from tilelink.backend.emit.triton import emit
 from tilelink.backend.pipeline import compile_kernel
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_is_emitted_at_every_capacity(name: str, world: int) -> None:
     kernel = getattr(kernels, name)
