@@ -28,6 +28,7 @@ TASKS = 100
 COLUMNS = 64  # of the smallest tile
 # Tiles of so few rows may have fewer columns, and are better than wide ones from half as many tasks on. One H200
 # took 10.9 us for 16 x 4096 x 2816 with 88 tiles of 32 columns in steps of 256, 12.7 in steps of 128; cuBLAS 10.7.
+# (`few_rows_products_h200.json`)
 FEW_ROWS, FEW_COLUMNS = 64, 32
 # Depth of a product that takes as long as adding one part to it: 715 TFLOP/s of bf16 against 2.1 TB/s of parts.
 PART_DEPTH = 340
